@@ -1,0 +1,41 @@
+"""Errors that are the user's to mend: what is wrong, why, and what to do about it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that cannot be converted: its subject, the reason, and the remedy."""
+
+    subject: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """Render as one line."""
+        return f"{self.subject}: {self.reason}; {self.remedy}"
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the three parts as a JSON-ready dict."""
+        return asdict(self)
+
+
+class W4A8Error(Exception):
+    """Base of every error that a caller can mend. Anything else that is raised is a bug of ours."""
+
+
+class ConvertError(W4A8Error):
+    """A single problem, shown to the user as one line."""
+
+    def __init__(self, subject: str, reason: str, remedy: str) -> None:
+        self.refusal = Refusal(subject, reason, remedy)
+        super().__init__(str(self.refusal))
+
+
+class PlanError(W4A8Error):
+    """Everything in a checkpoint that cannot be converted, found before anything was written."""
+
+    def __init__(self, refusals: Sequence[Refusal]) -> None:
+        self.refusals = tuple(refusals)
+        super().__init__("\n".join(map(str, self.refusals)))
