@@ -1,0 +1,143 @@
+"""A checkpoint directory as it lies on disk: configuration, tensor headers, side files. Nothing is loaded here."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.safetensors_file import TensorInfo, read_header, read_tensor
+
+CONFIG = "config.json"
+QUANTIZE_CONFIG = "quantize_config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: the parsed config.json, every tensor's header entry, and the files beside them."""
+
+    root: Path
+    config: Mapping[str, Any]
+    quantization_config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    side_files: tuple[Path, ...]
+    """Relative to `root`: what is copied as it is (tokenizer, templates, custom code, …)."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor into fresh memory."""
+        return read_tensor(self.tensors[name])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_checkpoint(root: Path) -> Checkpoint:
+    """Open a checkpoint directory, reading its JSON files and safetensors headers only.
+
+    Raises:
+        ConvertError: a file is missing, damaged or inconsistent with another.
+
+    """
+    if not root.is_dir():
+        raise ConvertError(str(root), "is not a directory", "give a checkpoint directory or a Hub id (org/name)")
+    config = read_json(root / CONFIG)
+    quantization = config.get("quantization_config")
+    if quantization is None and (root / QUANTIZE_CONFIG).is_file():
+        quantization = {"quant_method": "gptq", **read_json(root / QUANTIZE_CONFIG)}
+    if quantization is None:
+        raise ConvertError(
+            str(root),
+            f"is not quantized: no quantization_config in {CONFIG} and no {QUANTIZE_CONFIG}",
+            "give a W4A16 checkpoint (AWQ, GPTQ or compressed-tensors)",
+        )
+    if not isinstance(quantization, dict):
+        raise ConvertError(f"{root / CONFIG}: quantization_config", "is not a JSON object", "repair the file")
+    return Checkpoint(root, config, quantization, _read_headers(root), _find_side_files(root))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ConvertError: the file is missing, not UTF-8, not JSON, or not an object.
+
+    """
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the checkpoint directory") from error
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(str(path), f"is not valid JSON ({error})", "download or write the file again") from error
+    if not isinstance(value, dict):
+        raise ConvertError(str(path), "does not hold a JSON object", "download or write the file again")
+    return value
+
+
+def _read_headers(root: Path) -> dict[str, TensorInfo]:
+    if (root / INDEX).is_file():
+        return _read_sharded(root)
+    files = sorted(root.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for path in root.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+        reason = f"no safetensors file, only {others[0]} (a pickle can run code)" if others else "no safetensors file"
+        raise ConvertError(str(root), reason, "save the model with safe_serialization=True first")
+    if len(files) > 1:
+        raise ConvertError(
+            str(root),
+            f"{len(files)} safetensors files but no {INDEX}",
+            "restore the index or keep a single file",
+        )
+    return read_header(files[0])[1]
+
+
+def _read_sharded(root: Path) -> dict[str, TensorInfo]:
+    index_path = root / INDEX
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConvertError(f"{index_path}: weight_map", "is missing or not an object", "restore the index")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted({str(file) for file in weight_map.values()}):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ConvertError(
+                f"{index_path}: {shard!r}",
+                "is not the name of a safetensors file beside it",
+                "restore the index",
+            )
+        if not (root / shard).is_file():
+            raise ConvertError(str(root / shard), f"is named by {INDEX} but is absent", "download the shard")
+        for name, info in read_header(root / shard)[1].items():
+            if weight_map.get(name) != shard:
+                where = f"puts it into {weight_map[name]}" if name in weight_map else "does not list it"
+                raise ConvertError(f"{root / shard}: tensor {name!r}", f"{INDEX} {where}", "restore the index")
+            tensors[name] = info
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise ConvertError(
+            f"{root / weight_map[missing[0]]}: tensor {missing[0]!r}",
+            f"is listed in {INDEX} but not in the shard ({len(missing)} such)",
+            "download the shard and the index again",
+        )
+    return tensors
+
+
+def _find_side_files(root: Path) -> tuple[Path, ...]:
+    """Return every file that is neither a weight, an index, nor a configuration that is written anew."""
+    found = []
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        stale = path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json")) or str(relative) in (
+            CONFIG,
+            QUANTIZE_CONFIG,
+        )
+        if path.is_file() and not stale and not any(part.startswith(".") for part in relative.parts):
+            found.append(relative)
+    return tuple(found)

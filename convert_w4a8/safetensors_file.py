@@ -1,0 +1,216 @@
+"""One safetensors file: its header checked in full, its tensors read one by one, a new one written in place.
+
+The safetensors library reads and writes whole files; a converter that must not hold a shard in memory needs the
+header alone, single tensors without a memory map (mapped pages count as resident), and a file whose tensors may be
+written in any order. Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON
+header, then the tensors without gaps).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert_w4a8.errors import ConvertError
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# The safetensors library refuses longer headers, so a file that has one was not written by it.
+_MAX_HEADER_BYTES = 100_000_000
+_DOWNLOAD_AGAIN = "download or write the file again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes at `start` (from the beginning of the file at `path`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written: its name, safetensors dtype name and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Return the size in bytes of a tensor with this safetensors dtype name and shape."""
+    return TORCH_DTYPES[dtype].itemsize * prod(shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Return the metadata and the tensors of a safetensors file, every offset checked against the file's size.
+
+    Raises:
+        ConvertError: the file is not a well-formed safetensors file.
+
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise _damaged(path, f"header length {length} does not fit a file of {size} bytes")
+            raw = file.read(length)
+    except OSError as error:
+        raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the file") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "__metadata__ is not an object of strings")
+    data_start = 8 + length
+    tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+    _check_layout(path, tensors.values(), data_start, size)
+    return metadata, tensors
+
+
+def _damaged(path: Path, reason: str) -> ConvertError:
+    return ConvertError(str(path), reason, _DOWNLOAD_AGAIN)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+    return result
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if all(
+            map(_is_size, (*shape, start, end))
+        ):
+            pass
+        case _:
+            raise _damaged(path, f"header entry of tensor {name!r} is malformed")
+    if dtype not in TORCH_DTYPES:
+        raise ConvertError(
+            f"{path}: tensor {name!r}",
+            f"dtype {dtype} is unknown",
+            "only dtypes that torch has are supported",
+        )
+    expected = tensor_nbytes(dtype, shape)
+    if end - start != expected:
+        raise _damaged(path, f"tensor {name!r} ({dtype} {shape}) spans {end - start} bytes, not {expected}")
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + start)
+
+
+def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
+    """Check that the tensors fill the file from the header to its end, without gap or overlap."""
+    position = data_start
+    for info in sorted(tensors, key=lambda info: (info.start, info.nbytes)):
+        if info.start != position:
+            what = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
+            raise _damaged(path, f"tensor {info.name!r} {what}")
+        position += info.nbytes
+    if position != size:
+        what = "is truncated" if size < position else "has trailing bytes"
+        raise _damaged(path, f"{what}: its header asks for {position} bytes, the file has {size}")
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """Read one tensor into fresh memory.
+
+    Raises:
+        ConvertError: the file ends early or cannot be read.
+
+    """
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+    read_into(info, buffer, 0)
+    return buffer.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+
+def read_into(info: TensorInfo, buffer: torch.Tensor, offset: int) -> None:
+    """Fill a one-dimensional uint8 buffer with the tensor's bytes from `offset` (bytes) on."""
+    view = memoryview(buffer.numpy())
+    done = 0
+    try:
+        descriptor = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], info.start + offset + done)
+                if count == 0:
+                    raise _damaged(info.path, f"ends inside tensor {info.name!r}")
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ConvertError(
+            f"{info.path}: tensor {info.name!r}",
+            f"cannot be read ({error.strerror})",
+            "check the disk and the file",
+        ) from error
+
+
+def layout_file(path: Path, specs: Iterable[TensorSpec]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Lay out a new file: return its leading bytes (length and header) and where each tensor goes.
+
+    Wider dtypes come first, then names in order, as the safetensors library does: every tensor is aligned.
+    """
+    ordered = sorted(specs, key=lambda spec: (-TORCH_DTYPES[spec.dtype].itemsize, spec.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in ordered:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    data_start = 8 + len(raw)
+    infos = {}
+    for spec in ordered:
+        start = data_start + header[spec.name]["data_offsets"][0]
+        infos[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, path, start)
+    return len(raw).to_bytes(8, "little") + raw, infos
