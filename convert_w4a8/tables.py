@@ -1,0 +1,75 @@
+"""What the W4A8 kernel multiplies by: the FP8 tables of eight entries, and the weights and products they mean."""
+
+import torch
+
+from convert_w4a8.layout import to_rows, unpack_codes
+from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
+
+_E4M3_MAX = 448.0
+_MIN_TOKEN_SCALE = 1.0 / (448.0 * 512.0)
+"""vLLM's floor for dynamic FP8 activation scales (csrc/quantization/w8a8/fp8, `min_scaling_factor`)."""
+_CHUNK_WEIGHTS = 1 << 22
+
+
+def expand_tables(group_scale: torch.Tensor) -> torch.Tensor:
+    """Expand group scales float8_e4m3fn [G, N] to the kernel's tables, float8_e4m3fn [G, N, 8].
+
+    Entry j is e4m3(f·(j − 8)), saturated at ±448; a NaN scale gives NaN (0x7F) entries. These are the bytes of
+    CUTLASS's `cutlass_pack_scale_fp8`.
+    """
+    table = _products().to(group_scale.device)
+    return table[group_scale.view(torch.uint8).long()].view(torch.float8_e4m3fn).view(*group_scale.shape, 8)
+
+
+def _products() -> torch.Tensor:
+    """Return e4m3(f·v) for all 256 bytes f and v = −8 … −1, as int64 [256] of eight bytes each."""
+    f = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    exact = f[:, None] * torch.arange(-8, 0)
+    entries = exact.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return torch.where(exact.isnan(), 0x7F, entries).view(torch.int64)[:, 0]
+
+
+def entries(w: W4A8Linear) -> torch.Tensor:
+    """Return the kernel's tables of a layer, float8_e4m3fn [G, N, 8], stored or expanded from its group scales."""
+    if w.lut is not None:
+        return w.lut
+    if w.group_scale is None:
+        raise ValueError("a W4A8Linear needs group_scale or lut")
+    return expand_tables(w.group_scale)
+
+
+def decode(w: W4A8Linear) -> torch.Tensor:
+    """Return the weights that the tensor core multiplies by, channel scale included, float32 [N, K]."""
+    return _decode_entries(w).mul_(w.channel_scale[:, None])
+
+
+def _decode_entries(w: W4A8Linear) -> torch.Tensor:
+    """Return entry(g, n, code[n, k]) without the channel scale, float32 [N, K]."""
+    tables = entries(w).float()
+    groups, n, _ = tables.shape
+    # By unsigned code u = v + 8: the stored entries for v = −8 … −1, 0, and for v = 1 … 7 the entry of −v with its sign
+    # bit flipped, whatever that sign is.
+    by_code = torch.cat((tables, torch.zeros_like(tables[..., :1]), -tables[..., 1:].flip(-1)), dim=-1)
+    rows = to_rows(w.packed, w.packing)
+    k = rows.shape[1] * 8
+    weights = torch.empty(n, k, dtype=torch.float32, device=rows.device)
+    step = max(1, _CHUNK_WEIGHTS // k)
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        codes = unpack_codes(rows[part], Packing.ROWS).view(-1, groups, GROUP_SIZE).long()
+        weights[part] = by_code[:, part].transpose(0, 1).gather(-1, codes).flatten(1)
+    return weights
+
+
+def quantize_tokens(act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize activations [M, K] per token as vLLM does: (float8_e4m3fn [M, K], float32 [M, 1])."""
+    x = act.float()
+    scale = (x.abs().amax(dim=1, keepdim=True) / _E4M3_MAX).clamp(min=_MIN_TOKEN_SCALE)
+    return (x / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def gemm(act: torch.Tensor, w: W4A8Linear) -> torch.Tensor:
+    """Multiply bfloat16 [M, K] activations by a layer as `cutlass_w4a8_mm` does; bfloat16 [M, N]."""
+    tokens, token_scale = quantize_tokens(act)
+    accumulated = tokens.float() @ _decode_entries(w).t()
+    return (token_scale * (w.channel_scale * accumulated)).bfloat16()
