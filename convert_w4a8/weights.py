@@ -3,7 +3,7 @@
 Input formats end in `W4Linear`, output formats start from `W4A8Linear`; nothing else passes between them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -36,6 +36,16 @@ class Packing(StrEnum):
             case Packing.ROWS:
                 return rows, columns * 8
 
+    def slice_outputs(self, packed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return the packed codes of the output channels start … stop, both multiples of 8."""
+        match self:
+            case Packing.GPTQ:
+                return packed[:, start:stop]
+            case Packing.AWQ:
+                return packed[:, start // 8 : stop // 8]
+            case Packing.ROWS:
+                return packed[start:stop]
+
 
 @dataclass(frozen=True)
 class W4Linear:
@@ -61,6 +71,12 @@ class W4Linear:
     def shape_nk(self) -> tuple[int, int]:
         """(N, K) = (out_features, in_features)."""
         return self.packing.shape_nk(self.packed.shape)
+
+    def outputs(self, start: int, stop: int) -> "W4Linear":
+        """Return the layer's output channels start … stop, both multiples of 8."""
+        zeros = None if self.zeros is None else self.zeros[:, start:stop]
+        packed = self.packing.slice_outputs(self.packed, start, stop)
+        return replace(self, packed=packed, scales=self.scales[:, start:stop], zeros=zeros)
 
     @property
     def is_kernel_ready(self) -> bool:
@@ -89,3 +105,23 @@ class W4A8Linear:
     lut: torch.Tensor | None
     channel_scale: torch.Tensor
     source_scale: torch.Tensor | None = None
+
+    @property
+    def shape_nk(self) -> tuple[int, int]:
+        """(N, K) = (out_features, in_features)."""
+        return self.packing.shape_nk(self.packed.shape)
+
+    def outputs(self, start: int, stop: int) -> "W4A8Linear":
+        """Return the layer's output channels start … stop, both multiples of 8."""
+
+        def part(scale: torch.Tensor | None) -> torch.Tensor | None:
+            return None if scale is None else scale[:, start:stop]
+
+        return W4A8Linear(
+            packed=self.packing.slice_outputs(self.packed, start, stop),
+            packing=self.packing,
+            group_scale=part(self.group_scale),
+            lut=part(self.lut),
+            channel_scale=self.channel_scale[start:stop],
+            source_scale=part(self.source_scale),
+        )

@@ -1,0 +1,29 @@
+"""The weights that a W4A16 layer stands for: what every conversion is compared with."""
+
+from collections.abc import Iterator
+
+import torch
+
+from convert_w4a8.layout import unpack_codes
+from convert_w4a8.weights import SYMMETRIC_ZERO, W4Linear
+
+_BLOCK_WEIGHTS = 1 << 23
+
+
+def dequantize(w: W4Linear) -> torch.Tensor:
+    """Return (code − zero)·scale, float32 [N, K]."""
+    codes = unpack_codes(w.packed, w.packing)
+    scales = w.scales.float().t()
+    zeros = torch.full_like(scales, SYMMETRIC_ZERO) if w.zeros is None else w.zeros.t().float()
+    if w.g_idx is not None:
+        index = w.g_idx.long()
+        return codes.float().sub_(zeros[:, index]).mul_(scales[:, index])
+    grouped = codes.view(codes.shape[0], -1, w.group_size).float()
+    return grouped.sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
+
+
+def output_blocks(n: int, k: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of output channels such that a block's float32 weights stay small (32 MiB)."""
+    step = max(16, _BLOCK_WEIGHTS // k // 16 * 16)
+    for start in range(0, n, step):
+        yield start, min(n, start + step)

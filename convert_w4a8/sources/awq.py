@@ -1,0 +1,88 @@
+"""AutoAWQ's GEMM format, as AutoAWQ and GPTQModel write it.
+
+`qweight` int32 [K, N/8], `qzeros` int32 [G, N/8], both with the columns of a word in the order 0 2 4 6 1 3 5 7;
+`scales` [G, N]. Zero-points are stored as they are. `version` "gemm" is the layout that every current tool writes;
+gemv, gemv_fast, exllama and marlin are others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.sources.base import (
+    LayerSpec,
+    check_bits,
+    check_rank_two,
+    check_scales,
+    check_tensor,
+    collect_parts,
+    modules_with,
+    real_zeros,
+    resolve_group_size,
+    setting,
+    unpack_words,
+)
+from convert_w4a8.weights import Packing, W4Linear
+
+NAME = "awq"
+
+# Column c of a word lies in nibble _NIBBLE_OF_COLUMN[c]: the inverse of the order above.
+_NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def matches(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of this format."""
+    return quantization_config.get("quant_method") == "awq"
+
+
+def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
+    """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+    config = checkpoint.quantization_config
+    version = str(config.get("version") or config.get("checkpoint_format") or "gemm").lower()
+    if version != "gemm":
+        refusals.append(
+            Refusal("quantization_config: version", f"is {version!r}", "save the model in AWQ's GEMM version")
+        )
+        return []
+    layers = []
+    for module in modules_with(checkpoint, "qweight"):
+        try:
+            layers.append(_describe(checkpoint, module, config))
+        except ConvertError as error:
+            refusals.append(error.refusal)
+    return layers
+
+
+def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any]) -> LayerSpec:
+    check_bits(module, config.get("bits", config.get("w_bit", 4)))
+    in_features, words = check_rank_two(checkpoint, f"{module}.qweight", "I32")
+    out_features = words * 8
+    stored = setting(config, "group_size", int, setting(config, "q_group_size", int, 128))
+    group_size = resolve_group_size(module, stored, in_features)
+    groups = in_features // group_size
+    check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, words), "[K/group_size, N/8]")
+    check_tensor(checkpoint, f"{module}.scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
+    return LayerSpec(
+        name=module,
+        out_features=out_features,
+        in_features=in_features,
+        group_size=group_size,
+        symmetric=not setting(config, "zero_point", bool, default=True),
+        act_order=False,
+        parts=collect_parts(checkpoint, module, ("qweight", "qzeros", "scales")),
+    )
+
+
+def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+    """Read one layer's tensors."""
+    qzeros = checkpoint.read(spec.parts["qzeros"])
+    zeros = unpack_words(qzeros).view(*qzeros.shape, 8)[..., _NIBBLE_OF_COLUMN].flatten(-2)
+    return W4Linear(
+        packed=checkpoint.read(spec.parts["qweight"]),
+        packing=Packing.AWQ,
+        scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
+        zeros=real_zeros(zeros),
+        g_idx=None,
+        group_size=spec.group_size,
+    )

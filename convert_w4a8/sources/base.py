@@ -1,0 +1,180 @@
+"""What every input format offers, and the header checks that all of them share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.weights import W4Linear
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One quantized linear layer, as headers and configuration describe it.
+
+    group_size: input channels a group, already resolved (−1 in a configuration is all of K).
+    symmetric, act_order: what the configuration says. The tensors decide when they are read.
+    parts: role (qweight, scales, …) → tensor name.
+    zero_offset: what the stored zero-points lack (1 for GPTQ v1).
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    parts: Mapping[str, str]
+    zero_offset: int = 0
+
+
+class Source(Protocol):
+    """An input format: a module with these names. `sources/__init__.py` lists them."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802  (a module constant where it is implemented)
+        """Short name, as it appears in reports."""
+
+    def matches(self, quantization_config: Mapping[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+
+    def find_layers(self, checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
+        """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+
+    def read_layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+        """Read one layer's tensors."""
+
+
+def setting(
+    config: Mapping[str, Any],
+    key: str,
+    kind: type | tuple[type, ...],
+    default: Any,
+    subject: str = "quantization_config",
+) -> Any:
+    """Return config[key] if it has the right type, `default` if it is absent or null.
+
+    Raises:
+        ConvertError: the value has another type.
+
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise ConvertError(f"{subject}: {key}", f"is {value!r}, not {wanted}", "repair the configuration")
+    return value
+
+
+def modules_with(checkpoint: Checkpoint, role: str) -> list[str]:
+    """Return the modules that have a tensor called `module.role`, in the order of the checkpoint's names."""
+    suffix = "." + role
+    return sorted(name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix))
+
+
+def collect_parts(checkpoint: Checkpoint, module: str, roles: tuple[str, ...]) -> Mapping[str, str]:
+    """Return role → tensor name for the roles that a module has."""
+    names = {role: f"{module}.{role}" for role in roles}
+    return MappingProxyType({role: name for role, name in names.items() if name in checkpoint.tensors})
+
+
+def check_bits(module: str, bits: object) -> None:
+    """Raise ConvertError unless a layer has 4 bits."""
+    if bits != 4:
+        raise ConvertError(
+            module,
+            f"has {bits!r} bits; the kernel's weights have 4",
+            "quantize this layer to 4 bits, or leave it in 16",
+        )
+
+
+def resolve_group_size(module: str, group_size: int, in_features: int) -> int:
+    """Return the group size in input channels, with −1 resolved.
+
+    Raises:
+        ConvertError: the group size does not divide in_features.
+
+    """
+    if group_size == -1:
+        return in_features
+    if group_size <= 0 or in_features % group_size:
+        raise ConvertError(
+            module, f"group_size {group_size} does not divide in_features = {in_features}", "repair the configuration"
+        )
+    return group_size
+
+
+def check_tensor(
+    checkpoint: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], formula: str
+) -> None:
+    """Raise ConvertError unless a tensor is present with one of these dtypes and this shape (`formula` says why)."""
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise ConvertError(name, "is missing", "download or write the checkpoint again")
+    if info.dtype not in dtypes or info.shape != shape:
+        raise ConvertError(
+            name,
+            f"is {info.dtype} {list(info.shape)}, not {' or '.join(dtypes)} {list(shape)} = {formula}",
+            "check that the configuration belongs to this checkpoint",
+        )
+
+
+def check_rank_two(checkpoint: Checkpoint, name: str, dtype: str) -> tuple[int, int]:
+    """Return the shape of a matrix.
+
+    Raises:
+        ConvertError: the tensor is not a non-empty matrix of this dtype.
+
+    """
+    info = checkpoint.tensors[name]
+    if info.dtype != dtype or len(info.shape) != 2 or 0 in info.shape:
+        raise ConvertError(name, f"is {info.dtype} {list(info.shape)}, not a {dtype} matrix", "check the checkpoint")
+    return info.shape[0], info.shape[1]
+
+
+def check_scales(name: str, scales: torch.Tensor) -> torch.Tensor:
+    """Return the scales unchanged.
+
+    Raises:
+        ConvertError: one of them is NaN, infinite or negative.
+
+    """
+    if not bool(torch.isfinite(scales).all()):
+        raise ConvertError(name, "holds NaN or infinite scales", "the checkpoint is damaged: download it again")
+    if bool((scales < 0).any()):
+        raise ConvertError(name, "holds negative scales", "the checkpoint is damaged: download it again")
+    return scales
+
+
+def real_zeros(zeros: torch.Tensor) -> torch.Tensor | None:
+    """Return zero-points uint8 [G, N] contiguous, or None where all are 8, that is, where there are none."""
+    return None if bool((zeros == 8).all()) else zeros.contiguous()
+
+
+def real_g_idx(name: str, g_idx: torch.Tensor, group_size: int, groups: int) -> torch.Tensor | None:
+    """Return g_idx int32 [K], or None where it says only k // group_size.
+
+    Raises:
+        ConvertError: an index names no group.
+
+    """
+    if torch.equal(g_idx, torch.arange(g_idx.numel(), dtype=g_idx.dtype) // group_size):
+        return None
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise ConvertError(
+            name, f"names groups {low} … {high}, but there are {groups}", "the checkpoint is damaged: download it again"
+        )
+    return g_idx
+
+
+def unpack_words(words: torch.Tensor) -> torch.Tensor:
+    """Unpack int32 [..., W] into uint8 [..., 8·W] nibbles, low nibble first."""
+    data = words.contiguous().view(torch.uint8)
+    return torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,191 @@
+"""compressed-tensors W4A16 and W4A8 checkpoints, as llm-compressor writes them.
+
+pack-quantized: `weight_packed` int32 [N, K/8] (code + 8), `weight_scale` [N, G], `weight_zero_point` int32
+[N/8, G] packed along N (zero + 8), `weight_shape`. int-quantized: `weight` int8 [N, K], `weight_zero_point` int8
+[N, G]. `weight_g_idx` int32 [K] in files of older versions. Which layer has which scheme: `config_groups`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.layout import pack_rows
+from convert_w4a8.sources.base import (
+    LayerSpec,
+    check_bits,
+    check_rank_two,
+    check_scales,
+    check_tensor,
+    collect_parts,
+    modules_with,
+    real_g_idx,
+    real_zeros,
+    resolve_group_size,
+    setting,
+    unpack_words,
+)
+from convert_w4a8.weights import SYMMETRIC_ZERO, Packing, W4Linear
+
+NAME = "compressed-tensors"
+
+_ROLES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+
+def matches(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of this format."""
+    return quantization_config.get("quant_method") in ("compressed-tensors", "compressed_tensors")
+
+
+def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
+    """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+    config = checkpoint.quantization_config
+    refusals.extend(_unsupported_features(config))
+    layers = []
+    for module in modules_with(checkpoint, "weight_scale"):
+        try:
+            layers.append(_describe(checkpoint, module, _scheme_of(config, module)))
+        except ConvertError as error:
+            refusals.append(error.refusal)
+    return layers
+
+
+def _unsupported_features(config: Mapping[str, Any]) -> Iterable[Refusal]:
+    remedy = "save the model without it"
+    if config.get("transform_config"):
+        yield Refusal(
+            "quantization_config: transform_config", "online rotations cannot be served by this kernel", remedy
+        )
+    sparsity = config.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        yield Refusal("quantization_config: sparsity_config", "sparse weights are not supported", remedy)
+
+
+def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Return the `weights` block of the config group that a module belongs to.
+
+    As in compressed-tensors, a target that names the module wins over a pattern, and a pattern over a class name;
+    the class of a module with quantized weights is taken to be Linear.
+    """
+    best: tuple[int, Mapping[str, Any]] | None = None
+    for group in setting(config, "config_groups", dict, {}).values():
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            continue
+        for target in group.get("targets") or ():
+            rank = _target_rank(str(target), module)
+            if rank and (best is None or rank > best[0]):
+                best = rank, group["weights"]
+    if best is None:
+        raise ConvertError(module, "has quantized weights, but no config group targets it", "repair config_groups")
+    return best[1]
+
+
+def _target_rank(target: str, module: str) -> int:
+    if target.startswith("re:"):
+        return 2 if re.match(target.removeprefix("re:"), module) else 0
+    if target == module:
+        return 3
+    return 1 if target == "Linear" else 0
+
+
+def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) -> LayerSpec:
+    check_bits(module, scheme.get("num_bits"))
+    if scheme.get("type", "int") != "int":
+        raise ConvertError(module, f"has {scheme['type']} weights, not INT4", "only integer weights can be converted")
+    parts = collect_parts(checkpoint, module, _ROLES)
+    packed = "weight_packed" in parts
+    if packed:
+        out_features, words = check_rank_two(checkpoint, parts["weight_packed"], "I32")
+        in_features = words * 8
+    elif "weight" in parts:
+        out_features, in_features = check_rank_two(checkpoint, parts["weight"], "I8")
+    else:
+        raise ConvertError(module, "has a weight_scale but no weight", "download or write the checkpoint again")
+    group_size = _group_size(module, scheme, in_features)
+    groups = in_features // group_size
+    check_tensor(checkpoint, parts["weight_scale"], ("F16", "BF16", "F32"), (out_features, groups), "[N, K/group_size]")
+    if "weight_zero_point" in parts:
+        if packed:
+            check_tensor(checkpoint, parts["weight_zero_point"], ("I32",), (-(-out_features // 8), groups), "[N/8, G]")
+        else:
+            check_tensor(checkpoint, parts["weight_zero_point"], ("I8",), (out_features, groups), "[N, G]")
+    elif not scheme.get("symmetric", True):
+        raise ConvertError(f"{module}.weight_zero_point", "is missing", "download or write the checkpoint again")
+    if "weight_g_idx" in parts:
+        check_tensor(checkpoint, parts["weight_g_idx"], ("I32",), (in_features,), "[K]")
+    if "weight_shape" in parts:
+        check_tensor(checkpoint, parts["weight_shape"], ("I64", "I32"), (2,), "[N, K]")
+    return LayerSpec(
+        name=module,
+        out_features=out_features,
+        in_features=in_features,
+        group_size=group_size,
+        symmetric="weight_zero_point" not in parts,
+        act_order="weight_g_idx" in parts,
+        parts=parts,
+    )
+
+
+def _group_size(module: str, scheme: Mapping[str, Any], in_features: int) -> int:
+    match scheme.get("strategy") or ("group" if scheme.get("group_size") else "channel"):
+        case "channel":
+            return in_features
+        case "group":
+            return resolve_group_size(module, setting(scheme, "group_size", int, 128), in_features)
+        case strategy:
+            raise ConvertError(module, f"strategy {strategy!r} is not supported", "use strategy group or channel")
+
+
+def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+    """Read one layer's tensors.
+
+    Raises:
+        ConvertError: a tensor's content contradicts the headers.
+
+    """
+    parts = spec.parts
+    if "weight_shape" in parts:
+        shape = tuple(checkpoint.read(parts["weight_shape"]).tolist())
+        if shape != (spec.out_features, spec.in_features):
+            raise ConvertError(
+                parts["weight_shape"],
+                f"says {list(shape)}, the packed weight has {[spec.out_features, spec.in_features]}",
+                "the checkpoint is damaged: download it again",
+            )
+    if "weight_packed" in parts:
+        packed = checkpoint.read(parts["weight_packed"])
+    else:
+        packed = pack_rows(_unsigned(parts["weight"], checkpoint.read(parts["weight"])))
+    zeros = g_idx = None
+    if "weight_zero_point" in parts:
+        zeros = real_zeros(_read_zeros(checkpoint, spec))
+    if "weight_g_idx" in parts:
+        name = parts["weight_g_idx"]
+        g_idx = real_g_idx(name, checkpoint.read(name), spec.group_size, spec.in_features // spec.group_size)
+    scales = check_scales(parts["weight_scale"], checkpoint.read(parts["weight_scale"]))
+    return W4Linear(packed, Packing.ROWS, scales.t().contiguous(), zeros, g_idx, spec.group_size)
+
+
+def _read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor:
+    """Return the zero-points uint8 [G, N]."""
+    name = spec.parts["weight_zero_point"]
+    stored = checkpoint.read(name)
+    if stored.dtype == torch.int8:
+        return _unsigned(name, stored).t()
+    return unpack_words(stored.t())[:, : spec.out_features]
+
+
+def _unsigned(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Return signed 4-bit values as unsigned codes, uint8.
+
+    Raises:
+        ConvertError: a value is outside −8 … 7.
+
+    """
+    codes = (values + SYMMETRIC_ZERO).view(torch.uint8)
+    if bool((codes > 15).any()):
+        raise ConvertError(name, "holds values outside −8 … 7", "the layer is not quantized to 4 bits")
+    return codes

@@ -1,0 +1,125 @@
+"""GPTQ as AutoGPTQ, GPTQModel and optimum write it, `checkpoint_format` gptq (v1) and gptq_v2.
+
+`qweight` int32 [K/8, N], `qzeros` int32 [G, N/8], `scales` [G, N], `g_idx` int32 [K]. Version 1 stores each
+zero-point less one, subtracted from the packed word as a whole: a zero-point of 0 borrows from its neighbour, so
+the 1 must be added to the word as well (0x11111111, modulo 2³²). Nothing in the tensors tells v1 from v2.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.sources.base import (
+    LayerSpec,
+    check_bits,
+    check_rank_two,
+    check_scales,
+    check_tensor,
+    collect_parts,
+    modules_with,
+    real_g_idx,
+    real_zeros,
+    resolve_group_size,
+    setting,
+    unpack_words,
+)
+from convert_w4a8.weights import Packing, W4Linear
+
+NAME = "gptq"
+
+_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+_ONE_IN_EVERY_NIBBLE = 0x11111111
+
+
+def matches(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of this format."""
+    return quantization_config.get("quant_method") == "gptq"
+
+
+def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
+    """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+    config = checkpoint.quantization_config
+    stored_format = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if stored_format not in _ZERO_OFFSETS:
+        refusals.append(
+            Refusal(
+                "quantization_config: checkpoint_format",
+                f"is {stored_format!r}",
+                "save the model in one of " + ", ".join(_ZERO_OFFSETS),
+            )
+        )
+        return []
+    layers = []
+    for module in modules_with(checkpoint, "qweight"):
+        try:
+            layers.append(_describe(checkpoint, module, _overridden(config, module), _ZERO_OFFSETS[stored_format]))
+        except ConvertError as error:
+            refusals.append(error.refusal)
+    return layers
+
+
+def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Apply GPTQModel's `dynamic`: the first pattern that matches a module's name overrides the configuration.
+
+    A pattern may begin with "+:"; one that begins with "-:" excludes modules, which then have no qweight.
+    """
+    dynamic = setting(config, "dynamic", dict, {})
+    for pattern, overrides in dynamic.items():
+        if pattern.startswith("-:"):
+            continue
+        try:
+            matched = re.match(pattern.removeprefix("+:"), module)
+        except re.error as error:
+            raise ConvertError(
+                "quantization_config: dynamic",
+                f"{pattern!r} is not a regular expression ({error})",
+                "repair the pattern",
+            ) from error
+        if matched:
+            return {**config, **overrides}
+    return config
+
+
+def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], zero_offset: int) -> LayerSpec:
+    check_bits(module, config.get("bits", 4))
+    words, out_features = check_rank_two(checkpoint, f"{module}.qweight", "I32")
+    in_features = words * 8
+    group_size = resolve_group_size(module, setting(config, "group_size", int, 128), in_features)
+    groups = in_features // group_size
+    if out_features % 8:
+        raise ConvertError(module, f"out_features = {out_features} is not a multiple of 8", "check the checkpoint")
+    check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
+    check_tensor(checkpoint, f"{module}.scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
+    parts = collect_parts(checkpoint, module, ("qweight", "qzeros", "scales", "g_idx"))
+    if "g_idx" in parts:
+        check_tensor(checkpoint, parts["g_idx"], ("I32",), (in_features,), "[K]")
+    return LayerSpec(
+        name=module,
+        out_features=out_features,
+        in_features=in_features,
+        group_size=group_size,
+        symmetric=setting(config, "sym", bool, default=True),
+        act_order=setting(config, "desc_act", bool, default=False) and "g_idx" in parts,
+        parts=parts,
+        zero_offset=zero_offset,
+    )
+
+
+def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+    """Read one layer's tensors."""
+    qzeros = checkpoint.read(spec.parts["qzeros"])
+    zeros = unpack_words(qzeros + spec.zero_offset * _ONE_IN_EVERY_NIBBLE)  # int32 addition wraps around
+    g_idx = None
+    if "g_idx" in spec.parts:
+        name = spec.parts["g_idx"]
+        g_idx = real_g_idx(name, checkpoint.read(name), spec.group_size, qzeros.shape[0])
+    return W4Linear(
+        packed=checkpoint.read(spec.parts["qweight"]),
+        packing=Packing.GPTQ,
+        scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
+        zeros=real_zeros(zeros),
+        g_idx=g_idx,
+        group_size=spec.group_size,
+    )
