@@ -1,0 +1,99 @@
+"""The squared error of a group as a function of its FP8 scale, in closed form.
+
+A group with scale s, whose code magnitude m = 1 … 8 occurs with frequency h[m], gets the table entries C·q(f·m):
+C the channel scale, f the FP8 group scale, q the rounding to E4M3. With x = |s|/C, error and energy per weight are
+
+    Σ h[m]·(s·m − C·q(f·m))² = C²·(A[f] − 2·x·B[f] + x²·H),   s²·H
+    A[f] = Σ h[m]·q(f·m)²,  B[f] = Σ h[m]·m·q(f·m),  H = Σ h[m]·m²
+
+A and B are tables over the FP8 values, and for each f the error less x²·H is a straight line in x. The best f is
+therefore the lower envelope of at most 103 lines: piecewise constant in x with exact thresholds, so one binary search
+a group finds the global optimum, subnormals included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from convert_w4a8.scales import CODE_MAX, E4M3, SCALE_MAX, to_e4m3
+
+_FINITE = 127
+"""Bit patterns 0 … 126 are the non-negative finite E4M3 values, in increasing order."""
+
+
+def magnitude_weights(histogram: torch.Tensor) -> torch.Tensor:
+    """Fold frequencies of the unsigned codes u = 0 … 15, [..., 16], into those of the magnitudes 1 … 8, [..., 8].
+
+    The value of a code is u − 8; zeros cost nothing, whatever the scale.
+    """
+    weights = histogram[..., :CODE_MAX].flip(-1).clone()
+    weights[..., : CODE_MAX - 1] += histogram[..., CODE_MAX + 1 :]
+    return weights
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """What the error of a group needs to know of each FP8 scale f, for one set of magnitude weights.
+
+    The form is (x − f)²·H − 2·(x − f)·D1[f] + D2[f] with the entries' own rounding d = q(f·m) − f·m,
+    D1 = Σ h·m·d, D2 = Σ h·d²: the same polynomial, without the cancellation that float32 would not survive.
+
+    values, d1, d2: float32 [127], indexed by the bits of f.
+    thresholds: float32 [L − 1], ascending, and winners int64 [L]: between two thresholds in x one f is best.
+    energy: H, a float.
+    """
+
+    values: torch.Tensor
+    d1: torch.Tensor
+    d2: torch.Tensor
+    thresholds: torch.Tensor
+    winners: torch.Tensor
+    energy: float
+
+    def best(self, x: torch.Tensor) -> torch.Tensor:
+        """Return int64 bits of the FP8 scale up to 56 with the smallest error at each x ≥ 0."""
+        return self.winners[torch.bucketize(x, self.thresholds)]
+
+    def error(self, x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        """Return the squared error a weight in units of C², float32, of the FP8 scale with these bits at each x ≥ 0."""
+        d = x - self.values[bits]
+        return d * (d * self.energy - 2 * self.d1[bits]) + self.d2[bits]
+
+
+def error_table(weights: torch.Tensor, device: torch.device) -> ErrorTable:
+    """Build the error table of magnitude weights [8] on a device. Cheap: 127 × 8 entries, 103 lines."""
+    m = torch.arange(1, CODE_MAX + 1, dtype=torch.float64)
+    h = weights.to("cpu", torch.float64)
+    values = torch.arange(_FINITE, dtype=torch.uint8).view(E4M3).double()
+    entries = to_e4m3(values[:, None] * m).double()
+    d = entries - values[:, None] * m
+    fits = values <= SCALE_MAX
+    winners, thresholds = _lower_envelope((entries.square() @ h)[fits].tolist(), (entries @ (h * m))[fits].tolist())
+    return ErrorTable(
+        values=values.float().to(device),
+        d1=(d @ (h * m)).float().to(device),
+        d2=(d.square() @ h).float().to(device),
+        thresholds=torch.tensor(thresholds, dtype=torch.float32, device=device),
+        winners=torch.tensor(winners, dtype=torch.int64, device=device),
+        energy=float(h @ m.square()),
+    )
+
+
+def _lower_envelope(a: list[float], b: list[float]) -> tuple[list[int], list[float]]:
+    """Return which lines a[i] − 2·x·b[i] (b ascending) are lowest for some x ≥ 0, and the x where one follows another."""
+    lines, starts = [0], [0.0]
+    for i in range(1, len(a)):
+        while lines:
+            j = lines[-1]
+            # Equal slopes (no weight on the entries that differ): only the lower line can win; the first if both are.
+            start = (a[i] - a[j]) / (2 * (b[i] - b[j])) if b[i] > b[j] else (float("inf") if a[i] >= a[j] else -1.0)
+            if start > starts[-1]:
+                break
+            lines.pop()
+            starts.pop()
+        else:
+            start = 0.0
+        if start < float("inf"):
+            lines.append(i)
+            starts.append(start)
+    return lines, starts[1:]

@@ -1,0 +1,56 @@
+"""Group scales → FP8 group scales and FP32 channel scales: vLLM's own arithmetic, bit for bit.
+
+A group scale f is stored with 1/8 inside, so that |f·v| ≤ 448 for every code v in −8 … 7: no table entry can clip.
+Better choices of f and of the channel scale than vLLM's are in `search.py`.
+"""
+
+import torch
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+CODE_MAX = 8
+"""The largest magnitude of a code: that of minus eight."""
+SCALE_MAX = E4M3_MAX / CODE_MAX
+"""The largest FP8 group scale: 8·56 = 448."""
+CHANNEL_FLOOR = 1 / (E4M3_MAX * 512)
+"""vLLM's floor of c = amax/448. A channel whose largest group scale is below 1/512 loses range there."""
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest float8_e4m3fn (ties to even), saturating at ±448."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def check_finite(scales: torch.Tensor) -> None:
+    """Raise ValueError where a scale is infinite or NaN: the E4M3 cast would make a number of it."""
+    # A sum is finite only if its terms are, and is cheaper than isfinite().all(); float64, so that it cannot overflow.
+    if not torch.isfinite(scales.sum(dtype=torch.float64)):
+        bad = scales.numel() - int(torch.isfinite(scales).sum())
+        raise ValueError(f"{bad} of {scales.numel()} group scales are not finite")
+
+
+def quantize_reference(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize group scales as vLLM 0.25 … 0.33 does at load ("column" quantization), bit for bit.
+
+        c[n] = max(amax_g |s[g, n]| / 448, 1 / (448·512))
+        f[g, n] = e4m3(e4m3(s[g, n] / c[n]) / 8),  channel[n] = 8·c[n]
+
+    scales: float16, bfloat16 or float32 [G, N]; their stored values are used. Signs are kept.
+    Returns (float8_e4m3fn [G, N], float32 [N]). Raises ValueError on a scale that is not finite.
+    """
+    check_finite(scales)
+    s = scales.float()
+    c = (s.abs().amax(dim=0) / E4M3_MAX).clamp(min=CHANNEL_FLOOR)
+    f = to_e4m3(to_e4m3(s / c).float() / CODE_MAX)
+    return f, c * CODE_MAX
+
+
+def quantize_naive(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cast group scales to FP8 as they are, with channel scales of 1: the baseline to compare with, not a mode.
+
+    Scales of real models fall into the subnormals, where few distinct values are left.
+    Same arguments, results and errors as `quantize_reference`. Saturates at ±56, so that no entry can clip.
+    """
+    check_finite(scales)
+    f = scales.float().clamp(-SCALE_MAX, SCALE_MAX).to(E4M3)
+    return f, torch.ones(scales.shape[1], dtype=torch.float32, device=scales.device)
