@@ -1,4 +1,4 @@
-"""What every test needs before it is imported: the Triton interpreter, Hypothesis profiles, the shared data."""
+"""What every test needs before its import: the Triton interpreter, Hypothesis profiles, the shared data."""
 
 import os
 import sys
@@ -22,21 +22,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=25, derandomize="CI" in os.environ, print_blob=True
 )
-hypothesis.settings.register_profile(
-    "thorough", parent=hypothesis.settings.get_profile("default"), max_examples=500
-)
+hypothesis.settings.register_profile("thorough", parent=hypothesis.settings.get_profile("default"), max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_configure() -> None:
-    """Give each xdist worker one core: several pools of threads on the same cores only wait for each other."""
+    """Give each xdist worker one core: thread pools that share cores only wait for each other."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Directory of golden vectors and real checkpoints, beside the repository; the test is skipped without it."""
+    """Golden vectors and real checkpoints, in a directory beside the repository; skips without it."""
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED.name}/ directory beside the repository (golden vectors, real checkpoints)")
     return SHARED
