@@ -1,0 +1,90 @@
+"""What depends on vLLM's version and on the GPU, in one place.
+
+Run with vLLM 0.25.1; held against the sources of 0.33.0 by tests/test_vllm_contract.py. Between the two, these changed
+and are avoided rather than branched on:
+
+- `oracle/w4a8.py` (0.33 added `backend`, `layer`, `group_size`, and a second backend whose weights look different): the
+  kernel is put together here from the parts that the oracle uses, which did not change.
+- `MPLinearLayerConfig` and `_get_weight_params` (act-order dropped in 0.33): the op is called directly.
+- `resolve_quant_method` wraps `get_quant_method`: `QuantizationConfig` is subclassed, not imitated.
+- `FusedMoE` became `FusedMoEFactory`: layers are recognized as `RoutedExperts`, a class in both.
+- `replace_parameter` renamed its third argument: it is passed by position.
+- `FusedMoEMethodBase.select_gemm_impl` and `maybe_make_prepare_finalize` are gone: `moe_kernel` is set.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from convert_w4a8.vllm_plugin.format import METHOD, refusal
+from convert_w4a8.weights import GROUP_SIZE
+
+TESTED = ("0.25.1", "0.33.0")
+"""The oldest and the newest vLLM that this plugin was checked with."""
+
+
+def untested(version: str) -> str | None:
+    """Return what to tell a user whose vLLM is outside the tested range; None inside it."""
+    number = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    release = tuple(map(int, number.groups())) if number else (0, 0, 0)
+    oldest, newest = (tuple(map(int, end.split("."))) for end in TESTED)
+    if oldest <= release <= newest:
+        return None
+    return f"{METHOD}: vLLM {version} is untested; the plugin was tested with vLLM {TESTED[0]} to {TESTED[1]}"
+
+
+def require_hopper() -> None:
+    """Raise ValueError, in one line, on a GPU that is not of compute capability 9.0.
+
+    `get_min_capability` alone would let Blackwell through, for which CUTLASS has no such kernel. A process without a
+    GPU (a launcher) passes; its workers are asked again.
+    """
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    capability = current_platform.get_device_capability()
+    if capability is not None and tuple(capability) != (9, 0):
+        raise refusal(
+            f"GPU of compute capability {capability[0]}.{capability[1]}",
+            "vLLM's W4A8 kernels exist for 9.0 (Hopper: H100, H200, GH200) only",
+            "serve it on a Hopper GPU, or serve the W4A16 source checkpoint here",
+        )
+
+
+def require_moe_support(moe_config: Any, name: str) -> None:
+    """Raise ValueError, in one line, where vLLM's W4A8 experts do not support how a MoE layer is to be run."""
+    from vllm.model_executor.layers.fused_moe import FusedMoEActivationFormat  # noqa: PLC0415
+    from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8  # noqa: PLC0415
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: PLC0415
+        kFp8DynamicTokenSym,
+        kInt4Static,
+    )
+
+    batched = moe_config.moe_parallel_config.use_batched_activation_format
+    layout = FusedMoEActivationFormat.BatchedExperts if batched else FusedMoEActivationFormat.Standard
+    supported, reason = CutlassExpertsW4A8Fp8.is_supported_config(
+        CutlassExpertsW4A8Fp8, moe_config, kInt4Static, kFp8DynamicTokenSym, layout
+    )
+    if not supported:
+        raise refusal(name, f"vLLM's W4A8 experts refuse this deployment ({reason})", "change that option of vLLM")
+
+
+def make_moe_kernel(moe_config: Any, quant_config: Any, layouts: Sequence[Any], routing_tables: Any) -> Any:
+    """Return the `FusedMoEKernel` that vLLM's own W4A8 method builds for a MoE layer.
+
+    layouts: CUTLASS's int32 [experts, 3] layouts of the w13 and the w2 weights.
+    """
+    from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize  # noqa: PLC0415
+    from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8  # noqa: PLC0415
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel  # noqa: PLC0415
+
+    prepare_finalize = maybe_make_prepare_finalize(
+        moe=moe_config, quant_config=quant_config, routing_tables=routing_tables, allow_new_interface=True
+    )
+    experts = CutlassExpertsW4A8Fp8(
+        moe_config=moe_config,
+        quant_config=quant_config,
+        b_strides1=layouts[0],
+        b_strides2=layouts[1],
+        group_size=GROUP_SIZE,
+    )
+    return FusedMoEKernel(prepare_finalize, experts)

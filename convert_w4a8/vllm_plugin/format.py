@@ -1,0 +1,106 @@
+"""The `quantization_config` block of a `w4a8_lut` checkpoint, as docs/format.md specifies it. Needs no vLLM."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from convert_w4a8.errors import Refusal
+from convert_w4a8.weights import GROUP_SIZE
+
+METHOD = "w4a8_lut"
+"""`quant_method` in config.json."""
+VERSION = 1
+"""The newest version of the format that is understood here."""
+LAYOUT = "cutlass_sm90_16x32"
+"""The one order of `weight_packed` that the kernel takes."""
+
+
+class Tables(StrEnum):
+    """Which tensor holds a layer's FP8 tables."""
+
+    SCALE = "scale"
+    """`weight_scale` [K/128, N], expanded to eight entries per scale at load."""
+    ENTRIES = "entries"
+    """`weight_lut` [K/128, 8·N], the entries themselves."""
+
+
+def refusal(subject: str, reason: str, remedy: str) -> ValueError:
+    """Return the error for something that cannot be served, as one line.
+
+    A ValueError, not a ConvertError: vLLM sends exceptions between its processes, and pydantic shows only these.
+    """
+    return ValueError(f"{METHOD}: {Refusal(subject, reason, remedy)}")
+
+
+@dataclass(frozen=True)
+class LutFormat:
+    """What a reader needs to know of the block.
+
+    ignore: exact names of the linear modules that are not quantized; every other one is.
+    """
+
+    tables: Tables
+    ignore: frozenset[str]
+
+    @classmethod
+    def parse(cls, block: Mapping[str, Any]) -> "LutFormat":
+        """Read the block; ValueError, in one line, where this version of the plugin cannot serve it."""
+        version = block.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise _refuse_field("version", version, f"an integer from 1 to {VERSION}")
+        if version > VERSION:
+            raise refusal(
+                "quantization_config.version",
+                f"the checkpoint has format version {version}, this plugin reads up to {VERSION}",
+                "upgrade it: pip install -U w4a8-convert",
+            )
+        for field, known in (("layout", LAYOUT), ("bits", 4), ("group_size", GROUP_SIZE)):
+            if block.get(field) != known:
+                raise _refuse_field(field, block.get(field), repr(known))
+        tables = block.get("tables")
+        if tables not in tuple(Tables):
+            raise _refuse_field("tables", tables, " or ".join(repr(str(known)) for known in Tables))
+        return cls(Tables(tables), frozenset(block.get("ignore") or ()))
+
+    def renamed(self, rename: Callable[[list[str]], list[str]]) -> "LutFormat":
+        """Apply a renaming of tensors (`WeightsMapper.apply_list`) to the module names.
+
+        Mappers are written for tensor names, and some patterns end in a dot, so each module is renamed by way of its
+        `.weight`. Modules that the mapper drops are dropped.
+        """
+        tensors = rename([f"{name}.weight" for name in sorted(self.ignore)])
+        return replace(self, ignore=frozenset(name.rpartition(".")[0] for name in tensors))
+
+    def is_ignored(self, module: str, fused: Mapping[str, Sequence[str]]) -> bool:
+        """Return whether a linear module, perhaps a fused one, is not quantized.
+
+        fused: vLLM's `packed_modules_mapping`, from the last part of a fused name to those of its shards.
+        Raises ValueError where some shards of a fused module are quantized and others are not.
+        """
+        parent, _, leaf = module.rpartition(".")
+        shards = [f"{parent}.{shard}" if parent else shard for shard in fused.get(leaf, [leaf])]
+        return module in self.ignore or self._all_ignored(module, shards)
+
+    def are_experts_ignored(self, module: str, experts: int, projections: Sequence[str]) -> bool:
+        """Return whether the experts `MODULE.E.PROJECTION` of a MoE layer are not quantized; ValueError if mixed."""
+        names = [f"{module}.{expert}.{projection}" for expert in range(experts) for projection in projections]
+        return module in self.ignore or self._all_ignored(module, names)
+
+    def _all_ignored(self, module: str, parts: Sequence[str]) -> bool:
+        plain = [part for part in parts if part in self.ignore]
+        if plain and len(plain) < len(parts):
+            raise refusal(
+                module,
+                f"{len(plain)} of the {len(parts)} layers that vLLM fuses here are unquantized (first: {plain[0]})",
+                "convert it again with all or none of them quantized",
+            )
+        return bool(plain)
+
+
+def _refuse_field(field: str, value: object, known: str) -> ValueError:
+    return refusal(
+        f"quantization_config.{field}",
+        f"{value!r} is not {known}",
+        "convert the source checkpoint again, or upgrade the plugin: pip install -U w4a8-convert",
+    )

@@ -1,0 +1,128 @@
+"""Dense layers: parameters that vLLM's loaders can slice, and the same op call that stock W4A8 makes."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+from vllm.model_executor.utils import replace_parameter
+
+from convert_w4a8.layout import lut_shape
+from convert_w4a8.tables import expand_tables
+from convert_w4a8.vllm_plugin import compat, partition
+from convert_w4a8.vllm_plugin.format import Tables, refusal
+from convert_w4a8.weights import GROUP_SIZE
+
+
+class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """Loads and runs one linear layer of a `w4a8_lut` checkpoint."""
+
+    def __init__(self, tables: Tables) -> None:
+        compat.require_hopper()
+        self.tables = tables
+        self.table_name = "weight_scale" if tables is Tables.SCALE else "weight_lut"
+        self.quant_fp8 = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+
+    def create_weights(  # noqa: PLR0917
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,  # noqa: ARG002 (the signature is vLLM's)
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register this rank's `weight_packed`, `weight_scale` or `weight_lut`, and `weight_chan_scale`."""
+        part = partition.Partition(input_size_per_partition, tuple(output_partition_sizes))
+        partition.check(layer.prefix, part, layer.tp_size, _other_sizes(layer, input_size, part))
+        if params_dtype is not torch.bfloat16:
+            raise refusal(
+                layer.prefix, f"its dtype is {params_dtype}", "the kernel writes bfloat16: set --dtype bfloat16"
+            )
+        k, n = part.k, sum(part.shards)
+        loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
+        layer.register_parameter("weight_packed", _packed(torch.empty(lut_shape(n, k), dtype=torch.int32), 4, loader))
+        if self.tables is Tables.SCALE:
+            scale = torch.empty(k // GROUP_SIZE, n, dtype=torch.float8_e4m3fn)
+            parameter = GroupQuantScaleParameter(data=scale, input_dim=0, output_dim=1, weight_loader=loader)
+        else:
+            parameter = _packed(torch.empty(k // GROUP_SIZE, 8 * n, dtype=torch.float8_e4m3fn), 8, loader)
+        layer.register_parameter(self.table_name, parameter)
+        channel = torch.empty(n, dtype=torch.float32)
+        layer.register_parameter(
+            "weight_chan_scale", ChannelQuantScaleParameter(data=channel, output_dim=0, weight_loader=loader)
+        )
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device."""
+        packed = layer.weight_packed.data
+        # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
+        replace_parameter(layer, "weight_packed", packed.view(-1, packed.shape[1] // 4))
+        table = getattr(layer, self.table_name).data
+        if self.tables is Tables.SCALE:
+            table = expand_tables(table)
+        replace_parameter(layer, self.table_name, table.flatten())
+        replace_parameter(layer, "weight_chan_scale", layer.weight_chan_scale.data)
+
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N]. The ops, and their order, are stock W4A8's."""
+        tokens, token_scales = self.quant_fp8(x.reshape(-1, x.shape[-1]))
+        output: torch.Tensor = ops.cutlass_w4a8_mm(
+            a=tokens,
+            b_q=layer.weight_packed,
+            b_group_scales=getattr(layer, self.table_name),
+            b_group_size=GROUP_SIZE,
+            a_token_scales=token_scales,
+            b_channel_scales=layer.weight_chan_scale,
+        )
+        if bias is not None:
+            output.add_(bias)
+        return output.reshape(*x.shape[:-1], output.shape[-1])
+
+
+register_weight_loader_v2_supported_method(W4A8LutLinearMethod)
+
+
+def _packed(data: torch.Tensor, columns_per_channel: int, loader: Callable[..., None]) -> PackedvLLMParameter:
+    """Return a parameter [K', columns_per_channel·N] that vLLM slices along both dimensions."""
+    factor = Fraction(1, columns_per_channel)
+    return PackedvLLMParameter(
+        data=data, input_dim=0, output_dim=1, packed_dim=1, packed_factor=factor, weight_loader=loader
+    )
+
+
+def _other_sizes(
+    layer: LinearBase, input_size: int, part: partition.Partition
+) -> Callable[[int], partition.Partition | None]:
+    """Return a function from a tensor-parallel size to what one rank would hold of the layer."""
+
+    def at(tp: int) -> partition.Partition | None:
+        if isinstance(layer, ReplicatedLinear) or layer.disable_tp:
+            return part
+        if isinstance(layer, QKVParallelLinear):
+            sizes = (layer.head_size, layer.v_head_size)
+            return partition.qkv(input_size, layer.total_num_heads, layer.total_num_kv_heads, sizes, tp)
+        if isinstance(layer, RowParallelLinear):
+            return partition.rows(input_size, part.shards, tp)
+        merged = isinstance(layer, MergedColumnParallelLinear)
+        return partition.columns(input_size, tuple(layer.output_sizes) if merged else (layer.output_size,), tp)
+
+    return at

@@ -1,0 +1,148 @@
+"""Experts: parameters that vLLM's MoE loader can slice, and vLLM's own W4A8 experts to run them."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import int4_w4afp8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+
+from convert_w4a8.layout import lut_shape
+from convert_w4a8.tables import expand_tables
+from convert_w4a8.vllm_plugin import compat, partition
+from convert_w4a8.vllm_plugin.format import Tables
+from convert_w4a8.weights import GROUP_SIZE
+
+
+class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """Loads and runs the experts of one MoE layer of a `w4a8_lut` checkpoint.
+
+    The loader looks at this class's name: it must contain neither "ModelOpt" nor "compressed".
+    """
+
+    def __init__(self, moe: Any, tables: Tables, name: str) -> None:
+        super().__init__(moe)
+        compat.require_hopper()
+        compat.require_moe_support(moe, name)
+        self.tables = tables
+        self.table_name = "weight_scale" if tables is Tables.SCALE else "weight_lut"
+        self.experts_cls = CutlassExpertsW4A8Fp8
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,  # noqa: ARG002 (the signature is vLLM's)
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register `w13_*` (gate and up) and `w2_*` (down) of this rank's experts, [experts, …] each.
+
+        They start as zeros, since vLLM may pad the hidden size: a zero nibble is the code 0.
+        """
+        full = self.moe.intermediate_size
+        partition.check(
+            layer.layer_name,
+            partition.ExpertPartition(hidden_size, intermediate_size_per_partition),
+            self.moe.tp_size,
+            lambda tp: (
+                None if (part := partition.divided(full, tp)) is None else partition.ExpertPartition(hidden_size, part)
+            ),
+        )
+        group, channel = (FusedMoeWeightScaleSupported[kind].value for kind in ("GROUP", "CHANNEL"))
+        sizes = {
+            "w13": (2 * intermediate_size_per_partition, hidden_size),
+            "w2": (hidden_size, intermediate_size_per_partition),
+        }
+        for w, (n, k) in sizes.items():
+            columns = n if self.tables is Tables.SCALE else 8 * n
+            tensors = {
+                "weight_packed": (lut_shape(n, k), torch.int32, {"is_transposed": True}),
+                self.table_name: (
+                    (k // GROUP_SIZE, columns),
+                    torch.float8_e4m3fn,
+                    {"is_transposed": True, "quant_method": group},
+                ),
+                # Not transposed: the loader would look for a second dimension.
+                "weight_chan_scale": ((n,), torch.float32, {"quant_method": channel}),
+            }
+            for name, (shape, dtype, attributes) in tensors.items():
+                parameter = torch.nn.Parameter(torch.zeros(num_experts, *shape, dtype=dtype), requires_grad=False)
+                layer.register_parameter(f"{w}_{name}", parameter)
+                set_weight_attrs(parameter, extra_weight_attrs | attributes)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device."""
+        layouts = []
+        for w in ("w13", "w2"):
+            packed = getattr(layer, f"{w}_weight_packed").data
+            experts, n, k = packed.shape[0], packed.shape[2] // 4, packed.shape[1] * 32
+            # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
+            replace_parameter(layer, f"{w}_weight_packed", packed.view(experts, n, k // 8))
+            table = getattr(layer, f"{w}_{self.table_name}").data
+            if self.tables is Tables.SCALE:
+                table = expand_tables(table.view(-1, n))
+            replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
+            layouts.append(_cutlass_layout(n, k, packed.device).repeat(experts, 1))
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self.moe_kernel = compat.make_moe_kernel(
+            self.moe,
+            self.moe_quant_config,
+            layouts,
+            routing_tables=layer._expert_routing_tables(),  # noqa: SLF001
+        )
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
+        """Return the scales in the form that vLLM's experts take them."""
+        return int4_w4afp8_moe_quant_config(
+            w1_scale=getattr(layer, f"w13_{self.table_name}"),
+            w2_scale=getattr(layer, f"w2_{self.table_name}"),
+            g1_alphas=layer.w13_weight_chan_scale,
+            g2_alphas=layer.w2_weight_chan_scale,
+            per_act_token_quant=True,
+            per_out_ch_quant=True,
+        )
+
+    def apply(  # noqa: PLR0917
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> Any:
+        """Run the routed experts on bfloat16 [tokens, hidden]."""
+        return self.moe_kernel.apply(
+            hidden_states=x,
+            w1=layer.w13_weight_packed,
+            w2=layer.w2_weight_packed,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
+
+    @property
+    def supports_eplb(self) -> bool:
+        """Say no to moving experts between ranks while serving, as stock W4A8 does."""
+        return False
+
+
+@cache
+def _cutlass_layout(n: int, k: int, device: torch.device) -> torch.Tensor:
+    """Return CUTLASS's description of one expert's memory order, int32 [1, 3], which the grouped op wants per expert.
+
+    It is opaque (a CuTe layout), so the op that makes it is asked, once per shape, with an expert of no content.
+    """
+    blank = torch.zeros(1, n, k // 8, dtype=torch.int32, device=device)
+    layout: torch.Tensor = ops.cutlass_encode_and_reorder_int4b_grouped(blank)[1]
+    return layout
