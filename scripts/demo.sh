@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set everything up, make a small AWQ checkpoint, convert it, verify the result. Files go to demo/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+.venv/bin/python scripts/make_demo_checkpoint.py demo/tiny-llama-awq
+.venv/bin/w4a8-convert demo/tiny-llama-awq demo/tiny-llama-w4a8 --overwrite
+.venv/bin/w4a8 verify demo/tiny-llama-w4a8 --source demo/tiny-llama-awq
