@@ -93,7 +93,7 @@ class CheckpointWriter:
         if tensor.dtype != TORCH_DTYPES[info.dtype] or tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned {info.dtype} {info.shape}")
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self.write_bytes(name, memoryview(flat.numpy()), 0)
+        self.write_bytes(name, flat.numpy().data, 0)
         self._pending.discard(name)
 
     def write_bytes(self, name: str, data: memoryview, offset: int) -> None:

@@ -8,6 +8,8 @@ gemv, gemv_fast, exllama and marlin are others.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.sources.base import (
@@ -26,6 +28,7 @@ from convert_w4a8.sources.base import (
 from convert_w4a8.weights import Packing, W4Linear
 
 NAME = "awq"
+ROLES = ("qweight", "qzeros", "scales")
 
 # Column c of a word lies in nibble _NIBBLE_OF_COLUMN[c]: the inverse of the order above.
 _NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -70,19 +73,27 @@ def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any]) ->
         group_size=group_size,
         symmetric=not setting(config, "zero_point", bool, default=True),
         act_order=False,
-        parts=collect_parts(checkpoint, module, ("qweight", "qzeros", "scales")),
+        parts=collect_parts(checkpoint, module, ROLES),
     )
+
+
+def read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+    """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
+    qzeros = checkpoint.read(spec.parts["qzeros"])
+    return real_zeros(unpack_words(qzeros).view(*qzeros.shape, 8)[..., _NIBBLE_OF_COLUMN].flatten(-2))
+
+
+def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> None:
+    """Return None: AWQ has no activation order."""
 
 
 def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
     """Read one layer's tensors."""
-    qzeros = checkpoint.read(spec.parts["qzeros"])
-    zeros = unpack_words(qzeros).view(*qzeros.shape, 8)[..., _NIBBLE_OF_COLUMN].flatten(-2)
     return W4Linear(
         packed=checkpoint.read(spec.parts["qweight"]),
         packing=Packing.AWQ,
         scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
-        zeros=real_zeros(zeros),
+        zeros=read_zeros(checkpoint, spec),
         g_idx=None,
         group_size=spec.group_size,
     )

@@ -39,11 +39,21 @@ class Source(Protocol):
     def NAME(self) -> str:  # noqa: N802  (a module constant where it is implemented)
         """Short name, as it appears in reports."""
 
+    @property
+    def ROLES(self) -> tuple[str, ...]:  # noqa: N802
+        """The tensors of a quantized layer, apart from its bias."""
+
     def matches(self, quantization_config: Mapping[str, Any]) -> bool:
         """Whether a quantization_config is of this format."""
 
     def find_layers(self, checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
         """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+
+    def read_zeros(self, checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+        """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
+
+    def read_g_idx(self, checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+        """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
 
     def read_layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
         """Read one layer's tensors."""
@@ -157,15 +167,16 @@ def real_zeros(zeros: torch.Tensor) -> torch.Tensor | None:
     return None if bool((zeros == 8).all()) else zeros.contiguous()
 
 
-def real_g_idx(name: str, g_idx: torch.Tensor, group_size: int, groups: int) -> torch.Tensor | None:
+def real_g_idx(name: str, g_idx: torch.Tensor, spec: LayerSpec) -> torch.Tensor | None:
     """Return g_idx int32 [K], or None where it says only k // group_size.
 
     Raises:
         ConvertError: an index names no group.
 
     """
-    if torch.equal(g_idx, torch.arange(g_idx.numel(), dtype=g_idx.dtype) // group_size):
+    if torch.equal(g_idx, torch.arange(spec.in_features, dtype=g_idx.dtype) // spec.group_size):
         return None
+    groups = spec.in_features // spec.group_size
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise ConvertError(

@@ -32,7 +32,7 @@ from convert_w4a8.weights import SYMMETRIC_ZERO, Packing, W4Linear
 
 NAME = "compressed-tensors"
 
-_ROLES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+ROLES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
 def matches(quantization_config: Mapping[str, Any]) -> bool:
@@ -95,7 +95,7 @@ def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) ->
     check_bits(module, scheme.get("num_bits"))
     if scheme.get("type", "int") != "int":
         raise ConvertError(module, f"has {scheme['type']} weights, not INT4", "only integer weights can be converted")
-    parts = collect_parts(checkpoint, module, _ROLES)
+    parts = collect_parts(checkpoint, module, ROLES)
     packed = "weight_packed" in parts
     if packed:
         out_features, words = check_rank_two(checkpoint, parts["weight_packed"], "I32")
@@ -139,6 +139,23 @@ def _group_size(module: str, scheme: Mapping[str, Any], in_features: int) -> int
             raise ConvertError(module, f"strategy {strategy!r} is not supported", "use strategy group or channel")
 
 
+def read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+    """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
+    name = spec.parts.get("weight_zero_point")
+    if name is None:
+        return None
+    stored = checkpoint.read(name)
+    if stored.dtype == torch.int8:
+        return real_zeros(_unsigned(name, stored).t())
+    return real_zeros(unpack_words(stored.t())[:, : spec.out_features])
+
+
+def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+    """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
+    name = spec.parts.get("weight_g_idx")
+    return None if name is None else real_g_idx(name, checkpoint.read(name), spec)
+
+
 def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
     """Read one layer's tensors.
 
@@ -159,23 +176,14 @@ def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
         packed = checkpoint.read(parts["weight_packed"])
     else:
         packed = pack_rows(_unsigned(parts["weight"], checkpoint.read(parts["weight"])))
-    zeros = g_idx = None
-    if "weight_zero_point" in parts:
-        zeros = real_zeros(_read_zeros(checkpoint, spec))
-    if "weight_g_idx" in parts:
-        name = parts["weight_g_idx"]
-        g_idx = real_g_idx(name, checkpoint.read(name), spec.group_size, spec.in_features // spec.group_size)
-    scales = check_scales(parts["weight_scale"], checkpoint.read(parts["weight_scale"]))
-    return W4Linear(packed, Packing.ROWS, scales.t().contiguous(), zeros, g_idx, spec.group_size)
-
-
-def _read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor:
-    """Return the zero-points uint8 [G, N]."""
-    name = spec.parts["weight_zero_point"]
-    stored = checkpoint.read(name)
-    if stored.dtype == torch.int8:
-        return _unsigned(name, stored).t()
-    return unpack_words(stored.t())[:, : spec.out_features]
+    return W4Linear(
+        packed=packed,
+        packing=Packing.ROWS,
+        scales=check_scales(parts["weight_scale"], checkpoint.read(parts["weight_scale"])).t().contiguous(),
+        zeros=read_zeros(checkpoint, spec),
+        g_idx=read_g_idx(checkpoint, spec),
+        group_size=spec.group_size,
+    )
 
 
 def _unsigned(name: str, values: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.sources.base import (
@@ -28,6 +30,7 @@ from convert_w4a8.sources.base import (
 from convert_w4a8.weights import Packing, W4Linear
 
 NAME = "gptq"
+ROLES = ("qweight", "qzeros", "scales", "g_idx")
 
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 _ONE_IN_EVERY_NIBBLE = 0x11111111
@@ -92,7 +95,7 @@ def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], ze
         raise ConvertError(module, f"out_features = {out_features} is not a multiple of 8", "check the checkpoint")
     check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
     check_tensor(checkpoint, f"{module}.scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
-    parts = collect_parts(checkpoint, module, ("qweight", "qzeros", "scales", "g_idx"))
+    parts = collect_parts(checkpoint, module, ROLES)
     if "g_idx" in parts:
         check_tensor(checkpoint, parts["g_idx"], ("I32",), (in_features,), "[K]")
     return LayerSpec(
@@ -107,19 +110,25 @@ def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], ze
     )
 
 
+def read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+    """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
+    qzeros = checkpoint.read(spec.parts["qzeros"])
+    return real_zeros(unpack_words(qzeros + spec.zero_offset * _ONE_IN_EVERY_NIBBLE))  # int32 addition wraps around
+
+
+def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+    """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
+    name = spec.parts.get("g_idx")
+    return None if name is None else real_g_idx(name, checkpoint.read(name), spec)
+
+
 def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
     """Read one layer's tensors."""
-    qzeros = checkpoint.read(spec.parts["qzeros"])
-    zeros = unpack_words(qzeros + spec.zero_offset * _ONE_IN_EVERY_NIBBLE)  # int32 addition wraps around
-    g_idx = None
-    if "g_idx" in spec.parts:
-        name = spec.parts["g_idx"]
-        g_idx = real_g_idx(name, checkpoint.read(name), spec.group_size, qzeros.shape[0])
     return W4Linear(
         packed=checkpoint.read(spec.parts["qweight"]),
         packing=Packing.GPTQ,
         scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
-        zeros=real_zeros(zeros),
-        g_idx=g_idx,
+        zeros=read_zeros(checkpoint, spec),
+        g_idx=read_g_idx(checkpoint, spec),
         group_size=spec.group_size,
     )

@@ -1,0 +1,232 @@
+"""Command line: parse, call, render, exit. Everything heavy is imported by the command that needs it."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convert_w4a8 import __version__
+from convert_w4a8.errors import PlanError, W4A8Error
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, such as 5GB (powers of 1000) or 512MiB (powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes; a usage error if the value is none."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value.strip())
+        if match is None or float(match["number"]) <= 0:
+            self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
+        base = 1024 if "i" in value.lower() else 1000
+        return int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])
+
+
+class W4A8Command(click.Command):
+    """A command whose user errors become lines on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Errors that are not the user's keep their traceback."""
+        try:
+            return super().invoke(ctx)
+        except PlanError as error:
+            click.echo(f"Error: {len(error.refusals)} obstacles; nothing was written.", err=True)
+            for refusal in error.refusals:
+                click.echo(f"  {refusal}", err=True)
+        except W4A8Error as error:
+            click.echo(f"Error: {error}", err=True)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was written.", err=True)
+            ctx.exit(130)
+        return ctx.exit(1)
+
+
+@contextmanager
+def _progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar in bytes on stderr, if that is a terminal."""
+    from tqdm import tqdm
+
+    hidden = quiet or not sys.stderr.isatty()
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=hidden) as bar:
+        yield bar.update
+
+
+@click.command("convert", cls=W4A8Command)
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["lut", "compressed-tensors"]),
+    default="lut",
+    show_default=True,
+    help="lut: prepacked for our vLLM plugin, nothing is done at start-up. compressed-tensors: for vLLM without it.",
+)
+@click.option(
+    "--scales",
+    type=click.Choice(["reference", "search", "direct"]),
+    default="reference",
+    show_default=True,
+    help="How FP8 scales are chosen. reference: bit for bit as vLLM does at load.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the arithmetic runs."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--asymmetric",
+    type=click.Choice(["requantize", "error"]),
+    default="requantize",
+    show_default=True,
+    help="Layers with zero-points: choose new symmetric codes, or refuse.",
+)
+@click.option(
+    "--act-order",
+    type=click.Choice(["requantize", "error"]),
+    default="error",
+    show_default=True,
+    help="GPTQ layers whose g_idx permutes: choose new codes for contiguous groups, or refuse.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["requantize", "error"]),
+    default="error",
+    show_default=True,
+    help="Group sizes that are no multiple of 128 (32, 64): choose new codes for groups of 128, or refuse.",
+)
+@click.option(
+    "--unsupported",
+    type=click.Choice(["error", "dequantize"]),
+    default="error",
+    show_default=True,
+    help="Layers whose size the kernel cannot take: refuse, or keep them in BF16.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
+@click.version_option(__version__, package_name="w4a8-convert")
+def convert(
+    source: str,
+    out: Path,
+    output_format: str,
+    scales: str,
+    device: str,
+    dry_run: bool,
+    max_shard_size: int,
+    asymmetric: str,
+    act_order: str,
+    group_size: str,
+    unsupported: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Convert a W4A16 checkpoint (AWQ, GPTQ, compressed-tensors) to W4A8 for vLLM on Hopper.
+
+    IN is a local directory or a Hub id, org/name[@revision]. OUT must not exist or be empty; it appears whole or not
+    at all. No GPU is needed.
+    """
+    from convert_w4a8 import render
+    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.convert import check_paths, resolve_device
+    from convert_w4a8.convert import convert as run
+    from convert_w4a8.hub import resolve_input
+    from convert_w4a8.plan import Options, Policy, Unsupported, make_plan
+    from convert_w4a8.quantize import ScalesMode
+
+    options = Options(
+        format=output_format,
+        scales=ScalesMode(scales),
+        asymmetric=Policy(asymmetric),
+        act_order=Policy(act_order),
+        group_size=Policy(group_size),
+        unsupported=Unsupported(unsupported),
+        max_shard_size=max_shard_size,
+    )
+    torch_device = resolve_device(device)
+    checkpoint = open_checkpoint(resolve_input(source))
+    plan = make_plan(checkpoint, options)
+    if not (quiet or as_json):
+        click.echo(render.plan_text(plan))
+    if dry_run:
+        if as_json:
+            _echo_json(render.plan_dict(plan))
+        return
+    check_paths(checkpoint, out, plan, overwrite=overwrite)
+    with _progress(plan.nbytes_in, "convert", quiet=quiet) as update:
+        result = run(checkpoint, plan, out, device=torch_device, overwrite=overwrite, progress=update)
+    if as_json:
+        _echo_json(render.result_dict(result, out))
+    elif not quiet:
+        click.echo(render.result_text(result, out))
+
+
+def _echo_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+@click.group()
+@click.version_option(__version__, package_name="w4a8-convert")
+def main() -> None:
+    """W4A8 checkpoints for vLLM on Hopper: convert, inspect, verify."""
+
+
+main.add_command(convert)
+
+
+@main.command(cls=W4A8Command)
+@click.argument("source", metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def inspect(source: str, as_json: bool) -> None:
+    """Show what a checkpoint holds: format, layers, zero-points, activation order, sizes.
+
+    DIR is a local directory or a Hub id; a W4A16 checkpoint or one that this tool wrote.
+    """
+    from convert_w4a8 import inspection
+    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.hub import resolve_input
+
+    found = inspection.inspect(open_checkpoint(resolve_input(source)))
+    if as_json:
+        _echo_json(inspection.as_dict(found))
+    else:
+        click.echo(inspection.as_text(found))
+
+
+@main.command(cls=W4A8Command)
+@click.argument("out", metavar="OUT")
+@click.option("--source", required=True, metavar="IN", help="The checkpoint that OUT was converted from.")
+@click.option(
+    "--min-sqnr-db",
+    type=float,
+    help="Least SQNR of a layer. [default: 25 where codes are kept, 15 where they are new]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:
+    """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right."""
+    from convert_w4a8 import render
+    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.hub import resolve_input
+    from convert_w4a8.verify import verify as run
+
+    converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
+    with _progress(original.nbytes, "verify", quiet=as_json) as update:
+        verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
+    if as_json:
+        _echo_json(render.verification_dict(verification))
+    else:
+        click.echo(render.verification_text(verification))
+    if verification.problems:
+        click.get_current_context().exit(1)

@@ -1,0 +1,249 @@
+"""The conversion itself: read a layer, quantize its scales, pack it, write it; several layers at a time."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert_w4a8 import __version__
+from convert_w4a8.checkpoint import CONFIG, Checkpoint
+from convert_w4a8.dequantize import dequantize, output_blocks
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
+from convert_w4a8.quantize import LayerStats, to_w4a8
+from convert_w4a8.safetensors_file import read_into
+from convert_w4a8.weights import W4Linear
+from convert_w4a8.writer import CheckpointWriter, check_destination
+
+_CHUNK_BYTES = 8 << 20
+_MAX_WORKERS = 4
+
+Progress = Callable[[int], None]
+"""Called with the number of source bytes that are done with since the last call; from any thread."""
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one quantized layer. `stats` is None where it was kept in BF16."""
+
+    plan: LayerPlan
+    stats: LayerStats | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished conversion: what was done to each layer, bytes read and written, seconds."""
+
+    plan: Plan
+    layers: tuple[LayerResult, ...]
+    seconds: float
+
+    @property
+    def converted(self) -> tuple[tuple[LayerPlan, LayerStats], ...]:
+        """The layers that became W4A8, with their statistics."""
+        return tuple((layer.plan, layer.stats) for layer in self.layers if layer.stats is not None)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `--device` names; `auto` is CUDA where there is one.
+
+    Raises:
+        ConvertError: there is no such device.
+
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConvertError(f"--device {name}", "is not a device", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConvertError(
+            f"--device {name}", f"there are {torch.cuda.device_count()} CUDA devices", "use --device cpu"
+        )
+    return device
+
+
+def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Check that the output can be written at `out`, without touching anything.
+
+    Raises:
+        ConvertError: `out` is taken, overlaps the input, or the disk is too full.
+
+    """
+    source, target = checkpoint.root.resolve(), out.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ConvertError(str(out), "overlaps the input directory", "choose another output path")
+    check_destination(out, overwrite=overwrite)
+    existing = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < plan.disk_nbytes:
+        raise ConvertError(
+            str(out),
+            f"needs {plan.disk_nbytes:,} bytes, the disk has {free:,} free",
+            "free space or choose another disk",
+        )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    *,
+    device: torch.device,
+    overwrite: bool = False,
+    progress: Progress = lambda _nbytes: None,
+) -> Result:
+    """Carry out a plan. `out` appears whole, at the end, or not at all.
+
+    Raises:
+        ConvertError, PlanError: the input, the output path or the options do not allow it.
+
+    """
+    started = time.perf_counter()
+    check_paths(checkpoint, out, plan, overwrite=overwrite)
+    check_tensors(checkpoint, plan)
+    with CheckpointWriter(out, plan.shards, overwrite=overwrite) as writer:
+        work = _Work(checkpoint, plan, writer, device, progress)
+        jobs: list[Callable[[], LayerResult | None]] = [partial(_convert_layer, work, layer) for layer in plan.layers]
+        jobs += [partial(_copy_tensor, work, tensor) for tensor in plan.tensors]
+        with _one_thread_each():
+            results = {result.plan.module: result for result in _run(jobs) if result is not None}
+        layers = tuple(results[layer.module] for layer in plan.layers)
+        for relative in checkpoint.side_files:
+            writer.copy_file(checkpoint.root / relative, relative)
+        writer.write_json(CONFIG, output_config(checkpoint, plan, layers))
+        writer.commit()
+    return Result(plan, layers, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every job of a conversion needs."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    writer: CheckpointWriter
+    device: torch.device
+    progress: Progress
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep torch from using several threads an operation: the layers themselves run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(jobs: Sequence[Callable[[], LayerResult | None]]) -> Iterator[LayerResult | None]:
+    """Run jobs on a few threads, handing out a new one only when one ends; the first error ends all."""
+    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = iter(jobs)
+        running: set[Future[LayerResult | None]] = set()
+        try:
+            while True:
+                while len(running) < workers and (job := next(waiting, None)) is not None:
+                    running.add(pool.submit(job))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _convert_layer(work: _Work, layer: LayerPlan) -> LayerResult:
+    w = work.plan.source.read_layer(work.checkpoint, layer.spec)
+    stats = None
+    if layer.dequantize is not None:
+        _write_dequantized(w, layer, work.writer)
+    else:
+        target = work.plan.target
+        w4a8, stats = to_w4a8(_to(w, work.device), work.plan.options.scales, stock=target.STOCK)
+        for name, tensor in target.encode(layer.module, w4a8).items():
+            work.writer.write(name, tensor)
+    work.progress(sum(work.checkpoint.tensors[name].nbytes for name in layer.spec.parts.values()))
+    return LayerResult(layer, stats)
+
+
+def _to(w: W4Linear, device: torch.device) -> W4Linear:
+    if device.type == "cpu":
+        return w
+    return W4Linear(
+        packed=w.packed.to(device),
+        packing=w.packing,
+        scales=w.scales.to(device),
+        zeros=None if w.zeros is None else w.zeros.to(device),
+        g_idx=None if w.g_idx is None else w.g_idx.to(device),
+        group_size=w.group_size,
+    )
+
+
+def _write_dequantized(w: W4Linear, layer: LayerPlan, writer: CheckpointWriter) -> None:
+    (spec,) = layer.outputs
+    n, k = w.shape_nk
+    for start, stop in output_blocks(n, k):
+        block = dequantize(w.outputs(start, stop)).bfloat16()
+        writer.write_bytes(spec.name, block.flatten().view(torch.uint8).numpy().data, start * k * 2)
+    writer.mark_written(spec.name)
+
+
+def _copy_tensor(work: _Work, tensor: TensorPlan) -> None:
+    """Copy a tensor in pieces, so that an embedding of gigabytes needs no gigabytes."""
+    for offset in range(0, tensor.info.nbytes, _CHUNK_BYTES):
+        piece = torch.empty(min(_CHUNK_BYTES, tensor.info.nbytes - offset), dtype=torch.uint8)
+        read_into(tensor.info, piece, offset)
+        if tensor.output.dtype != tensor.info.dtype:  # FP16 → BF16, two bytes each
+            piece = piece.view(torch.float16).bfloat16().view(torch.uint8)
+        work.writer.write_bytes(tensor.output.name, piece.numpy().data, offset)
+    work.writer.mark_written(tensor.output.name)
+    work.progress(tensor.info.nbytes)
+
+
+def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult]) -> dict[str, Any]:
+    """Return the output's config.json: the source's, in bfloat16, with the new quantization_config."""
+    stats = [result.stats for result in results if result.stats is not None]
+    conversion = {
+        "tool": "w4a8-convert",
+        "tool_version": __version__,
+        "source": plan.source.NAME,
+        "scales": str(plan.options.scales),
+        "exact_layers": sum(s.exact for s in stats),
+        "requantized_layers": sum(not s.exact for s in stats),
+        "dequantized_layers": len(results) - len(stats),
+    }
+    config = _in_bfloat16(json.loads(json.dumps(checkpoint.config)))
+    if not {"dtype", "torch_dtype"} & set(config):
+        config["torch_dtype"] = "bfloat16"
+    config["quantization_config"] = plan.target.quantization_config(
+        checkpoint.quantization_config, plan.ignore, plan.options.scales, conversion
+    )
+    return config
+
+
+def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
+    """Set every dtype of a model configuration to bfloat16, those of its sub-models too."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            config[key] = _in_bfloat16(value)
+        elif key in ("dtype", "torch_dtype"):
+            config[key] = "bfloat16"
+    return config

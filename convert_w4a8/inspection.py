@@ -1,0 +1,120 @@
+"""What a checkpoint holds, source or converted, tensor by tensor where the configuration cannot be trusted."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import PlanError, Refusal
+from convert_w4a8.naming import is_expert
+from convert_w4a8.render import human_bytes, table
+from convert_w4a8.sources import find_source
+from convert_w4a8.targets import lut
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that are alike: their count, shape, group size, and what their tensors say (not the configuration)."""
+
+    projection: str
+    expert: bool
+    out_features: int
+    in_features: int
+    group_size: int
+    zero_points: bool
+    act_order: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint at a glance. Sizes in bytes."""
+
+    format: str
+    architectures: tuple[str, ...]
+    nbytes: int
+    files: int
+    tensors: int
+    kinds: Mapping[LayerKind, int]
+    settings: Mapping[str, Any]
+
+
+def inspect(checkpoint: Checkpoint) -> Inspection:
+    """Read headers, and of each layer its zero-points and g_idx.
+
+    Raises:
+        ConvertError: the format is unknown.
+        PlanError: a layer cannot be read.
+
+    """
+    config = checkpoint.quantization_config
+    kinds: dict[LayerKind, int] = {}
+    if lut.matches(config):
+        name = lut.QUANT_METHOD
+        for module in lut.find_layers(checkpoint):
+            w = lut.decode(checkpoint, module)
+            _count(kinds, LayerKind(module.rpartition(".")[2], is_expert(module), *w.shape_nk, 128, False, False))
+    else:
+        source = find_source(checkpoint)
+        name = source.NAME
+        refusals: list[Refusal] = []
+        for spec in source.find_layers(checkpoint, refusals):
+            kind = LayerKind(
+                projection=spec.name.rpartition(".")[2],
+                expert=is_expert(spec.name),
+                out_features=spec.out_features,
+                in_features=spec.in_features,
+                group_size=spec.group_size,
+                zero_points=source.read_zeros(checkpoint, spec) is not None,
+                act_order=source.read_g_idx(checkpoint, spec) is not None,
+            )
+            _count(kinds, kind)
+        if refusals:
+            raise PlanError(refusals)
+    return Inspection(
+        format=name,
+        architectures=tuple(checkpoint.config.get("architectures") or ()),
+        nbytes=checkpoint.nbytes,
+        files=len({info.path for info in checkpoint.tensors.values()}),
+        tensors=len(checkpoint.tensors),
+        kinds=kinds,
+        settings={key: value for key, value in config.items() if isinstance(value, str | int | float | bool)},
+    )
+
+
+def _count(kinds: dict[LayerKind, int], kind: LayerKind) -> None:
+    kinds[kind] = kinds.get(kind, 0) + 1
+
+
+def as_dict(found: Inspection) -> dict[str, Any]:
+    """Return an inspection for programs."""
+    return {
+        "format": found.format,
+        "architectures": list(found.architectures),
+        "bytes": found.nbytes,
+        "files": found.files,
+        "tensors": found.tensors,
+        "layers": [{**asdict(kind), "count": count} for kind, count in found.kinds.items()],
+        "settings": dict(found.settings),
+    }
+
+
+def as_text(found: Inspection) -> str:
+    """Render an inspection for people."""
+    rows = [
+        (
+            f"{'expert ' if kind.expert else ''}{kind.projection}",
+            str(count),
+            f"{kind.out_features}×{kind.in_features}",
+            str(kind.group_size),
+            "yes" if kind.zero_points else "-",
+            "yes" if kind.act_order else "-",
+        )
+        for kind, count in found.kinds.items()
+    ]
+    head = [
+        f"format     {found.format} ({', '.join(found.architectures) or 'architecture not named'})",
+        f"size       {human_bytes(found.nbytes)} in {found.files} files, {found.tensors} tensors",
+        "settings   " + ", ".join(f"{key}={value}" for key, value in found.settings.items()),
+        "",
+    ]
+    return "\n".join(head) + table(rows, ("layer", "count", "N×K", "group", "zero-points", "act-order"))

@@ -1,0 +1,206 @@
+"""Plans, results and verifications as text for people and as JSON for programs."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from convert_w4a8.convert import Result
+from convert_w4a8.plan import Plan, kinds
+from convert_w4a8.verify import LayerCheck, Verification
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_LISTED = 6
+
+
+def human_bytes(nbytes: float) -> str:
+    """Render a size in powers of 1000, three digits: 25.7 MB."""
+    for unit in _UNITS:
+        if nbytes < 999.5 or unit == _UNITS[-1]:
+            break
+        nbytes /= 1000
+    return f"{nbytes:.3g} {unit}"
+
+
+def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
+    """Render aligned columns, the first to the left and the others to the right."""
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def render(line: Sequence[str]) -> str:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([render(lines[0]), "  ".join("-" * width for width in widths), *map(render, lines[1:])])
+
+
+def plan_text(plan: Plan) -> str:
+    """Render a plan for people."""
+    counts = kinds(plan)
+    options = plan.options
+    lines = [
+        f"input      {plan.source.NAME}, {human_bytes(plan.nbytes_in)}",
+        f"output     {plan.target.NAME}, {human_bytes(plan.nbytes_out)} in {_count(len(plan.shards), 'file')},"
+        f" scales: {options.scales}",
+        f"convert    {_count(counts['dense'] + counts['expert'], 'layer')}"
+        f" ({counts['dense']} dense, {counts['expert']} expert)",
+        f"exact      {_count(counts['exact'], 'layer')} keep their INT4 codes",
+    ]
+    lines += [
+        f"new codes  {_count(count, 'layer')}: {reason}"
+        for reason, count in _tally(layer.requantize for layer in plan.converted).items()
+    ]
+    lines += [
+        f"to BF16    {_count(count, 'layer')}: {reason}"
+        for reason, count in _tally(layer.dequantize for layer in plan.layers).items()
+    ]
+    halves = sum(tensor.info.dtype == "F16" for tensor in plan.tensors)
+    lines.append(
+        f"as it is   {_count(len(plan.tensors) - halves, 'tensor')} byte for byte,"
+        f" {_count(halves, 'tensor')} from FP16 to BF16"
+    )
+    lines.append(f"16-bit     {_shortened(plan.ignore)} (not quantized in the source, or not served by the kernel)")
+    lines.append(
+        f"memory     {human_bytes(plan.serving_nbytes)} of weights when served;"
+        f" free disk needed: {human_bytes(plan.disk_nbytes)}"
+    )
+    lines += [f"warning    {warning}" for warning in plan.warnings]
+    return "\n".join(lines)
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan for programs."""
+    return {
+        "source": plan.source.NAME,
+        "target": plan.target.NAME,
+        "scales": str(plan.options.scales),
+        "layers": dict(kinds(plan)),
+        "requantize": _tally(layer.requantize for layer in plan.converted),
+        "dequantize": {layer.module: layer.dequantize for layer in plan.layers if layer.dequantize is not None},
+        "copied_tensors": len(plan.tensors),
+        "ignore": list(plan.ignore),
+        "warnings": list(plan.warnings),
+        "files": [shard.file_name for shard in plan.shards],
+        "bytes_in": plan.nbytes_in,
+        "bytes_out": plan.nbytes_out,
+        "serving_bytes": plan.serving_nbytes,
+        "disk_bytes": plan.disk_nbytes,
+    }
+
+
+def result_text(result: Result, out: Path) -> str:
+    """Render a finished conversion for people."""
+    plan = result.plan
+    new = [(layer, stats) for layer, stats in result.converted if not stats.exact]
+    rate = plan.nbytes_in / 1e6 / result.seconds
+    lines = [
+        f"converted  {_count(len(result.converted), 'layer')}, {human_bytes(plan.nbytes_in)} →"
+        f" {human_bytes(plan.nbytes_out)} in {result.seconds:.1f} s ({rate:.0f} MB/s)",
+    ]
+    if new:
+        worst, stats = min(new, key=lambda pair: pair[1].sqnr_db)
+        mean = fmean(stats.sqnr_db for _, stats in new)
+        lines.append(
+            f"warning    {_count(len(new), 'layer')} got new INT4 codes: mean SQNR {mean:.1f} dB,"
+            f" worst {stats.sqnr_db:.1f} dB ({worst.module})"
+        )
+    if result.converted:
+        worst, stats = min(result.converted, key=lambda pair: pair[1].sqnr_db)
+        lines.append(f"worst      {worst.module}: SQNR {stats.sqnr_db:.1f} dB against the source (estimated)")
+    lines.append(f"verify     w4a8 verify {out} --source IN_DIR")
+    lines.append(_serve_hint(plan, out))
+    return "\n".join(lines)
+
+
+def _serve_hint(plan: Plan, out: Path) -> str:
+    if plan.target.STOCK:
+        return f"serve      vllm serve {out}"
+    return f"serve      pip install w4a8-convert, beside vLLM; then: vllm serve {out}"
+
+
+def result_dict(result: Result, out: Path) -> dict[str, Any]:
+    """Return a finished conversion for programs."""
+    return {
+        "output": str(out),
+        "plan": plan_dict(result.plan),
+        "seconds": result.seconds,
+        "megabytes_per_second": result.plan.nbytes_in / 1e6 / result.seconds,
+        "layers": [
+            {
+                "module": layer.module,
+                "out_features": layer.spec.out_features,
+                "in_features": layer.spec.in_features,
+                "exact": stats.exact,
+                "estimated_sqnr_db": _finite(stats.sqnr_db),
+            }
+            for layer, stats in result.converted
+        ],
+    }
+
+
+def verification_text(verification: Verification) -> str:
+    """Render a verification for people."""
+    rows = [
+        (
+            check.module,
+            f"{check.out_features}×{check.in_features}",
+            "exact" if check.exact else "new",
+            f"{check.sqnr_db:.2f}",
+            f"{check.max_error:.2e}",
+            str(check.clipped),
+            "-" if check.distinct_scales is None else str(check.distinct_scales),
+        )
+        for check in verification.layers
+    ]
+    lines = [table(rows, ("layer", "N×K", "codes", "SQNR dB", "max error", "clipped", "scales"))]
+    if verification.layers:
+        worst = _worst(verification.layers)
+        mean = fmean(check.sqnr_db for check in verification.layers)
+        lines.append(
+            f"\n{_count(len(verification.layers), 'layer')}: mean {mean:.2f} dB,"
+            f" worst {worst.sqnr_db:.2f} dB ({worst.module})"
+        )
+    lines += [f"problem    {problem}" for problem in verification.problems]
+    lines.append("FAILED" if verification.problems else "OK: every tensor and side file of the source is accounted for")
+    return "\n".join(lines)
+
+
+def verification_dict(verification: Verification) -> dict[str, Any]:
+    """Return a verification for programs."""
+    return {
+        "ok": not verification.problems,
+        "target": verification.target,
+        "layers": [{**asdict(check), "sqnr_db": _finite(check.sqnr_db)} for check in verification.layers],
+        "problems": [problem.as_dict() for problem in verification.problems],
+    }
+
+
+def _worst(checks: Sequence[LayerCheck]) -> LayerCheck:
+    return min(checks, key=lambda check: check.sqnr_db)
+
+
+def _finite(value: float) -> float | None:
+    """Return None for infinity (nothing was lost), which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _tally(reasons: Iterable[str | None]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        if reason is not None:
+            counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

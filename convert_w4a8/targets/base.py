@@ -1,0 +1,47 @@
+"""What every output format offers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.quantize import ScalesMode
+from convert_w4a8.safetensors_file import TensorSpec
+from convert_w4a8.weights import W4A8Linear
+
+
+class Target(Protocol):
+    """An output format: a module with these names. `targets/__init__.py` lists them."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802  (a module constant where it is implemented)
+        """Short name: the value of --format."""
+
+    @property
+    def STOCK(self) -> bool:  # noqa: N802
+        """Whether vLLM itself quantizes the scales at load, so that only what it reproduces may be chosen."""
+
+    @property
+    def MODES(self) -> tuple[ScalesMode, ...]:  # noqa: N802
+        """The scale modes that the format can hold."""
+
+    def matches(self, quantization_config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this quantization_config is of this format."""
+
+    def outputs(self, module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
+        """Return the tensors that a layer with N = n and K = k becomes."""
+
+    def encode(self, module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
+        """Return a layer's tensors by name."""
+
+    def find_layers(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the converted modules of a checkpoint of this format."""
+
+    def decode(self, checkpoint: Checkpoint, module: str) -> W4A8Linear:
+        """Read a layer back, from the bytes of the checkpoint alone."""
+
+    def quantization_config(
+        self, source_config: Mapping[str, Any], ignore: Sequence[str], mode: ScalesMode, conversion: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the quantization_config block of the output's config.json."""

@@ -1,0 +1,118 @@
+"""compressed-tensors W4A8, which vLLM loads without a plugin: it quantizes the scales and repacks at every start.
+
+Per layer `weight_packed` int32 [N, K/8] (code + 8, low nibble first), `weight_scale` bfloat16 [N, K/128] and
+`weight_shape` int64 [N, K].
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from convert_w4a8 import layout
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.quantize import ScalesMode
+from convert_w4a8.safetensors_file import TensorSpec
+from convert_w4a8.scales import quantize_reference
+from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
+
+NAME = "compressed-tensors"
+STOCK = True
+MODES = (ScalesMode.REFERENCE, ScalesMode.SEARCH)
+
+
+def matches(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this quantization_config is of this format."""
+    return quantization_config.get("quant_method") == "compressed-tensors"
+
+
+def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:  # noqa: ARG001
+    """Return the tensors that a layer with N = n and K = k becomes."""
+    return (
+        TensorSpec(f"{module}.weight_packed", "I32", (n, k // 8)),
+        TensorSpec(f"{module}.weight_scale", "BF16", (n, k // GROUP_SIZE)),
+        TensorSpec(f"{module}.weight_shape", "I64", (2,)),
+    )
+
+
+def encode(module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors by name; ValueError unless the layer was quantized for vLLM's load-time path."""
+    if w.source_scale is None:
+        raise ValueError(f"{module} has no scales for vLLM to quantize")
+    return {
+        f"{module}.weight_packed": layout.to_rows(w.packed, w.packing),
+        f"{module}.weight_scale": w.source_scale.t().contiguous(),
+        f"{module}.weight_shape": torch.tensor(w.shape_nk, dtype=torch.int64),
+    }
+
+
+def find_layers(checkpoint: Checkpoint) -> list[str]:
+    """Return the converted modules of a checkpoint of this format."""
+    suffix = ".weight_packed"
+    return sorted(name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix))
+
+
+def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
+    """Read a layer back as vLLM loads it: the FP8 scales are those that vLLM computes from the stored ones.
+
+    Raises:
+        ConvertError: a tensor is missing or has another shape than the format prescribes.
+
+    """
+    n, words = checkpoint.tensors[f"{module}.weight_packed"].shape
+    for spec in outputs(module, n, words * 8, ScalesMode.REFERENCE):
+        info = checkpoint.tensors.get(spec.name)
+        if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
+            raise ConvertError(spec.name, f"is not {spec.dtype} {list(spec.shape)}", "convert the checkpoint again")
+    shape = checkpoint.read(f"{module}.weight_shape").tolist()
+    if shape != [n, words * 8]:
+        raise ConvertError(f"{module}.weight_shape", f"says {shape}, not {[n, words * 8]}", "convert it again")
+    source_scale = checkpoint.read(f"{module}.weight_scale").t().contiguous()
+    group_scale, channel_scale = quantize_reference(source_scale)
+    return W4A8Linear(
+        packed=checkpoint.read(f"{module}.weight_packed"),
+        packing=Packing.ROWS,
+        group_scale=group_scale,
+        lut=None,
+        channel_scale=channel_scale,
+        source_scale=source_scale,
+    )
+
+
+def quantization_config(
+    source_config: Mapping[str, Any],
+    ignore: Sequence[str],
+    mode: ScalesMode,  # noqa: ARG001  (part of the Target interface)
+    conversion: Mapping[str, Any],  # noqa: ARG001  (readers of this format reject keys that they do not know)
+) -> dict[str, Any]:
+    """Return the quantization_config block of the output's config.json."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(ignore),
+        "kv_cache_scheme": source_config.get("kv_cache_scheme"),
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "pack-quantized",
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": GROUP_SIZE,
+                    "dynamic": False,
+                },
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
+                "output_activations": None,
+            }
+        },
+    }

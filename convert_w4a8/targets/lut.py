@@ -1,0 +1,103 @@
+"""The `w4a8_lut` format (docs/format.md): codes in the kernel's own order, loaded by our vLLM plugin as they are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from convert_w4a8 import layout
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.quantize import ScalesMode
+from convert_w4a8.safetensors_file import TensorSpec
+from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
+
+NAME = "lut"
+STOCK = False
+MODES = tuple(ScalesMode)
+
+QUANT_METHOD = "w4a8_lut"
+VERSION = 1
+LAYOUT = "cutlass_sm90_16x32"
+
+
+def matches(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this quantization_config is of this format."""
+    return quantization_config.get("quant_method") == QUANT_METHOD
+
+
+def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
+    """Return the tensors that a layer with N = n and K = k becomes."""
+    groups = k // GROUP_SIZE
+    if mode is ScalesMode.DIRECT:
+        tables = TensorSpec(f"{module}.weight_lut", "F8_E4M3", (groups, 8 * n))
+    else:
+        tables = TensorSpec(f"{module}.weight_scale", "F8_E4M3", (groups, n))
+    return (
+        TensorSpec(f"{module}.weight_packed", "I32", layout.lut_shape(n, k)),
+        tables,
+        TensorSpec(f"{module}.weight_chan_scale", "F32", (n,)),
+    )
+
+
+def encode(module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors by name."""
+    tensors = {
+        f"{module}.weight_packed": layout.repack(w.packed, w.packing),
+        f"{module}.weight_chan_scale": w.channel_scale,
+    }
+    if w.lut is not None:
+        tensors[f"{module}.weight_lut"] = w.lut.flatten(1)
+    elif w.group_scale is not None:
+        tensors[f"{module}.weight_scale"] = w.group_scale
+    return tensors
+
+
+def find_layers(checkpoint: Checkpoint) -> list[str]:
+    """Return the converted modules of a checkpoint of this format."""
+    suffix = ".weight_packed"
+    return sorted(name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix))
+
+
+def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
+    """Read a layer back, from the bytes of the checkpoint alone.
+
+    Raises:
+        ConvertError: a tensor is missing or has another shape than the format prescribes.
+
+    """
+    has_lut = f"{module}.weight_lut" in checkpoint.tensors
+    rows, columns = checkpoint.tensors[f"{module}.weight_packed"].shape
+    n, k = columns // 4, rows * layout.TILE_K
+    for spec in outputs(module, n, k, ScalesMode.DIRECT if has_lut else ScalesMode.REFERENCE):
+        info = checkpoint.tensors.get(spec.name)
+        if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
+            raise ConvertError(spec.name, f"is not {spec.dtype} {list(spec.shape)}", "convert the checkpoint again")
+    tables = checkpoint.read(f"{module}.weight_lut").view(-1, n, 8) if has_lut else None
+    return W4A8Linear(
+        packed=layout.unpack(checkpoint.read(f"{module}.weight_packed")),
+        packing=Packing.ROWS,
+        group_scale=None if has_lut else checkpoint.read(f"{module}.weight_scale"),
+        lut=tables,
+        channel_scale=checkpoint.read(f"{module}.weight_chan_scale"),
+    )
+
+
+def quantization_config(
+    source_config: Mapping[str, Any],  # noqa: ARG001  (part of the Target interface)
+    ignore: Sequence[str],
+    mode: ScalesMode,
+    conversion: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the quantization_config block of the output's config.json."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "layout": LAYOUT,
+        "bits": 4,
+        "group_size": GROUP_SIZE,
+        "tables": "entries" if mode is ScalesMode.DIRECT else "scale",
+        "activations": {"type": "float8_e4m3fn", "strategy": "token", "dynamic": True},
+        "ignore": list(ignore),
+        "conversion": dict(conversion),
+    }

@@ -1,0 +1,194 @@
+"""Proof of a conversion from the two directories alone: every layer decoded from its bytes and compared."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from convert_w4a8 import tables
+from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.dequantize import dequantize, output_blocks
+from convert_w4a8.errors import Refusal
+from convert_w4a8.naming import output_name
+from convert_w4a8.plan import natural_key
+from convert_w4a8.quantize import sqnr_db
+from convert_w4a8.safetensors_file import TensorInfo, read_into
+from convert_w4a8.sources import LayerSpec, find_source
+from convert_w4a8.targets import find_target
+from convert_w4a8.weights import W4A8Linear, W4Linear
+
+MIN_SQNR_DB_EXACT = 25.0
+"""Layers whose codes are kept lose only the rounding of scales and tables: 29 dB and more are usual. A wrong nibble
+order or zero-point rule leaves less than 10 dB."""
+MIN_SQNR_DB_REQUANTIZED = 15.0
+"""Layers with new codes lose as much as a 4-bit quantization does, about 20 dB."""
+
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer of the output against the dequantized source layer.
+
+    exact: the source's codes can be kept (symmetric, contiguous groups of a multiple of 128).
+    sqnr_db: signal-to-noise ratio of the weights that the tensor core sees. max_error: largest absolute difference.
+    clipped: weights whose table entry is NaN or at the end of the FP8 range where the exact product is beyond it.
+    distinct_scales: different FP8 group scales; None where the tables are stored.
+    """
+
+    module: str
+    out_features: int
+    in_features: int
+    exact: bool
+    sqnr_db: float
+    max_error: float
+    clipped: int
+    distinct_scales: int | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The checks of all layers, and every problem found; without problems the conversion is right."""
+
+    target: str
+    layers: tuple[LayerCheck, ...]
+    problems: tuple[Refusal, ...]
+
+
+def verify(
+    out: Checkpoint,
+    source: Checkpoint,
+    *,
+    min_sqnr_db: float | None = None,
+    progress: Callable[[int], None] = lambda _nbytes: None,
+) -> Verification:
+    """Compare a converted checkpoint with its source.
+
+    min_sqnr_db: least SQNR of a layer; by default 25 dB where codes are kept and 15 dB where they are new.
+    progress: called with the number of source bytes compared since the last call.
+
+    Raises:
+        ConvertError: one of the two cannot be read.
+
+    """
+    reader, target = find_source(source), find_target(out)
+    problems: list[Refusal] = []
+    specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
+    converted = set(target.find_layers(out))
+    expected: set[str] = set()
+    checks = []
+    for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):
+        w = reader.read_layer(source, spec)
+        if module in converted:
+            w4a8 = target.decode(out, module)
+            for mode in target.MODES:
+                expected.update(part.name for part in target.outputs(module, *w4a8.shape_nk, mode))
+            if w4a8.shape_nk != w.shape_nk:
+                problems.append(_problem(module, f"is {w4a8.shape_nk}, the source is {w.shape_nk}"))
+                continue
+            check = _check_layer(module, spec, w, w4a8)
+            checks.append(check)
+            problems.extend(_judge(check, min_sqnr_db))
+        else:
+            expected.add(f"{module}.weight")
+            problems.extend(_check_dequantized(out, f"{module}.weight", w))
+        progress(sum(source.tensors[name].nbytes for name in spec.parts.values()))
+    consumed = {name for spec in specs.values() for name in spec.parts.values()}
+    for info in source.tensors.values():
+        if info.name not in consumed:
+            name = output_name(info.name, source.config)
+            expected.add(name)
+            problems.extend(_check_copy(info, out.tensors.get(name), name))
+            progress(info.nbytes)
+    problems.extend(_problem(name, "is in the output, but not in the source") for name in set(out.tensors) - expected)
+    problems.extend(_check_side_files(out, source))
+    return Verification(target.NAME, tuple(checks), tuple(problems))
+
+
+def _problem(subject: str, reason: str) -> Refusal:
+    return Refusal(subject, reason, "convert the checkpoint again")
+
+
+def _check_layer(module: str, spec: LayerSpec, w: W4Linear, w4a8: W4A8Linear) -> LayerCheck:
+    n, k = w.shape_nk
+    signal = noise = max_error = 0.0
+    clipped = 0
+    for start, stop in output_blocks(n, k):
+        source = dequantize(w.outputs(start, stop))
+        result = tables.decode(w4a8.outputs(start, stop))
+        difference = result - source
+        signal += float(source.square().sum(dtype=torch.float64))
+        noise += float(difference.square().sum(dtype=torch.float64))
+        max_error = max(max_error, float(difference.abs().max()))
+        clipped += count_clipped(w4a8.outputs(start, stop))
+    distinct = None if w4a8.group_scale is None else len(torch.unique(w4a8.group_scale.view(torch.uint8)))
+    exact = w.zeros is None and w.g_idx is None and w.group_size % 128 == 0
+    sqnr = sqnr_db(signal, noise) if math.isfinite(noise) else -math.inf
+    return LayerCheck(module, spec.out_features, spec.in_features, exact, sqnr, max_error, clipped, distinct)
+
+
+def count_clipped(w: W4A8Linear) -> int:
+    """Count the table entries that are NaN, or that saturate because 8·|group scale| is beyond FP8's 448."""
+    clipped = int(tables.entries(w).float().isnan().sum())
+    if w.group_scale is not None:
+        clipped += int((w.group_scale.float().abs() * 8 > 448).sum())
+    return clipped
+
+
+def _judge(check: LayerCheck, min_sqnr_db: float | None) -> list[Refusal]:
+    found = []
+    if min_sqnr_db is None:
+        min_sqnr_db = MIN_SQNR_DB_EXACT if check.exact else MIN_SQNR_DB_REQUANTIZED
+    if not check.sqnr_db >= min_sqnr_db:
+        found.append(_problem(check.module, f"SQNR is {check.sqnr_db:.1f} dB, under {min_sqnr_db:g} dB"))
+    if check.clipped:
+        found.append(_problem(check.module, f"{check.clipped} table entries clip"))
+    return found
+
+
+def _check_dequantized(out: Checkpoint, name: str, w: W4Linear) -> list[Refusal]:
+    info = out.tensors.get(name)
+    n, k = w.shape_nk
+    if info is None or (info.dtype, info.shape) != ("BF16", (n, k)):
+        return [_problem(name, f"is not in the output as BF16 {[n, k]}")]
+    for start, stop in output_blocks(n, k):
+        stored = torch.empty((stop - start) * k * 2, dtype=torch.uint8)
+        read_into(info, stored, start * k * 2)
+        if not torch.equal(stored.view(torch.bfloat16).view(-1, k), dequantize(w.outputs(start, stop)).bfloat16()):
+            return [_problem(name, "is not the dequantized weight of the source")]
+    return []
+
+
+def _check_copy(source: TensorInfo, copy: TensorInfo | None, name: str) -> list[Refusal]:
+    if copy is None:
+        return [_problem(name, "is not in the output")]
+    dtype = "BF16" if source.dtype == "F16" else source.dtype
+    if (copy.dtype, copy.shape) != (dtype, source.shape):
+        return [_problem(name, f"is {copy.dtype} {list(copy.shape)}, not {dtype} {list(source.shape)}")]
+    for offset in range(0, source.nbytes, _CHUNK_BYTES):
+        size = min(_CHUNK_BYTES, source.nbytes - offset)
+        ours, theirs = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        read_into(copy, ours, offset)
+        read_into(source, theirs, offset)
+        if source.dtype == "F16":
+            theirs = theirs.view(torch.float16).bfloat16().view(torch.uint8)
+        if not torch.equal(ours, theirs):
+            return [_problem(name, "differs from the source")]
+    return []
+
+
+def _check_side_files(out: Checkpoint, source: Checkpoint) -> list[Refusal]:
+    found = []
+    for relative in source.side_files:
+        copy = out.root / relative
+        if not copy.is_file():
+            found.append(_problem(str(relative), "is not in the output"))
+        elif not _same_bytes(copy, source.root / relative):
+            found.append(_problem(str(relative), "differs from the source"))
+    return found
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
