@@ -52,12 +52,12 @@ class ErrorTable:
 
     def best(self, x: torch.Tensor) -> torch.Tensor:
         """Return int64 bits of the FP8 scale up to 56 with the smallest error at each x ≥ 0."""
-        return self.winners[torch.bucketize(x, self.thresholds)]
+        return self.winners.take(torch.bucketize(x, self.thresholds))
 
     def error(self, x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
         """Return the squared error a weight in units of C², float32, of the FP8 scale with these bits at each x ≥ 0."""
-        d = x - self.values[bits]
-        return d * (d * self.energy - 2 * self.d1[bits]) + self.d2[bits]
+        d = x - self.values.take(bits)
+        return d * (d * self.energy - 2 * self.d1.take(bits)) + self.d2.take(bits)
 
 
 def error_table(weights: torch.Tensor, device: torch.device) -> ErrorTable:
@@ -80,7 +80,7 @@ def error_table(weights: torch.Tensor, device: torch.device) -> ErrorTable:
 
 
 def _lower_envelope(a: list[float], b: list[float]) -> tuple[list[int], list[float]]:
-    """Return which lines a[i] − 2·x·b[i] (b ascending) are lowest for some x ≥ 0, and the x where one follows another."""
+    """Return which lines a[i] − 2·x·b[i] (b ascending) are lowest for some x ≥ 0, and where one follows another."""
     lines, starts = [0], [0.0]
     for i in range(1, len(a)):
         while lines:

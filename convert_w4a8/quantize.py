@@ -6,11 +6,13 @@ from enum import StrEnum
 
 import torch
 
-from convert_w4a8.envelope import error_table, magnitude_weights
+from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
-from convert_w4a8.scales import quantize_reference
-from convert_w4a8.search import Energies, table_energies
-from convert_w4a8.weights import W4A8Linear, W4Linear
+from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
+from convert_w4a8.weights import GROUP_SIZE, W4A8Linear, W4Linear
+
+_HISTOGRAM_WORDS = 1 << 13
+"""Words sampled for the code histogram: 65,536 codes, frequencies to within a hundredth of themselves."""
 
 
 class ScalesMode(StrEnum):
@@ -61,18 +63,33 @@ def to_w4a8(w: W4Linear, mode: ScalesMode, *, stock: bool = False) -> tuple[W4A8
         `quantize_reference` computes exactly the group and channel scales that are returned.
     Raises ValueError on scales that are not finite, and for DIRECT with `stock`.
     """
-    if mode is not ScalesMode.REFERENCE or not w.is_kernel_ready:
+    if stock and mode is ScalesMode.DIRECT:
+        raise ValueError("stock vLLM cannot load tables that are not multiples of a scale")
+    if not w.is_kernel_ready:
         raise NotImplementedError
-    source = w.scales.to(torch.bfloat16) if stock else None
-    group_scale, channel = quantize_reference(w.scales if source is None else source)
-    table = error_table(magnitude_weights(code_histogram(w.packed)), w.scales.device)
-    energies = table_energies(w.scales, group_scale, channel, table)
-    w4a8 = W4A8Linear(w.packed, w.packing, group_scale, None, channel, source)
-    return w4a8, _stats(energies, group_scale, exact=True)
+    weights = magnitude_weights(code_histogram(w.packed, _HISTOGRAM_WORDS))
+    table = error_table(weights, w.scales.device)
+    tables, source_scale = _quantize(w.scales, mode, weights, table, stock=stock)
+    energy = table.energy * GROUP_SIZE * float(w.scales.double().square().sum())
+    w4a8 = W4A8Linear(w.packed, w.packing, tables.group_scale, tables.lut, tables.channel_scale, source_scale)
+    return w4a8, LayerStats(True, energy, float(tables.noise.sum()), _distinct(tables.group_scale))
 
 
-def _stats(energies: Energies, group_scale: torch.Tensor | None, *, exact: bool) -> LayerStats:
-    distinct = None
-    if group_scale is not None:
-        distinct = int(torch.bincount((group_scale.view(torch.uint8) & 0x7F).flatten(), minlength=128).count_nonzero())
-    return LayerStats(exact, float(energies.signal.sum()), float(energies.noise.sum()), distinct)
+def _quantize(
+    scales: torch.Tensor, mode: ScalesMode, weights: torch.Tensor, table: ErrorTable, *, stock: bool
+) -> tuple[Tables, torch.Tensor | None]:
+    """Choose the FP8 tables of scales [G, N]; also BF16 scales that stand for them, if vLLM is to compute them."""
+    match mode:
+        case ScalesMode.REFERENCE:
+            source = scales.bfloat16() if stock else None
+            return reference_tables(scales, scales if source is None else source, table), source
+        case ScalesMode.SEARCH:
+            return quantize_stock(scales, table) if stock else (quantize_search(scales, table), None)
+        case ScalesMode.DIRECT:
+            return quantize_direct(scales, weights, table), None
+
+
+def _distinct(group_scale: torch.Tensor | None) -> int | None:
+    if group_scale is None:
+        return None
+    return int(torch.bincount((group_scale.view(torch.uint8) & 0x7F).flatten(), minlength=128).count_nonzero())
