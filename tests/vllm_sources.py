@@ -1,0 +1,229 @@
+"""Unpacked vLLM sources (see scripts/fetch_vllm_wheels.py) for tests: where they are, and how to import parts of them.
+
+vLLM cannot be imported without CUDA builds and a hundred packages. `isolated` imports the few modules that decide how
+weights are loaded as they are, and puts stand-ins where they import the rest.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convert_w4a8.layout import unpack
+from convert_w4a8.tables import decode, quantize_tokens
+from convert_w4a8.weights import Packing, W4A8Linear
+
+VERSIONS = ("0.25.1", "0.33.0")
+SOURCES = Path(os.environ.get("W4A8_VLLM_SOURCES", Path.home() / ".cache" / "w4a8-convert" / "vllm"))
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_REAL = (
+    "vllm.model_executor.custom_op",
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+    "vllm.model_executor.layers.linear",
+    "vllm.model_executor.layers.quantization",
+    "vllm.model_executor.layers.quantization.base_config",
+    "vllm.model_executor.models.utils",
+    "vllm.model_executor.parameter",
+    "vllm.model_executor.utils",
+)
+"""Modules taken as vLLM has them; every other `vllm.*` is a stand-in."""
+
+
+def sources(version: str) -> Path:
+    """Return the directory that holds `vllm/` of a version; skips the test where it was not fetched."""
+    directory = SOURCES / version
+    if not (directory / "vllm" / "model_executor" / "parameter.py").is_file():
+        pytest.skip(f"vLLM {version} is not in {SOURCES}: run scripts/fetch_vllm_wheels.py")
+    return directory
+
+
+class _Anything(type):
+    """A class with any attribute, usable as base class, decorator, context and value."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _stand_in(name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls.__dict__.get("_is_stand_in"):
+            return cls
+        return super().__call__(*args, **kwargs)
+
+    def __or__(cls, other: Any) -> Any:
+        return cls
+
+    __ror__ = __or__
+
+    def __getitem__(cls, item: Any) -> Any:
+        return cls
+
+    def __bool__(cls) -> bool:
+        return False
+
+
+def _stand_in(name: str) -> Any:
+    return _Anything(name, (), {"_is_stand_in": True})
+
+
+class _StandInModule(types.ModuleType):
+    __path__: Sequence[str] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        qualified = f"{self.__name__}.{name}"
+        return importlib.import_module(qualified) if qualified in _REAL else _stand_in(name)
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds `vllm.*`: the real file for `_REAL`, a stand-in for everything else."""
+
+    def __init__(self, root: Path, overrides: dict[str, dict[str, Any]]) -> None:
+        self.root = root
+        self.overrides = overrides
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
+        if name.partition(".")[0] != "vllm":
+            return None
+        if name not in _REAL:
+            return ModuleSpec(name, self, is_package=True)
+        base = self.root.joinpath(*name.split("."))
+        if base.is_dir():
+            return importlib.util.spec_from_file_location(
+                name, base / "__init__.py", submodule_search_locations=[str(base)]
+            )
+        return importlib.util.spec_from_file_location(name, base.with_suffix(".py"))
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        module = _StandInModule(spec.name)
+        vars(module).update(self.overrides.get(spec.name, {}))
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Leave the stand-in as it was created."""
+
+
+class Ranks:
+    """The tensor-parallel group, and the GPU, that the isolated vLLM believes in."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self.capability: tuple[int, int] | None = (9, 0)
+
+
+class _QuantFP8:
+    """Quantizes as vLLM's class does when it is asked for dynamic per-token scales."""
+
+    def __init__(self, *, static: bool, group_shape: Any) -> None:  # noqa: ARG002
+        assert not static
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_tokens(x)
+
+
+class _CutlassExperts:
+    @staticmethod
+    def is_supported_config(cls: type, *args: Any) -> tuple[bool, str | None]:  # noqa: ARG004, PLW0211
+        return True, None
+
+
+class _Ops:
+    """The CUDA ops, from what they take to what they mean."""
+
+    @staticmethod
+    def cutlass_w4a8_mm(
+        *,
+        a: torch.Tensor,
+        b_q: torch.Tensor,
+        b_group_scales: torch.Tensor,
+        b_group_size: int,
+        a_token_scales: torch.Tensor,
+        b_channel_scales: torch.Tensor,
+    ) -> torch.Tensor:
+        k, n = a.shape[1], b_q.shape[1]
+        assert (b_q.shape[0] * 8, b_group_size) == (k, 128)
+        codes = unpack(b_q.view(k // 32, 4 * n))
+        layer = W4A8Linear(codes, Packing.ROWS, None, b_group_scales.view(k // 128, n, 8), b_channel_scales)
+        return (a_token_scales * (a.float() @ decode(layer).t())).bfloat16()
+
+    @staticmethod
+    def cutlass_encode_and_reorder_int4b_grouped(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        experts, n, k = b.shape[0], b.shape[1], b.shape[2] * 8
+        return b, torch.tensor([[n // 16, k // 32, 32 * n]], dtype=torch.int32).repeat(experts, 1)
+
+
+@contextmanager
+def isolated(version: str) -> Iterator[Ranks]:
+    """Import vLLM's loading code of a version in isolation; on leaving, forget it and our modules that import it."""
+    root = sources(version)
+    ranks = Ranks()
+
+    def divide(size: int, parts: int) -> int:
+        assert size % parts == 0
+        return size // parts
+
+    device = types.SimpleNamespace(
+        get_device_capability=lambda: ranks.capability,
+        use_sync_weight_loader=lambda: False,
+        is_cpu=lambda: False,
+        supported_quantization=[],
+    )
+    overrides: dict[str, dict[str, Any]] = {
+        "vllm": {"__version__": version, "_custom_ops": _Ops},
+        "vllm.distributed": {
+            "divide": divide,
+            "get_tensor_model_parallel_rank": lambda: ranks.rank,
+            "get_tensor_model_parallel_world_size": lambda: ranks.size,
+        },
+        "vllm.platforms": {"current_platform": device},
+        "vllm.distributed.eplb.eplb_state": {
+            "EplbState": types.SimpleNamespace(
+                build_initial_global_physical_to_logical_map=lambda experts, _redundant: list(range(experts))
+            )
+        },
+        f"{_FUSED_MOE}.all2all_utils": {"maybe_roundup_layer_hidden_size": lambda hidden, *_: hidden},
+        f"{_FUSED_MOE}.experts.cutlass_moe": {"CutlassExpertsW4A8Fp8": _CutlassExperts},
+        "vllm.model_executor.layers.quantization.input_quant_fp8": {"QuantFP8": _QuantFP8},
+    }
+    finder = _Finder(root, overrides)
+
+    def forget() -> None:
+        ours = ("config", "linear", "moe")
+        for name in list(sys.modules):
+            if name.partition(".")[0] == "vllm" or name in {f"convert_w4a8.vllm_plugin.{part}" for part in ours}:
+                del sys.modules[name]
+
+    forget()
+    sys.meta_path.insert(0, finder)
+    try:
+        _join_fused_moe()
+        yield ranks
+    finally:
+        sys.meta_path.remove(finder)
+        forget()
+
+
+def _join_fused_moe() -> None:
+    """Let the stand-in for the package `fused_moe` export the real classes, as its `__init__` does."""
+    base = importlib.import_module(f"{_FUSED_MOE}.fused_moe_method_base")
+    package = importlib.import_module(_FUSED_MOE)
+    unquantized = importlib.import_module(f"{_FUSED_MOE}.unquantized_fused_moe_method")
+    vars(package)["FusedMoEMethodBase"] = base.FusedMoEMethodBase
+    method = type("UnquantizedFusedMoEMethod", (base.FusedMoEMethodBase,), {"__abstractmethods__": frozenset()})
+    vars(package)["UnquantizedFusedMoEMethod"] = vars(unquantized)["UnquantizedFusedMoEMethod"] = method
+    routed = importlib.import_module(f"{_FUSED_MOE}.routed_experts")
+    for name in ("RoutedExperts", "FusedMoeWeightScaleSupported"):
+        vars(package)[name] = getattr(routed, name)
