@@ -8,110 +8,223 @@ nibble of a byte first (CUTLASS `compute_memory_reordering_atom<float_e4m3_t>`, 
     value  = (c % 4) + 4·(r // 8) + 8·(c // 16)
     index  = ((n // 16) + (k // 32)·(N // 16))·512 + thread·16 + value
 
-    bit of index:   8  7  6 │  5  4 │  3  │  2  │  1  0
-    comes from:      r % 8  │ cq    │ ch  │ rh  │ c % 4         ch = c // 16, cq = c % 16 // 4, rh = r // 8
-                    └ thread ───────┘└ value ────────────┘
+Bit by bit, with rh = r // 8, rl = r % 8, ch = c // 16, cq = c % 16 // 4:
 
-Four consecutive k stay together, so in units of 16 bits it is a pure permutation of [nt, rh, rl, kt, ch, cq] (row-major
-codes) to [kt, nt, rl, cq, ch, rh]. n-tiles vary fastest: the buffer is int32 [K/32, 4·N].
+    index within a tile   8  7  6 │ 5  4 │ 3  │ 2  │ 1  0
+    is made of              rl    │  cq  │ ch │ rh │ c % 4
+                          └─── thread ───┘└── value ──────┘
 
-A code is stored in CUTLASS's "unified encoding": with v = u − 8, the nibble of v in 1…7 is 8 − v, and v in −8…0
-keeps its two's complement. The low three bits then index the table of e4m3(scale·−8 … −1), the top bit is the sign.
+Four consecutive k stay together, and n-tiles vary fastest; so the buffer is int32 [K/32, 4·N], a pure permutation
+of 16-bit units, and a tile is 64 int32 words in the order (rl, cq, ch), each with rh = 0 in its low half.
+
+A nibble is stored in CUTLASS's "unified encoding". With v = u − 8: v in −8 … 0 keeps its two's complement, v in 1 … 7
+becomes 8 − v. So the low three bits index a table of scale·(−8 … −1), and the top bit is the sign.
+
+The functions here are plain torch and run on any device; on CUDA, `repack` hands over to the Triton kernel.
 """
+
+import math
 
 import torch
 
 from convert_w4a8.weights import Packing
 
 TILE_N = 16
-"""Output channels of one tile of the LUT layout."""
+"""Output channels of one tile."""
 TILE_K = 32
-"""Input channels of one tile of the LUT layout."""
-
+"""Input channels of one tile."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of an AWQ word is column AWQ_ORDER[i] of its eight."""
 
+_BLOCK_TILES = 4096
+"""Tiles handled at a time: 1 MiB, large enough to hide what a torch call costs, small enough for the cache."""
+_PAD = 16
+"""Words added to each row of scratch memory, lest a transposition's strides fall on the same few cache sets."""
+_EVERY_1 = 0x11111111
+_EVERY_8 = -0x77777778  # 0x88888888 as int32
+
 
 def lut_shape(n: int, k: int) -> tuple[int, int]:
-    """Return the shape of the int32 LUT buffer of an [N, K] layer; ValueError where the tiles do not fit."""
+    """Return the int32 shape (K/32, 4·N) of an [N, K] layer's LUT buffer; ValueError where tiles do not fit."""
     for name, size, tile in (("N", n, TILE_N), ("K", k, TILE_K)):
-        if size < tile or size % tile:
+        if size <= 0 or size % tile:
             raise ValueError(f"{name} = {size} is not a multiple of {tile}")
     return k // TILE_K, 4 * n
 
 
-def unpack_codes(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Return the unsigned codes, uint8 [N, K], of int32 words in any packing."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    codes = ((packed[..., None] >> shifts) & 15).to(torch.uint8)
-    match packing:
-        case Packing.ROWS:
-            return codes.flatten(1)
-        case Packing.GPTQ:
-            return codes.permute(1, 0, 2).flatten(1)
-        case Packing.AWQ:
-            inverse = [AWQ_ORDER.index(i) for i in range(8)]
-            return codes[..., inverse].flatten(1).t().contiguous()
-
-
-def pack_rows(codes: torch.Tensor) -> torch.Tensor:
-    """Pack unsigned codes uint8 [N, K] into int32 [N, K/8], low nibble first; ValueError unless K % 8 == 0."""
-    n, k = codes.shape
-    if k % 8:
-        raise ValueError(f"K = {k} is not a multiple of 8")
-    pairs = codes.view(n, k // 2, 2)
-    return (pairs[..., 0] | (pairs[..., 1] << 4)).view(torch.int32)
-
-
-def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Return the same unsigned codes in ROWS packing, int32 [N, K/8]."""
-    if packing is Packing.ROWS:
-        return packed
-    return pack_rows(unpack_codes(packed, packing))
-
-
 def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Encode and reorder int32 codes of any packing into the LUT buffer, int32 [K/32, 4·N]."""
+    """Encode and reorder the int32 codes of an [N, K] layer, in any packing, into its LUT buffer int32 [K/32, 4·N].
+
+    Raises ValueError unless N % 16 == 0 and K % 32 == 0.
+    """
+    if packed.device.type == "cuda":
+        from convert_w4a8.kernels.repack import repack as kernel  # noqa: PLC0415 - Triton only where it runs
+
+        return kernel(packed, packing)
+    return repack_reference(packed, packing)
+
+
+def repack_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Do what `repack` does in torch operations, on any device."""
     n, k = packing.shape_nk(packed.shape)
-    shape = lut_shape(n, k)
-    units = to_rows(packed, packing).contiguous().view(torch.int16)
-    units = units.view(n // 16, 2, 8, k // 32, 2, 4).permute(3, 0, 2, 5, 4, 1)
-    return _encode(units.contiguous().view(torch.int32)).view(shape)
+    lut = torch.empty(lut_shape(n, k), dtype=torch.int32, device=packed.device)
+    # A word of the source has its own three index bits inside; each swap trades one of them for the index bit that
+    # the target wants there. What remains is a permutation of words: the source's axes in the target's order.
+    nt, kt = n // TILE_N, k // TILE_K
+    swaps: tuple[tuple[int, int], ...]
+    match packing:
+        case Packing.GPTQ:  # [kt, ch, cq1, nt, rh, rl], inside: cq0
+            source = packed.reshape(kt, 2, 2, nt, 2, 8).permute(5, 2, 4, 1, 0, 3)
+            swaps = ((2, 16),)
+        case Packing.ROWS:  # [nt, rh, rl, kt, ch, cq1], inside: cq0
+            source = packed.reshape(nt, 2, 8, kt, 2, 2).permute(2, 5, 1, 4, 3, 0)
+            swaps = ((2, 16),)
+        case Packing.AWQ:  # [kt, ch, cq, k1, k0, nt, rh], inside: rl0, rl2, rl1
+            source = packed.reshape(kt, 2, 4, 2, 2, nt, 2).permute(3, 4, 6, 2, 1, 0, 5)
+            swaps = ((1, 4), (0, 8), (2, 16))
+    target = lut.view(kt, nt, 64).permute(2, 0, 1)
+    _by_blocks(source, target, swaps, encode=True, k_first=packing is Packing.ROWS)
+    return lut
 
 
 def unpack(weight_packed: torch.Tensor) -> torch.Tensor:
-    """Invert `repack`: the LUT buffer int32 [K/32, 4·N] to unsigned codes in ROWS packing, int32 [N, K/8]."""
-    n, k = weight_packed.shape[1] // 4, weight_packed.shape[0] * TILE_K
-    if weight_packed.shape[1] != lut_shape(n, k)[1]:
-        raise ValueError(f"LUT buffer of {weight_packed.shape[1]} columns is not a multiple of 64")
-    units = _decode(weight_packed.contiguous()).view(torch.int16)
-    units = units.view(k // 32, n // 16, 8, 4, 2, 2).permute(1, 5, 2, 0, 4, 3)
-    return units.contiguous().view(torch.int32).view(n, k // 8)
+    """Invert `repack`: from a LUT buffer int32 [K/32, 4·N] to unsigned codes in ROWS packing, int32 [N, K/8]."""
+    kt, columns = weight_packed.shape
+    if columns % (4 * TILE_N):
+        raise ValueError(f"a LUT buffer's {columns} columns are not a multiple of {4 * TILE_N}")
+    nt = columns // (4 * TILE_N)
+    rows = torch.empty(nt * TILE_N, kt * 4, dtype=torch.int32, device=weight_packed.device)
+    source = weight_packed.reshape(kt, nt, 8, 2, 2, 2).permute(2, 3, 4, 5, 0, 1)
+    target = rows.view(nt, 2, 8, kt, 2, 2).permute(2, 5, 1, 4, 3, 0)
+    _by_blocks(source, target, ((2, 16),), encode=False, k_first=True)
+    return rows
+
+
+def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Return the unsigned codes of any packing in ROWS packing, int32 [N, K/8]; ROWS comes back as it is."""
+    match packing:
+        case Packing.ROWS:
+            return packed
+        case Packing.GPTQ:
+            return packed.t().contiguous()
+        case Packing.AWQ:
+            return _awq_to_rows(packed)
+
+
+def unpack_codes(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Return the unsigned codes of any packing as uint8 [N, K]."""
+    rows = to_rows(packed, packing).contiguous()
+    spread = rows.view(torch.uint8).to(torch.int16)
+    spread |= spread << 4
+    spread &= 0x0F0F
+    return spread.view(torch.uint8)
+
+
+def pack_rows(codes: torch.Tensor) -> torch.Tensor:
+    """Pack unsigned codes uint8 [N, K] into ROWS, int32 [N, K/8], low nibble first; ValueError unless K % 8 == 0."""
+    if codes.shape[1] % 8:
+        raise ValueError(f"K = {codes.shape[1]} is not a multiple of 8")
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
 
 
 def code_histogram(packed: torch.Tensor, max_words: int = 1 << 16) -> torch.Tensor:
-    """Return the frequencies of the 16 unsigned codes, float64 [16] with sum 1, from an evenly strided sample of words."""
+    """Return the frequencies of the 16 unsigned codes, float64 [16] with sum 1, from evenly strided words.
+
+    Every packing has the same codes in its words, so none needs to be named. At most `max_words` are looked at.
+    """
     words = packed.flatten()
-    sample = words[:: max(1, -(-words.numel() // max_words))]
+    sample = words[:: max(1, math.ceil(words.numel() / max_words))]
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    codes = (sample[:, None] >> shifts) & 15
-    counts = torch.bincount(codes.flatten(), minlength=16)
+    counts = torch.bincount(((sample[:, None] >> shifts) & 15).flatten(), minlength=16)
     return counts.double() / counts.sum()
 
 
-_ONES, _EIGHTS = 0x11111111, -0x77777778
+def _by_blocks(
+    source: torch.Tensor, target: torch.Tensor, swaps: tuple[tuple[int, int], ...], *, encode: bool, k_first: bool
+) -> None:
+    """Copy words from `source` to `target`, swapping bits and encoding or decoding nibbles on the way.
+
+    Both are views int32 [..., K/32, N/16] whose leading axes number the 64 words of a tile. The work is done in
+    cache-sized scratch memory [64, tiles], so that each operation runs over long contiguous rows.
+    k_first: whether the memory with the longer strides has k contiguous; blocks then follow it.
+    """
+    words, (kt, nt) = source.shape[:-2], source.shape[-2:]
+    if k_first:
+        k_block = min(kt, 64)
+        n_block = min(nt, max(1, _BLOCK_TILES // k_block))
+    else:
+        n_block = min(nt, _BLOCK_TILES)
+        k_block = min(kt, max(1, _BLOCK_TILES // n_block))
+    pitch = k_block * n_block + _PAD
+    block = torch.zeros(*words, pitch, dtype=torch.int32, device=source.device)
+    scratch = torch.empty(2, block.numel(), dtype=torch.int32, device=source.device)
+    for n in range(0, nt, n_block):
+        for k in range(0, kt, k_block):
+            part = (..., slice(k, k + k_block), slice(n, n + n_block))
+            kb, nb = source[part].shape[-2:]
+            strides = (1, kb) if k_first else (nb, 1)
+            tiles = block.as_strided((*words, kb, nb), (*block.stride()[:-1], *strides))
+            tiles.copy_(source[part])
+            if encode:
+                _encode_(block, scratch)
+            for axis, shift in swaps:
+                _swap_(block, axis, shift, scratch)
+            if not encode:
+                _decode_(block, scratch)
+            target[part].copy_(tiles.reshape(*target.shape[:-2], kb, nb))
 
 
-def _negate_low(y: torch.Tensor) -> torch.Tensor:
-    """In each nibble whose top bit is set, negate the low three bits (mod 8)."""
-    h = (y >> 3) & _ONES
-    low = (y ^ (h * 15)) + h  # 7 − t + 1, in 1 … 8
-    return (low & ~(h * 8)) | (h * 8)
+def _encode_(words: torch.Tensor, scratch: torch.Tensor) -> None:
+    """Turn unsigned codes u = v + 8 into the unified encoding, in place, all nibbles of a word at once."""
+    h, t = (s.view(words.shape) for s in scratch)
+    minus_1, eights = (torch.tensor(c, dtype=torch.int32, device=words.device) for c in (-1, _EVERY_8))
+    torch.bitwise_right_shift(words, 3, out=h).bitwise_and_(_EVERY_1)  # 1 where v ≥ 0
+    words ^= torch.add(eights, h, alpha=7, out=t)  # v < 0: done; v ≥ 0: 7 − v …
+    words += h  # … + 1, at most 8, so no carry leaves the nibble
+    words &= torch.add(minus_1, h, alpha=-8, out=t)  # 8 − 0 is 0
 
 
-def _encode(u: torch.Tensor) -> torch.Tensor:
-    return _negate_low(u) ^ _EIGHTS
+def _decode_(words: torch.Tensor, scratch: torch.Tensor) -> None:
+    """Invert `_encode_`: flipping the top bit before and after makes the encoding its own inverse."""
+    words ^= _EVERY_8
+    _encode_(words, scratch)
+    words ^= _EVERY_8
 
 
-def _decode(e: torch.Tensor) -> torch.Tensor:
-    return _negate_low(e ^ _EIGHTS)
+def _swap_(block: torch.Tensor, axis: int, shift: int, scratch: torch.Tensor) -> None:
+    """Trade two index bits in place: the one that numbers `shift`-bit fields within a word for an axis of length 2.
+
+    That is, the odd fields of the words at 0 change places with the even fields of the words at 1.
+    """
+    low, high = block.unbind(axis)
+    even = {4: 0x0F0F0F0F, 8: 0x00FF00FF, 16: 0x0000FFFF}[shift]  # also masks what an arithmetic shift drags in
+    t = scratch.view(-1)[: low.numel()].view(low.shape)
+    torch.bitwise_right_shift(low, shift, out=t).bitwise_xor_(high).bitwise_and_(even)
+    high ^= t
+    low ^= t.bitwise_left_shift_(shift)
+
+
+def _awq_to_rows(packed: torch.Tensor) -> torch.Tensor:
+    """Transpose AWQ's words int32 [K, N/8] into ROWS, int32 [N, K/8]."""
+    k, columns = packed.shape
+    if k % 8:
+        raise ValueError(f"K = {k} is not a multiple of 8")
+    rows = torch.empty(columns * 8, k // 8, dtype=torch.int32, device=packed.device)
+    # As in `repack`: a word has (n0, n2, n1) inside, and trades them for (k2, k1, k0).
+    source = packed.reshape(k // 8, 2, 2, 2, columns).permute(2, 3, 1, 0, 4)  # [k1, k0, k2, ...] → [n2, n1, n0, ...]
+    target = rows.view(columns, 2, 2, 2, k // 8).permute(1, 2, 3, 4, 0)
+    k_block = 64
+    n_block = min(columns, 512)
+    block = torch.zeros(2, 2, 2, k_block, n_block + _PAD, dtype=torch.int32, device=packed.device)
+    scratch = torch.empty(block.numel() // 2, dtype=torch.int32, device=packed.device)
+    for first_n in range(0, columns, n_block):
+        for first_k in range(0, k // 8, k_block):
+            part = (..., slice(first_k, first_k + k_block), slice(first_n, first_n + n_block))
+            kb, nb = source[part].shape[-2:]
+            words = block[..., :kb, :nb]
+            words.copy_(source[part])
+            for axis, shift in ((1, 4), (0, 8), (2, 16)):
+                _swap_(block, axis, shift, scratch)
+            target[part].copy_(words)
+    return rows
