@@ -1,7 +1,6 @@
 """What every test needs before its import: the Triton interpreter, Hypothesis profiles, the shared data."""
 
 import os
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -15,9 +14,6 @@ SHARED = ROOT.parent / "shared"
 # modules is imported. It holds in xdist workers too: each of them imports this file.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# `--import-mode=importlib` leaves sys.path alone; the checkpoint factories are imported as `factories`.
-sys.path.insert(0, str(Path(__file__).parent))
 
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=25, derandomize="CI" in os.environ, print_blob=True

@@ -28,8 +28,9 @@ class Case:
     """One kind of checkpoint and what a converter should make of it.
 
     needs: command line without which the converter must refuse.
-    requantized: whether codes change on the way (zero-points, act-order, small groups) in some layer.
+    requantized: whether codes change on the way (zero-points, act-order, small groups).
     dequantized: ends of the names of the modules that must come out in bfloat16.
+    refused: ends of the names of the modules because of which nothing helps.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Case:
     needs: tuple[str, ...] = ()
     requantized: bool = False
     dequantized: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def write(self, path: Path) -> Checkpoint:
         """Write the checkpoint to `path`."""
@@ -74,7 +76,7 @@ CASES: tuple[Case, ...] = (
         lambda: llama(kv_dim=136),
         AUTOAWQ,
         needs=DEQUANTIZE,
-        dequantized=("k_proj", "v_proj"),
+        dequantized=("q_proj", "k_proj", "v_proj"),  # vLLM merges them: all or none
     ),
     # GPTQ
     Case("gptq-v1", Gptq()),
@@ -103,8 +105,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "gptq-dynamic-8-bit",
         Gptq(dynamic={r"+:.*\.down_proj": {"bits": 8}}),
-        needs=DEQUANTIZE,
-        dequantized=("down_proj",),
+        refused=("down_proj",),
     ),
     Case("gptq-lm-head", Gptq(lm_head=True), lambda: llama(tied=False), dequantized=("lm_head",)),
     Case("gptq-quantize-config-only", Gptq(), options=Options(config_in_quantize_config=True)),
@@ -170,8 +171,7 @@ CASES: tuple[Case, ...] = (
                 r"re:.*\.(q|k|v|o|gate|up)_proj$": Scheme(scale_dtype=BF16),
             }
         ),
-        needs=DEQUANTIZE,
-        dequantized=("down_proj",),
+        refused=("down_proj",),
     ),
     Case("ct-actorder-static", CompressedTensors(actorder="static")),
     Case("ct-g-idx-trivial", CompressedTensors(actorder="group", weight_g_idx=True)),
