@@ -192,7 +192,7 @@ def test_a_layer_that_fits_no_tensor_parallel_size_is_told_so() -> None:
 
 @pytest.fixture
 def vllm(request: pytest.FixtureRequest) -> Iterator[vllm_sources.Ranks]:
-    """The loading code of one version of vLLM, with stand-ins for the rest."""
+    """Import the loading code of one version of vLLM, with stand-ins for the rest."""
     with vllm_sources.isolated(request.param) as ranks:
         yield ranks
 
