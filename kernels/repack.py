@@ -1,0 +1,157 @@
+"""AWQ, GPTQ or compressed-tensors codes to the LUT layout, in one pass over memory.
+
+A program takes a block of BLOCK_N x BLOCK_K codes. It loads words along the input's contiguous axis, with the partners
+of every bit trade in the same lane and register slot of separate loads: so the trades and the encoding are plain
+arithmetic on registers. Then one permutation of whole words, which Triton takes through shared memory, puts the words
+into the order of the output, where the n-tiles of a block are contiguous.
+
+`layout.py` has the bit diagram, the names of the axes (kt, nt, rl, rh, ch, cq) and the torch reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from convert_w4a8.layout import lut_shape
+from convert_w4a8.weights import Packing
+
+
+def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Encode and reorder the int32 codes of an [N, K] layer, in any packing, into its LUT buffer int32 [K/32, 4·N].
+
+    Raises ValueError unless N % 16 == 0 and K % 32 == 0.
+    """
+    return repack_blocked(packed, packing, *DEFAULT_BLOCKS[packing])
+
+
+DEFAULT_BLOCKS = {
+    Packing.GPTQ: (128, 128, 4),
+    Packing.AWQ: (256, 64, 4),
+    Packing.ROWS: (64, 256, 4),
+}
+"""(BLOCK_N, BLOCK_K, warps): contiguous reads of 128 bytes or more and enough words a thread to load ahead."""
+
+
+def repack_blocked(
+    packed: torch.Tensor, packing: Packing, block_n: int, block_k: int, num_warps: int
+) -> torch.Tensor:
+    """Run `repack` with a given block: powers of two, BLOCK_N ≥ 16 and BLOCK_K ≥ 32."""
+    n, k = packing.shape_nk(packed.shape)
+    lut = torch.empty(lut_shape(n, k), dtype=torch.int32, device=packed.device)
+    packed = packed.contiguous()
+    grid = (triton.cdiv(n, block_n), triton.cdiv(k, block_k))
+    with torch.cuda.device_of(packed):
+        _repack_kernel[grid](
+            packed,
+            lut,
+            n,
+            k,
+            packed.shape[1],
+            PACKING=packing.value,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=num_warps,
+        )
+    return lut
+
+
+@triton.jit
+def _repack_kernel(
+    packed, lut, N, K, stride, PACKING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    # Offsets of blocks are int64; offsets within a block fit int32 (256 rows of 8 Mi words).
+    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    k0 = tl.program_id(1).to(tl.int64) * BLOCK_K
+    if PACKING == "gptq":
+        words = _from_gptq(packed, N, K, stride, n0, k0, BLOCK_N, BLOCK_K)
+    elif PACKING == "awq":
+        words = _from_awq(packed, N, K, stride, n0, k0, BLOCK_N, BLOCK_K)
+    else:
+        words = _from_rows(packed, N, K, stride, n0, k0, BLOCK_N, BLOCK_K)
+
+    kt = tl.arange(0, BLOCK_K // 32)[:, None]
+    column = tl.arange(0, BLOCK_N * 4)[None, :]
+    words = tl.reshape(words, (BLOCK_K // 32, BLOCK_N * 4)).to(tl.int32, bitcast=True)
+    inside = (kt < (K - k0) // 32) & (column < (N - n0) * 4)
+    tl.store(lut + (k0 // 32 * N + n0) * 4 + (kt * (N * 4) + column), words, mask=inside)
+
+
+@triton.jit
+def _from_gptq(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load [kt·ch·cq1, nt·rl] words of cq0, once for each rh; return words [kt, nt·rl, cq1, cq0, ch] of rh."""
+    kw = tl.arange(0, BLOCK_K // 8)[:, None]
+    channel = tl.arange(0, BLOCK_N // 2)[None, :]
+    n = channel // 8 * 16 + channel % 8
+    inside = (kw < (K - k0) // 8) & (channel // 8 < (N - n0) // 16)
+    offsets = kw * stride + n
+    base = packed + k0 // 8 * stride + n0
+    low, high = _pair(_load_encoded(base, offsets, inside), _load_encoded(base + 8, offsets, inside))
+    words = tl.reshape(tl.join(low, high), (BLOCK_K // 32, 2, 2, BLOCK_N // 2, 2))
+    return tl.permute(words, (0, 3, 2, 4, 1))
+
+
+@triton.jit
+def _from_rows(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load [nt·rl, kt·ch·cq1] words of cq0, once for each rh; return words [kt, nt·rl, cq1, cq0, ch] of rh."""
+    channel = tl.arange(0, BLOCK_N // 2)[:, None]
+    kw = tl.arange(0, BLOCK_K // 8)[None, :]
+    n = channel // 8 * 16 + channel % 8
+    inside = (channel // 8 < (N - n0) // 16) & (kw < (K - k0) // 8)
+    offsets = n * stride + kw
+    base = packed + n0 * stride + k0 // 8
+    low, high = _pair(_load_encoded(base, offsets, inside), _load_encoded(base + 8 * stride, offsets, inside))
+    words = tl.reshape(tl.join(low, high), (BLOCK_N // 2, BLOCK_K // 32, 2, 2, 2))
+    return tl.permute(words, (1, 0, 3, 4, 2))
+
+
+@triton.jit
+def _from_awq(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load [kt·ch·cq, nt·rh] words of rl, once for each of four k; return words [kt, nt, rl, cq, ch] of rh."""
+    k = tl.arange(0, BLOCK_K // 4)[:, None] * 4
+    column = tl.arange(0, BLOCK_N // 8)[None, :]
+    inside = (k < K - k0) & (column < (N - n0) // 8)
+    offsets = k * stride + column
+    base = packed + k0 * stride + n0 // 8
+    # A word's nibble index is (n0, n2, n1), highest bit first. Trade n1 and n2 for the two bits of k % 4.
+    x0 = _load_encoded(base, offsets, inside)
+    x1 = _load_encoded(base + stride, offsets, inside)
+    x2 = _load_encoded(base + 2 * stride, offsets, inside)
+    x3 = _load_encoded(base + 3 * stride, offsets, inside)
+    x0, x1 = _swap(x0, x1, 4, 0x0F0F0F0F)
+    x2, x3 = _swap(x2, x3, 4, 0x0F0F0F0F)
+    x0, x2 = _swap(x0, x2, 8, 0x00FF00FF)
+    x1, x3 = _swap(x1, x3, 8, 0x00FF00FF)
+    # Now x{2·n2 + n1} holds (n0, k % 4); its neighbours along the row are the two rh, which n0 is traded for.
+    n2_0 = tl.join(_pair_neighbours(x0, BLOCK_N, BLOCK_K), _pair_neighbours(x1, BLOCK_N, BLOCK_K))
+    n2_1 = tl.join(_pair_neighbours(x2, BLOCK_N, BLOCK_K), _pair_neighbours(x3, BLOCK_N, BLOCK_K))
+    words = tl.reshape(tl.join(n2_0, n2_1), (BLOCK_K // 32, 2, 4, BLOCK_N // 16, 2, 2, 2))
+    return tl.permute(words, (0, 3, 6, 5, 4, 2, 1))
+
+
+@triton.jit
+def _pair_neighbours(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[k, nt·rh] words of n0 → [k, nt, n0] words of rh."""
+    even, odd = tl.split(tl.reshape(x, (BLOCK_K // 4, BLOCK_N // 16, 2)))
+    low, high = _pair(even, odd)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _load_encoded(base, offsets, inside):
+    """Load words of unsigned codes u = v + 8 and turn them into the unified encoding (`layout._encode_`)."""
+    u = tl.load(base + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    h = (u >> 3) & 0x11111111
+    return ((u ^ (h * 7 + 0x88888888)) + h) & ~(u & 0x88888888)
+
+
+@triton.jit
+def _pair(a, b):
+    """Return the low halves of two words as one word, and their high halves as another."""
+    return (a & 0xFFFF) | (b << 16), (a >> 16) | (b & 0xFFFF0000)
+
+
+@triton.jit
+def _swap(a, b, shift: tl.constexpr, even: tl.constexpr):
+    """Trade the odd `shift`-bit fields of `a` for the even ones of `b`."""
+    t = ((a >> shift) ^ b) & even
+    return a ^ (t << shift), b ^ t
