@@ -6,7 +6,6 @@ docs/format.md written out element by element.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def served_name(name: str, source: Checkpoint) -> str:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read every tensor of a directory with safetensors' own reader."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             assert handle.metadata() == {"format": "pt"}
@@ -80,7 +79,7 @@ WORKING = [case for case in CASES if not case.refused]
     scope="module",
     params=[pytest.param((case, form), id=f"{case.id}-to-{form}") for case in WORKING for form in FORMATS],
 )
-def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Converted]:
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """Convert one case into one format, by the command line."""
     case, form = request.param
     root = tmp_path_factory.mktemp("e2e")
@@ -131,7 +130,7 @@ def sqnr_db(weight: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
 
 
 def test_weights_are_the_ones_that_were_meant(converted: Converted) -> None:
-    """Codes survive where they can; otherwise the weights stay close to those of the source."""
+    """Codes survive where they can, and BF16 scales with them; otherwise the weights stay close to the source's."""
     assert converted.layers
     for module, layer in converted.layers.items():
         codes, weight = decode(converted, module)
@@ -140,16 +139,10 @@ def test_weights_are_the_ones_that_were_meant(converted: Converted) -> None:
         else:
             assert np.array_equal(codes, layer.codes.astype(np.int8) - 8), module
             assert sqnr_db(weight, layer.weight) > EXACT_DB, module
-
-
-def test_stock_scales_are_the_source_scales_in_bf16(converted: Converted) -> None:
-    """compressed-tensors output of a layer whose codes are kept has the source's scales, one for every 128 inputs."""
-    if converted.form != "compressed-tensors" or converted.case.requantized:
-        pytest.skip("only where codes are kept and vLLM quantizes the scales")
-    for module, layer in converted.layers.items():
-        k = layer.codes.shape[1]
-        expected = layer.scales.bfloat16().T.repeat_interleave(k // 128 // layer.scales.shape[0], dim=1)
-        assert torch.equal(converted.tensors[f"{module}.weight_scale"], expected), module
+            if converted.form == "compressed-tensors":
+                repeats = layer.codes.shape[1] // 128 // layer.scales.shape[0]
+                expected = layer.scales.bfloat16().T.repeat_interleave(repeats, dim=1)
+                assert torch.equal(converted.tensors[f"{module}.weight_scale"], expected), module
 
 
 def test_tensors_are_those_of_the_format_and_nothing_else(converted: Converted) -> None:

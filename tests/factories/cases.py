@@ -173,6 +173,13 @@ CASES: tuple[Case, ...] = (
         ),
         refused=("down_proj",),
     ),
+    Case(
+        "ct-odd-k",
+        _ct(group_size=-1),
+        lambda: llama(intermediate=576),
+        needs=DEQUANTIZE,
+        dequantized=("down_proj",),
+    ),
     Case("ct-actorder-static", CompressedTensors(actorder="static")),
     Case("ct-g-idx-trivial", CompressedTensors(actorder="group", weight_g_idx=True)),
     Case(
