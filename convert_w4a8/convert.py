@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from convert_w4a8.writer import CheckpointWriter, check_destination
 
 _CHUNK_BYTES = 8 << 20
 _MAX_WORKERS = 4
+_MEMORY_BYTES = 512 << 20
+"""What layers that are converted side by side may take together; a larger layer is converted alone."""
 
 Progress = Callable[[int], None]
 """Called with the number of source bytes that are done with since the last call; from any thread."""
@@ -116,8 +119,8 @@ def convert(
     check_tensors(checkpoint, plan)
     with CheckpointWriter(out, plan.shards, overwrite=overwrite) as writer:
         work = _Work(checkpoint, plan, writer, device, progress)
-        jobs: list[Callable[[], LayerResult | None]] = [partial(_convert_layer, work, layer) for layer in plan.layers]
-        jobs += [partial(_copy_tensor, work, tensor) for tensor in plan.tensors]
+        jobs = [_Job(partial(_convert_layer, work, layer), _layer_memory(layer)) for layer in plan.layers]
+        jobs += [_Job(partial(_copy_tensor, work, tensor), 2 * _CHUNK_BYTES) for tensor in plan.tensors]
         with _one_thread_each():
             results = {result.plan.module: result for result in _run(jobs) if result is not None}
         layers = tuple(results[layer.module] for layer in plan.layers)
@@ -150,20 +153,35 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(jobs: Sequence[Callable[[], LayerResult | None]]) -> Iterator[LayerResult | None]:
-    """Run jobs on a few threads, handing out a new one only when one ends; the first error ends all."""
+@dataclass(frozen=True)
+class _Job:
+    """A piece of work and the memory that it will take, in bytes."""
+
+    run: Callable[[], LayerResult | None]
+    memory: int
+
+
+def _layer_memory(layer: LayerPlan) -> int:
+    """Return the bytes that converting a layer takes: its codes before and after, scales and what is made of them."""
+    n, k = layer.spec.out_features, layer.spec.in_features
+    return n * k * 5 // 4
+
+
+def _run(jobs: Sequence[_Job]) -> Iterator[LayerResult | None]:
+    """Run jobs side by side as far as cores and memory allow, in order; the first error ends all."""
     workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        waiting = iter(jobs)
-        running: set[Future[LayerResult | None]] = set()
+        waiting = deque(jobs)
+        running: dict[Future[LayerResult | None], int] = {}
         try:
-            while True:
-                while len(running) < workers and (job := next(waiting, None)) is not None:
-                    running.add(pool.submit(job))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    if running and sum(running.values()) + waiting[0].memory > _MEMORY_BYTES:
+                        break
+                    job = waiting.popleft()
+                    running[pool.submit(job.run)] = job.memory
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
                     yield future.result()
         finally:
             for future in running:

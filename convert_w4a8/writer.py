@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec, layout_file
 
 _COPY_BYTES = 16 << 20
+_FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class CheckpointWriter:
     """Writes shards and files into a temporary directory beside `out`, which `commit` renames to `out`.
 
     Leaving the `with` block without `commit` removes the temporary directory. `write` may be called from several
-    threads, in any order of tensors.
+    threads, in any order of tensors. What is written goes to the disk in the background, so that `commit` finds
+    little left to flush.
     """
 
     def __init__(self, out: Path, shards: Sequence[ShardPlan], *, overwrite: bool = False) -> None:
@@ -65,6 +68,8 @@ class CheckpointWriter:
         self._infos: dict[str, TensorInfo] = {}
         self._descriptors: dict[Path, int] = {}
         self._pending: set[str] = set()
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._unflushed = 0
 
     def __enter__(self) -> Self:
         self._out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +88,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._flusher.shutdown(cancel_futures=True)
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -99,7 +105,12 @@ class CheckpointWriter:
     def write_bytes(self, name: str, data: memoryview, offset: int) -> None:
         """Write some of a tensor's bytes, `offset` bytes from its beginning; `mark_written` ends it."""
         info = self._infos[name]
-        _write_all(self._descriptors[info.path], data, info.start + offset)
+        descriptor = self._descriptors[info.path]
+        _write_all(descriptor, data, info.start + offset)
+        self._unflushed += len(data)  # threads may lose an addition to one another: a flush comes later then
+        if self._unflushed >= _FLUSH_BYTES:
+            self._unflushed = 0
+            self._flusher.submit(os.fdatasync, descriptor)
 
     def mark_written(self, name: str) -> None:
         """Declare a tensor that was written by `write_bytes` complete."""
