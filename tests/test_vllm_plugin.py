@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -433,3 +434,139 @@ def test_registering_twice_registers_once(vllm: vllm_sources.Ranks) -> None:  # 
     assert quantization.QUANTIZATION_METHODS.count("w4a8_lut") == 1
     config = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG["w4a8_lut"]
     assert config.get_name() == "w4a8_lut"
+
+
+def _moe_config(experts: int, hidden: int, intermediate: int, tp: int, rank: int) -> SimpleNamespace:
+    """Return what vLLM's `FusedMoEConfig` says of a gated MoE layer without expert parallelism."""
+    parallel = SimpleNamespace(tp_size=tp, use_ep=False, enable_eplb=False, use_batched_activation_format=False)
+    return SimpleNamespace(
+        num_experts=experts,
+        num_local_experts=experts,
+        num_logical_experts=experts,
+        experts_per_token=2,
+        hidden_dim=hidden,
+        hidden_dim_unpadded=hidden,
+        intermediate_size=intermediate,
+        intermediate_size_per_partition=intermediate // tp,
+        moe_parallel_config=parallel,
+        tp_size=tp,
+        tp_rank=rank,
+        tp_shard_with_padding=False,
+        in_dtype=torch.bfloat16,
+        is_act_and_mul=True,
+        activation="silu",
+        rocm_aiter_fmoe_enabled=False,
+        shared_expert_prefix=None,
+        device=torch.device("cpu"),
+        max_num_tokens=16,
+    )
+
+
+def _routed_experts(config: Any, moe: SimpleNamespace, names: tuple[str, str, str]) -> Any:
+    routed = importlib.import_module("vllm.model_executor.layers.fused_moe.routed_experts")
+    manager = SimpleNamespace(
+        local_num_experts=moe.num_experts,
+        placement_strategy="linear",
+        expert_map=None,
+        expert_mask=None,
+        routing_tables=None,
+        num_fused_shared_experts=0,
+        map_global_to_local=lambda expert: expert,
+    )
+    gate, down, up = names
+    return routed.RoutedExperts(
+        "model.layers.0.mlp.experts",
+        torch.bfloat16,
+        moe,
+        config,
+        expert_map_manager=manager,
+        ckpt_gate_proj_name=gate,
+        ckpt_down_proj_name=down,
+        ckpt_up_proj_name=up,
+    )
+
+
+QWEN, MIXTRAL = ("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3")
+
+
+@ON_BOTH
+@BOTH_TABLES
+@TP
+@pytest.mark.parametrize("names", [QWEN, MIXTRAL], ids=["qwen", "mixtral"])
+def test_experts_are_sharded_by_the_moe_loader(
+    vllm: vllm_sources.Ranks, tables: Tables, tp: int, names: tuple[str, str, str]
+) -> None:
+    """Gate and up side by side in w13, down by input channels in w2; each expert at its own index."""
+    experts, hidden, intermediate = 2, 256, 1024
+    gate, down, up = names
+    weights = {
+        (expert, name): Weight(*((hidden, intermediate) if name == down else (intermediate, hidden)), tables, seed)
+        for seed, (expert, name) in enumerate((e, n) for e in range(experts) for n in names)
+    }
+    vllm.size = tp
+    for vllm.rank in range(tp):
+        layer = _routed_experts(_config(tables), _moe_config(experts, hidden, intermediate, tp, vllm.rank), names)
+        stored = [
+            (f"{expert}.{name}.{tensor}", value)
+            for (expert, name), weight in weights.items()
+            for tensor, value in weight.tensors().items()
+        ]
+        loaded = list(layer.load_weights(iter(stored)))
+        assert len(loaded) == len(stored), "every tensor found its parameter"
+        part = _part(intermediate, vllm.rank, tp)
+        for expert in range(experts):
+            w13 = _join([weights[expert, gate].tensors(part), weights[expert, up].tensors(part)])
+            w2 = weights[expert, down].tensors(columns=part)
+            for name in w2:
+                _same(getattr(layer, f"w13_{name}")[expert], w13[name])
+                _same(getattr(layer, f"w2_{name}")[expert], w2[name])
+
+
+@ON_BOTH
+@BOTH_TABLES
+def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks, tables: Tables) -> None:  # noqa: ARG001
+    """After loading: [E, N, K/8] views of the same bytes, eight table bytes per group and channel."""
+    moe = _moe_config(2, 256, 512, 1, 0)
+    layer = _routed_experts(_config(tables), moe, QWEN)
+    weights = [Weight(512, 256, tables, seed) for seed in range(4)]
+    stored = [
+        (f"{i % 2}.{name}.{tensor}", value)
+        for i, weight in enumerate(weights)
+        for name in (("gate_proj", "up_proj")[i // 2],)
+        for tensor, value in weight.tensors().items()
+    ]
+    list(layer.load_weights(iter(stored)))
+    before = layer.w13_weight_packed.data.flatten().clone()
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.w13_weight_packed.shape == (2, 1024, 32)
+    assert layer.w2_weight_packed.shape == (2, 256, 64)
+    _same(layer.w13_weight_packed.data.flatten(), before)
+    table = getattr(layer, f"w13_{layer.quant_method.table_name}")
+    expected = torch.stack(
+        [torch.cat([expand_tables(weights[e].scale), expand_tables(weights[e + 2].scale)], dim=1) for e in range(2)]
+    )
+    _same(table.data, expected.flatten())
+    kernel = layer.quant_method.moe_kernel.experts
+    assert kernel.b_strides1.tolist() == [[64, 8, 32768]] * 2
+    assert kernel.b_strides2.tolist() == [[16, 16, 8192]] * 2
+    assert kernel.group_size == 128
+
+
+@ON_BOTH
+def test_experts_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks) -> None:
+    """Multiples of 256 per rank, and the tensor-parallel sizes that give them."""
+    vllm.size = 4
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 3$"):
+        _routed_experts(_config(Tables.SCALE), _moe_config(2, 256, 768, 4, 0), QWEN)
+    with pytest.raises(ValueError, match=r"hidden size of 384 is not a multiple of 256 .* no tensor-parallel size"):
+        _routed_experts(_config(Tables.SCALE), _moe_config(2, 384, 1024, 4, 0), QWEN)
+
+
+@ON_BOTH
+def test_ignored_experts_are_unquantized(vllm: vllm_sources.Ranks) -> None:  # noqa: ARG001
+    """All of them, by the names that the checkpoint has."""
+    prefix = "model.layers.0.mlp.experts"
+    ignore = tuple(f"{prefix}.{expert}.{name}" for expert in range(2) for name in QWEN)
+    quantized = _routed_experts(_config(Tables.SCALE), _moe_config(2, 256, 512, 1, 0), QWEN)
+    method = _config(Tables.SCALE, ignore).get_quant_method(quantized, prefix)
+    assert type(method).__name__ == "UnquantizedFusedMoEMethod"

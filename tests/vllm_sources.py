@@ -135,6 +135,11 @@ class _QuantFP8:
 
 
 class _CutlassExperts:
+    """Keeps what it is made of."""
+
+    def __init__(self, **parts: Any) -> None:
+        vars(self).update(parts)
+
     @staticmethod
     def is_supported_config(cls: type, *args: Any) -> tuple[bool, str | None]:  # noqa: ARG004, PLW0211
         return True, None
@@ -195,6 +200,9 @@ def isolated(version: str) -> Iterator[Ranks]:
             )
         },
         f"{_FUSED_MOE}.all2all_utils": {"maybe_roundup_layer_hidden_size": lambda hidden, *_: hidden},
+        f"{_FUSED_MOE}.modular_kernel": {
+            "FusedMoEKernel": lambda _prepare_finalize, experts: types.SimpleNamespace(experts=experts)
+        },
         f"{_FUSED_MOE}.experts.cutlass_moe": {"CutlassExpertsW4A8Fp8": _CutlassExperts},
         "vllm.model_executor.layers.quantization.input_quant_fp8": {"QuantFP8": _QuantFP8},
     }
@@ -222,7 +230,8 @@ def _join_fused_moe() -> None:
     package = importlib.import_module(_FUSED_MOE)
     unquantized = importlib.import_module(f"{_FUSED_MOE}.unquantized_fused_moe_method")
     vars(package)["FusedMoEMethodBase"] = base.FusedMoEMethodBase
-    method = type("UnquantizedFusedMoEMethod", (base.FusedMoEMethodBase,), {"__abstractmethods__": frozenset()})
+    concrete = dict.fromkeys(base.FusedMoEMethodBase.__abstractmethods__)
+    method = type("UnquantizedFusedMoEMethod", (base.FusedMoEMethodBase,), concrete)
     vars(package)["UnquantizedFusedMoEMethod"] = vars(unquantized)["UnquantizedFusedMoEMethod"] = method
     routed = importlib.import_module(f"{_FUSED_MOE}.routed_experts")
     for name in ("RoutedExperts", "FusedMoeWeightScaleSupported"):
