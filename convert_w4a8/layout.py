@@ -38,6 +38,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _BLOCK_TILES = 4096
 """Tiles handled at a time: 1 MiB, large enough to hide what a torch call costs, small enough for the cache."""
+_BLOCK_WORDS = 64, 512
+"""Words along k and n, times 8 for n, that `to_rows` transposes at a time: 1 MiB."""
 _PAD = 16
 """Words added to each row of scratch memory, lest a transposition's strides fall on the same few cache sets."""
 _EVERY_1 = 0x11111111
@@ -66,6 +68,8 @@ def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 def repack_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Do what `repack` does in torch operations, on any device."""
+    if packed.dtype is not torch.int32:
+        raise ValueError(f"packed codes are {packed.dtype}, not torch.int32")
     n, k = packing.shape_nk(packed.shape)
     lut = torch.empty(lut_shape(n, k), dtype=torch.int32, device=packed.device)
     # A word of the source has its own three index bits inside; each swap trades one of them for the index bit that
@@ -214,8 +218,7 @@ def _awq_to_rows(packed: torch.Tensor) -> torch.Tensor:
     # As in `repack`: a word has (n0, n2, n1) inside, and trades them for (k2, k1, k0).
     source = packed.reshape(k // 8, 2, 2, 2, columns).permute(2, 3, 1, 0, 4)  # [k1, k0, k2, ...] → [n2, n1, n0, ...]
     target = rows.view(columns, 2, 2, 2, k // 8).permute(1, 2, 3, 4, 0)
-    k_block = 64
-    n_block = min(columns, 512)
+    k_block, n_block = min(k // 8, _BLOCK_WORDS[0]), min(columns, _BLOCK_WORDS[1])
     block = torch.zeros(2, 2, 2, k_block, n_block + _PAD, dtype=torch.int32, device=packed.device)
     scratch = torch.empty(block.numel() // 2, dtype=torch.int32, device=packed.device)
     for first_n in range(0, columns, n_block):

@@ -17,8 +17,18 @@ def expand_tables(group_scale: torch.Tensor) -> torch.Tensor:
     Entry j is e4m3(f·(j − 8)), saturated at ±448; a NaN scale gives NaN (0x7F) entries. These are the bytes of
     CUTLASS's `cutlass_pack_scale_fp8`.
     """
+    if group_scale.device.type == "cuda":
+        from convert_w4a8.kernels.tables import expand_tables as kernel  # noqa: PLC0415 - Triton only where it runs
+
+        return kernel(group_scale)
+    return expand_tables_reference(group_scale)
+
+
+def expand_tables_reference(group_scale: torch.Tensor) -> torch.Tensor:
+    """Do what `expand_tables` does in torch operations, on any device: look up one of 256 tables."""
     table = _products().to(group_scale.device)
-    return table[group_scale.view(torch.uint8).long()].view(torch.float8_e4m3fn).view(*group_scale.shape, 8)
+    index = group_scale.contiguous().view(torch.uint8).long()
+    return table[index].view(torch.float8_e4m3fn).view(*group_scale.shape, 8)
 
 
 def _products() -> torch.Tensor:

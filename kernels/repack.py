@@ -8,6 +8,12 @@ into the order of the output, where the n-tiles of a block are contiguous.
 `layout.py` has the bit diagram, the names of the axes (kt, nt, rl, rh, ch, cq) and the torch reference.
 """
 
+# Arguments of Triton functions have no Python types.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -16,58 +22,76 @@ from convert_w4a8.layout import lut_shape
 from convert_w4a8.weights import Packing
 
 
+@dataclass(frozen=True)
+class Block:
+    """How the work is cut: codes of a program (powers of two, n ≥ 16, k ≥ 32), its warps, and who comes next."""
+
+    n: int
+    k: int
+    warps: int
+    k_first: bool = False
+    """Whether programs with consecutive numbers advance along k rather than n."""
+
+
+DEFAULT_BLOCKS = {
+    Packing.GPTQ: Block(n=128, k=128, warps=4),
+    Packing.AWQ: Block(n=256, k=64, warps=4),
+    Packing.ROWS: Block(n=64, k=256, warps=4, k_first=True),
+}
+"""128 contiguous bytes or more a read, 64 bytes a thread in flight."""
+
+
 def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Encode and reorder the int32 codes of an [N, K] layer, in any packing, into its LUT buffer int32 [K/32, 4·N].
 
     Raises ValueError unless N % 16 == 0 and K % 32 == 0.
     """
-    return repack_blocked(packed, packing, *DEFAULT_BLOCKS[packing])
+    return repack_by(packed, packing, DEFAULT_BLOCKS[packing])
 
 
-DEFAULT_BLOCKS = {
-    Packing.GPTQ: (128, 128, 4),
-    Packing.AWQ: (256, 64, 4),
-    Packing.ROWS: (64, 256, 4),
-}
-"""(BLOCK_N, BLOCK_K, warps): contiguous reads of 128 bytes or more and enough words a thread to load ahead."""
-
-
-def repack_blocked(
-    packed: torch.Tensor, packing: Packing, block_n: int, block_k: int, num_warps: int
-) -> torch.Tensor:
-    """Run `repack` with a given block: powers of two, BLOCK_N ≥ 16 and BLOCK_K ≥ 32."""
+def repack_by(packed: torch.Tensor, packing: Packing, block: Block) -> torch.Tensor:
+    """Do what `repack` does, with the work cut in a given way."""
     n, k = packing.shape_nk(packed.shape)
     lut = torch.empty(lut_shape(n, k), dtype=torch.int32, device=packed.device)
     packed = packed.contiguous()
-    grid = (triton.cdiv(n, block_n), triton.cdiv(k, block_k))
+    grid = (triton.cdiv(n, block.n), triton.cdiv(k, block.k))
     with torch.cuda.device_of(packed):
-        _repack_kernel[grid](
+        _repack_kernel[grid[::-1] if block.k_first else grid](
             packed,
             lut,
             n,
             k,
             packed.shape[1],
             PACKING=packing.value,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=num_warps,
+            K_FIRST=block.k_first,
+            BLOCK_N=block.n,
+            BLOCK_K=block.k,
+            num_warps=block.warps,
         )
     return lut
 
 
 @triton.jit
 def _repack_kernel(
-    packed, lut, N, K, stride, PACKING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    packed,
+    lut,
+    N,
+    K,
+    stride,
+    PACKING: tl.constexpr,
+    K_FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     # Offsets of blocks are int64; offsets within a block fit int32 (256 rows of 8 Mi words).
-    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
-    k0 = tl.program_id(1).to(tl.int64) * BLOCK_K
+    n0 = tl.program_id(1 if K_FIRST else 0).to(tl.int64) * BLOCK_N
+    k0 = tl.program_id(0 if K_FIRST else 1).to(tl.int64) * BLOCK_K
     if PACKING == "gptq":
-        words = _from_gptq(packed, N, K, stride, n0, k0, BLOCK_N, BLOCK_K)
+        words = _from_gptq(packed, K, stride, n0, k0, BLOCK_N, BLOCK_K)
     elif PACKING == "awq":
-        words = _from_awq(packed, N, K, stride, n0, k0, BLOCK_N, BLOCK_K)
+        words = _from_awq(packed, K, stride, n0, k0, BLOCK_N, BLOCK_K)
     else:
-        words = _from_rows(packed, N, K, stride, n0, k0, BLOCK_N, BLOCK_K)
+        words = _from_rows(packed, N, stride, n0, k0, BLOCK_N, BLOCK_K)
 
     kt = tl.arange(0, BLOCK_K // 32)[:, None]
     column = tl.arange(0, BLOCK_N * 4)[None, :]
@@ -77,12 +101,12 @@ def _repack_kernel(
 
 
 @triton.jit
-def _from_gptq(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _from_gptq(packed, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Load [kt·ch·cq1, nt·rl] words of cq0, once for each rh; return words [kt, nt·rl, cq1, cq0, ch] of rh."""
     kw = tl.arange(0, BLOCK_K // 8)[:, None]
     channel = tl.arange(0, BLOCK_N // 2)[None, :]
     n = channel // 8 * 16 + channel % 8
-    inside = (kw < (K - k0) // 8) & (channel // 8 < (N - n0) // 16)
+    inside = (kw < (K - k0) // 8) & (channel // 8 < (stride - n0) // 16)  # stride is N
     offsets = kw * stride + n
     base = packed + k0 // 8 * stride + n0
     low, high = _pair(_load_encoded(base, offsets, inside), _load_encoded(base + 8, offsets, inside))
@@ -91,12 +115,12 @@ def _from_gptq(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.
 
 
 @triton.jit
-def _from_rows(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _from_rows(packed, N, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Load [nt·rl, kt·ch·cq1] words of cq0, once for each rh; return words [kt, nt·rl, cq1, cq0, ch] of rh."""
     channel = tl.arange(0, BLOCK_N // 2)[:, None]
     kw = tl.arange(0, BLOCK_K // 8)[None, :]
     n = channel // 8 * 16 + channel % 8
-    inside = (channel // 8 < (N - n0) // 16) & (kw < (K - k0) // 8)
+    inside = (channel // 8 < (N - n0) // 16) & (kw < stride - k0 // 8)  # stride is K / 8
     offsets = n * stride + kw
     base = packed + n0 * stride + k0 // 8
     low, high = _pair(_load_encoded(base, offsets, inside), _load_encoded(base + 8 * stride, offsets, inside))
@@ -105,11 +129,11 @@ def _from_rows(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.
 
 
 @triton.jit
-def _from_awq(packed, N, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _from_awq(packed, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Load [kt·ch·cq, nt·rh] words of rl, once for each of four k; return words [kt, nt, rl, cq, ch] of rh."""
     k = tl.arange(0, BLOCK_K // 4)[:, None] * 4
     column = tl.arange(0, BLOCK_N // 8)[None, :]
-    inside = (k < K - k0) & (column < (N - n0) // 8)
+    inside = (k < K - k0) & (column < stride - n0 // 8)  # stride is N / 8
     offsets = k * stride + column
     base = packed + k0 * stride + n0 // 8
     # A word's nibble index is (n0, n2, n1), highest bit first. Trade n1 and n2 for the two bits of k % 4.

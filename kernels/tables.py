@@ -1,5 +1,9 @@
 """FP8 group scales to the kernel's lookup tables, eight bytes each."""
 
+# Arguments of Triton functions have no Python types.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
 import torch
 import triton
 import triton.language as tl

@@ -1,0 +1,135 @@
+"""Triton kernels against their torch references, byte for byte: interpreted without a GPU, compiled with one."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from convert_w4a8 import layout, tables
+from convert_w4a8.weights import Packing
+
+pytest.importorskip("triton", reason="Triton is not installed")
+repack = importlib.import_module("convert_w4a8.kernels.repack")
+expand = importlib.import_module("convert_w4a8.kernels.tables")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUT = Path(__file__).parent / "data" / "vllm_w4a8_dense_cut.safetensors"
+PACKINGS = pytest.mark.parametrize("packing", Packing, ids=str)
+SIZES = [(16, 32), (48, 96), (16, 2048), (208, 32), (272, 160), (512, 64)]
+BLOCKS = [
+    repack.Block(16, 32, 1),
+    repack.Block(64, 32, 4, k_first=True),
+    repack.Block(32, 128, 2),
+    repack.Block(256, 128, 8),
+]
+
+
+def random_words(packing: Packing, n: int, k: int) -> torch.Tensor:
+    """Return random codes of an [N, K] layer; every int32 is eight codes."""
+    shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.ROWS: (n, k // 8)}[packing]
+    generator = torch.Generator().manual_seed(n * k)
+    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+    return words.to(DEVICE)
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Give `torch.empty` memory full of a sentinel, within margins of it; return the list of those margins."""
+    margins: list[torch.Tensor] = []
+
+    def poisoned(*shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+        memory = torch.full((size.numel() + 8192,), 0x5A, dtype=dtype, device=device)
+        margins.extend((memory[:4096], memory[-4096:]))
+        return memory[4096:-4096].view(size)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    return margins
+
+
+def assert_untouched(margins: list[torch.Tensor]) -> None:
+    assert margins
+    assert all((margin == 0x5A).all() for margin in margins)
+
+
+@PACKINGS
+@pytest.mark.parametrize(("n", "k"), SIZES, ids=str)
+def test_repack_equals_its_reference(packing: Packing, n: int, k: int, guarded: list[torch.Tensor]) -> None:
+    """Sizes that fill no block; nothing beside the output is written."""
+    words = random_words(packing, n, k)
+    found = repack.repack(words, packing)
+    assert_untouched(guarded)
+    assert torch.equal(found.cpu(), layout.repack_reference(words.cpu(), packing))
+
+
+@PACKINGS
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_every_block_gives_the_same_bytes(packing: Packing, block: object, guarded: list[torch.Tensor]) -> None:
+    """How the work is cut changes nothing: at 80 x 160, with some blocks cut short and some whole."""
+    words = random_words(packing, 80, 160)
+    found = repack.repack_by(words, packing, block)
+    assert_untouched(guarded)
+    assert torch.equal(found.cpu(), layout.repack_reference(words.cpu(), packing))
+
+
+@PACKINGS
+def test_every_code_in_every_nibble(packing: Packing) -> None:
+    """Over sixteen layers of one tile, each position holds each of the 16 codes."""
+    shifts = torch.arange(0, 32, 4)
+    base = (random_words(packing, 16, 32).cpu()[..., None] >> shifts) & 15
+    for first in range(16):
+        words = (((base + first) % 16) << shifts).sum(-1).to(torch.int32)
+        found = repack.repack(words.to(DEVICE), packing)
+        assert torch.equal(found.cpu(), layout.repack_reference(words, packing))
+
+
+@pytest.mark.parametrize("case", ["gauss", "edge"])
+def test_kernels_give_the_bytes_of_vllm(case: str) -> None:
+    """The same vectors that pin the references."""
+    vectors = load_file(CUT)
+    lut = repack.repack(vectors[f"{case}.weight_packed"].to(DEVICE), Packing.ROWS)
+    assert torch.equal(lut.cpu().view(torch.uint8).flatten(), vectors[f"{case}.lut_weight_bytes"])
+    scale = vectors[f"{case}.fp8_group_scale"].t().contiguous().view(torch.float8_e4m3fn)
+    entries = expand.expand_tables(scale.to(DEVICE))
+    assert torch.equal(entries.cpu().view(torch.uint8).flatten(), vectors[f"{case}.lut_scale_bytes"])
+
+
+def test_every_scale_byte_expands_like_its_reference() -> None:
+    """All 256, NaN and products beyond 448 too."""
+    scale = torch.arange(256, dtype=torch.uint8).view(4, 64).view(torch.float8_e4m3fn)
+    found = expand.expand_tables(scale.to(DEVICE))
+    assert found.shape == (4, 64, 8)
+    expected = tables.expand_tables_reference(scale)
+    assert torch.equal(found.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (1, 1024), (5, 413)], ids=str)
+def test_tables_of_odd_sizes(shape: tuple[int, int], guarded: list[torch.Tensor]) -> None:
+    """Counts that are no multiple of a block; a transposed scale is read in its logical order."""
+    data = (torch.arange(shape[0] * shape[1]) * 37 % 256).to(torch.uint8).view(shape[::-1])
+    scale = data.to(DEVICE).view(torch.float8_e4m3fn).t()
+    found = expand.expand_tables(scale)
+    assert_untouched(guarded)
+    expected = tables.expand_tables_reference(data.view(torch.float8_e4m3fn).t())
+    assert torch.equal(found.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    """The kernel refuses what its reference refuses."""
+    with pytest.raises(ValueError, match="N = 40 is not a multiple of 16"):
+        repack.repack(torch.zeros(8, 40, dtype=torch.int32, device=DEVICE), Packing.GPTQ)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: the kernels run interpreted, and nothing dispatches")
+def test_cuda_tensors_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`layout.repack` and `tables.expand_tables` hand over; their references run on the device as well."""
+    words = random_words(Packing.AWQ, 64, 128)
+    expected = layout.repack_reference(words, Packing.AWQ)
+    scale = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    entries = tables.expand_tables_reference(scale)
+    for module, name in ((layout, "repack_reference"), (tables, "expand_tables_reference")):
+        monkeypatch.delattr(module, name)
+    assert torch.equal(layout.repack(words, Packing.AWQ), expected)
+    assert torch.equal(tables.expand_tables(scale).view(torch.uint8), entries.view(torch.uint8))

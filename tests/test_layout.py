@@ -1,0 +1,219 @@
+"""The LUT layout against vLLM's own bytes, against the index formula written out, and against compressed-tensors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from convert_w4a8 import layout
+from convert_w4a8.weights import Packing
+
+DATA = Path(__file__).parent / "data"
+PACKINGS = pytest.mark.parametrize("packing", Packing, ids=str)
+SIZES = pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 96), (16, 4096), (208, 32), (160, 224)], ids=str)
+
+
+def random_codes(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Return unsigned codes, uint8 [N, K]."""
+    return torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def pack(codes: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Pack codes uint8 [N, K] as `Packing` documents it, nibble by nibble."""
+    u = codes.numpy().astype(np.uint32)
+    match packing:
+        case Packing.GPTQ:
+            words = sum(u[:, i::8].T << 4 * i for i in range(8))
+        case Packing.AWQ:
+            words = sum(u[column::8].T << 4 * i for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+        case Packing.ROWS:
+            words = sum(u[:, i::8] << 4 * i for i in range(8))
+    return torch.from_numpy(np.ascontiguousarray(words).view(np.int32))
+
+
+def encode(u: int) -> int:
+    """Return the unified encoding of one unsigned code."""
+    v = u - 8
+    return 8 - v if v > 0 else v & 15
+
+
+def lut_by_formula(codes: torch.Tensor) -> torch.Tensor:
+    """Build the LUT buffer, uint8, from codes uint8 [N, K] by the index formula alone."""
+    rows, columns = codes.shape
+    n, k = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    r, c = n % 16, k % 32
+    thread = (r % 8) * 4 + (c % 16) // 4
+    value = (c % 4) + 4 * (r // 8) + 8 * (c // 16)
+    index = ((n // 16) + (k // 32) * (rows // 16)) * 512 + thread * 16 + value
+    nibbles = np.zeros(rows * columns, dtype=np.uint8)
+    nibbles[index] = np.array([encode(u) for u in range(16)], dtype=np.uint8)[codes.numpy()]
+    return torch.from_numpy(nibbles[0::2] | nibbles[1::2] << 4)
+
+
+def assert_vllm_bytes(vectors: dict[str, torch.Tensor], case: str) -> None:
+    packed, expected = vectors[f"{case}.weight_packed"], vectors[f"{case}.lut_weight_bytes"]
+    lut = layout.repack(packed, Packing.ROWS)
+    assert torch.equal(lut.view(torch.uint8).flatten(), expected)
+    assert torch.equal(layout.unpack(lut), packed)
+
+
+@pytest.mark.parametrize("case", ["gauss", "edge"])
+def test_repack_gives_the_bytes_of_vllm(case: str) -> None:
+    """`cutlass_encode_and_reorder_int4b` wrote these bytes on an H200; the small cut is always here."""
+    assert_vllm_bytes(load_file(DATA / "vllm_w4a8_dense_cut.safetensors"), case)
+
+
+@pytest.mark.parametrize("case", ["gauss", "tiny", "edge"])
+def test_repack_gives_all_golden_bytes(shared: Path, case: str) -> None:
+    """The same with the full vectors."""
+    assert_vllm_bytes(load_file(shared / "golden/vllm_w4a8_dense.safetensors"), case)
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 256), (256, 512)])
+def test_repack_follows_the_golden_reorder_map(shared: Path, n: int, k: int) -> None:
+    """Entry i of the map is the element that CUTLASS put at nibble i."""
+    element = load_file(shared / "golden/cutlass_reorder_map.safetensors")[f"{n}x{k}"].long()
+    codes = random_codes(n, k)
+    data = layout.repack(pack(codes, Packing.ROWS), Packing.ROWS).view(torch.uint8).flatten()
+    nibbles = torch.stack((data & 15, data >> 4), dim=-1).flatten()
+    assert nibbles.tolist() == [encode(u) for u in codes.flatten()[element].tolist()]
+
+
+@PACKINGS
+@pytest.mark.parametrize("first", range(16))
+def test_every_code_is_encoded_in_every_nibble(packing: Packing, first: int) -> None:
+    """Over the 16 starts, each of the 512 positions of a tile holds each of the 16 codes."""
+    codes = ((torch.arange(512) * 5 + torch.arange(512) // 16 + first) % 16).to(torch.uint8).view(16, 32)
+    lut = layout.repack(pack(codes, packing), packing)
+    assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
+
+
+@PACKINGS
+@SIZES
+def test_every_packing_repacks_by_the_formula(packing: Packing, n: int, k: int) -> None:
+    """Odd sizes included; the buffer is shaped [K/32, 4·N]."""
+    codes = random_codes(n, k)
+    lut = layout.repack(pack(codes, packing), packing)
+    assert lut.shape == layout.lut_shape(n, k) == (k // 32, 4 * n)
+    assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
+
+
+@PACKINGS
+@pytest.mark.parametrize("tiles", [1, 3, 8, 65])
+def test_blocks_cover_everything(packing: Packing, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that no block divides, in blocks so small that there are many."""
+    monkeypatch.setattr(layout, "_BLOCK_TILES", tiles)
+    monkeypatch.setattr(layout, "_BLOCK_WORDS", (tiles, tiles + 1))
+    codes = random_codes(176, 416)
+    packed = pack(codes, packing)
+    lut = layout.repack(packed, packing)
+    assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
+    assert torch.equal(layout.unpack(lut), pack(codes, Packing.ROWS))
+    assert torch.equal(layout.to_rows(packed, packing), pack(codes, Packing.ROWS))
+
+
+@PACKINGS
+def test_blocks_of_their_real_size_join(packing: Packing) -> None:
+    """More than one real block along both axes."""
+    codes = random_codes(16 * 70, 32 * 130)
+    lut = layout.repack(pack(codes, packing), packing)
+    assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
+
+
+@PACKINGS
+@given(tiles=st.tuples(st.integers(1, 5), st.integers(1, 5)), seed=st.integers(0, 2**32 - 1))
+def test_round_trips(packing: Packing, tiles: tuple[int, int], seed: int) -> None:
+    """Codes survive every way from one packing to another."""
+    codes = random_codes(16 * tiles[0], 32 * tiles[1], seed)
+    packed, rows = pack(codes, packing), pack(codes, Packing.ROWS)
+    assert torch.equal(layout.unpack_codes(packed, packing), codes)
+    assert torch.equal(layout.to_rows(packed, packing), rows)
+    assert torch.equal(layout.pack_rows(codes), rows)
+    assert torch.equal(layout.unpack(layout.repack(packed, packing)), rows)
+
+
+@PACKINGS
+def test_rows_need_no_tiles(packing: Packing) -> None:
+    """`to_rows` and `unpack_codes` serve layers that the kernel cannot take too: N and K multiples of 8."""
+    codes = random_codes(24, 40)
+    assert torch.equal(layout.to_rows(pack(codes, packing), packing), pack(codes, Packing.ROWS))
+    assert torch.equal(layout.unpack_codes(pack(codes, packing), packing), codes)
+
+
+@PACKINGS
+def test_inputs_may_be_strided_and_stay_as_they_are(packing: Packing) -> None:
+    """A slice of a larger tensor repacks like its copy, and nothing is written to it."""
+    whole = torch.cat([pack(random_codes(64, 128), packing)] * 2, dim=1)
+    part = whole[:, : whole.shape[1] // 2]
+    before = whole.clone()
+    for function in (layout.repack, layout.to_rows, layout.unpack_codes):
+        assert torch.equal(function(part, packing), function(part.clone(), packing))
+    assert torch.equal(whole, before)
+
+
+@PACKINGS
+def test_shards_are_slices_of_the_buffer(packing: Packing) -> None:
+    """Tensor parallelism: 16 output channels are 64 columns, 32 input channels are one row."""
+    codes = random_codes(96, 128)
+    lut = layout.repack(pack(codes, packing), packing)
+    assert torch.equal(layout.repack(pack(codes[32:80], packing), packing), lut[:, 32 * 4 : 80 * 4])
+    assert torch.equal(layout.repack(pack(codes[:, 32:96], packing), packing), lut[1:3])
+
+
+def test_compressed_tensors_packs_the_same_rows() -> None:
+    """The library that defines pack-quantized agrees on `pack_rows` and `unpack_codes`."""
+    pack_quantized = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors is not installed"
+    )
+    codes = random_codes(48, 96)
+    signed = codes.to(torch.int8) - 8
+    theirs = pack_quantized.pack_to_int32(signed, 4)
+    assert torch.equal(layout.pack_rows(codes), theirs)
+    back = pack_quantized.unpack_from_int32(theirs, 4, torch.Size(codes.shape))
+    assert torch.equal(layout.unpack_codes(theirs, Packing.ROWS).to(torch.int8) - 8, back)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: layout.lut_shape(40, 64), "N = 40 is not a multiple of 16"),
+        (lambda: layout.lut_shape(16, 48), "K = 48 is not a multiple of 32"),
+        (lambda: layout.lut_shape(0, 32), "N = 0 is not"),
+        (lambda: layout.repack(torch.zeros(8, 40, dtype=torch.int32), Packing.GPTQ), "N = 40 is not"),
+        (lambda: layout.repack(torch.zeros(40, 2, dtype=torch.int32), Packing.AWQ), "K = 40 is not"),
+        (lambda: layout.repack(torch.zeros(16, 4, dtype=torch.int64), Packing.ROWS), "torch.int64"),
+        (lambda: layout.to_rows(torch.zeros(12, 2, dtype=torch.int32), Packing.AWQ), "K = 12 is not a multiple of 8"),
+        (lambda: layout.pack_rows(torch.zeros(16, 12, dtype=torch.uint8)), "K = 12 is not a multiple of 8"),
+        (lambda: layout.unpack(torch.zeros(1, 96, dtype=torch.int32)), "96 columns are not a multiple of 64"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(call: Callable[[], object], message: str) -> None:
+    """Errors carry the number and what it should divide by."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@PACKINGS
+def test_histogram_counts_codes(packing: Packing) -> None:
+    """With room for every word the frequencies are exact, whatever the packing."""
+    codes = random_codes(48, 96).clamp(min=3)
+    expected = torch.bincount(codes.flatten(), minlength=16).double() / codes.numel()
+    histogram = layout.code_histogram(pack(codes, packing))
+    assert histogram.dtype == torch.float64
+    torch.testing.assert_close(histogram, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("max_words", [1, 7, 100, 4095, 4096])
+def test_histogram_samples_evenly(max_words: int) -> None:
+    """A sample reaches the whole tensor, never exceeds its limit, and is the same each time."""
+    words = torch.arange(4096, dtype=torch.int32).view(64, 64)
+    step = -(-4096 // max_words)
+    looked_at = torch.arange(0, 4096, step)
+    assert len(looked_at) <= max_words
+    expected = layout.code_histogram(looked_at.int().view(1, -1))
+    assert torch.equal(layout.code_histogram(words, max_words), expected)
