@@ -253,6 +253,33 @@ def test_damaged_file_is_refused(
             handle.keys()
 
 
+ONE_BYTE = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+LAX = {
+    "utf-16": ('{"a":'.encode("utf-16-le") + ONE_BYTE.decode().encode("utf-16-le"), b"x"),
+    "byte-order-mark": (b'\xef\xbb\xbf{"a":' + ONE_BYTE, b"x"),
+    "half-a-surrogate-pair": (b'{"\\ud800":' + ONE_BYTE, b"x"),
+    "metadata-false": (b'{"__metadata__":false}', b""),
+    "metadata-empty-list": (b'{"__metadata__":[]}', b""),
+    "dimension-beyond-64-bit": (b'{"a":{"dtype":"U8","shape":[99999999999999999999,0],"data_offsets":[0,0]}}', b""),
+}
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        pytest.param(*file, id=name, marks=pytest.mark.xfail(reason="read_header takes what the library refuses"))
+        for name, file in LAX.items()
+    ],
+)
+def test_what_the_library_refuses_is_refused(header: bytes, data: bytes, tmp_path: Path) -> None:
+    """Headers that only Python's JSON reader takes: a file that nothing else loads must not convert."""
+    path = raw_file(tmp_path / "a.safetensors", header, data)
+    with pytest.raises(SafetensorError), safe_open(path, "pt") as handle:
+        handle.keys()
+    with pytest.raises(ConvertError):
+        read_header(path)
+
+
 def test_the_good_file_of_the_table_is_accepted(tmp_path: Path) -> None:
     """The table's files are refused for what is wrong with them and not for what they share."""
     assert set(read_header(raw_file(tmp_path / "a", GOOD, bytes(8)))[1]) == {"a", "b"}
