@@ -216,6 +216,21 @@ def test_verify_agrees(converted: Converted) -> None:
             assert found[module]["sqnr_db"] == pytest.approx(sqnr_db(weight, layer.weight), abs=1e-3)
 
 
+def test_inspect_tells_what_the_tensors_hold(converted: Converted) -> None:
+    """`w4a8 inspect` counts the layers of both directories and sees zero-points and act-order that are really there."""
+    for path, layers in (
+        (converted.source.path, list(converted.source.layers.values())),
+        (converted.out, list(converted.layers.values())),
+    ):
+        result = CliRunner().invoke(main, ["inspect", str(path), "--json"])
+        assert result.exit_code == 0, result.output
+        kinds = json.loads(result.stdout)["layers"]
+        assert sum(kind["count"] for kind in kinds) == len(layers)
+        is_source = path == converted.source.path
+        assert any(kind["zero_points"] for kind in kinds) == (is_source and not layers[0].scheme.symmetric)
+        assert any(kind["act_order"] for kind in kinds) == (is_source and layers[0].scheme.act_order)
+
+
 REFUSED = [pytest.param(case, id=case.id) for case in CASES if case.refused or case.needs]
 
 
