@@ -15,8 +15,9 @@ def dequantize(w: W4Linear) -> torch.Tensor:
     codes = unpack_codes(w.packed, w.packing)
     scales = w.scales.float().t()
     zeros = torch.full_like(scales, SYMMETRIC_ZERO) if w.zeros is None else w.zeros.t().float()
-    if w.g_idx is not None:
-        index = w.g_idx.long()
+    k = codes.shape[1]
+    if w.g_idx is not None or k % w.group_size:  # the last group may be short
+        index = torch.arange(k, device=codes.device) // w.group_size if w.g_idx is None else w.g_idx.long()
         return codes.float().sub_(zeros[:, index]).mul_(scales[:, index])
     grouped = codes.view(codes.shape[0], -1, w.group_size).float()
     return grouped.sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)

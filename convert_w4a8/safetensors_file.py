@@ -94,12 +94,14 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     except OSError as error:
         raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the file") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        json.dumps(header, ensure_ascii=False).encode()  # lone surrogates are legal JSON, but no text
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "__metadata__ is not an object of strings")
     data_start = 8 + length
@@ -121,7 +123,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
@@ -171,7 +173,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
 
 def read_into(info: TensorInfo, buffer: torch.Tensor, offset: int) -> None:
     """Fill a one-dimensional uint8 buffer with the tensor's bytes from `offset` (bytes) on."""
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     done = 0
     try:
         descriptor = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -74,20 +74,31 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self.directory = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.", suffix=".partial", dir=self._out.parent))
-        for shard in self._shards:
-            path = self.directory / shard.file_name
-            head, infos = layout_file(path, shard.specs)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            self._descriptors[path] = descriptor
-            _write_all(descriptor, memoryview(head), 0)
-            os.truncate(descriptor, len(head) + shard.nbytes)
-            self._infos.update(infos)
+        try:
+            for shard in self._shards:
+                self._create(shard)
+        except BaseException:
+            self._discard()
+            raise
         self._pending = set(self._infos)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._discard()
+
+    def _create(self, shard: ShardPlan) -> None:
+        path = self.directory / shard.file_name
+        head, infos = layout_file(path, shard.specs)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._descriptors[path] = descriptor
+        _write_all(descriptor, memoryview(head), 0)
+        os.truncate(descriptor, len(head) + shard.nbytes)
+        self._infos.update(infos)
+
+    def _discard(self) -> None:
+        """Close every file and remove the temporary directory, which is gone already after `commit`."""
         self._flusher.shutdown(cancel_futures=True)
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -166,8 +177,12 @@ def _replace_directory(new: Path, out: Path, *, overwrite: bool) -> None:
     # A directory cannot be replaced by rename unless it is empty: move the old one away first, then remove it.
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent))
     out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -335,7 +335,6 @@ def test_a_full_directory_needs_overwrite(tmp_path: Path) -> None:
     check_destination(tmp_path / "absent", overwrite=False)
 
 
-@pytest.mark.xfail(reason="an error in __enter__ leaves the temporary directory")
 def test_a_failure_while_the_files_are_laid_out_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full before the first tensor leaves no temporary directory behind."""
 
@@ -351,7 +350,6 @@ def test_a_failure_while_the_files_are_laid_out_leaves_nothing(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="the old content stays in the .replaced directory")
 def test_the_old_output_returns_when_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,7 +368,6 @@ def test_the_old_output_returns_when_the_new_one_cannot_take_its_place(
     assert snapshot(tmp_path) == {"out/sub/old.txt": b"old"}
 
 
-@pytest.mark.xfail(reason="the removal of the old content counts as a failure")
 def test_leftovers_of_the_old_output_do_not_fail_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once OUT is replaced, the conversion has succeeded, even if the old files cannot all be removed."""
     make_old(tmp_path / "out")

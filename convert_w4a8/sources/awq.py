@@ -21,7 +21,7 @@ from convert_w4a8.sources.base import (
     collect_parts,
     modules_with,
     real_zeros,
-    resolve_group_size,
+    resolve_groups,
     setting,
     unpack_words,
 )
@@ -62,8 +62,7 @@ def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any]) ->
     in_features, words = check_rank_two(checkpoint, f"{module}.qweight", "I32")
     out_features = words * 8
     stored = setting(config, "group_size", int, setting(config, "q_group_size", int, 128))
-    group_size = resolve_group_size(module, stored, in_features)
-    groups = in_features // group_size
+    group_size, groups = resolve_groups(module, stored, in_features)
     check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, words), "[K/group_size, N/8]")
     check_tensor(checkpoint, f"{module}.scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
     return LayerSpec(

@@ -9,7 +9,7 @@ import torch
 
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
-from convert_w4a8.weights import W4Linear
+from convert_w4a8.weights import GROUP_SIZE, W4Linear
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,22 @@ def check_bits(module: str, bits: object) -> None:
         )
 
 
-def resolve_group_size(module: str, group_size: int, in_features: int) -> int:
-    """Return the group size in input channels, with −1 resolved.
+def resolve_groups(module: str, group_size: int, in_features: int) -> tuple[int, int]:
+    """Return (group_size, number of groups), with −1 resolved to all of K.
+
+    The last group may be short (GPTQModel writes such files), in layers that the kernel cannot take anyway.
 
     Raises:
-        ConvertError: the group size does not divide in_features.
+        ConvertError: the group size is none, or does not divide in_features.
 
     """
     if group_size == -1:
-        return in_features
-    if group_size <= 0 or in_features % group_size:
+        return in_features, 1
+    if group_size <= 0 or (in_features % group_size and in_features % GROUP_SIZE == 0):
         raise ConvertError(
             module, f"group_size {group_size} does not divide in_features = {in_features}", "repair the configuration"
         )
-    return group_size
+    return group_size, -(-in_features // group_size)
 
 
 def check_tensor(
@@ -176,7 +178,7 @@ def real_g_idx(name: str, g_idx: torch.Tensor, spec: LayerSpec) -> torch.Tensor 
     """
     if torch.equal(g_idx, torch.arange(spec.in_features, dtype=g_idx.dtype) // spec.group_size):
         return None
-    groups = spec.in_features // spec.group_size
+    groups = -(-spec.in_features // spec.group_size)
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise ConvertError(

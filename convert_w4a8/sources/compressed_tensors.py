@@ -24,7 +24,7 @@ from convert_w4a8.sources.base import (
     modules_with,
     real_g_idx,
     real_zeros,
-    resolve_group_size,
+    resolve_groups,
     setting,
     unpack_words,
 )
@@ -104,8 +104,7 @@ def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) ->
         out_features, in_features = check_rank_two(checkpoint, parts["weight"], "I8")
     else:
         raise ConvertError(module, "has a weight_scale but no weight", "download or write the checkpoint again")
-    group_size = _group_size(module, scheme, in_features)
-    groups = in_features // group_size
+    group_size, groups = _groups(module, scheme, in_features)
     check_tensor(checkpoint, parts["weight_scale"], ("F16", "BF16", "F32"), (out_features, groups), "[N, K/group_size]")
     if "weight_zero_point" in parts:
         if packed:
@@ -129,12 +128,12 @@ def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) ->
     )
 
 
-def _group_size(module: str, scheme: Mapping[str, Any], in_features: int) -> int:
+def _groups(module: str, scheme: Mapping[str, Any], in_features: int) -> tuple[int, int]:
     match scheme.get("strategy") or ("group" if scheme.get("group_size") else "channel"):
         case "channel":
-            return in_features
+            return in_features, 1
         case "group":
-            return resolve_group_size(module, setting(scheme, "group_size", int, 128), in_features)
+            return resolve_groups(module, setting(scheme, "group_size", int, 128), in_features)
         case strategy:
             raise ConvertError(module, f"strategy {strategy!r} is not supported", "use strategy group or channel")
 

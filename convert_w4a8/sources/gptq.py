@@ -23,7 +23,7 @@ from convert_w4a8.sources.base import (
     modules_with,
     real_g_idx,
     real_zeros,
-    resolve_group_size,
+    resolve_groups,
     setting,
     unpack_words,
 )
@@ -89,8 +89,7 @@ def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], ze
     check_bits(module, config.get("bits", 4))
     words, out_features = check_rank_two(checkpoint, f"{module}.qweight", "I32")
     in_features = words * 8
-    group_size = resolve_group_size(module, setting(config, "group_size", int, 128), in_features)
-    groups = in_features // group_size
+    group_size, groups = resolve_groups(module, setting(config, "group_size", int, 128), in_features)
     if out_features % 8:
         raise ConvertError(module, f"out_features = {out_features} is not a multiple of 8", "check the checkpoint")
     check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
