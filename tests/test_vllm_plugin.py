@@ -12,9 +12,11 @@ import torch
 import vllm_sources
 
 from convert_w4a8.layout import pack_rows, repack
+from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.tables import decode, expand_tables, gemm
+from convert_w4a8.targets import lut
 from convert_w4a8.vllm_plugin import compat, partition
-from convert_w4a8.vllm_plugin.format import LutFormat, Tables
+from convert_w4a8.vllm_plugin.format import METHOD, LutFormat, Tables
 from convert_w4a8.weights import Packing, W4A8Linear
 
 BLOCK: dict[str, Any] = {
@@ -130,6 +132,11 @@ def test_renaming_sees_tensor_names() -> None:
         return [name.replace("lm_head.", "language_model.lm_head.") for name in kept]
 
     assert _ignoring("lm_head", "visual.proj").renamed(mapper) == _ignoring("language_model.lm_head")
+
+
+def test_the_tested_range_is_that_of_the_contract() -> None:
+    """What the plugin says was tested is what these tests read."""
+    assert (vllm_sources.VERSIONS[0], vllm_sources.VERSIONS[-1]) == compat.TESTED
 
 
 @pytest.mark.parametrize(
@@ -425,6 +432,26 @@ def test_layers_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks
 
 
 @ON_BOTH
+def test_a_layer_that_was_not_loaded_is_noticed(vllm: vllm_sources.Ranks) -> None:  # noqa: ARG001
+    """A quantized model that lacks tensors is not an error for vLLM."""
+    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": _config(Tables.SCALE)}
+    layer = _linear_classes().MergedColumnParallelLinear(256, [128, 128], prefix="m.gate_up_proj", **args)
+    _load(layer, Weight(128, 256, Tables.SCALE, 0), 0)
+    with pytest.raises(ValueError, match=r"m\.gate_up_proj: the checkpoint has no weight_chan_scale for it"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("mode", list(ScalesMode))
+def test_what_the_converter_writes_is_what_the_plugin_reads(mode: ScalesMode) -> None:
+    """The block of every scales mode is understood, and its tables are the tensor that a layer has."""
+    block = lut.quantization_config({}, ["lm_head"], mode, {})
+    assert block["quant_method"] == METHOD
+    form = LutFormat.parse(block)
+    names = {spec.name.removeprefix("m.") for spec in lut.outputs("m", 128, 256, mode)}
+    assert names == set(Weight(128, 256, form.tables, 0).tensors())
+
+
+@ON_BOTH
 def test_registering_twice_registers_once(vllm: vllm_sources.Ranks) -> None:  # noqa: ARG001
     """The entry point is called in every process, and may be called again."""
     quantization = importlib.import_module("vllm.model_executor.layers.quantization")
@@ -536,6 +563,8 @@ def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks
         for tensor, value in weight.tensors().items()
     ]
     list(layer.load_weights(iter(stored)))
+    down = [(f"{e}.down_proj.{t}", v) for e in range(2) for t, v in Weight(256, 512, tables, e).tensors().items()]
+    list(layer.load_weights(iter(down)))
     before = layer.w13_weight_packed.data.flatten().clone()
     layer.quant_method.process_weights_after_loading(layer)
     assert layer.w13_weight_packed.shape == (2, 1024, 32)
@@ -550,6 +579,25 @@ def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks
     assert kernel.b_strides1.tolist() == [[64, 8, 32768]] * 2
     assert kernel.b_strides2.tolist() == [[16, 16, 8192]] * 2
     assert kernel.group_size == 128
+
+
+@ON_BOTH
+@pytest.mark.parametrize("missing", ["0.gate_proj", "1.up_proj", "1.down_proj"])
+def test_an_expert_that_was_not_loaded_is_noticed(vllm: vllm_sources.Ranks, missing: str) -> None:  # noqa: ARG001
+    """Names that match nothing are dropped by vLLM's loader without a word."""
+    layer = _routed_experts(_config(Tables.SCALE), _moe_config(2, 256, 512, 1, 0), QWEN)
+    stored = [
+        (f"{expert}.{name}.{tensor}", value)
+        for expert in range(2)
+        for name in QWEN
+        if f"{expert}.{name}" != missing
+        for tensor, value in Weight(*((256, 512) if name == "down_proj" else (512, 256)), Tables.SCALE, 0)
+        .tensors()
+        .items()
+    ]
+    list(layer.load_weights(iter(stored)))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: the checkpoint has no weight_chan_scale for it"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 @ON_BOTH

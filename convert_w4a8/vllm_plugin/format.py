@@ -33,6 +33,15 @@ def refusal(subject: str, reason: str, remedy: str) -> ValueError:
     return ValueError(f"{METHOD}: {Refusal(subject, reason, remedy)}")
 
 
+def not_loaded(module: str) -> ValueError:
+    """Return the error for a layer that the checkpoint names otherwise, or does not have."""
+    return refusal(
+        module,
+        "the checkpoint has no weight_chan_scale for it, or under a name that vLLM does not look for",
+        "convert the source again with the newest w4a8-convert",
+    )
+
+
 @dataclass(frozen=True)
 class LutFormat:
     """What a reader needs to know of the block.

@@ -27,7 +27,7 @@ from vllm.model_executor.utils import replace_parameter
 from convert_w4a8.layout import lut_shape
 from convert_w4a8.tables import expand_tables
 from convert_w4a8.vllm_plugin import compat, partition
-from convert_w4a8.vllm_plugin.format import Tables, refusal
+from convert_w4a8.vllm_plugin.format import Tables, not_loaded, refusal
 from convert_w4a8.weights import GROUP_SIZE
 
 
@@ -40,7 +40,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.table_name = "weight_scale" if tables is Tables.SCALE else "weight_lut"
         self.quant_fp8 = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
 
-    def create_weights(  # noqa: PLR0917
+    def create_weights(
         self,
         layer: LinearBase,
         input_size_per_partition: int,
@@ -66,13 +66,18 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         else:
             parameter = _packed(torch.empty(k // GROUP_SIZE, 8 * n, dtype=torch.float8_e4m3fn), 8, loader)
         layer.register_parameter(self.table_name, parameter)
-        channel = torch.empty(n, dtype=torch.float32)
+        channel = torch.full((n,), torch.nan)  # until it is loaded
         layer.register_parameter(
             "weight_chan_scale", ChannelQuantScaleParameter(data=channel, output_dim=0, weight_loader=loader)
         )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device."""
+        """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device.
+
+        Raises ValueError, in one line, where the checkpoint did not have the layer: vLLM would serve noise.
+        """
+        if layer.weight_chan_scale.isnan().any():
+            raise not_loaded(layer.prefix)
         packed = layer.weight_packed.data
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         replace_parameter(layer, "weight_packed", packed.view(-1, packed.shape[1] // 4))

@@ -13,7 +13,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from convert_w4a8.layout import lut_shape
 from convert_w4a8.tables import expand_tables
 from convert_w4a8.vllm_plugin import compat, partition
-from convert_w4a8.vllm_plugin.format import Tables
+from convert_w4a8.vllm_plugin.format import Tables, not_loaded
 from convert_w4a8.weights import GROUP_SIZE
 
 
@@ -42,7 +42,8 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Register `w13_*` (gate and up) and `w2_*` (down) of this rank's experts, [experts, …] each.
 
-        They start as zeros, since vLLM may pad the hidden size: a zero nibble is the code 0.
+        They start as zeros, since vLLM may pad the hidden size: a zero nibble is the code 0. Channel scales start as
+        NaN, to show which experts were not loaded.
         """
         full = self.moe.intermediate_size
         partition.check(
@@ -71,14 +72,24 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 "weight_chan_scale": ((n,), torch.float32, {"quant_method": channel}),
             }
             for name, (shape, dtype, attributes) in tensors.items():
-                parameter = torch.nn.Parameter(torch.zeros(num_experts, *shape, dtype=dtype), requires_grad=False)
+                data = torch.zeros(num_experts, *shape, dtype=dtype)
+                if name == "weight_chan_scale":
+                    data.fill_(torch.nan)
+                parameter = torch.nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{w}_{name}", parameter)
                 set_weight_attrs(parameter, extra_weight_attrs | attributes)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device."""
+        """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device.
+
+        Raises ValueError, in one line, where the checkpoint did not have an expert: vLLM would serve noise.
+        """
         layouts = []
-        for w in ("w13", "w2"):
+        for w, projections in (("w13", 2), ("w2", 1)):
+            channel = getattr(layer, f"{w}_weight_chan_scale").data
+            if channel.view(len(channel), projections, -1).isnan().all(dim=-1).any():
+                raise not_loaded(layer.layer_name)
+            channel.nan_to_num_(0.0)  # padding
             packed = getattr(layer, f"{w}_weight_packed").data
             experts, n, k = packed.shape[0], packed.shape[2] // 4, packed.shape[1] * 32
             # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
@@ -107,7 +118,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             per_out_ch_quant=True,
         )
 
-    def apply(  # noqa: PLR0917
+    def apply(
         self,
         layer: RoutedExperts,
         x: torch.Tensor,
