@@ -24,6 +24,8 @@ The functions here are plain torch and run on any device; on CUDA, `repack` hand
 """
 
 import math
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -38,6 +40,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _BLOCK_TILES = 4096
 """Tiles handled at a time: 1 MiB, large enough to hide what a torch call costs, small enough for the cache."""
+_RUN = 1 << 18
+"""Bytes of packed codes handled at a time where they only change width."""
 _BLOCK_WORDS = 64, 512
 """Words along k and n, times 8 for n, that `to_rows` transposes at a time: 1 MiB."""
 _PAD = 16
@@ -87,7 +91,7 @@ def repack_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
             source = packed.reshape(kt, 2, 4, 2, 2, nt, 2).permute(3, 4, 6, 2, 1, 0, 5)
             swaps = ((1, 4), (0, 8), (2, 16))
     target = lut.view(kt, nt, 64).permute(2, 0, 1)
-    _by_blocks(source, target, swaps, encode=True, k_first=packing is Packing.ROWS)
+    _by_blocks(source, target, swaps, encode=True, rows=packing is Packing.ROWS)
     return lut
 
 
@@ -100,7 +104,7 @@ def unpack(weight_packed: torch.Tensor) -> torch.Tensor:
     rows = torch.empty(nt * TILE_N, kt * 4, dtype=torch.int32, device=weight_packed.device)
     source = weight_packed.reshape(kt, nt, 8, 2, 2, 2).permute(2, 3, 4, 5, 0, 1)
     target = rows.view(nt, 2, 8, kt, 2, 2).permute(2, 5, 1, 4, 3, 0)
-    _by_blocks(source, target, ((2, 16),), encode=False, k_first=True)
+    _by_blocks(source, target, ((2, 16),), encode=False, rows=True)
     return rows
 
 
@@ -118,18 +122,24 @@ def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 def unpack_codes(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Return the unsigned codes of any packing as uint8 [N, K]."""
     rows = to_rows(packed, packing).contiguous()
-    spread = rows.view(torch.uint8).to(torch.int16)
-    spread |= spread << 4
-    spread &= 0x0F0F
-    return spread.view(torch.uint8)
+    codes = torch.empty(rows.shape[0], rows.shape[1] * 8, dtype=torch.uint8, device=rows.device)
+    pairs, source = codes.view(torch.int16).view(-1), rows.view(torch.uint8).view(-1)
+    for part in _parts(source.numel()):
+        spread = source[part].to(torch.int16)
+        spread |= spread << 4
+        torch.bitwise_and(spread, 0x0F0F, out=pairs[part])
+    return codes
 
 
 def pack_rows(codes: torch.Tensor) -> torch.Tensor:
     """Pack unsigned codes uint8 [N, K] into ROWS, int32 [N, K/8], low nibble first; ValueError unless K % 8 == 0."""
     if codes.shape[1] % 8:
         raise ValueError(f"K = {codes.shape[1]} is not a multiple of 8")
-    pairs = codes.contiguous().view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
+    rows = torch.empty(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
+    pairs, target = codes.contiguous().view(torch.int16).view(-1), rows.view(torch.uint8).view(-1)
+    for part in _parts(target.numel()):
+        target[part] = pairs[part] | pairs[part] >> 4  # the low byte of it
+    return rows
 
 
 def code_histogram(packed: torch.Tensor, max_words: int = 1 << 16) -> torch.Tensor:
@@ -144,39 +154,43 @@ def code_histogram(packed: torch.Tensor, max_words: int = 1 << 16) -> torch.Tens
     return counts.double() / counts.sum()
 
 
+def _parts(size: int) -> Iterator[slice]:
+    """Cut `size` elements into runs whose temporaries stay in the cache."""
+    return (slice(start, start + _RUN) for start in range(0, size, _RUN))
+
+
 def _by_blocks(
-    source: torch.Tensor, target: torch.Tensor, swaps: tuple[tuple[int, int], ...], *, encode: bool, k_first: bool
+    source: torch.Tensor, target: torch.Tensor, swaps: tuple[tuple[int, int], ...], *, encode: bool, rows: bool
 ) -> None:
     """Copy words from `source` to `target`, swapping bits and encoding or decoding nibbles on the way.
 
-    Both are views int32 [..., K/32, N/16] whose leading axes number the 64 words of a tile. The work is done in
-    cache-sized scratch memory [64, tiles], so that each operation runs over long contiguous rows.
-    k_first: whether the memory with the longer strides has k contiguous; blocks then follow it.
+    Both are views int32 [rl, 2, 2, 2, K/32, N/16] or alike, whose leading axes number the 64 words of a tile. The work
+    is done in cache-sized scratch memory [64, tiles], so that each operation runs over long contiguous rows.
+    rows: whether either is in ROWS packing, contiguous along k; blocks are then square instead of as wide as N.
     """
     words, (kt, nt) = source.shape[:-2], source.shape[-2:]
-    if k_first:
-        k_block = min(kt, 64)
-        n_block = min(nt, max(1, _BLOCK_TILES // k_block))
-    else:
-        n_block = min(nt, _BLOCK_TILES)
-        k_block = min(kt, max(1, _BLOCK_TILES // n_block))
-    pitch = k_block * n_block + _PAD
-    block = torch.zeros(*words, pitch, dtype=torch.int32, device=source.device)
+    n_block = min(nt, math.isqrt(_BLOCK_TILES) if rows else _BLOCK_TILES)
+    k_block = min(kt, max(1, _BLOCK_TILES // n_block))
+    block = torch.zeros(*words, k_block * n_block + _PAD, dtype=torch.int32, device=source.device)
     scratch = torch.empty(2, block.numel(), dtype=torch.int32, device=source.device)
     for n in range(0, nt, n_block):
         for k in range(0, kt, k_block):
             part = (..., slice(k, k + k_block), slice(n, n + n_block))
             kb, nb = source[part].shape[-2:]
-            strides = (1, kb) if k_first else (nb, 1)
+            strides = (1, kb) if rows and encode else (nb, 1)  # in the order in which the source is read
             tiles = block.as_strided((*words, kb, nb), (*block.stride()[:-1], *strides))
             tiles.copy_(source[part])
             if encode:
                 _encode_(block, scratch)
             for axis, shift in swaps:
                 _swap_(block, axis, shift, scratch)
-            if not encode:
-                _decode_(block, scratch)
-            target[part].copy_(tiles.reshape(*target.shape[:-2], kb, nb))
+            if encode:
+                target[part].copy_(tiles.reshape(64, kb, nb))
+                continue
+            _decode_(block, scratch)
+            # torch would run along ROWS' innermost axes cq1 and ch, which have length two: take them one by one.
+            for cq1, ch in product((0, 1), repeat=2):
+                target[part][:, cq1, :, ch].copy_(tiles[:, cq1, :, ch])
 
 
 def _encode_(words: torch.Tensor, scratch: torch.Tensor) -> None:
