@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from convert_w4a8 import __version__
-from convert_w4a8.errors import PlanError, W4A8Error
+from convert_w4a8.errors import ConvertError, PlanError, W4A8Error
 
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -180,7 +180,7 @@ def _echo_json(value: dict[str, Any]) -> None:
 @click.group()
 @click.version_option(__version__, package_name="w4a8-convert")
 def main() -> None:
-    """W4A8 checkpoints for vLLM on Hopper: convert, inspect, verify."""
+    """W4A8 checkpoints for vLLM on Hopper: convert, inspect, verify, report."""
 
 
 main.add_command(convert)
@@ -230,3 +230,53 @@ def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> N
         click.echo(render.verification_text(verification))
     if verification.problems:
         click.get_current_context().exit(1)
+
+
+@main.command(cls=W4A8Command)
+@click.argument("out", metavar="OUT")
+@click.option("--source", required=True, metavar="IN", help="The checkpoint that OUT was converted from.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write one self-contained HTML file.",
+)
+@click.option("--png-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write the pictures.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers behind it as one JSON document on stdout.")
+def report(out: str, source: str, html: Path | None, png_dir: Path | None, as_json: bool) -> None:
+    """Show what a conversion did: SQNR by layer, group scales, clipping, memory. From the bytes of both checkpoints.
+
+    The pictures need matplotlib: pip install 'w4a8-convert[report]'.
+    """
+    from convert_w4a8 import report as reports
+    from convert_w4a8 import report_html, report_pictures
+    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.hub import resolve_input
+
+    if html is None and png_dir is None and not as_json:
+        raise click.UsageError("give --html, --png-dir or --json")
+    with_pictures = html is not None or png_dir is not None
+    if with_pictures:
+        report_pictures.require_matplotlib()
+    converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
+    with _progress(original.nbytes, "report", quiet=as_json) as update:
+        found = reports.collect(converted, original, progress=update)
+    if with_pictures:
+        pictures = report_pictures.draw(found)
+        written = {png_dir / f"{name}.png": png for name, png in pictures.items()} if png_dir is not None else {}
+        if html is not None:
+            written[html] = report_html.render(found, pictures).encode()
+        _write_files(written)
+    if as_json:
+        _echo_json(reports.as_dict(found))
+    else:
+        click.echo(reports.as_text(found))
+
+
+def _write_files(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:
+            raise ConvertError(str(path), f"cannot be written ({error.strerror})", "choose another path") from error

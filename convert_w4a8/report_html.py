@@ -1,0 +1,221 @@
+"""A report as one HTML file that needs nothing else: tables, and the pictures embedded."""
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from statistics import fmean
+
+from convert_w4a8.plan import natural_key
+from convert_w4a8.render import human_bytes
+from convert_w4a8.report import Report, aggregate, mean, short_kinds, worst
+from convert_w4a8.report_layers import LABELS, SCHEMES, LayerReport
+from convert_w4a8.report_memory import KV_BYTES
+from convert_w4a8.scales import CODE_MAX, E4M3_MAX
+
+_WORST = 10
+_CSS = """
+body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1c2430;
+  background: #fff; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.7rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin-top: 2.6rem; border-bottom: 1px solid #dde2e8; padding-bottom: 0.25rem; }
+p.lead, figcaption, .note { color: #55606e; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.9rem; border-bottom: 1px solid #e8ebef; text-align: right; white-space: nowrap; }
+th { font-weight: 600; color: #55606e; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tr.strong td { font-weight: 600; }
+figure { margin: 1rem 0; }
+img { max-width: 100%; height: auto; }
+figcaption, .note { font-size: 0.9rem; max-width: 50rem; }
+summary { cursor: pointer; }
+"""
+
+
+def render(report: Report, pictures: Mapping[str, bytes]) -> str:
+    """Return the HTML document; `pictures` are PNGs by name, as `report_pictures.draw` makes them."""
+    sections = [
+        f"<h1>{escape(report.name)}</h1>",
+        f'<p class="lead">{escape(_lead(report))}</p>',
+        _summary(report),
+        "<h2>SQNR by layer</h2>",
+        _figure(pictures["sqnr"], "SQNR of every layer, by projection and block", _sqnr_caption(report)),
+        f"<h2>The {min(_WORST, len(report.layers))} layers with the least SQNR</h2>",
+        _worst_layers(report),
+        "<h2>Group scales</h2>",
+        _figure(pictures["scales"], "Distribution of group scales", _scales_caption(report)),
+        "<h2>INT4 × scale</h2>",
+        _figure(pictures["products"], "Distribution of code times scale", _products_caption(report)),
+        "<h2>Memory</h2>",
+        _weights(report),
+        _kv_cache(report),
+        "<h2>All layers</h2>",
+        _all_layers(report),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>W4A8 report: {escape(report.name)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], strong: int | None = None) -> str:
+    """Render a table whose first column is text; `strong` is the row to set off."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = ""
+    for index, row in enumerate(rows):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        body += f'<tr class="strong">{cells}</tr>\n' if index == strong else f"<tr>{cells}</tr>\n"
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+
+
+def _figure(png: bytes, alt: str, caption: str) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return (
+        f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _lead(report: Report) -> str:
+    kept = sum(layer.symmetric for layer in report.layers)
+    new = len(report.layers) - kept
+    parts = [f"{kept:,} with the source's INT4 codes"] if kept else []
+    parts += [f"{new:,} with new ones (zero-points, activation order or small groups)"] if new else []
+    parts += [f"{len(report.dequantized):,} more kept in BF16"] if report.dequantized else []
+    scales = f", scales: {report.scales_mode}" if report.scales_mode else ""
+    return (
+        f"{report.source_format} to {report.target_format}{scales}."
+        f" {len(report.layers):,} W4A8 layers: {', '.join(parts)}."
+        f" {human_bytes(report.nbytes_in)} on disk became {human_bytes(report.nbytes_out)}."
+    )
+
+
+def _summary(report: Report) -> str:
+    rows = [
+        (LABELS[scheme], _db(mean(report, scheme)), _db(least.sqnr_db[scheme]), least.module)
+        for scheme in SCHEMES
+        for least in (worst(report, scheme),)
+    ]
+    clipped = report.figures.clipped
+    text = "No table entry clips." if not clipped else f"{clipped:,} table entries clip or are no numbers!"
+    return _table(("group scales in FP8", "mean SQNR", "least SQNR", "in"), rows, len(rows) - 1) + _note(
+        "SQNR: energy of the source's dequantized weights over that of the difference from what the tensor core"
+        f" multiplies by. Every weight was counted, from the bytes of both checkpoints. {text}"
+    )
+
+
+def _sqnr_caption(report: Report) -> str:
+    text = "Naive: group scales cast to FP8 as they are. Reference: vLLM's FP8 group scales with an FP32 channel scale."
+    if any(not layer.symmetric for layer in report.layers):
+        text += (
+            " Where codes cannot be kept, these two start from the plainest symmetric quantization of the source"
+            " (groups of 128, scale = amax/7.5, nearest code), and the SQNR contains the loss of the new codes."
+        )
+    if len(aggregate(report.layers)) < len(report.layers):
+        text += " Lines are the mean of a block's experts; the shade reaches down to the least of them."
+    return text
+
+
+def _worst_layers(report: Report) -> str:
+    layers = sorted(report.layers, key=lambda layer: layer.sqnr_db["output"])[:_WORST]
+    header = ("layer", "N × K", "codes", *(f"SQNR {LABELS[scheme]}" for scheme in SCHEMES))
+    return _table(header, [_layer_row(layer) for layer in layers])
+
+
+def _layer_row(layer: LayerReport) -> tuple[str, ...]:
+    shape = f"{layer.out_features} × {layer.in_features}"
+    codes = "kept" if layer.symmetric else "new"
+    return (layer.module, shape, codes, *(_db(layer.sqnr_db[scheme]) for scheme in SCHEMES))
+
+
+def _scales_caption(report: Report) -> str:
+    source, naive, output = (
+        fmean(layer.distinct[name] for layer in report.layers) for name in ("source", "naive", "output")
+    )
+    zeros = int(report.figures.fp8["naive"][0]) / int(report.figures.fp8["naive"].sum())
+    text = (
+        f"A layer has {source:,.0f} distinct group scales on average. A naive cast leaves {naive:,.0f} of them, because"
+        " FP8 has few values among small numbers: below 1/64 only the multiples of 1/512"
+    )
+    text += f"; {100 * zeros:.2g} % become 0." if zeros else "."
+    text += f" A channel scale moves them to where FP8 is finest, and leaves {output:,.0f} effective scales."
+    if report.stored_tables:
+        text += " This checkpoint stores tables; an eighth of the entry for the code −8 stands for the scale."
+    return text
+
+
+def _products_caption(report: Report) -> str:
+    products = report.figures.products
+    without, within = (products.share_above(edge) for edge in (E4M3_MAX, CODE_MAX * E4M3_MAX))
+    text = (
+        "What a table entry would be before it is rounded to FP8, with the channel's largest scale at 448, FP8's"
+        f" largest number. As it is, {100 * without:.3g} % of all weights would be cut off there; with an eighth of the"
+        f" scale {100 * within:.3g} %. The code 0, {100 * products.zeros / products.total:.3g} % of the weights, is"
+        " counted, but has no place on a logarithmic axis."
+    )
+    if any(not layer.symmetric for layer in report.layers):
+        text += " Layers with new codes are shown as the plainest symmetric quantization (scale = amax/7.5) has them."
+    return text
+
+
+def _weights(report: Report) -> str:
+    w = report.weights
+    rows = [
+        (
+            name,
+            human_bytes(size),
+            f"{size / w.bf16:.0%}",
+            human_bytes(size - w.rest),
+            f"{8 * (size - w.rest) / w.quantized_weights:.2f}",
+        )
+        for name, size in (("BF16", w.bf16), ("INT8", w.int8), ("INT4 (this checkpoint, served)", w.int4))
+    ]
+    header = ("weights", "all", "of BF16", "of the W4A8 layers", "bits a weight there")
+    return _table(header, rows, 2) + _note(
+        f"Every figure contains {human_bytes(w.rest)} of embeddings, norms and whatever else is not quantized, as here."
+        " INT8 has an FP32 scale an output channel. INT4 has that too, and for every group of 128 the kernel's table of"
+        " 8 FP8 entries."
+    )
+
+
+def _kv_cache(report: Report) -> str:
+    kv = report.kv
+    if kv.unknown is not None:
+        return _note(f"KV cache: not known. {kv.unknown}.")
+    header = ("KV cache of one sequence", "a token", *(f"{length:,} tokens" for length in kv.per_sequence))
+    rows = [
+        (name, human_bytes(size * kv.per_token), *(human_bytes(size * values) for values in kv.per_sequence.values()))
+        for name, size in KV_BYTES.items()
+    ]
+    return _table(header, rows) + _note(f"From config.json: {kv.note}.")
+
+
+def _all_layers(report: Report) -> str:
+    kinds = short_kinds(report.layers)
+    spots = aggregate(report.layers)
+    if len(spots) == len(report.layers):
+        header = ("layer", "N × K", "codes", *(f"SQNR {LABELS[scheme]}" for scheme in SCHEMES))
+        table = _table(header, [_layer_row(layer) for layer in report.layers])
+    else:
+        columns = (f"{which} SQNR {LABELS[scheme]}" for scheme in SCHEMES for which in ("mean", "least"))
+        rows = [
+            (
+                f"{kinds[s.kind]}, block {s.block}",
+                f"{s.count:,}",
+                *(_db(x) for scheme in SCHEMES for x in (s.mean[scheme], s.least[scheme])),
+            )
+            for s in sorted(spots, key=lambda s: (s.block, natural_key(s.kind)))
+        ]
+        table = _table(("layers", "count", *columns), rows)
+    return f"<details><summary>{len(spots):,} rows</summary>\n{table}\n</details>"
+
+
+def _db(value: float) -> str:
+    return f"{value:.2f} dB"
