@@ -586,6 +586,7 @@ def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks
 def test_an_expert_that_was_not_loaded_is_noticed(vllm: vllm_sources.Ranks, missing: str) -> None:  # noqa: ARG001
     """Names that match nothing are dropped by vLLM's loader without a word."""
     layer = _routed_experts(_config(Tables.SCALE), _moe_config(2, 256, 512, 1, 0), QWEN)
+    sizes = {"gate_proj": (512, 256), "up_proj": (512, 256), "down_proj": (256, 512)}
     stored = [
         (f"{expert}.{name}.{tensor}", value)
         for expert in range(2)
