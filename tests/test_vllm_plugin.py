@@ -592,9 +592,7 @@ def test_an_expert_that_was_not_loaded_is_noticed(vllm: vllm_sources.Ranks, miss
         for expert in range(2)
         for name in QWEN
         if f"{expert}.{name}" != missing
-        for tensor, value in Weight(*((256, 512) if name == "down_proj" else (512, 256)), Tables.SCALE, 0)
-        .tensors()
-        .items()
+        for tensor, value in Weight(*sizes[name], Tables.SCALE, 0).tensors().items()
     ]
     list(layer.load_weights(iter(stored)))
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: the checkpoint has no weight_chan_scale for it"):
