@@ -26,7 +26,9 @@ from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
 DEVICE = torch.device("cuda")
 E4M3 = torch.float8_e4m3fn
-SMALL = [(128, 128), (128, 256), (256, 384), (144, 256), (4112, 512), (1040, 768), (2064, 1280)]
+SMALL = [(128, 256), (144, 256), (4112, 512), (1040, 768), (2064, 1280)]
+ODD = [(128, 128), (256, 384), (144, 640)]
+"""K % 256 != 0: vLLM takes these, CUTLASS's reordering is said to go out of bounds there. Last, to spoil nothing else."""
 LARGE = [(6144, 4096), (28672, 4096), (4096, 14336), (12288, 33792), (67584, 12288)]
 
 
@@ -287,6 +289,7 @@ def main() -> int:
         ("scales", check_scales, [(128, 256), (4112, 512), *large]),
         ("tables", check_tables, [(144, 256), *large]),
         ("products", check_products, [(256, 256), (512, 1024), *([] if args.quick else [(4096, 4096)])]),
+        ("weights, odd K", check_weights, ODD),
     ]
     rows: list[Row] = []
     for name, check, sizes in checks:
