@@ -35,8 +35,6 @@ TILE_N = 16
 """Output channels of one tile."""
 TILE_K = 32
 """Input channels of one tile."""
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Nibble i of an AWQ word is column AWQ_ORDER[i] of its eight."""
 
 _BLOCK_TILES = 4096
 """Tiles handled at a time: 1 MiB, large enough to hide what a torch call costs, small enough for the cache."""
@@ -63,6 +61,8 @@ def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 
     Raises ValueError unless N % 16 == 0 and K % 32 == 0.
     """
+    if packed.dtype is not torch.int32:
+        raise ValueError(f"packed codes are {packed.dtype}, not torch.int32")
     if packed.device.type == "cuda":
         from convert_w4a8.kernels.repack import repack as kernel  # noqa: PLC0415 - Triton only where it runs
 
@@ -72,8 +72,6 @@ def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 def repack_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Do what `repack` does in torch operations, on any device."""
-    if packed.dtype is not torch.int32:
-        raise ValueError(f"packed codes are {packed.dtype}, not torch.int32")
     n, k = packing.shape_nk(packed.shape)
     lut = torch.empty(lut_shape(n, k), dtype=torch.int32, device=packed.device)
     # A word of the source has its own three index bits inside; each swap trades one of them for the index bit that
@@ -164,7 +162,7 @@ def _by_blocks(
 ) -> None:
     """Copy words from `source` to `target`, swapping bits and encoding or decoding nibbles on the way.
 
-    Both are views int32 [rl, 2, 2, 2, K/32, N/16] or alike, whose leading axes number the 64 words of a tile. The work
+    Both are views int32 [8, 2, 2, 2, K/32, N/16] or alike, whose leading axes number the 64 words of a tile. The work
     is done in cache-sized scratch memory [64, tiles], so that each operation runs over long contiguous rows.
     rows: whether either is in ROWS packing, contiguous along k; blocks are then square instead of as wide as N.
     """

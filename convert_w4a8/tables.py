@@ -8,7 +8,8 @@ from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 _E4M3_MAX = 448.0
 _MIN_TOKEN_SCALE = 1.0 / (448.0 * 512.0)
 """vLLM's floor for dynamic FP8 activation scales (csrc/quantization/w8a8/fp8, `min_scaling_factor`)."""
-_CHUNK_WEIGHTS = 1 << 22
+_CHUNK_WEIGHTS = 1 << 18
+"""Weights decoded at a time: their int64 indices are 2 MiB, and stay in the cache."""
 
 
 def expand_tables(group_scale: torch.Tensor) -> torch.Tensor:
