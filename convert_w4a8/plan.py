@@ -1,6 +1,7 @@
 """What a conversion will do, decided from headers and configuration alone: a Plan, or every refusal at once."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -122,13 +123,14 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
                 "quantization_config: kv_cache_scheme", "is not part of --format lut", "use --format compressed-tensors"
             )
         )
-    refusals.extend(_orphans(checkpoint, source, specs, refusals))
+    refusals.extend(_orphans(checkpoint, source))
     layers = _plan_layers(checkpoint, specs, target, options, refusals)
-    if refusals:
-        raise PlanError(refusals)
-
     consumed = {name for spec in specs for name in spec.parts.values()}
     tensors = tuple(_plan_tensor(checkpoint, info) for name, info in checkpoint.tensors.items() if name not in consumed)
+    refusals.extend(_collisions(layers, tensors))
+    if refusals:
+        raise PlanError(tuple(dict.fromkeys(refusals)))  # a wrong setting is refused by every layer
+
     ignore = _ignored_modules(layers, tensors)
     outputs = [spec for layer in layers for spec in layer.outputs] + [tensor.output for tensor in tensors]
     outputs.sort(key=lambda spec: natural_key(spec.name))
@@ -184,19 +186,25 @@ def check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that orders layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _orphans(
-    checkpoint: Checkpoint, source: Source, specs: Sequence[LayerSpec], refusals: Sequence[Refusal]
-) -> Iterable[Refusal]:
-    """Yield quantization tensors that belong to no layer: their weight is missing."""
-    known = {spec.name for spec in specs} | {refusal.subject.rpartition(".")[0] for refusal in refusals}
-    known |= {refusal.subject for refusal in refusals}
+def _orphans(checkpoint: Checkpoint, source: Source) -> Iterable[Refusal]:
+    """Yield quantization tensors that belong to no layer: the tensor that makes one is missing."""
     for name in checkpoint.tensors:
         module, _, role = name.rpartition(".")
-        if role in source.ROLES and role != "weight" and module not in known:
+        if role in source.ROLES and role != "weight" and f"{module}.{source.ANCHOR}" not in checkpoint.tensors:
             yield Refusal(name, "belongs to no quantized layer", "download or write the checkpoint again")
+
+
+def _collisions(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> Iterable[Refusal]:
+    """Yield output names that stand for two tensors of the input, such as a plain weight beside a quantized one."""
+    claims = Counter(tensor.output.name for tensor in tensors)
+    for layer in layers:
+        claims.update({f"{layer.module}.weight", *(spec.name for spec in layer.outputs)})
+    for name, count in claims.items():
+        if count > 1:
+            yield Refusal(name, f"is claimed by {count} tensors of the checkpoint", "remove all but one of them")
 
 
 def _plan_layers(

@@ -29,6 +29,7 @@ from convert_w4a8.weights import Packing, W4Linear
 
 NAME = "awq"
 ROLES = ("qweight", "qzeros", "scales")
+ANCHOR = "qweight"
 
 # Column c of a word lies in nibble _NIBBLE_OF_COLUMN[c]: the inverse of the order above.
 _NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -49,7 +50,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
         )
         return []
     layers = []
-    for module in modules_with(checkpoint, "qweight"):
+    for module in modules_with(checkpoint, ANCHOR):
         try:
             layers.append(_describe(checkpoint, module, config))
         except ConvertError as error:

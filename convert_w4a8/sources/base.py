@@ -43,6 +43,10 @@ class Source(Protocol):
     def ROLES(self) -> tuple[str, ...]:  # noqa: N802
         """The tensors of a quantized layer, apart from its bias."""
 
+    @property
+    def ANCHOR(self) -> str:  # noqa: N802
+        """The one of them by which layers are found; the others cannot stand without it."""
+
     def matches(self, quantization_config: Mapping[str, Any]) -> bool:
         """Whether a quantization_config is of this format."""
 

@@ -33,6 +33,7 @@ from convert_w4a8.weights import SYMMETRIC_ZERO, Packing, W4Linear
 NAME = "compressed-tensors"
 
 ROLES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+ANCHOR = "weight_scale"
 
 
 def matches(quantization_config: Mapping[str, Any]) -> bool:
@@ -45,7 +46,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
     config = checkpoint.quantization_config
     refusals.extend(_unsupported_features(config))
     layers = []
-    for module in modules_with(checkpoint, "weight_scale"):
+    for module in modules_with(checkpoint, ANCHOR):
         try:
             layers.append(_describe(checkpoint, module, _scheme_of(config, module)))
         except ConvertError as error:
@@ -71,10 +72,10 @@ def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     the class of a module with quantized weights is taken to be Linear.
     """
     best: tuple[int, Mapping[str, Any]] | None = None
-    for group in setting(config, "config_groups", dict, {}).values():
+    for name, group in setting(config, "config_groups", dict, {}).items():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             continue
-        for target in group.get("targets") or ():
+        for target in setting(group, "targets", list, [], f"quantization_config: {name}"):
             rank = _target_rank(str(target), module)
             if rank and (best is None or rank > best[0]):
                 best = rank, group["weights"]
@@ -85,7 +86,14 @@ def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 def _target_rank(target: str, module: str) -> int:
     if target.startswith("re:"):
-        return 2 if re.match(target.removeprefix("re:"), module) else 0
+        try:
+            return 2 if re.match(target.removeprefix("re:"), module) else 0
+        except re.error as error:
+            raise ConvertError(
+                "quantization_config: targets",
+                f"{target!r} is not a regular expression ({error})",
+                "repair the pattern",
+            ) from error
     if target == module:
         return 3
     return 1 if target == "Linear" else 0
@@ -97,6 +105,8 @@ def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) ->
         raise ConvertError(module, f"has {scheme['type']} weights, not INT4", "only integer weights can be converted")
     parts = collect_parts(checkpoint, module, ROLES)
     packed = "weight_packed" in parts
+    if packed and "weight" in parts:
+        raise ConvertError(parts["weight"], "stands beside a packed weight of the same layer", "remove one of the two")
     if packed:
         out_features, words = check_rank_two(checkpoint, parts["weight_packed"], "I32")
         in_features = words * 8

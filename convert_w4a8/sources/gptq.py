@@ -31,6 +31,7 @@ from convert_w4a8.weights import Packing, W4Linear
 
 NAME = "gptq"
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
+ANCHOR = "qweight"
 
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 _ONE_IN_EVERY_NIBBLE = 0x11111111
@@ -45,7 +46,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
     """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
     config = checkpoint.quantization_config
     stored_format = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if stored_format not in _ZERO_OFFSETS:
+    if not isinstance(stored_format, str) or stored_format not in _ZERO_OFFSETS:
         refusals.append(
             Refusal(
                 "quantization_config: checkpoint_format",
@@ -55,7 +56,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
         )
         return []
     layers = []
-    for module in modules_with(checkpoint, "qweight"):
+    for module in modules_with(checkpoint, ANCHOR):
         try:
             layers.append(_describe(checkpoint, module, _overridden(config, module), _ZERO_OFFSETS[stored_format]))
         except ConvertError as error:
@@ -69,7 +70,7 @@ def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     A pattern may begin with "+:"; one that begins with "-:" excludes modules, which then have no qweight.
     """
     dynamic = setting(config, "dynamic", dict, {})
-    for pattern, overrides in dynamic.items():
+    for pattern in dynamic:
         if pattern.startswith("-:"):
             continue
         try:
@@ -81,7 +82,7 @@ def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
                 "repair the pattern",
             ) from error
         if matched:
-            return {**config, **overrides}
+            return {**config, **setting(dynamic, pattern, dict, {}, "quantization_config: dynamic")}
     return config
 
 
