@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda")
 E4M3 = torch.float8_e4m3fn
 SMALL = [(128, 256), (144, 256), (4112, 512), (1040, 768), (2064, 1280)]
 ODD = [(128, 128), (256, 384), (144, 640)]
-"""K % 256 != 0: vLLM takes these, CUTLASS's reordering is said to go out of bounds there. Last, to spoil nothing else."""
+"""K % 256 != 0: vLLM takes these; CUTLASS's reordering is said to go out of bounds there. Hence last."""
 LARGE = [(6144, 4096), (28672, 4096), (4096, 14336), (12288, 33792), (67584, 12288)]
 
 
