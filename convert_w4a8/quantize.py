@@ -1,14 +1,18 @@
 """A linear layer as its checkpoint means it → as the W4A8 kernel takes it, and what that cost."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 
+from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
+from convert_w4a8.requantize import column_energies, refit, requantize
+from convert_w4a8.scales import check_finite
 from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
+from convert_w4a8.tables import decode
 from convert_w4a8.weights import GROUP_SIZE, W4A8Linear, W4Linear
 
 _HISTOGRAM_WORDS = 1 << 13
@@ -28,10 +32,11 @@ class ScalesMode(StrEnum):
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What a conversion did to one layer. Energies are sums over all weights, estimated from the code histogram.
+    """What a conversion did to one layer.
 
-    exact: every INT4 code kept its value; only scales were rounded.
-    signal, noise: energy of the dequantized source, and of the final weights' difference from it.
+    exact: the source's codes could be kept; only scales or table entries were rounded.
+    signal, noise: energy of the dequantized source, and of the final weights' difference from it, summed over all
+        weights; measured where codes are new, else estimated from the code histogram.
     distinct_scales: how many different FP8 group scale magnitudes are left (None: tables without a scale).
     """
 
@@ -61,18 +66,42 @@ def to_w4a8(w: W4Linear, mode: ScalesMode, *, stock: bool = False) -> tuple[W4A8
 
     stock: the FP8 step is left to vLLM's load-time path, so `source_scale` is set to BF16 scales from which
         `quantize_reference` computes exactly the group and channel scales that are returned.
-    Raises ValueError on scales that are not finite, and for DIRECT with `stock`.
+    Raises ValueError on scales that are not finite, on K that is not a multiple of 128, and for DIRECT with `stock`.
     """
     if stock and mode is ScalesMode.DIRECT:
         raise ValueError("stock vLLM cannot load tables that are not multiples of a scale")
-    if not w.is_kernel_ready:
-        raise NotImplementedError
+    check_finite(w.scales)
+    if w.is_kernel_ready:
+        return _convert(w, mode, stock=stock)
+    importance = column_energies(w)
+    # Free tables are fitted later, and best from codes that follow the source's own grid.
+    symmetric, exact = requantize(w, None if mode is ScalesMode.DIRECT else importance)
+    w4a8, stats = _convert(symmetric, mode, stock=stock)
+    if exact:
+        return w4a8, stats
+    w4a8 = refit(w, w4a8, importance)
+    signal, noise = _compare(w, w4a8)
+    return w4a8, replace(stats, exact=False, signal=signal, noise=noise)
+
+
+def _convert(w: W4Linear, mode: ScalesMode, *, stock: bool) -> tuple[W4A8Linear, LayerStats]:
+    """Convert a kernel-ready layer, codes as they are."""
     weights = magnitude_weights(code_histogram(w.packed, _HISTOGRAM_WORDS))
     table = error_table(weights, w.scales.device)
     tables, source_scale = _quantize(w.scales, mode, weights, table, stock=stock)
-    energy = table.energy * GROUP_SIZE * float(w.scales.double().square().sum())
+    signal = table.energy * GROUP_SIZE * float(w.scales.double().square().sum())
     w4a8 = W4A8Linear(w.packed, w.packing, tables.group_scale, tables.lut, tables.channel_scale, source_scale)
-    return w4a8, LayerStats(True, energy, float(tables.noise.sum()), _distinct(tables.group_scale))
+    return w4a8, LayerStats(True, signal, float(tables.noise.sum()), _distinct(tables.group_scale))
+
+
+def _compare(w: W4Linear, w4a8: W4A8Linear) -> tuple[float, float]:
+    """Return signal and noise energies of a conversion, measured on every weight."""
+    signal = noise = 0.0
+    for start, stop in output_blocks(*w.shape_nk):
+        source = dequantize(w.outputs(start, stop))
+        signal += float(source.square().sum(dtype=torch.float64))
+        noise += float((decode(w4a8.outputs(start, stop)) - source).square().sum(dtype=torch.float64))
+    return signal, noise
 
 
 def _quantize(

@@ -1,0 +1,49 @@
+"""Codes and FP8 tables chosen together, for layers whose codes are not kept.
+
+The kernel's table is a codebook: entry j = 0 … 7 is the value of code j − 8, its negative the value of code 8 − j
+(for j ≥ 1), and code 0 is 0. The entry of −8 has no counterpart, so its sign and size are free.
+"""
+
+import torch
+
+from convert_w4a8.scales import CODE_MAX, to_e4m3
+from convert_w4a8.weights import SYMMETRIC_ZERO
+
+
+def fit(
+    values: torch.Tensor, weights: torch.Tensor, tables: torch.Tensor, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the codes of groups nearest to their tables, after improving the tables some rounds (Lloyd's algorithm).
+
+    values: float32 [R, 128], in units of the channel scale. weights: of their squared errors, float32 [R, 128].
+    tables: float8_e4m3fn [R, 8]. No round raises the weighted squared error.
+    Returns unsigned codes uint8 [R, 128] and tables float8_e4m3fn [R, 8].
+    """
+    entries = tables.float()
+    for _ in range(rounds):
+        # The error of an entry is a parabola in it, so the nearest FP8 value to its minimum is the best one.
+        entries = to_e4m3(best_entries(values, weights, nearest_codes(values, entries), entries)).float()
+    return nearest_codes(values, entries).to(torch.uint8), to_e4m3(entries)
+
+
+def nearest_codes(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """Return the unsigned codes, int64 [R, 128], whose values under table entries [R, 8] are nearest to [R, 128]."""
+    by_code = torch.cat((entries, torch.zeros_like(entries[:, :1]), -entries[:, 1:].flip(1)), dim=1)
+    ordered, order = by_code.sort(dim=1)
+    middles = (ordered[:, 1:] + ordered[:, :-1]) / 2
+    return order.gather(1, torch.searchsorted(middles, values))
+
+
+def best_entries(
+    values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, entries: torch.Tensor
+) -> torch.Tensor:
+    """Return the entries, float32 [R, 8], with the least weighted squared error under unsigned codes [R, 128].
+
+    Entries that no code uses stay as they are.
+    """
+    # Entry j serves the codes u = j and 16 − j; column 8 gathers the code 0, u = 8.
+    index = torch.minimum(codes, 2 * CODE_MAX - codes)
+    signed = torch.where(codes > SYMMETRIC_ZERO, -values, values)
+    total = values.new_zeros(len(values), CODE_MAX + 1).scatter_add_(1, index, weights * signed)[:, :CODE_MAX]
+    weight = values.new_zeros(len(values), CODE_MAX + 1).scatter_add_(1, index, weights)[:, :CODE_MAX]
+    return torch.where(weight > 0, total / weight, entries)
