@@ -7,9 +7,9 @@ from typing import Any
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import PlanError, Refusal
 from convert_w4a8.naming import is_expert
-from convert_w4a8.render import human_bytes, table
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import lut
+from convert_w4a8.text import human_bytes, table
 
 
 @dataclass(frozen=True)

@@ -9,34 +9,10 @@ from typing import Any
 
 from convert_w4a8.convert import Result
 from convert_w4a8.plan import Plan, kinds
+from convert_w4a8.text import counted, human_bytes, table
 from convert_w4a8.verify import LayerCheck, Verification
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 _LISTED = 6
-
-
-def human_bytes(nbytes: float) -> str:
-    """Render a size in powers of 1000, three digits: 25.7 MB."""
-    for unit in _UNITS:
-        if nbytes < 999.5 or unit == _UNITS[-1]:
-            break
-        nbytes /= 1000
-    return f"{nbytes:.3g} {unit}"
-
-
-def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
-    """Render aligned columns, the first to the left and the others to the right."""
-    lines = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-    def render(line: Sequence[str]) -> str:
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([render(lines[0]), "  ".join("-" * width for width in widths), *map(render, lines[1:])])
 
 
 def plan_text(plan: Plan) -> str:
@@ -45,24 +21,24 @@ def plan_text(plan: Plan) -> str:
     options = plan.options
     lines = [
         f"input      {plan.source.NAME}, {human_bytes(plan.nbytes_in)}",
-        f"output     {plan.target.NAME}, {human_bytes(plan.nbytes_out)} in {_count(len(plan.shards), 'file')},"
+        f"output     {plan.target.NAME}, {human_bytes(plan.nbytes_out)} in {counted(len(plan.shards), 'file')},"
         f" scales: {options.scales}",
-        f"convert    {_count(counts['dense'] + counts['expert'], 'layer')}"
+        f"convert    {counted(counts['dense'] + counts['expert'], 'layer')}"
         f" ({counts['dense']} dense, {counts['expert']} expert)",
-        f"exact      {_count(counts['exact'], 'layer')} keep their INT4 codes",
+        f"exact      {counted(counts['exact'], 'layer')} keep their INT4 codes",
     ]
     lines += [
-        f"new codes  {_count(count, 'layer')}: {reason}"
+        f"new codes  {counted(count, 'layer')}: {reason}"
         for reason, count in _tally(layer.requantize for layer in plan.converted).items()
     ]
     lines += [
-        f"to BF16    {_count(count, 'layer')}: {reason}"
+        f"to BF16    {counted(count, 'layer')}: {reason}"
         for reason, count in _tally(layer.dequantize for layer in plan.layers).items()
     ]
     halves = sum(tensor.info.dtype == "F16" for tensor in plan.tensors)
     lines.append(
-        f"as it is   {_count(len(plan.tensors) - halves, 'tensor')} byte for byte,"
-        f" {_count(halves, 'tensor')} from FP16 to BF16"
+        f"as it is   {counted(len(plan.tensors) - halves, 'tensor')} byte for byte,"
+        f" {counted(halves, 'tensor')} from FP16 to BF16"
     )
     lines.append(f"16-bit     {_shortened(plan.ignore)} (not quantized in the source, or not served by the kernel)")
     lines.append(
@@ -99,14 +75,14 @@ def result_text(result: Result, out: Path) -> str:
     new = [(layer, stats) for layer, stats in result.converted if not stats.exact]
     rate = plan.nbytes_in / 1e6 / result.seconds
     lines = [
-        f"converted  {_count(len(result.converted), 'layer')}, {human_bytes(plan.nbytes_in)} →"
+        f"converted  {counted(len(result.converted), 'layer')}, {human_bytes(plan.nbytes_in)} →"
         f" {human_bytes(plan.nbytes_out)} in {result.seconds:.1f} s ({rate:.0f} MB/s)",
     ]
     if new:
         worst, stats = min(new, key=lambda pair: pair[1].sqnr_db)
         mean = fmean(stats.sqnr_db for _, stats in new)
         lines.append(
-            f"warning    {_count(len(new), 'layer')} got new INT4 codes: mean SQNR {mean:.1f} dB,"
+            f"warning    {counted(len(new), 'layer')} got new INT4 codes: mean SQNR {mean:.1f} dB,"
             f" worst {stats.sqnr_db:.1f} dB ({worst.module})"
         )
     if result.converted:
@@ -162,7 +138,7 @@ def verification_text(verification: Verification) -> str:
         worst = _worst(verification.layers)
         mean = fmean(check.sqnr_db for check in verification.layers)
         lines.append(
-            f"\n{_count(len(verification.layers), 'layer')}: mean {mean:.2f} dB,"
+            f"\n{counted(len(verification.layers), 'layer')}: mean {mean:.2f} dB,"
             f" worst {worst.sqnr_db:.2f} dB ({worst.module})"
         )
     lines += [f"problem    {problem}" for problem in verification.problems]
@@ -187,10 +163,6 @@ def _worst(checks: Sequence[LayerCheck]) -> LayerCheck:
 def _finite(value: float) -> float | None:
     """Return None for infinity (nothing was lost), which JSON cannot hold."""
     return value if math.isfinite(value) else None
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _tally(reasons: Iterable[str | None]) -> dict[str, int]:

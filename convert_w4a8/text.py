@@ -1,0 +1,34 @@
+"""Numbers as people read them: sizes, counts, aligned tables."""
+
+from collections.abc import Iterable, Sequence
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def human_bytes(nbytes: float) -> str:
+    """Render a size in powers of 1000, three digits: 25.7 MB."""
+    for unit in _UNITS:
+        if nbytes < 999.5 or unit == _UNITS[-1]:
+            break
+        nbytes /= 1000
+    return f"{nbytes:.3g} {unit}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Render a count with its noun: 1 layer, 1,024 layers."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
+    """Render aligned columns, the first to the left and the others to the right."""
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def render(line: Sequence[str]) -> str:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([render(lines[0]), "  ".join("-" * width for width in widths), *map(render, lines[1:])])
