@@ -151,7 +151,10 @@ def verification_dict(verification: Verification) -> dict[str, Any]:
     return {
         "ok": not verification.problems,
         "target": verification.target,
-        "layers": [{**asdict(check), "sqnr_db": _finite(check.sqnr_db)} for check in verification.layers],
+        "layers": [
+            {**asdict(check), "sqnr_db": _finite(check.sqnr_db), "max_error": _finite(check.max_error)}
+            for check in verification.layers
+        ],
         "problems": [problem.as_dict() for problem in verification.problems],
     }
 
@@ -161,7 +164,7 @@ def _worst(checks: Sequence[LayerCheck]) -> LayerCheck:
 
 
 def _finite(value: float) -> float | None:
-    """Return None for infinity (nothing was lost), which JSON cannot hold."""
+    """Return None for what JSON cannot hold: infinity (nothing was lost, or all), NaN."""
     return value if math.isfinite(value) else None
 
 

@@ -10,13 +10,13 @@ import torch
 from convert_w4a8 import tables
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
-from convert_w4a8.errors import Refusal
+from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.naming import output_name
 from convert_w4a8.plan import natural_key
 from convert_w4a8.quantize import sqnr_db
 from convert_w4a8.safetensors_file import TensorInfo, read_into
 from convert_w4a8.sources import LayerSpec, find_source
-from convert_w4a8.targets import find_target
+from convert_w4a8.targets import Target, find_target
 from convert_w4a8.weights import W4A8Linear, W4Linear
 
 MIN_SQNR_DB_EXACT = 25.0
@@ -73,7 +73,7 @@ def verify(
         ConvertError: one of the two cannot be read.
 
     """
-    reader, target = find_source(source), find_target(out)
+    target, reader = find_target(out), find_source(source)
     problems: list[Refusal] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     converted = set(target.find_layers(out))
@@ -82,15 +82,15 @@ def verify(
     for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):
         w = reader.read_layer(source, spec)
         if module in converted:
-            w4a8 = target.decode(out, module)
-            for mode in target.MODES:
-                expected.update(part.name for part in target.outputs(module, *w4a8.shape_nk, mode))
-            if w4a8.shape_nk != w.shape_nk:
-                problems.append(_problem(module, f"is {w4a8.shape_nk}, the source is {w.shape_nk}"))
-                continue
-            check = _check_layer(module, spec, w, w4a8)
-            checks.append(check)
-            problems.extend(_judge(check, min_sqnr_db))
+            w4a8 = _decode(target, out, module, w.shape_nk, problems)
+            if w4a8 is None:
+                expected.update(name for name in out.tensors if name.rpartition(".")[0] == module)
+            else:
+                for mode in target.MODES:
+                    expected.update(part.name for part in target.outputs(module, *w4a8.shape_nk, mode))
+                check = _check_layer(module, spec, w, w4a8)
+                checks.append(check)
+                problems.extend(_judge(check, min_sqnr_db))
         else:
             expected.add(f"{module}.weight")
             problems.extend(_check_dequantized(out, f"{module}.weight", w))
@@ -102,13 +102,30 @@ def verify(
             expected.add(name)
             problems.extend(_check_copy(info, out.tensors.get(name), name))
             progress(info.nbytes)
-    problems.extend(_problem(name, "is in the output, but not in the source") for name in set(out.tensors) - expected)
+    problems.extend(
+        _problem(name, "is in the output, but not in the source") for name in out.tensors if name not in expected
+    )
     problems.extend(_check_side_files(out, source))
     return Verification(target.NAME, tuple(checks), tuple(problems))
 
 
 def _problem(subject: str, reason: str) -> Refusal:
     return Refusal(subject, reason, "convert the checkpoint again")
+
+
+def _decode(
+    target: Target, out: Checkpoint, module: str, shape_nk: tuple[int, int], problems: list[Refusal]
+) -> W4A8Linear | None:
+    """Read a layer of the output; None, and a problem, where it is not of the format or the source's shape."""
+    try:
+        w4a8 = target.decode(out, module)
+    except ConvertError as error:
+        problems.append(error.refusal)
+        return None
+    if w4a8.shape_nk != shape_nk:
+        problems.append(_problem(module, f"is {list(w4a8.shape_nk)}, the source is {list(shape_nk)}"))
+        return None
+    return w4a8
 
 
 def _check_layer(module: str, spec: LayerSpec, w: W4Linear, w4a8: W4A8Linear) -> LayerCheck:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
 from convert_w4a8.weights import W4A8Linear
@@ -45,3 +46,17 @@ class Target(Protocol):
         self, source_config: Mapping[str, Any], ignore: Sequence[str], mode: ScalesMode, conversion: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the quantization_config block of the output's config.json."""
+
+
+def packed_shape(checkpoint: Checkpoint, module: str, formula: str) -> tuple[int, int]:
+    """Return the shape of a module's weight_packed.
+
+    Raises:
+        ConvertError: it is not a non-empty matrix (`formula` says what it should be).
+
+    """
+    name = f"{module}.weight_packed"
+    shape = checkpoint.tensors[name].shape
+    if len(shape) != 2 or 0 in shape:
+        raise ConvertError(name, f"has the shape {list(shape)}, not {formula}", "convert the checkpoint again")
+    return shape[0], shape[1]

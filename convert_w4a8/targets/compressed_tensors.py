@@ -15,6 +15,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
 from convert_w4a8.scales import quantize_reference
+from convert_w4a8.targets.base import packed_shape
 from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
 NAME = "compressed-tensors"
@@ -60,7 +61,7 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
         ConvertError: a tensor is missing or has another shape than the format prescribes.
 
     """
-    n, words = checkpoint.tensors[f"{module}.weight_packed"].shape
+    n, words = packed_shape(checkpoint, module, "[N, K/8]")
     for spec in outputs(module, n, words * 8, ScalesMode.REFERENCE):
         info = checkpoint.tensors.get(spec.name)
         if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
@@ -69,6 +70,8 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
     if shape != [n, words * 8]:
         raise ConvertError(f"{module}.weight_shape", f"says {shape}, not {[n, words * 8]}", "convert it again")
     source_scale = checkpoint.read(f"{module}.weight_scale").t().contiguous()
+    if not bool(torch.isfinite(source_scale).all()):
+        raise ConvertError(f"{module}.weight_scale", "holds NaN or infinite scales", "convert the checkpoint again")
     group_scale, channel_scale = quantize_reference(source_scale)
     return W4A8Linear(
         packed=checkpoint.read(f"{module}.weight_packed"),

@@ -10,6 +10,7 @@ from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
+from convert_w4a8.targets.base import packed_shape
 from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
 NAME = "lut"
@@ -67,8 +68,10 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
 
     """
     has_lut = f"{module}.weight_lut" in checkpoint.tensors
-    rows, columns = checkpoint.tensors[f"{module}.weight_packed"].shape
+    rows, columns = packed_shape(checkpoint, module, "[K/32, 4·N]")
     n, k = columns // 4, rows * layout.TILE_K
+    if n % layout.TILE_N or columns % 4:
+        raise ConvertError(f"{module}.weight_packed", f"has {columns} columns, not 4·N", "convert the checkpoint again")
     for spec in outputs(module, n, k, ScalesMode.DIRECT if has_lut else ScalesMode.REFERENCE):
         info = checkpoint.tensors.get(spec.name)
         if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
