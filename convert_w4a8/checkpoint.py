@@ -13,6 +13,7 @@ from convert_w4a8.safetensors_file import TensorInfo, read_header, read_tensor
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
+CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -130,13 +131,14 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
 
 
 def _find_side_files(root: Path) -> tuple[Path, ...]:
-    """Return every file that is neither a weight, an index, nor a configuration that is written anew."""
+    """Return every file that is neither a weight, an index, nor written anew: configurations and the card."""
     found = []
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         stale = path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json")) or str(relative) in (
             CONFIG,
             QUANTIZE_CONFIG,
+            CARD,
         )
         if path.is_file() and not stale and not any(part.startswith(".") for part in relative.parts):
             found.append(relative)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from convert_w4a8 import __version__
-from convert_w4a8.checkpoint import CONFIG, Checkpoint
+from convert_w4a8.card import model_card
+from convert_w4a8.checkpoint import CARD, CONFIG, Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
@@ -127,6 +128,7 @@ def convert(
         for relative in checkpoint.side_files:
             writer.copy_file(checkpoint.root / relative, relative)
         writer.write_json(CONFIG, output_config(checkpoint, plan, layers))
+        writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers]))
         writer.commit()
     return Result(plan, layers, time.perf_counter() - started)
 

@@ -1,5 +1,6 @@
 """Numbers as people read them: sizes, counts, aligned tables."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -17,6 +18,11 @@ def human_bytes(nbytes: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Render a count with its noun: 1 layer, 1,024 layers."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def markdown_code(name: str) -> str:
+    """Render a name from a checkpoint, which may hold anything, as code within a Markdown table."""
+    return "`" + re.sub(r"[`|\x00-\x1f]", "?", name) + "`"
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:

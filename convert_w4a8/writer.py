@@ -129,8 +129,12 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file in the style of Hugging Face's tools."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file in UTF-8, its line ends as they are."""
         path = self.directory / name
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="")
         _fsync(path)
 
     def copy_file(self, source: Path, relative: Path) -> None:

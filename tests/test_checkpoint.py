@@ -296,17 +296,18 @@ def test_json_numbers_of_any_size_do_not_crash(tmp_path: Path) -> None:
 
 
 def test_side_files_are_everything_else(tmp_path: Path) -> None:
-    """Weights, indexes, the two configurations and hidden files are not copied; all else is, in sub-directories too."""
+    """Weights, indexes, the two configurations, the card and hidden files are not copied; all else is, in sub-directories too."""
     source = write_case("gptq-v1", tmp_path / "in")
     copied = [
-        "README.md",
         "added_tokens.json",
+        "code/README.md",
         "code/modeling_x.py",
         "code/deep/er.txt",
         "merges.txt",
         "tokenizer.model",
     ]
     dropped = [
+        "README.md",
         "quantize_config.json",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",

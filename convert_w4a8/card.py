@@ -1,0 +1,172 @@
+"""The model card, README.md: what the checkpoint is, how it was made, how to serve it; the source's card below.
+
+Metadata as in https://huggingface.co/docs/hub/model-cards.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from convert_w4a8 import __version__
+from convert_w4a8.checkpoint import CARD, Checkpoint
+from convert_w4a8.plan import Plan
+from convert_w4a8.quantize import LayerStats, ScalesMode
+from convert_w4a8.text import counted, human_bytes, markdown_code
+
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER_CHARS = 1 << 16
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_TAGS = ("w4a8", "int4", "fp8", "vllm", "hopper")
+_OUTDATED_TAGS = frozenset({"awq", "autoawq", "gptq", "autogptq", "auto-gptq", "gptqmodel", "w4a16", "int8"})
+"""Tags that name the format or the tool of the source."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SCALES = {
+    ScalesMode.REFERENCE: "reference: bit for bit as vLLM computes them at load",
+    ScalesMode.SEARCH: "search: chosen for the least squared error of the final weights",
+    ScalesMode.DIRECT: "direct: table entries chosen one by one",
+}
+
+
+def model_card(checkpoint: Checkpoint, plan: Plan, stats: Sequence[LayerStats | None]) -> str:
+    """Return the README.md of a conversion.
+
+    stats: of `plan.layers`, in their order; None where a layer was kept in BF16.
+    """
+    metadata, body = _source_card(checkpoint)
+    front = yaml.safe_dump(_metadata(checkpoint, metadata), sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{front}---", _introduction(checkpoint, plan), _figures(plan, stats), _serving(plan)]
+    if body:
+        parts += ["---\n\n*What follows is the model card of the source.*", body]
+    return "\n\n".join(parts) + "\n"
+
+
+def hub_id(checkpoint: Checkpoint) -> str | None:
+    """Return org/name for a snapshot in the Hub's cache (…/models--org--name/snapshots/commit); None elsewhere."""
+    snapshots = checkpoint.root.absolute().parent
+    prefix, *names = snapshots.parent.name.split("--")
+    return "/".join(names) if snapshots.name == "snapshots" and prefix == "models" and len(names) == 2 else None
+
+
+def _source_card(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
+    """Return the metadata and the text of the source's card; metadata that cannot be read is dropped."""
+    path = checkpoint.root / CARD
+    if not path.is_file():
+        return {}, ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = _FRONT_MATTER.match(text)
+    if match is None:
+        return {}, text.strip()
+    metadata = None
+    if len(match["yaml"]) <= _FRONT_MATTER_CHARS:
+        try:
+            # BaseLoader knows strings, lists and mappings only: `language: no` stays Norwegian.
+            metadata = yaml.load(match["yaml"], Loader=yaml.BaseLoader)  # noqa: S506
+        except (yaml.YAMLError, RecursionError):
+            metadata = None
+    return metadata if isinstance(metadata, dict) else {}, text[match.end() :].strip()
+
+
+def _metadata(checkpoint: Checkpoint, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our metadata: base model, licence, language and task of the source, and tags of both."""
+    found: dict[str, Any] = {}
+    # The source's own base model, where it names one, puts this one beside it among the quantizations of that.
+    base = [name for name in _strings(source.get("base_model")) if _HUB_ID.fullmatch(name)]
+    base = base or [name for name in [hub_id(checkpoint)] if name]
+    if base:
+        found |= {"base_model": base if len(base) > 1 else base[0], "base_model_relation": "quantized"}
+    found["library_name"] = "vllm"
+    for key in _CARRIED:
+        values = _strings(source.get(key))
+        if values:
+            found[key] = values[0] if len(values) == 1 else values
+    tags = (tag for tag in _strings(source.get("tags")) if tag.lower() not in _OUTDATED_TAGS)
+    found["tags"] = list(dict.fromkeys((*_TAGS, *tags)))
+    return found
+
+
+def _strings(value: object) -> list[str]:
+    """Return a metadata value that is a string or a list of strings as a list, without what is too long to be one."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, str) and 0 < len(item) <= 200][:100]
+
+
+def _introduction(checkpoint: Checkpoint, plan: Plan) -> str:
+    source = hub_id(checkpoint)
+    name = source.rpartition("/")[2] if source else checkpoint.root.resolve().name
+    link = f"[{source}](https://huggingface.co/{source})" if source else f"`{name}`"
+    return (
+        f"# {name}, W4A8\n\n"
+        f"INT4 weights and FP8 activations (W4A8) for vLLM on NVIDIA Hopper (H100, H200, GH200). Converted from {link}"
+        f" ({plan.source.NAME}) by w4a8-convert {__version__}; no calibration data was used."
+    )
+
+
+def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
+    converted = [(layer, s) for layer, s in zip(plan.layers, stats, strict=True) if s is not None]
+    exact = sum(s.exact for _, s in converted)
+    new = len(converted) - exact
+    rows = [
+        ("layers converted", counted(len(converted), "layer")),
+        ("INT4 codes kept, value for value", counted(exact, "layer")),
+    ]
+    if new:
+        rows.append(
+            ("new INT4 codes", f"{counted(new, 'layer')}; error {_error([s for _, s in converted if not s.exact])}")
+        )
+    kept = [layer for layer, s in zip(plan.layers, stats, strict=True) if s is None]
+    if kept:
+        rows.append(("kept in BF16", counted(len(kept), "layer")))
+    rows.append(("FP8 scales", _SCALES[plan.options.scales]))
+    if converted:
+        worst, least = min(converted, key=lambda pair: pair[1].sqnr_db)
+        rows += [
+            ("error of all layers converted", _error([s for _, s in converted])),
+            ("worst layer", f"{markdown_code(worst.module)}, {_decibels(least.sqnr_db)}"),
+        ]
+    rows += [
+        ("size of the tensors", f"{human_bytes(plan.nbytes_in)} before, {human_bytes(plan.nbytes_out)} now"),
+        ("weights in GPU memory", human_bytes(plan.serving_nbytes)),
+    ]
+    return (
+        "## What was done\n\n"
+        + _table(rows)
+        + "\n\nErrors are signal-to-noise ratios of the weights that the GPU multiplies by against the source's"
+        " weights, estimated from a sample of the codes: 30 dB is a relative error of 3.2 %, 20 dB one of 10 %."
+    )
+
+
+def _error(stats: Sequence[LayerStats]) -> str:
+    finite = [s.sqnr_db for s in stats if math.isfinite(s.sqnr_db)]
+    return f"mean {_decibels(fmean(finite))}, worst {_decibels(min(finite))}" if finite else "none"
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f} dB" if math.isfinite(value) else "no error"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _serving(plan: Plan) -> str:
+    if plan.target.STOCK:
+        return (
+            "## Serve it\n\n"
+            "```\nvllm serve ORG/NAME    # this repository, or a directory with its files\n```\n\n"
+            "No plugin is needed: this is the compressed-tensors format, which vLLM repacks for its W4A8 kernel at"
+            " every start. `w4a8-convert --format lut` writes the kernel's own layout, which saves that, and needs a plugin."
+        )
+    return (
+        "## Serve it\n\n"
+        "```\n"
+        "pip install w4a8-convert    # into vLLM's own environment: it brings the plugin that reads this format\n"
+        "vllm serve ORG/NAME         # this repository, or a directory with its files\n"
+        "```\n\n"
+        "Without the plugin vLLM stops with `Unknown quantization method: w4a8_lut`. To serve without it, convert the"
+        " source with `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the"
+        " weights at every start."
+    )
