@@ -158,7 +158,8 @@ def _serving(plan: Plan) -> str:
             "## Serve it\n\n"
             "```\nvllm serve ORG/NAME    # this repository, or a directory with its files\n```\n\n"
             "No plugin is needed: this is the compressed-tensors format, which vLLM repacks for its W4A8 kernel at"
-            " every start. `w4a8-convert --format lut` writes the kernel's own layout, which saves that, and needs a plugin."
+            " every start. `w4a8-convert --format lut` writes the kernel's own layout, which saves that, and needs"
+            " a plugin."
         )
     return (
         "## Serve it\n\n"

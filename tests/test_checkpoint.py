@@ -296,7 +296,7 @@ def test_json_numbers_of_any_size_do_not_crash(tmp_path: Path) -> None:
 
 
 def test_side_files_are_everything_else(tmp_path: Path) -> None:
-    """Weights, indexes, the two configurations, the card and hidden files are not copied; all else is, in sub-directories too."""
+    """Weights, indexes, hidden files and what is written anew are not copied; all else is, in sub-directories too."""
     source = write_case("gptq-v1", tmp_path / "in")
     copied = [
         "added_tokens.json",
