@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean
 
-from convert_w4a8.plan import natural_key
-from convert_w4a8.render import human_bytes
 from convert_w4a8.report import Report, aggregate, mean, short_kinds, worst
 from convert_w4a8.report_layers import LABELS, SCHEMES, LayerReport
 from convert_w4a8.report_memory import KV_BYTES
 from convert_w4a8.scales import CODE_MAX, E4M3_MAX
+from convert_w4a8.text import human_bytes
 
 _WORST = 10
+_SHORT = {"naive": "naive", "reference": "reference", "output": "this checkpoint"}
+_LAYER_HEADER = ("SQNR in dB of layer", "N × K", "codes", *_SHORT.values())
 _CSS = """
 body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1c2430;
   background: #fff; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; }
@@ -22,7 +23,7 @@ p.lead, figcaption, .note { color: #55606e; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.9rem; border-bottom: 1px solid #e8ebef; text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: #55606e; }
+th { font-weight: 600; color: #55606e; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.strong td { font-weight: 600; }
 figure { margin: 1rem 0; }
@@ -87,7 +88,7 @@ def _lead(report: Report) -> str:
     kept = sum(layer.symmetric for layer in report.layers)
     new = len(report.layers) - kept
     parts = [f"{kept:,} with the source's INT4 codes"] if kept else []
-    parts += [f"{new:,} with new ones (zero-points, activation order or small groups)"] if new else []
+    parts += [f"{new:,} with new INT4 codes (zero-points, activation order or small groups)"] if new else []
     parts += [f"{len(report.dequantized):,} more kept in BF16"] if report.dequantized else []
     scales = f", scales: {report.scales_mode}" if report.scales_mode else ""
     return (
@@ -105,7 +106,7 @@ def _summary(report: Report) -> str:
     ]
     clipped = report.figures.clipped
     text = "No table entry clips." if not clipped else f"{clipped:,} table entries clip or are no numbers!"
-    return _table(("group scales in FP8", "mean SQNR", "least SQNR", "in"), rows, len(rows) - 1) + _note(
+    return _table(("SQNR in dB", "mean", "least", "in layer"), rows, len(rows) - 1) + _note(
         "SQNR: energy of the source's dequantized weights over that of the difference from what the tensor core"
         f" multiplies by. Every weight was counted, from the bytes of both checkpoints. {text}"
     )
@@ -125,8 +126,7 @@ def _sqnr_caption(report: Report) -> str:
 
 def _worst_layers(report: Report) -> str:
     layers = sorted(report.layers, key=lambda layer: layer.sqnr_db["output"])[:_WORST]
-    header = ("layer", "N × K", "codes", *(f"SQNR {LABELS[scheme]}" for scheme in SCHEMES))
-    return _table(header, [_layer_row(layer) for layer in layers])
+    return _table(_LAYER_HEADER, [_layer_row(layer) for layer in layers])
 
 
 def _layer_row(layer: LayerReport) -> tuple[str, ...]:
@@ -144,10 +144,12 @@ def _scales_caption(report: Report) -> str:
         f"A layer has {source:,.0f} distinct group scales on average. A naive cast leaves {naive:,.0f} of them, because"
         " FP8 has few values among small numbers: below 1/64 only the multiples of 1/512"
     )
-    text += f"; {100 * zeros:.2g} % become 0." if zeros else "."
+    text += f"; {100 * zeros:.2g}% become 0." if zeros else "."
     text += f" A channel scale moves them to where FP8 is finest, and leaves {output:,.0f} effective scales."
     if report.stored_tables:
-        text += " This checkpoint stores tables; an eighth of the entry for the code −8 stands for the scale."
+        text += (
+            " This checkpoint stores tables; the scale shown for each is the nearest to its entries by squared error."
+        )
     return text
 
 
@@ -156,8 +158,8 @@ def _products_caption(report: Report) -> str:
     without, within = (products.share_above(edge) for edge in (E4M3_MAX, CODE_MAX * E4M3_MAX))
     text = (
         "What a table entry would be before it is rounded to FP8, with the channel's largest scale at 448, FP8's"
-        f" largest number. As it is, {100 * without:.3g} % of all weights would be cut off there; with an eighth of the"
-        f" scale {100 * within:.3g} %. The code 0, {100 * products.zeros / products.total:.3g} % of the weights, is"
+        f" largest number. As it is, {100 * without:.3g}% of all weights would be cut off there; with an eighth of the"
+        f" scale {100 * within:.3g}%. The code 0, {100 * products.zeros / products.total:.3g}% of the weights, is"
         " counted, but has no place on a logarithmic axis."
     )
     if any(not layer.symmetric for layer in report.layers):
@@ -179,7 +181,7 @@ def _weights(report: Report) -> str:
     ]
     header = ("weights", "all", "of BF16", "of the W4A8 layers", "bits a weight there")
     return _table(header, rows, 2) + _note(
-        f"Every figure contains {human_bytes(w.rest)} of embeddings, norms and whatever else is not quantized, as here."
+        f"Every figure contains {human_bytes(w.rest)} of embeddings, norms and whatever else is not quantized."
         " INT8 has an FP32 scale an output channel. INT4 has that too, and for every group of 128 the kernel's table of"
         " 8 FP8 entries."
     )
@@ -199,23 +201,23 @@ def _kv_cache(report: Report) -> str:
 
 def _all_layers(report: Report) -> str:
     kinds = short_kinds(report.layers)
+    order = list(kinds)
     spots = aggregate(report.layers)
     if len(spots) == len(report.layers):
-        header = ("layer", "N × K", "codes", *(f"SQNR {LABELS[scheme]}" for scheme in SCHEMES))
-        table = _table(header, [_layer_row(layer) for layer in report.layers])
+        table = _table(_LAYER_HEADER, [_layer_row(layer) for layer in report.layers])
     else:
-        columns = (f"{which} SQNR {LABELS[scheme]}" for scheme in SCHEMES for which in ("mean", "least"))
+        columns = (column for name in _SHORT.values() for column in (f"{name}, mean", "least"))
         rows = [
             (
                 f"{kinds[s.kind]}, block {s.block}",
                 f"{s.count:,}",
                 *(_db(x) for scheme in SCHEMES for x in (s.mean[scheme], s.least[scheme])),
             )
-            for s in sorted(spots, key=lambda s: (s.block, natural_key(s.kind)))
+            for s in sorted(spots, key=lambda s: (s.block, order.index(s.kind)))
         ]
-        table = _table(("layers", "count", *columns), rows)
+        table = _table(("SQNR in dB of layers", "count", *columns), rows)
     return f"<details><summary>{len(spots):,} rows</summary>\n{table}\n</details>"
 
 
 def _db(value: float) -> str:
-    return f"{value:.2f} dB"
+    return f"{value:.2f}"

@@ -101,10 +101,10 @@ class LayerReport:
 class Figures:
     """Sums over the whole model behind the pictures; counts of weights, scales or FP8 bytes.
 
-    scales: histograms of the source's group scales and of OUT's (FP8 times FP32; with stored tables −1/8 of the entry
-        of −8 stands for the scale).
-    fp8: how often each of the 128 magnitudes occurs among naive scales and among OUT's (with stored tables: among
-        the entries of −8).
+    scales: histograms of the source's group scales and of OUT's (FP8 times FP32; where tables are stored, the scale
+        that is nearest to a table by squared error).
+    fp8: how often each of the 128 FP8 magnitudes occurs among naive scales and among OUT's (where tables are stored,
+        among their entries).
     products: |code|·s/c, c = amax/448 of the output channel: what a table entry would be without the 1/8.
     clipped: table entries of OUT that clip.
     """
@@ -227,9 +227,14 @@ def _add_scales(figures: Figures, w: W4Linear, w4a8: W4A8Linear) -> dict[str, in
     """Add a layer's scales; return how many different values there are of each kind."""
     source = w.scales.float().abs()
     naive = quantize_naive(source)[0]
-    output = w4a8.group_scale if w4a8.lut is None else w4a8.lut[..., 0]
-    assert output is not None
-    effective = output.float().abs() * w4a8.channel_scale / (1 if w4a8.lut is None else CODE_MAX)
+    if w4a8.lut is None:
+        assert w4a8.group_scale is not None
+        output = w4a8.group_scale
+        effective = output.float().abs() * w4a8.channel_scale
+    else:
+        output = w4a8.lut
+        v = _VALUES[:CODE_MAX].float()
+        effective = (output.float() @ (v / v.square().sum())).abs() * w4a8.channel_scale
     figures.scales["source"].add(source)
     figures.scales["output"].add(effective)
     for name, values in (("naive", naive), ("output", output)):

@@ -93,14 +93,14 @@ def _draw_scales(report: Report) -> Any:
         f"This checkpoint, FP8 × FP32 channel scale: {distinct['output']:,.0f} distinct values a layer (mean)"
     )
     _stems(stored, figures.fp8["output"], COLORS["output"])
-    what = "FP8 table entry of the code −8" if report.stored_tables else "FP8 group scale"
-    stored.set_title(f"This checkpoint, its {what} alone: {_values(figures.fp8['output'])}")
+    what = "FP8 table entries" if report.stored_tables else "FP8 group scales"
+    stored.set_title(f"This checkpoint, its {what} as stored: {_values(figures.fp8['output'], ' distinct values')}")
     output.set_xlabel("scale: weight units a code step")
-    stored.set_xlabel(f"{what}, before the channel scale")
+    stored.set_xlabel(f"{what}, without the channel scale")
     for axes in (source, output):
         axes.set_ylabel("share of groups\nper 1/16 octave")
-    for axes in (naive, stored):
-        axes.set_ylabel("share of groups\nat this value")
+    naive.set_ylabel("share of groups\nat this value")
+    stored.set_ylabel(f"share of {'entries' if report.stored_tables else 'groups'}\nat this value")
     for axes in (source, naive, output, stored):
         axes.set_xscale("log", base=2)
         axes.yaxis.set_major_formatter(_percent())
@@ -111,12 +111,12 @@ def _draw_scales(report: Report) -> Any:
     return figure
 
 
-def _values(counts: Any) -> str:
-    """Say in words how many different FP8 values there are in the model, and how many scales became 0."""
+def _values(counts: Any, noun: str = "") -> str:
+    """Say in words how many different FP8 values there are in the model, and how many of them are 0."""
     values = fp8_values(counts)
     zeros = sum(count for value, count in values if value == 0) / int(counts.sum())
-    text = f"{len(values)} in the whole model"
-    return f"{text}; {_share(zeros)} of the scales become 0" if zeros else text
+    text = f"{len(values)}{noun} in the whole model"
+    return f"{text}; {_share(zeros)} are 0" if zeros else text
 
 
 def _draw_products(report: Report) -> Any:
@@ -250,5 +250,5 @@ def _percent() -> Any:
 def _share(fraction: float) -> str:
     """Render a fraction in percent; 0 only where it is 0."""
     if 0 < fraction < 0.0001:
-        return "< 0.01 %"
-    return f"{100 * fraction:.3g} %"
+        return "< 0.01%"
+    return f"{100 * fraction:.3g}%"

@@ -230,6 +230,21 @@ def repeated(w: W4Linear) -> Doubles:
     return w.scales.double().t().repeat_interleave(w.group_size, dim=1).numpy()
 
 
+def test_stored_tables_are_shown_by_their_nearest_scale() -> None:
+    """A table of exact multiples of f counts as f times the channel scale; the FP8 counts are those of its entries."""
+    w, _ = random_layer()
+    f = torch.tensor([1.0, 0.5]).repeat(4, 16)
+    table = (f[..., None] * torch.arange(-8, 0)).to(torch.float8_e4m3fn)
+    figures = Figures()
+    measure_layer("a", w, W4A8Linear(w.packed, w.packing, None, table, torch.full((32,), 0.03)), figures)
+    found = {
+        low: count for low, high, count in figures.scales["output"].bins() for s in (0.03, 0.015) if low < s < high
+    }
+    assert list(found.values()) == [64, 64]
+    assert int(figures.fp8["output"].sum()) == 8 * f.numel()
+    assert int(figures.fp8["output"][0x50]) == 64  # 8.0, only from 1.0·8
+
+
 def test_blocks_of_output_channels_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer measured 16 channels at a time gives the same numbers as in one piece."""
     w, _ = random_layer(zeros=True)
@@ -411,7 +426,7 @@ def test_html_needs_nothing_else(name: str, converted: dict[str, tuple[Checkpoin
     files = {path.name: path.read_bytes() for path in pictures.iterdir()}
     assert set(files) == {"scales.png", "products.png", "sqnr.png"}
     assert set(embedded) == set(files.values())
-    assert "nan dB" not in page.text
+    assert f"{report_of(converted[name]).layers[0].sqnr_db['output']:.2f}" in page.text
 
 
 def test_html_escapes_names(dense: Report) -> None:
