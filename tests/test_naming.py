@@ -1,0 +1,92 @@
+"""What tensor names tell."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert_w4a8.naming import fusion_key, is_expert, is_lm_head, merged_name, output_name
+
+MIXTRAL = {"model_type": "mixtral"}
+LAYER = "model.layers.3"
+
+
+@pytest.mark.parametrize(
+    ("module", "expert", "merged", "fused"),
+    [
+        (f"{LAYER}.self_attn.q_proj", False, f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.self_attn.qkv_proj"),
+        (f"{LAYER}.self_attn.k_proj", False, f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.self_attn.qkv_proj"),
+        (f"{LAYER}.self_attn.v_proj", False, f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.self_attn.qkv_proj"),
+        (f"{LAYER}.self_attn.o_proj", False, f"{LAYER}.self_attn.o_proj", f"{LAYER}.self_attn.o_proj"),
+        (f"{LAYER}.mlp.gate_proj", False, f"{LAYER}.mlp.gate_up_proj", f"{LAYER}.mlp.gate_up_proj"),
+        (f"{LAYER}.mlp.up_proj", False, f"{LAYER}.mlp.gate_up_proj", f"{LAYER}.mlp.gate_up_proj"),
+        (f"{LAYER}.mlp.down_proj", False, f"{LAYER}.mlp.down_proj", f"{LAYER}.mlp.down_proj"),
+        (f"{LAYER}.mlp.experts.12.up_proj", True, f"{LAYER}.mlp.experts.12.gate_up_proj", f"{LAYER}.mlp.experts"),
+        (f"{LAYER}.mlp.experts.0.down_proj", True, f"{LAYER}.mlp.experts.0.down_proj", f"{LAYER}.mlp.experts"),
+        (
+            f"{LAYER}.block_sparse_moe.experts.1.w1",
+            True,
+            f"{LAYER}.block_sparse_moe.experts.1.w13",
+            f"{LAYER}.block_sparse_moe.experts",
+        ),
+        (
+            f"{LAYER}.block_sparse_moe.experts.1.w2",
+            True,
+            f"{LAYER}.block_sparse_moe.experts.1.w2",
+            f"{LAYER}.block_sparse_moe.experts",
+        ),
+        # Not routed experts: dense layers beside them.
+        (
+            f"{LAYER}.mlp.shared_expert.up_proj",
+            False,
+            f"{LAYER}.mlp.shared_expert.gate_up_proj",
+            f"{LAYER}.mlp.shared_expert.gate_up_proj",
+        ),
+        (f"{LAYER}.mlp.gate", False, f"{LAYER}.mlp.gate", f"{LAYER}.mlp.gate"),
+        (f"{LAYER}.mlp.experts.x.up_proj", False, f"{LAYER}.mlp.experts.x.gate_up_proj", None),
+        ("lm_head", False, "lm_head", "lm_head"),
+        ("q_proj", False, "qkv_proj", "qkv_proj"),
+    ],
+)
+def test_what_vllm_merges(module: str, expert: bool, merged: str, fused: str | None) -> None:
+    """q/k/v and gate/up are merged; all experts of a layer are one; what only looks alike is left alone."""
+    assert is_expert(module) == expert
+    assert merged_name(module) == merged
+    assert fusion_key(module) == (merged if fused is None else fused)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [("lm_head", True), ("model.lm_head", True), ("language_model.lm_head", True), ("my_lm_head", False), ("", False)],
+)
+def test_lm_head(module: str, expected: bool) -> None:
+    """The output projection, wherever a multi-modal model puts it."""
+    assert is_lm_head(module) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mlp.gate", "block_sparse_moe.gate"),
+        ("mlp.gate.weight", "block_sparse_moe.gate.weight"),
+        ("mlp.experts.11.gate_proj.weight_packed", "block_sparse_moe.experts.11.w1.weight_packed"),
+        ("mlp.experts.0.down_proj", "block_sparse_moe.experts.0.w2"),
+        ("mlp.experts.0.up_proj.bias", "block_sparse_moe.experts.0.w3.bias"),
+        ("block_sparse_moe.experts.0.w1.weight", "block_sparse_moe.experts.0.w1.weight"),
+        ("block_sparse_moe.gate.weight", "block_sparse_moe.gate.weight"),
+        ("mlp.gate_proj.weight", "mlp.gate_proj.weight"),
+        ("mlp.experts.0.gate_projection", "mlp.experts.0.gate_projection"),
+        ("self_attn.q_proj.weight", "self_attn.q_proj.weight"),
+    ],
+)
+def test_mixtral_names(name: str, expected: str) -> None:
+    """VLLM's Mixtral knows Mistral's own names only; other models keep theirs."""
+    assert output_name(f"{LAYER}.{name}", MIXTRAL) == f"{LAYER}.{expected}"
+    assert output_name(f"{LAYER}.{name}", {"model_type": "qwen3_moe"}) == f"{LAYER}.{name}"
+    assert output_name(f"{LAYER}.{name}", {}) == f"{LAYER}.{name}"
+
+
+@given(st.lists(st.sampled_from(["mlp", "gate", "experts", "0", "gate_proj", "w1", "up_proj", "x"]), max_size=8))
+def test_renaming_twice_is_renaming_once(parts: list[str]) -> None:
+    """Names that were renamed are names that stay."""
+    once = output_name(".".join(parts), MIXTRAL)
+    assert output_name(once, MIXTRAL) == once
