@@ -132,7 +132,7 @@ CASES: tuple[Case, ...] = (
                 "modeling_custom.py": b"class Model: ...\n",
                 "preprocessor_config.json": b'{"size": 224}',
                 "quant_log.csv": b"layer,loss\n0,0.1\n",
-                "README.md": b"---\nlicense: mit\n---\n",
+                "README.md": b"---\nlicense: mit\n---\n# A model\n",
                 "assets/figure.png": bytes(range(256)),
             },
             stale={"quantize_config.json": b'{"bits": 4}', "pytorch_model.bin.index.json": b"{}"},
@@ -174,7 +174,7 @@ CASES: tuple[Case, ...] = (
         refused=("down_proj",),
     ),
     Case(
-        "ct-odd-k",
+        "ct-per-channel-odd-k",
         _ct(group_size=-1),
         lambda: llama(intermediate=576),
         needs=DEQUANTIZE,
