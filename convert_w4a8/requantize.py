@@ -31,7 +31,7 @@ _REFITS = 3
 
 
 def expand_groups(w: W4Linear) -> W4Linear:
-    """Drop a g_idx and zero-points that say nothing, and split groups of a multiple of 128; the weights stay the same."""
+    """Drop a g_idx and zero-points that say nothing, split groups of a multiple of 128; the weights stay the same."""
     if w.zeros is not None and bool((w.zeros == SYMMETRIC_ZERO).all()):
         w = replace(w, zeros=None)
     if w.g_idx is not None and _is_contiguous(w.g_idx, w.group_size):

@@ -22,11 +22,12 @@ _STRIDE = 2
 """Positions from one table row to the next: 128 rows an octave of group scales."""
 _ROWS = 5 * _STEPS // _STRIDE
 """Groups more than 5 octaves below their channel's largest share the last row: they weigh less than 1/1000."""
-_TOP = 58.0
-"""The largest |s|/C that is tried: 8·58 = 464 still rounds to 448, the largest E4M3 value."""
+_TOP = 32 * 2 ** (219 / _STEPS)
+"""The largest |s|/C that is tried: 8·57.9 = 463.2 still rounds to 448, the largest FP8 value. The grid goes through 32,
+where every entry is exact: a channel with one scale for all its groups loses nothing."""
 _STOCK_TOP, _STOCK_POSITIONS = 61.0, 64
-"""Range of |s|/C for the largest group where that group's FP8 scale has to be 56: 61 down to 51.6."""
-_TOP_BITS = int(torch.tensor(SCALE_MAX).to(E4M3).view(torch.uint8))
+"""Where the largest group has to have the FP8 scale 56: |s|/C from 61 down to 51.6."""
+_SCALE_MAX_BITS = int(torch.tensor(SCALE_MAX).to(E4M3).view(torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ def quantize_stock(scales: torch.Tensor, table: ErrorTable) -> tuple[Tables, tor
     x = _position_grid(_STOCK_TOP, _STOCK_POSITIONS, s.device)
     relative = table.error(x, table.best(x)) / x.square()
     first = x[:_STOCK_POSITIONS]
-    forced = table.error(first, torch.full_like(first, _TOP_BITS, dtype=torch.int64)) / first.square()
+    forced = table.error(first, torch.full_like(first, _SCALE_MAX_BITS, dtype=torch.int64)) / first.square()
     top = _best_position(s, x, relative, forced - relative[:_STOCK_POSITIONS]).mul_(SCALE_MAX).bfloat16().float()
     channel = (top / E4M3_MAX).clamp(min=CHANNEL_FLOOR) * CODE_MAX
     is_top = (s == s.amax(dim=0)) & (top > E4M3_MAX * CHANNEL_FLOOR)
-    bits = torch.where(is_top, _TOP_BITS, table.best(s / channel))
+    bits = torch.where(is_top, _SCALE_MAX_BITS, table.best(s / channel))
     source = (_signed(bits, scales).float() * channel).bfloat16()
     # vLLM's own arithmetic has the last word on what these scales become.
     group_scale, channel = quantize_reference(source)
