@@ -383,7 +383,7 @@ def test_leftovers_of_the_old_output_do_not_fail_the_new_one(tmp_path: Path, mon
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.xfail(reason="what a flush in the background finds out is dropped")
+@pytest.mark.xfail(reason="what a flush in the background finds out is dropped", raises=pytest.fail.Exception)
 def test_a_flush_that_fails_in_the_background_fails_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system reports a lost write once: whoever hears of it must not let OUT appear."""
 
