@@ -2,16 +2,20 @@
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from convert_w4a8 import __version__
 from convert_w4a8.errors import ConvertError, PlanError, W4A8Error
+
+if TYPE_CHECKING:
+    from convert_w4a8.hub import Repository
 
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -114,6 +118,8 @@ def _progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int]
     help="Layers whose size the kernel cannot take: refuse, or keep them in BF16.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--push-to", metavar="ORG/NAME[@BRANCH]", help="Verify OUT, then upload it to the Hub.")
+@click.option("--private", is_flag=True, help="With --push-to: if the repository is new, make it private.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
 @click.version_option(__version__, package_name="w4a8-convert")
@@ -130,6 +136,8 @@ def convert(
     group_size: str,
     unsupported: str,
     overwrite: bool,
+    push_to: str | None,
+    private: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -142,7 +150,7 @@ def convert(
     from convert_w4a8.checkpoint import open_checkpoint
     from convert_w4a8.convert import check_paths, resolve_device
     from convert_w4a8.convert import convert as run
-    from convert_w4a8.hub import resolve_input
+    from convert_w4a8.hub import Repository, prepare_repository, resolve_input
     from convert_w4a8.plan import Options, Policy, Unsupported, make_plan
     from convert_w4a8.quantize import ScalesMode
 
@@ -165,22 +173,52 @@ def convert(
             _echo_json(render.plan_dict(plan))
         return
     check_paths(checkpoint, out, plan, overwrite=overwrite)
+    repository = Repository.parse(push_to) if push_to else None
+    if repository is not None:  # before the work, so that a wrong token is found now
+        prepare_repository(repository, private=private, again="the same command")
     with _progress(plan.nbytes_in, "convert", quiet=quiet) as update:
         result = run(checkpoint, plan, out, device=torch_device, overwrite=overwrite, progress=update)
     if as_json:
         _echo_json(render.result_dict(result, out))
     elif not quiet:
         click.echo(render.result_text(result, out))
+    if repository is not None:
+        _verify_and_push(out, source, repository, private=private, quiet=quiet or as_json)
 
 
 def _echo_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def _verify_and_push(out: Path, source: str, repository: "Repository", *, private: bool, quiet: bool) -> None:
+    """Upload OUT if it is right. Raises ConvertError if it is not, or if the upload fails."""
+    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.hub import prepare_repository, resolve_input, upload
+    from convert_w4a8.verify import verify as run
+
+    again = ["w4a8", "push", str(out), repository.id, "--source", source]
+    again += ["--revision", repository.revision] if repository.revision else []
+    command = shlex.join([*again, *(["--private"] if private else [])])
+    converted, original = open_checkpoint(out), open_checkpoint(resolve_input(source))
+    with _progress(original.nbytes, "verify", quiet=quiet) as update:
+        problems = run(converted, original, progress=update).problems
+    if problems:
+        first = f"{problems[0].subject}: {problems[0].reason}"
+        raise ConvertError(
+            str(out),
+            f"does not pass verification, nothing was uploaded ({len(problems)} problems; {first})",
+            f"see `w4a8 verify`, and convert {source} again",
+        )
+    prepare_repository(repository, private=private, again=command)
+    address = upload(repository, converted, again=command, progress=sys.stderr.isatty() and not quiet)
+    if not quiet:
+        click.echo(f"pushed     {address}")
+
+
 @click.group()
 @click.version_option(__version__, package_name="w4a8-convert")
 def main() -> None:
-    """W4A8 checkpoints for vLLM on Hopper: convert, inspect, verify, report."""
+    """W4A8 checkpoints for vLLM on Hopper: convert, inspect, verify, report, push, check."""
 
 
 main.add_command(convert)
@@ -230,6 +268,23 @@ def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> N
         click.echo(render.verification_text(verification))
     if verification.problems:
         click.get_current_context().exit(1)
+
+
+@main.command(cls=W4A8Command)
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--source", required=True, metavar="IN", help="The checkpoint that OUT was converted from.")
+@click.option("--private", is_flag=True, help="If the repository is new, make it private.")
+@click.option("--revision", metavar="BRANCH", help="Branch to upload to; it is created if it is absent.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def push(out: Path, repository: str, source: str, private: bool, revision: str | None, quiet: bool) -> None:
+    """Upload a converted checkpoint OUT to the Hub, if it passes `verify` against its source.
+
+    Log in first: `hf auth login`, or HF_TOKEN. After a failure the same command continues.
+    """
+    from convert_w4a8.hub import Repository
+
+    _verify_and_push(out, source, Repository.parse(repository, revision), private=private, quiet=quiet)
 
 
 @main.command(cls=W4A8Command)
