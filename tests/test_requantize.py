@@ -160,7 +160,7 @@ def symmetric_error(values: torch.Tensor, codes: torch.Tensor, scale: torch.Tens
 
 @pytest.mark.parametrize("kind", ["gauss", "one_sided", "heavy"])
 def test_the_scale_is_as_good_as_brute_force(kind: str) -> None:
-    """2,000 scales of both signs with nearest codes are at most 1 % better over 64 groups, 10 % in any of them."""
+    """400 scales of either sign with nearest codes are at most 1 % better over 64 groups, 10 % in any of them."""
     values = torch.randn(64, 128, generator=generator(5))
     if kind == "one_sided":
         values = values.abs()
@@ -169,7 +169,7 @@ def test_the_scale_is_as_good_as_brute_force(kind: str) -> None:
     codes, scale = fit_symmetric(values, torch.ones(1))
     found = symmetric_error(values, codes, scale)
     best = torch.full((64,), torch.inf, dtype=torch.float64)
-    for candidate in torch.linspace(0.03, 0.25, 1000).tolist():
+    for candidate in torch.linspace(0.03, 0.25, 400).tolist():
         for sign in (-1, 1):
             trial = values.abs().amax(1) * candidate * sign
             q = (values / trial[:, None]).round().clamp(-8, 7) + 8
