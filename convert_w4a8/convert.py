@@ -5,10 +5,10 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from convert_w4a8 import __version__
 from convert_w4a8.card import model_card
 from convert_w4a8.checkpoint import CARD, CONFIG, Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
+from convert_w4a8.disk import check_destination
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
 from convert_w4a8.quantize import LayerStats, to_w4a8
+from convert_w4a8.resume import fingerprint, work_path
 from convert_w4a8.safetensors_file import read_into
 from convert_w4a8.weights import W4Linear
-from convert_w4a8.writer import CheckpointWriter, check_destination
+from convert_w4a8.writer import CheckpointWriter
 
 _CHUNK_BYTES = 8 << 20
 _MAX_WORKERS = 4
@@ -79,7 +81,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
+def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool, resume: bool = False) -> None:
     """Check that the output can be written at `out`, without touching anything.
 
     Raises:
@@ -89,9 +91,10 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
     source, target = checkpoint.root.resolve(), out.resolve()
     if source == target or source in target.parents or target in source.parents:
         raise ConvertError(str(out), "overlaps the input directory", "choose another output path")
-    check_destination(out, overwrite=overwrite)
+    check_destination(out, overwrite=overwrite or resume)  # what may be resumed is known once it is locked
     existing = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    left = (path.stat().st_blocks * 512 for path in work_path(target).rglob("*"))  # of an interrupted conversion
+    free = shutil.disk_usage(existing).free + sum(left)
     if free < plan.disk_nbytes:
         raise ConvertError(
             str(out),
@@ -107,30 +110,36 @@ def convert(
     *,
     device: torch.device,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress = lambda _nbytes: None,
 ) -> Result:
     """Carry out a plan. `out` appears whole, at the end, or not at all.
+
+    resume: continue a conversion that was interrupted, if there is one; the output is the same, byte for byte.
 
     Raises:
         ConvertError, PlanError: the input, the output path or the options do not allow it.
 
     """
     started = time.perf_counter()
-    check_paths(checkpoint, out, plan, overwrite=overwrite)
+    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
     check_tensors(checkpoint, plan)
-    with CheckpointWriter(out, plan.shards, overwrite=overwrite) as writer:
+    found = fingerprint(checkpoint, plan.options)
+    with CheckpointWriter(out, plan.shards, fingerprint=found, overwrite=overwrite, resume=resume) as writer:
         work = _Work(checkpoint, plan, writer, device, progress)
-        jobs = [_Job(partial(_convert_layer, work, layer), _layer_memory(layer)) for layer in plan.layers]
-        jobs += [_Job(partial(_copy_tensor, work, tensor), 2 * _CHUNK_BYTES) for tensor in plan.tensors]
         with _one_thread_each():
-            results = {result.plan.module: result for result in _run(jobs) if result is not None}
-        layers = tuple(results[layer.module] for layer in plan.layers)
+            _run(_jobs(work))
+        layers = tuple(LayerResult(layer, _stats(writer.noted[layer.module])) for layer in plan.layers)
         for relative in checkpoint.side_files:
             writer.copy_file(checkpoint.root / relative, relative)
         writer.write_json(CONFIG, output_config(checkpoint, plan, layers))
         writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers]))
         writer.commit()
     return Result(plan, layers, time.perf_counter() - started)
+
+
+def _stats(note: Mapping[str, Any] | None) -> LayerStats | None:
+    return None if note is None else LayerStats(**note)
 
 
 @dataclass(frozen=True)
@@ -157,10 +166,30 @@ def _one_thread_each() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A piece of work and the memory that it will take, in bytes."""
+    """A piece of work, the memory that it will take in bytes, and the place of its first tensor in the output."""
 
-    run: Callable[[], LayerResult | None]
+    run: Callable[[], None]
     memory: int
+    place: int
+
+
+def _jobs(work: _Work) -> list[_Job]:
+    """List what is to be done, in the order of the output files, so that they finish one after the other."""
+    names = (spec.name for shard in work.plan.shards for spec in shard.specs)
+    places = {name: place for place, name in enumerate(names)}
+    jobs = []
+    for layer in work.plan.layers:
+        if all(work.writer.is_finished(spec.name) for spec in layer.outputs):
+            work.progress(_source_nbytes(work, layer))
+        else:
+            place = min(places[spec.name] for spec in layer.outputs)
+            jobs.append(_Job(partial(_convert_layer, work, layer), _layer_memory(layer), place))
+    for tensor in work.plan.tensors:
+        if work.writer.is_finished(tensor.output.name):
+            work.progress(tensor.info.nbytes)
+        else:
+            jobs.append(_Job(partial(_copy_tensor, work, tensor), 2 * _CHUNK_BYTES, places[tensor.output.name]))
+    return sorted(jobs, key=lambda job: job.place)
 
 
 def _layer_memory(layer: LayerPlan) -> int:
@@ -169,12 +198,16 @@ def _layer_memory(layer: LayerPlan) -> int:
     return n * k * 5 // 4
 
 
-def _run(jobs: Sequence[_Job]) -> Iterator[LayerResult | None]:
+def _source_nbytes(work: _Work, layer: LayerPlan) -> int:
+    return sum(work.checkpoint.tensors[name].nbytes for name in layer.spec.parts.values())
+
+
+def _run(jobs: Sequence[_Job]) -> None:
     """Run jobs side by side as far as cores and memory allow, in order; the first error ends all."""
     workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque(jobs)
-        running: dict[Future[LayerResult | None], int] = {}
+        running: dict[Future[None], int] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -184,24 +217,24 @@ def _run(jobs: Sequence[_Job]) -> Iterator[LayerResult | None]:
                     running[pool.submit(job.run)] = job.memory
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
-                    yield future.result()
+                    future.result()
         finally:
             for future in running:
                 future.cancel()
 
 
-def _convert_layer(work: _Work, layer: LayerPlan) -> LayerResult:
+def _convert_layer(work: _Work, layer: LayerPlan) -> None:
     w = work.plan.source.read_layer(work.checkpoint, layer.spec)
-    stats = None
     if layer.dequantize is not None:
+        work.writer.note(layer.module, None)
         _write_dequantized(w, layer, work.writer)
     else:
         target = work.plan.target
         w4a8, stats = to_w4a8(_to(w, work.device), work.plan.options.scales, stock=target.STOCK)
+        work.writer.note(layer.module, asdict(stats))
         for name, tensor in target.encode(layer.module, w4a8).items():
             work.writer.write(name, tensor)
-    work.progress(sum(work.checkpoint.tensors[name].nbytes for name in layer.spec.parts.values()))
-    return LayerResult(layer, stats)
+    work.progress(_source_nbytes(work, layer))
 
 
 def _to(w: W4Linear, device: torch.device) -> W4Linear:

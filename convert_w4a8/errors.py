@@ -33,6 +33,10 @@ class ConvertError(W4A8Error):
         super().__init__(str(self.refusal))
 
 
+class DiskError(ConvertError):
+    """The system failed, not the input: what is finished is kept, and `--resume` continues once that is mended."""
+
+
 class PlanError(W4A8Error):
     """Everything in a checkpoint that cannot be converted, found before anything was written."""
 

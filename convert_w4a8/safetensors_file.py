@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, DiskError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -186,7 +186,7 @@ def read_into(info: TensorInfo, buffer: torch.Tensor, offset: int) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ConvertError(
+        raise DiskError(
             f"{info.path}: tensor {info.name!r}",
             f"cannot be read ({error.strerror})",
             "check the disk and the file",

@@ -3,18 +3,22 @@
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import torch
 
 from convert_w4a8.checkpoint import INDEX, SINGLE_FILE
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
+from convert_w4a8.errors import DiskError, W4A8Error
+from convert_w4a8.resume import REPLACED, Fingerprint, Piece, WorkDirectory, is_intact, work_path
 from convert_w4a8.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec, layout_file
 
 _COPY_BYTES = 16 << 20
@@ -53,56 +57,122 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> tuple[Shard
     )
 
 
-class CheckpointWriter:
-    """Writes shards and files into a temporary directory beside `out`, which `commit` renames to `out`.
+@dataclass
+class _Shard:
+    """A shard that is being written: its leading bytes, the tensors still to come, and what was written where."""
 
-    Leaving the `with` block without `commit` removes the temporary directory. `write` may be called from several
-    threads, in any order of tensors. What is written goes to the disk in the background, so that `commit` finds
-    little left to flush.
+    path: Path
+    head: bytes
+    size: int
+    pending: set[str]
+    pieces: list[Piece] = field(default_factory=list)
+    descriptor: int | None = None
+
+
+class CheckpointWriter:
+    """Writes shards and files into a work directory beside `out` (see resume.py), from which `commit` makes `out`.
+
+    `write` may be called from several threads, in any order of tensors. Tensors in the order of the plan finish one
+    shard after the other. A shard whose last tensor is written goes to the disk in the background, and is finished
+    then. With `resume`, the finished shards of an interrupted conversion with the same fingerprint are kept; what is
+    written to them again is ignored.
+
+    Leaving the `with` block without `commit` removes the work directory, unless a shard is finished and the error may
+    be gone next time: an interrupt, a full disk, no memory, but not a fault of the input. A note on the error says so.
     """
 
-    def __init__(self, out: Path, shards: Sequence[ShardPlan], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        shards: Sequence[ShardPlan],
+        *,
+        fingerprint: Fingerprint = MappingProxyType({}),
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
         self._out = out
+        self._plans = shards
+        self._fingerprint = fingerprint
         self._overwrite = overwrite
-        self._shards = shards
+        self._resume = resume
         self._infos: dict[str, TensorInfo] = {}
-        self._descriptors: dict[Path, int] = {}
-        self._pending: set[str] = set()
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._shards: dict[Path, _Shard] = {}
+        self._lock = threading.Lock()
+        self._background: list[Future[None]] = []
         self._unflushed = 0
 
     def __enter__(self) -> Self:
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        self.directory = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.", suffix=".partial", dir=self._out.parent))
+        check_destination(self._out, overwrite=self._overwrite or self._resume)
+        self._out = self._out.resolve()
+        with disk_errors(work_path(self._out)):
+            make_directory(self._out.parent)
+            self._work = WorkDirectory(self._out)
+        self.directory = self._work.checkpoint
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         try:
-            for shard in self._shards:
-                self._create(shard)
+            with disk_errors(self._work.path):
+                self._work.begin(self._fingerprint, resume=self._resume, overwrite=self._overwrite)
+                check_destination(self._out, overwrite=self._overwrite)
+                self._lay_out()
         except BaseException:
-            self._discard()
+            self._leave(keep=True)
             raise
-        self._pending = set(self._infos)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard()
+        keep = error is not None and (isinstance(error, DiskError) or not isinstance(error, W4A8Error))
+        finished = self._leave(keep=keep)
+        if error is not None and finished:
+            error.add_note(f"{finished} of {len(self._plans)} files are finished; --resume continues from there")
 
-    def _create(self, shard: ShardPlan) -> None:
-        path = self.directory / shard.file_name
-        head, infos = layout_file(path, shard.specs)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self._descriptors[path] = descriptor
-        _write_all(descriptor, memoryview(head), 0)
-        os.truncate(descriptor, len(head) + shard.nbytes)
-        self._infos.update(infos)
+    def _leave(self, *, keep: bool) -> int:
+        """Stop. Remove the work directory, or keep it if it has finished shards; return how many are kept."""
+        self._flusher.shutdown(cancel_futures=not keep)
+        for shard in self._shards.values():
+            if shard.descriptor is not None:
+                os.close(shard.descriptor)
+        finished = len(self._work.files) if keep else 0
+        if not finished:
+            self._work.remove()
+        self._work.close()
+        return finished
 
-    def _discard(self) -> None:
-        """Close every file and remove the temporary directory, which is gone already after `commit`."""
-        self._flusher.shutdown(cancel_futures=True)
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        shutil.rmtree(self.directory, ignore_errors=True)
+    def _lay_out(self) -> None:
+        """Lay out every shard, keep those that were finished and are intact, and remove everything else."""
+        for plan in self._plans:
+            path = self.directory / plan.file_name
+            head, infos = layout_file(path, plan.specs)
+            self._infos.update(infos)
+            self._shards[path] = _Shard(path, head, len(head) + plan.nbytes, set(infos))
+        with ThreadPoolExecutor() as pool:
+            intact = dict(zip(self._shards, pool.map(self._is_intact, self._shards.values()), strict=True))
+        self._shards = {path: shard for path, shard in self._shards.items() if not intact[path]}
+        self._work.files = {path.name: self._work.files[path.name] for path in intact if path not in self._shards}
+        for path in self.directory.iterdir():
+            if path.name not in self._work.files:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for shard in list(self._shards.values()):
+            if not shard.pending:  # a checkpoint without tensors
+                self._finish(shard)
+
+    def _is_intact(self, shard: _Shard) -> bool:
+        pieces = self._work.files.get(shard.path.name)
+        return pieces is not None and is_intact(shard.path, pieces, shard.size)
+
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """What `note` said of layers, in the interrupted conversion and since."""
+        return self._work.layers
+
+    def note(self, module: str, value: Any) -> None:
+        """Keep a JSON value about a layer with the shards; to be called before its last tensor is written."""
+        self._work.note_layer(module, value)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a tensor lies in a finished shard."""
+        return self._infos[name].path not in self._shards
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor, which must have the planned dtype and shape."""
@@ -111,21 +181,51 @@ class CheckpointWriter:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned {info.dtype} {info.shape}")
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         self.write_bytes(name, flat.numpy().data, 0)
-        self._pending.discard(name)
+        self.mark_written(name)
 
     def write_bytes(self, name: str, data: memoryview, offset: int) -> None:
         """Write some of a tensor's bytes, `offset` bytes from its beginning; `mark_written` ends it."""
         info = self._infos[name]
-        descriptor = self._descriptors[info.path]
-        _write_all(descriptor, data, info.start + offset)
+        shard = self._shards.get(info.path)
+        if shard is None:
+            return
+        with disk_errors(shard.path):
+            with self._lock:
+                descriptor = shard.descriptor if shard.descriptor is not None else _create(shard)
+            _write(shard, descriptor, data, info.start + offset)
         self._unflushed += len(data)  # threads may lose an addition to one another: a flush comes later then
         if self._unflushed >= _FLUSH_BYTES:
             self._unflushed = 0
-            self._flusher.submit(os.fdatasync, descriptor)
+            self._in_background(partial(_flush, shard))
 
     def mark_written(self, name: str) -> None:
         """Declare a tensor that was written by `write_bytes` complete."""
-        self._pending.discard(name)
+        shard = self._shards.get(self._infos[name].path)
+        if shard is None:
+            return
+        with self._lock:
+            shard.pending.remove(name)
+            is_last = not shard.pending
+        if is_last:
+            self._in_background(partial(self._finish, shard))
+
+    def _in_background(self, run: Callable[[], None]) -> None:
+        """Run something behind everything that was handed over before; raise what went wrong there meanwhile."""
+        with self._lock:
+            for future in self._background:
+                if future.done():
+                    future.result()
+            self._background = [future for future in self._background if not future.done()]
+            self._background.append(self._flusher.submit(run))
+
+    def _finish(self, shard: _Shard) -> None:
+        """Flush a shard, close it, and note it as finished."""
+        with disk_errors(shard.path):
+            descriptor = shard.descriptor if shard.descriptor is not None else _create(shard)
+            os.fsync(descriptor)
+            self._work.note_file(shard.path.name, shard.pieces)
+            del self._shards[shard.path]
+            os.close(descriptor)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file in the style of Hugging Face's tools."""
@@ -134,70 +234,54 @@ class CheckpointWriter:
     def write_text(self, name: str, text: str) -> None:
         """Write a text file in UTF-8, its line ends as they are."""
         path = self.directory / name
-        path.write_text(text, encoding="utf-8", newline="")
-        _fsync(path)
+        with disk_errors(path):
+            path.write_text(text, encoding="utf-8", newline="")
+            fsync(path)
 
     def copy_file(self, source: Path, relative: Path) -> None:
         """Copy a side file byte for byte."""
         target = self.directory / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        _fsync(target)
+        with disk_errors(source, "copied"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            fsync(target)
 
     def commit(self) -> None:
-        """Write the index, flush everything to the disk and make the directory appear as `out`."""
-        if self._pending:
-            raise ValueError(f"never written: {sorted(self._pending)[:3]}")
-        if len(self._shards) > 1:
+        """Write the index, wait until everything is on the disk and make it appear as `out`."""
+        pending = sorted(name for shard in list(self._shards.values()) for name in shard.pending)
+        if pending:
+            raise ValueError(f"never written: {pending[:3]}")
+        for future in self._background:
+            future.result()
+        if len(self._plans) > 1:
             weight_map = {name: info.path.name for name, info in sorted(self._infos.items())}
             total = sum(info.nbytes for info in self._infos.values())
             self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
-        self.directory.chmod(0o755)
-        _fsync(self.directory)
-        _replace_directory(self.directory, self._out, overwrite=self._overwrite)
-        _fsync(self._out.parent)
+        with disk_errors(self._out):
+            for directory, _, _ in os.walk(self.directory):
+                fsync(Path(directory))
+            check_destination(self._out, overwrite=self._overwrite)
+            replace_directory(self.directory, self._out, self._work.path / REPLACED)
+            fsync(self._out.parent)
 
 
-def check_destination(out: Path, *, overwrite: bool) -> None:
-    """Check that `out` may be written: absent, an empty directory, or any directory with `overwrite`.
-
-    Raises:
-        ConvertError: it may not.
-
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConvertError(str(out), "exists and is not a directory", "choose another output path")
-    if out.is_dir() and not overwrite and any(out.iterdir()):
-        raise ConvertError(str(out), "is not empty", "choose another path, or pass --overwrite to replace it")
+def _create(shard: _Shard) -> int:
+    """Create a shard's file with its header and its final size, and return the descriptor."""
+    descriptor = os.open(shard.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    shard.descriptor = descriptor
+    _write(shard, descriptor, memoryview(shard.head), 0)
+    os.truncate(descriptor, shard.size)
+    return descriptor
 
 
-def _replace_directory(new: Path, out: Path, *, overwrite: bool) -> None:
-    check_destination(out, overwrite=overwrite)
-    if not out.is_dir():
-        new.rename(out)
-        return
-    # A directory cannot be replaced by rename unless it is empty: move the old one away first, then remove it.
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent))
-    out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+def _write(shard: _Shard, descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done : done + _COPY_BYTES], offset + done)
+    shard.pieces.append((offset, len(data), zlib.crc32(data)))
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _flush(shard: _Shard) -> None:
+    with disk_errors(shard.path):
+        if shard.descriptor is not None:
+            os.fdatasync(shard.descriptor)

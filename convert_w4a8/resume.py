@@ -1,0 +1,234 @@
+"""What an interrupted conversion leaves beside OUT, who may touch it, and what of it can be trusted.
+
+The work directory `.OUT.w4a8-partial` holds
+
+    lock         held (flock) by the process that converts
+    journal      JSON lines: the fingerprint of the conversion, a line for each converted layer, one for each finished
+                 file. A file's line is written when its bytes are on the disk, and is on the disk before anything else
+    checkpoint/  the output so far, which becomes OUT by one rename when all of it is on the disk
+    replaced/    the old OUT, while the new one takes its place
+
+A file is trusted if its line is in the journal and its bytes still have the checksums that they had in memory.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convert_w4a8 import __version__
+from convert_w4a8.checkpoint import CARD, CONFIG, QUANTIZE_CONFIG, Checkpoint
+from convert_w4a8.disk import fsync
+from convert_w4a8.errors import ConvertError
+
+LOCK, JOURNAL, CHECKPOINT, REPLACED = "lock", "journal", "checkpoint", "replaced"
+
+Fingerprint = Mapping[str, Any]
+Piece = tuple[int, int, int]
+"""Bytes of a file as they were written: offset, length, CRC-32."""
+
+_SUFFIX = ".w4a8-partial"
+_CHUNK_BYTES = 16 << 20
+
+
+def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
+    """Describe a conversion by all that its output depends on, as JSON; `options` is a dataclass.
+
+    Weights count by size, time of change and header: reading them all would take as long as converting them. The
+    device is not part of it: all devices write the same bytes.
+    """
+    found: dict[str, Any] = {"version of w4a8-convert": __version__}
+    for key, value in asdict(options).items():
+        found[f"--{key.replace('_', '-')}"] = value
+    relatives = {info.path.relative_to(checkpoint.root) for info in checkpoint.tensors.values()}
+    relatives |= {*checkpoint.side_files, Path(CONFIG), Path(QUANTIZE_CONFIG), Path(CARD)}
+    for relative in sorted(relatives):
+        path = checkpoint.root / relative
+        if path.is_file():
+            status = path.stat()
+            found[str(relative)] = [status.st_size, status.st_mtime_ns]
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: info.name)
+    headers = [(info.name, info.dtype, info.shape, info.path.name, info.start) for info in infos]
+    found["headers"] = _digest(headers)
+    found["configuration"] = _digest([checkpoint.config, checkpoint.quantization_config])
+    return found
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+class WorkDirectory:
+    """The work directory of one output, locked for this process from `__init__` to `close`."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = work_path(out)
+        self.checkpoint = self.path / CHECKPOINT
+        self._lock = self._acquire(out)
+        entries, size = _read_journal(self.path / JOURNAL)
+        self._journal = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        os.truncate(self._journal, size)
+        self._writing = threading.Lock()
+        self._fingerprint: Fingerprint = {}
+        self.layers: dict[str, Any] = {}
+        self.files: dict[str, list[Piece]] = {}
+        for entry in entries:
+            match entry:
+                case {"fingerprint": dict(found)}:
+                    self._fingerprint = found
+                case {"layer": str(name), "note": note}:
+                    self.layers[name] = note
+                case {"file": str(name), "pieces": list(pieces)} if self.checkpoint.is_dir():
+                    self.files[name] = [(offset, length, checksum) for offset, length, checksum in pieces]
+
+    def _acquire(self, out: Path) -> int:
+        while True:
+            if self.path.is_symlink():
+                raise ConvertError(str(self.path), "is a link, not the work directory of a conversion", "remove it")
+            self.path.mkdir(exist_ok=True)
+            try:
+                descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # a conversion that has just ended removed the directory
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise ConvertError(
+                    str(out), "is being written by another conversion", "wait for it, or choose another output path"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+            if _is_at(descriptor, self.path / LOCK):
+                return descriptor
+            os.close(descriptor)
+
+    def begin(self, fingerprint: Fingerprint, *, resume: bool, overwrite: bool) -> None:
+        """Begin a conversion; with `resume`, go on with `files` and `layers` of the one that was interrupted, if any.
+
+        Raises:
+            ConvertError: there is one, and it is not to be resumed or it is another conversion.
+
+        """
+        out = self.path.name.removeprefix(".").removesuffix(_SUFFIX)
+        if self.files and resume:
+            ours, theirs = self._fingerprint, json.loads(json.dumps(fingerprint))
+            for key in [*theirs, *ours]:
+                if ours.get(key) != theirs.get(key):
+                    raise ConvertError(
+                        f"{out}: {key}",
+                        "is not what it was in the conversion that was interrupted",
+                        "resume with the same input and options, or begin again with --overwrite and without --resume",
+                    )
+            return
+        if self.files and not overwrite:
+            raise ConvertError(
+                str(self.path),
+                f"is left of a conversion to {out} that was interrupted, with {len(self.files)} finished files",
+                "pass --resume to continue it, or --overwrite to begin again",
+            )
+        self._clear()
+        self.checkpoint.mkdir()
+        self._append({"fingerprint": dict(fingerprint)}, durable=True)
+        fsync(self.path)
+
+    def _clear(self) -> None:
+        os.truncate(self._journal, 0)
+        self.files, self.layers = {}, {}
+        for name in (CHECKPOINT, REPLACED):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def note_layer(self, module: str, note: Any) -> None:
+        """Note what became of a layer, before its last tensor is written."""
+        self._append({"layer": module, "note": note})
+        self.layers[module] = note
+
+    def note_file(self, name: str, pieces: Iterable[Piece]) -> None:
+        """Note a finished file, whose bytes are on the disk already."""
+        fsync(self.checkpoint)
+        self._append({"file": name, "pieces": sorted(pieces)}, durable=True)
+        self.files[name] = sorted(pieces)
+
+    def _append(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
+        line = memoryview(json.dumps(entry).encode() + b"\n")
+        with self._writing:
+            while line:
+                line = line[os.write(self._journal, line) :]
+        if durable:
+            os.fsync(self._journal)
+
+    def remove(self) -> None:
+        """Remove everything; the lock last, so that nobody else begins before the rest is gone."""
+        with suppress(OSError):
+            self._clear()
+            (self.path / JOURNAL).unlink()
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._journal)
+        os.close(self._lock)
+
+
+def work_path(out: Path) -> Path:
+    """Return the work directory of an output."""
+    return out.parent / f".{out.name}{_SUFFIX}"
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the journal's entries and their size in bytes. A line that was cut ends it, as power loss leaves one."""
+    entries: list[dict[str, Any]] = []
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(entry, dict) or not line.endswith(b"\n"):
+            break
+        entries.append(entry)
+        size += len(line)
+    return entries, size
+
+
+def is_intact(path: Path, pieces: list[Piece], size: int) -> bool:
+    """Whether a file has this size, and exactly the bytes that were written to it. Reads all of it."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            position = 0
+            for offset, length, checksum in pieces:
+                if offset != position or _crc32(file, length) != checksum:
+                    return False
+                position += length
+            return position == size and not file.read(1)
+    except OSError:
+        return False
+
+
+def _crc32(file: Any, length: int) -> int | None:
+    buffer, checksum = memoryview(bytearray(min(length, _CHUNK_BYTES))), 0
+    while length:
+        count = file.readinto(buffer[: min(length, _CHUNK_BYTES)])
+        if not count:
+            return None
+        checksum = zlib.crc32(buffer[:count], checksum)
+        length -= count
+    return checksum
