@@ -200,9 +200,16 @@ def test_a_layer_that_fits_no_tensor_parallel_size_is_told_so() -> None:
 
 @pytest.fixture
 def vllm(request: pytest.FixtureRequest) -> Iterator[vllm_sources.Ranks]:
-    """Import the loading code of one version of vLLM, with stand-ins for the rest."""
+    """Import the loading code of one version of vLLM, with stand-ins for the rest.
+
+    The default dtype is the model's, as it is while vLLM makes, loads and processes layers.
+    """
     with vllm_sources.isolated(request.param) as ranks:
-        yield ranks
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield ranks
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def _config(tables: Tables, ignore: tuple[str, ...] = ()) -> Any:
@@ -221,8 +228,8 @@ class Weight:
         generator = torch.Generator().manual_seed(seed)
         self.tables = tables
         self.codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-        self.scale = torch.rand(k // 128, n, generator=generator).mul(8).to(torch.float8_e4m3fn)
-        self.channel = torch.rand(n, generator=generator) / 64
+        self.scale = torch.rand(k // 128, n, generator=generator, dtype=torch.float32).mul(8).to(torch.float8_e4m3fn)
+        self.channel = torch.rand(n, generator=generator, dtype=torch.float32) / 64
 
     def tensors(self, rows: slice = slice(None), columns: slice = slice(None)) -> dict[str, torch.Tensor]:
         """Return the checkpoint's tensors of the sublayer of these output and input channels."""
@@ -579,6 +586,30 @@ def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks
     assert kernel.b_strides1.tolist() == [[64, 8, 32768]] * 2
     assert kernel.b_strides2.tolist() == [[16, 16, 8192]] * 2
     assert kernel.group_size == 128
+
+
+@ON_BOTH
+@BOTH_TABLES
+@pytest.mark.parametrize("wrong", ["weight_packed", "table", "weight_chan_scale"])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_a_weight_of_another_dtype_never_reaches_the_op(
+    vllm: vllm_sources.Ranks,  # noqa: ARG001
+    tables: Tables,
+    wrong: str,
+    kind: str,
+) -> None:
+    """The ops would read float32 from bfloat16 memory without a word."""
+    if kind == "dense":
+        args: dict[str, Any] = {"params_dtype": torch.bfloat16, "quant_config": _config(tables)}
+        layer = _linear_classes().ReplicatedLinear(256, 128, bias=False, prefix="m", **args)
+    else:
+        layer = _routed_experts(_config(tables), _moe_config(2, 256, 512, 1, 0), QWEN)
+    for name, parameter in layer.named_parameters():
+        parameter.data = torch.zeros_like(parameter.data)
+        if name.endswith(layer.quant_method.table_name if wrong == "table" else wrong):
+            parameter.data = parameter.data.to(torch.int64 if wrong == "weight_packed" else torch.bfloat16)
+    with pytest.raises(TypeError, match="the kernel cannot read"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 @ON_BOTH

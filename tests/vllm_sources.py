@@ -158,6 +158,9 @@ class _Ops:
         a_token_scales: torch.Tensor,
         b_channel_scales: torch.Tensor,
     ) -> torch.Tensor:
+        # The op reads its arguments' memory as these dtypes without looking at what they are.
+        assert (a.dtype, b_q.dtype, b_group_scales.dtype) == (torch.float8_e4m3fn, torch.int32, torch.float8_e4m3fn)
+        assert (a_token_scales.dtype, b_channel_scales.dtype) == (torch.float32, torch.float32)
         k, n = a.shape[1], b_q.shape[1]
         assert (b_q.shape[0] * 8, b_group_size) == (k, 128)
         codes = unpack(b_q.view(k // 32, 4 * n))

@@ -16,6 +16,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from convert_w4a8.vllm_plugin.format import METHOD, refusal
 from convert_w4a8.weights import GROUP_SIZE
 
@@ -48,6 +50,12 @@ def require_hopper() -> None:
             "vLLM's W4A8 kernels exist for 9.0 (Hopper: H100, H200, GH200) only",
             "serve it on a Hopper GPU, or serve the W4A16 source checkpoint here",
         )
+
+
+def require_op_dtypes(weight: torch.Tensor, tables: torch.Tensor, channel: torch.Tensor) -> None:
+    """Raise TypeError where a weight would be handed to an op in another dtype than it reads: the ops do not look."""
+    if (weight.dtype, tables.dtype, channel.dtype) != (torch.int32, torch.float8_e4m3fn, torch.float32):
+        raise TypeError(f"{METHOD}: the kernel cannot read {weight.dtype}, {tables.dtype}, {channel.dtype}")
 
 
 def require_moe_support(moe_config: Any, name: str) -> None:

@@ -66,7 +66,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         else:
             parameter = _packed(torch.empty(k // GROUP_SIZE, 8 * n, dtype=torch.float8_e4m3fn), 8, loader)
         layer.register_parameter(self.table_name, parameter)
-        channel = torch.full((n,), torch.nan)  # until it is loaded
+        channel = torch.full((n,), torch.nan, dtype=torch.float32)  # until it is loaded
         layer.register_parameter(
             "weight_chan_scale", ChannelQuantScaleParameter(data=channel, output_dim=0, weight_loader=loader)
         )
@@ -78,14 +78,16 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         if layer.weight_chan_scale.isnan().any():
             raise not_loaded(layer.prefix)
-        packed = layer.weight_packed.data
+        packed, table, channel = (
+            getattr(layer, name).data for name in ("weight_packed", self.table_name, "weight_chan_scale")
+        )
+        compat.require_op_dtypes(packed, table, channel)
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         replace_parameter(layer, "weight_packed", packed.view(-1, packed.shape[1] // 4))
-        table = getattr(layer, self.table_name).data
         if self.tables is Tables.SCALE:
             table = expand_tables(table)
         replace_parameter(layer, self.table_name, table.flatten())
-        replace_parameter(layer, "weight_chan_scale", layer.weight_chan_scale.data)
+        replace_parameter(layer, "weight_chan_scale", channel)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N]. The ops, and their order, are stock W4A8's."""

@@ -86,15 +86,16 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """
         layouts = []
         for w, projections in (("w13", 2), ("w2", 1)):
-            channel = getattr(layer, f"{w}_weight_chan_scale").data
+            packed, table, channel = (
+                getattr(layer, f"{w}_{name}").data for name in ("weight_packed", self.table_name, "weight_chan_scale")
+            )
+            compat.require_op_dtypes(packed, table, channel)
             if channel.view(len(channel), projections, -1).isnan().all(dim=-1).any():
                 raise not_loaded(layer.layer_name)
             channel.nan_to_num_(0.0)  # padding
-            packed = getattr(layer, f"{w}_weight_packed").data
             experts, n, k = packed.shape[0], packed.shape[2] // 4, packed.shape[1] * 32
             # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
             replace_parameter(layer, f"{w}_weight_packed", packed.view(experts, n, k // 8))
-            table = getattr(layer, f"{w}_{self.table_name}").data
             if self.tables is Tables.SCALE:
                 table = expand_tables(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
