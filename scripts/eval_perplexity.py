@@ -1,0 +1,213 @@
+"""Perplexity and next-token accuracy of W4A8 against W4A16, emulated on a CPU through transformers.
+
+Every quantized linear layer is replaced by one that multiplies by exactly the weights that the tensor core will see, in
+float32, with BF16 outputs as the kernel writes them, and for `fp8` activations after vLLM's per-token quantization of
+its inputs. All schemes read the same tokens, so differences are paired: mean over tokens ± standard error.
+
+    python scripts/eval_perplexity.py CHECKPOINT TEXT [--original DIR] [--tokens 30000] [--json FILE]
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from convert_w4a8.checkpoint import Checkpoint, open_checkpoint
+from convert_w4a8.dequantize import dequantize
+from convert_w4a8.quantize import ScalesMode, to_w4a8
+from convert_w4a8.requantize import requantize
+from convert_w4a8.scales import quantize_naive
+from convert_w4a8.sources import find_source
+from convert_w4a8.tables import decode, quantize_tokens
+from convert_w4a8.weights import W4A8Linear, W4Linear
+
+WINDOW = 512
+BATCH = 4
+
+
+def naive(w: W4Linear) -> torch.Tensor:
+    """Decode a layer whose scales were cast to FP8 as they are."""
+    w, _ = requantize(w)
+    group_scale, channel_scale = quantize_naive(w.scales)
+    return decode(W4A8Linear(w.packed, w.packing, group_scale, None, channel_scale))
+
+
+SCHEMES: dict[str, Callable[[W4Linear], torch.Tensor]] = {
+    "w4a16": dequantize,
+    "naive": naive,
+    "reference": lambda w: decode(to_w4a8(w, ScalesMode.REFERENCE)[0]),
+    "stock": lambda w: decode(to_w4a8(w, ScalesMode.SEARCH, stock=True)[0]),
+    "search": lambda w: decode(to_w4a8(w, ScalesMode.SEARCH)[0]),
+    "direct": lambda w: decode(to_w4a8(w, ScalesMode.DIRECT)[0]),
+}
+"""Scheme → the weights, float32 [N, K], that a layer multiplies by. `stock` is `search` for stock vLLM to load."""
+
+
+class TableLinear(nn.Module):
+    """A linear layer with float32 weights, BF16 output and, if asked for, per-token FP8 inputs."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, fp8: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.fp8 = weight, bias, fp8
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply [..., K] by the weights, as `tables.gemm` does."""
+        if self.fp8:
+            tokens, scale = quantize_tokens(x.flatten(0, -2))
+            y = (tokens.float() @ self.weight.t() * scale).view(*x.shape[:-1], -1)
+        else:
+            y = x.float() @ self.weight.t()
+        y = y.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one model made of the text: negative log-likelihood float64 [T] and the likeliest token int64 [T]."""
+
+    loss: torch.Tensor
+    predicted: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """One scheme's result. Differences, ratios and agreement are to the W4A16 checkpoint with BF16 activations."""
+
+    scheme: str
+    activations: str
+    perplexity: float
+    nats_per_token: float
+    standard_error: float
+    accuracy: float
+    relative_accuracy: float
+    agreement: float
+
+    def __str__(self) -> str:
+        """Render as one line of the table."""
+        return (
+            f"{self.scheme:<10} {self.activations:<5} {self.perplexity:>10.4f}"
+            f" {self.nats_per_token:>+10.5f} ± {self.standard_error:.5f}"
+            f" {self.accuracy:>9.2%} {self.relative_accuracy:>9.2%} {self.agreement:>8.2%}"
+        )
+
+
+HEADER = (
+    f"{'scheme':<10} {'acts':<5} {'perplexity':>10} {'Δ nats/token':>20} {'accuracy':>9} {'of W4A16':>9} {'agrees':>8}"
+)
+
+
+def read_windows(directory: Path, text: Path, tokens: int) -> torch.Tensor:
+    """Tokenize the beginning of a text (documents separated by NUL) into windows, int64 [W, WINDOW]."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids: list[int] = []
+    for document in text.read_text().split("\0"):
+        ids += tokenizer(document, add_special_tokens=False).input_ids
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) >= tokens:
+            break
+    count = min(len(ids), tokens) // WINDOW
+    return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
+
+
+def load_model(checkpoint: Checkpoint, convert: Callable[[W4Linear], torch.Tensor], *, fp8: bool) -> nn.Module:
+    """Build the checkpoint's model in BF16, with its quantized layers replaced."""
+    config = AutoConfig.from_pretrained(checkpoint.root)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    source = find_source(checkpoint)
+    specs = source.find_layers(checkpoint, [])
+    used = {name for spec in specs for name in spec.parts.values()}
+    rest = {name: checkpoint.read(name).bfloat16() for name in checkpoint.tensors if name not in used}
+    unexpected = model.load_state_dict(rest, strict=False).unexpected_keys
+    if unexpected:
+        raise SystemExit(f"{checkpoint.root}: tensors that transformers has no place for: {', '.join(unexpected)}")
+    for spec in specs:
+        parent, _, child = spec.name.rpartition(".")
+        bias = model.get_submodule(spec.name).bias
+        linear = TableLinear(convert(source.read_layer(checkpoint, spec)), bias, fp8=fp8)
+        setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+@torch.inference_mode()
+def read(model: nn.Module, windows: torch.Tensor) -> Tokens:
+    """Run a model over windows [W, WINDOW]; every token but the first of each counts."""
+    losses, predicted = [], []
+    for batch in windows.split(BATCH):
+        logits = model(input_ids=batch).logits[:, :-1].float().flatten(0, 1)
+        losses.append(nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none").double())
+        predicted.append(logits.argmax(-1))
+    return Tokens(torch.cat(losses), torch.cat(predicted))
+
+
+def compare(scheme: str, activations: str, result: Tokens, base: Tokens, targets: torch.Tensor) -> Score:
+    """Score a scheme against W4A16 on the same tokens."""
+    difference = result.loss - base.loss
+    accuracy = float((result.predicted == targets).double().mean())
+    return Score(
+        scheme,
+        activations,
+        perplexity=math.exp(result.loss.mean()),
+        nats_per_token=float(difference.mean()),
+        standard_error=float(difference.std()) / math.sqrt(len(difference)),
+        accuracy=accuracy,
+        relative_accuracy=accuracy / float((base.predicted == targets).double().mean()),
+        agreement=float((result.predicted == base.predicted).double().mean()),
+    )
+
+
+def evaluate(args: argparse.Namespace) -> Iterator[Score]:
+    """Score W4A16, the original if given, and every scheme with every kind of activations."""
+    checkpoint = open_checkpoint(args.checkpoint)
+    windows = read_windows(args.checkpoint, args.text, args.tokens)
+    targets = windows[:, 1:].flatten()
+    base = read(load_model(checkpoint, dequantize, fp8=False), windows)
+    yield compare("w4a16", "bf16", base, base, targets)
+    if args.original:
+        model = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.bfloat16).eval()
+        yield compare("original", "bf16", read(model, windows), base, targets)
+    for activations in args.activations.split(","):
+        for scheme in args.schemes.split(","):
+            model = load_model(checkpoint, SCHEMES[scheme], fp8=activations == "fp8")
+            yield compare(scheme, activations, read(model, windows), base, targets)
+
+
+def main() -> None:
+    """Print a line a scheme, and write JSON if asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="W4A16 checkpoint directory")
+    parser.add_argument("text", type=Path, help="held-out text, documents separated by NUL")
+    parser.add_argument("--original", type=Path, help="the checkpoint in 16 bits that it was quantized from")
+    parser.add_argument("--tokens", type=int, default=30_000, help="how much of the text to read (default 30000)")
+    parser.add_argument("--schemes", default="naive,reference,stock,search,direct", help=f"of {', '.join(SCHEMES)}")
+    parser.add_argument("--activations", default="bf16,fp8", help="of bf16, fp8")
+    parser.add_argument("--json", type=Path, help="write the scores there")
+    args = parser.parse_args()
+    unknown = (set(args.schemes.split(",")) - set(SCHEMES)) | (set(args.activations.split(",")) - {"bf16", "fp8"})
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+
+    logging.disable_progress_bar()
+    print(HEADER)
+    scores, start = [], time.monotonic()
+    for score in evaluate(args):
+        print(score, f" {time.monotonic() - start:.0f} s", flush=True)
+        scores.append(score)
+        start = time.monotonic()
+    if args.json:
+        result = {"checkpoint": args.checkpoint.name, "tokens": args.tokens, "scores": [asdict(s) for s in scores]}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
