@@ -117,8 +117,10 @@ def quantize_direct(scales: torch.Tensor, weights: torch.Tensor, table: ErrorTab
     channel = torch.where(noise * GROUP_SIZE < reference.noise, channel, reference.channel_scale)
     x = scales.float() / channel
     noise = _direct_error(x.abs(), weights).sum(dim=0, dtype=torch.float64) * channel.double().square() * GROUP_SIZE
-    v = torch.arange(-CODE_MAX, 0, device=s.device)
-    return Tables(None, to_e4m3(x[..., None] * v), channel, noise)
+    lut = torch.empty(*x.shape, CODE_MAX, dtype=E4M3, device=x.device)
+    for j in range(CODE_MAX):
+        lut[..., j] = to_e4m3(x * (j - CODE_MAX))
+    return Tables(None, lut, channel, noise)
 
 
 def _direct_error(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
