@@ -23,9 +23,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 def pytest_configure() -> None:
-    """Give each xdist worker one core: thread pools that share cores only wait for each other."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    """Use one thread: the tensors are small, and idle threads that spin on busy cores make the tests slower."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
