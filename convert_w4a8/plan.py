@@ -131,9 +131,9 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     if refusals:
         raise PlanError(tuple(dict.fromkeys(refusals)))  # a wrong setting is refused by every layer
 
-    ignore = _ignored_modules(layers, tensors)
     outputs = [spec for layer in layers for spec in layer.outputs] + [tensor.output for tensor in tensors]
     outputs.sort(key=lambda spec: natural_key(spec.name))
+    ignore = tuple(sorted(linear_modules(outputs), key=natural_key))
     nbytes_out = sum(spec.nbytes for spec in outputs)
     side_nbytes = sum((checkpoint.root / path).stat().st_size for path in checkpoint.side_files)
     return Plan(
@@ -268,15 +268,15 @@ def _plan_tensor(checkpoint: Checkpoint, info: TensorInfo) -> TensorPlan:
     return TensorPlan(info, TensorSpec(output_name(info.name, checkpoint.config), dtype, info.shape))
 
 
-def _ignored_modules(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
-    """Return the linear modules that stay unquantized; lm_head always, also where it is tied and absent."""
-    modules = {"lm_head"} | {layer.module for layer in layers if layer.dequantize is not None}
+def linear_modules(tensors: Iterable[TensorInfo | TensorSpec]) -> set[str]:
+    """Return the modules with an unquantized matrix that vLLM holds in a linear layer; lm_head also if it is tied."""
+    modules = {"lm_head"}
     for tensor in tensors:
-        module, _, role = tensor.output.name.rpartition(".")
+        module, _, role = tensor.name.rpartition(".")
         leaf = module.rpartition(".")[2]
-        if role == "weight" and len(tensor.output.shape) == 2 and not re.search(r"embed|wte|wpe", leaf):
+        if role == "weight" and len(tensor.shape) == 2 and not re.search(r"embed|wte|wpe", leaf):
             modules.add(module)
-    return tuple(sorted(modules, key=natural_key))
+    return modules
 
 
 def _serving_nbytes(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> int:

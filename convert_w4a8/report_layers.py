@@ -16,6 +16,7 @@ from convert_w4a8 import tables
 from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.layout import pack_rows, to_rows, unpack_codes
 from convert_w4a8.quantize import sqnr_db
+from convert_w4a8.requantize import quantize_plain
 from convert_w4a8.scales import CODE_MAX, quantize_naive, quantize_reference
 from convert_w4a8.verify import count_clipped
 from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4A8Linear, W4Linear
@@ -23,8 +24,6 @@ from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4A8Linear
 LABELS = {"naive": "naive FP8 cast", "reference": "vLLM at load (reference)", "output": "this checkpoint"}
 SCHEMES = tuple(LABELS)
 """Ways to put scales into FP8, in the order in which they are shown."""
-_PLAIN_RANGE = 7.5
-"""amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
 _CODES = 16
 _VALUES = torch.arange(_CODES) - SYMMETRIC_ZERO
 _BIN_SHIFT = 19
@@ -198,15 +197,6 @@ def measure_layer(module: str, w: W4Linear, w4a8: W4A8Linear, figures: Figures) 
         },
         distinct=_add_scales(figures, w, w4a8),
     )
-
-
-def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize float32 [n, K] in the plainest way: codes uint8 [n, K] and scales float32 [K/128, n]."""
-    groups = weights.view(len(weights), -1, GROUP_SIZE)
-    scales = groups.abs().amax(dim=-1) / _PLAIN_RANGE
-    steps = groups / torch.where(scales > 0, scales, 1.0)[..., None]
-    codes = steps.round_().clamp_(-CODE_MAX, CODE_MAX - 1) + SYMMETRIC_ZERO
-    return codes.to(torch.uint8).flatten(1), scales.t()
 
 
 def _index(codes: torch.Tensor) -> torch.Tensor:

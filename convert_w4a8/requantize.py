@@ -24,6 +24,8 @@ _CANDIDATES = 18
 _CANDIDATES_PER_OCTAVE = 16
 _FIRST_CANDIDATE = 8 / 7
 """In units of max|w|/8: the largest value becomes ∓7. The last candidate, 0.547, clips at little over half of it."""
+_PLAIN_RANGE = 7.5
+"""amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
 _ROWS_AT_ONCE = 4096
 """Groups worked on together: 2 MiB of float32 values, which stay in a core's cache."""
 _REFITS = 3
@@ -102,6 +104,15 @@ def refit(w: W4Linear, w4a8: W4A8Linear, importance: torch.Tensor) -> W4A8Linear
         luts.append(tables.transpose(0, 1))
     lut = None if w4a8.lut is None else torch.cat(luts, dim=1).contiguous()
     return replace(w4a8, packed=torch.cat(rows), lut=lut)
+
+
+def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize float32 [n, K] in the plainest way: codes uint8 [n, K] and scales float32 [K/128, n]."""
+    groups = weights.view(len(weights), -1, GROUP_SIZE)
+    scales = groups.abs().amax(dim=-1) / _PLAIN_RANGE
+    steps = groups / torch.where(scales > 0, scales, 1.0)[..., None]
+    codes = steps.round_().clamp_(-CODE_MAX, CODE_MAX - 1) + SYMMETRIC_ZERO
+    return codes.to(torch.uint8).flatten(1), scales.t()
 
 
 def fit_symmetric(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,9 @@
 """Proof of a conversion from the two directories alone: every layer decoded from its bytes and compared."""
 
+import filecmp
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,18 +12,21 @@ from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.naming import output_name
-from convert_w4a8.plan import natural_key
-from convert_w4a8.quantize import sqnr_db
+from convert_w4a8.plan import linear_modules, natural_key
+from convert_w4a8.quantize import ScalesMode, sqnr_db
+from convert_w4a8.requantize import quantize_plain
 from convert_w4a8.safetensors_file import TensorInfo, read_into
 from convert_w4a8.sources import LayerSpec, find_source
 from convert_w4a8.targets import Target, find_target
-from convert_w4a8.weights import W4A8Linear, W4Linear
+from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
 
 MIN_SQNR_DB_EXACT = 25.0
 """Layers whose codes are kept lose only the rounding of scales and tables: 29 dB and more are usual. A wrong nibble
 order or zero-point rule leaves less than 10 dB."""
-MIN_SQNR_DB_REQUANTIZED = 15.0
-"""Layers with new codes lose as much as a 4-bit quantization does, about 20 dB."""
+MAX_LOSS_DB_REQUANTIZED = 2.0
+"""New codes may lose this much against the plainest quantization of the source (`requantize.quantize_plain`): they are
+better than it, and lose less than 1 dB to the rounding of scales and tables. Codes that are not the source's at all,
+such as those of an ignored g_idx, lose 4 dB and more."""
 
 _CHUNK_BYTES = 8 << 20
 
@@ -34,8 +37,9 @@ class LayerCheck:
 
     exact: the source's codes can be kept (symmetric, contiguous groups of a multiple of 128).
     sqnr_db: signal-to-noise ratio of the weights that the tensor core sees. max_error: largest absolute difference.
-    clipped: weights whose table entry is NaN or at the end of the FP8 range where the exact product is beyond it.
+    clipped: table entries that are NaN, or that saturate.
     distinct_scales: different FP8 group scales; None where the tables are stored.
+    expected_sqnr_db: the least SQNR of a right conversion.
     """
 
     module: str
@@ -46,6 +50,7 @@ class LayerCheck:
     max_error: float
     clipped: int
     distinct_scales: int | None
+    expected_sqnr_db: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ def verify(
 ) -> Verification:
     """Compare a converted checkpoint with its source.
 
-    min_sqnr_db: least SQNR of a layer; by default 25 dB where codes are kept and 15 dB where they are new.
+    min_sqnr_db: least SQNR of a layer; by default 25 dB where codes are kept, and where they are new, 2 dB less than
+        plain round-to-nearest of the source has.
     progress: called with the number of source bytes compared since the last call.
 
     Raises:
@@ -105,6 +111,7 @@ def verify(
     problems.extend(
         _problem(name, "is in the output, but not in the source") for name in out.tensors if name not in expected
     )
+    problems.extend(_check_config(out, source, target, converted))
     problems.extend(_check_side_files(out, source))
     return Verification(target.NAME, tuple(checks), tuple(problems))
 
@@ -130,20 +137,35 @@ def _decode(
 
 def _check_layer(module: str, spec: LayerSpec, w: W4Linear, w4a8: W4A8Linear) -> LayerCheck:
     n, k = w.shape_nk
-    signal = noise = max_error = 0.0
+    exact = w.zeros is None and w.g_idx is None and w.group_size % GROUP_SIZE == 0
+    signal = noise = plain_noise = max_error = 0.0
     clipped = 0
     for start, stop in output_blocks(n, k):
         source = dequantize(w.outputs(start, stop))
         result = tables.decode(w4a8.outputs(start, stop))
-        difference = result - source
-        signal += float(source.square().sum(dtype=torch.float64))
-        noise += float(difference.square().sum(dtype=torch.float64))
-        max_error = max(max_error, float(difference.abs().max()))
+        signal += _energy(source)
+        noise += _energy(result - source)
+        max_error = max(max_error, float((result - source).abs().max()))
         clipped += count_clipped(w4a8.outputs(start, stop))
-    distinct = None if w4a8.group_scale is None else len(torch.unique(w4a8.group_scale.view(torch.uint8)))
-    exact = w.zeros is None and w.g_idx is None and w.group_size % 128 == 0
-    sqnr = sqnr_db(signal, noise) if math.isfinite(noise) else -math.inf
-    return LayerCheck(module, spec.out_features, spec.in_features, exact, sqnr, max_error, clipped, distinct)
+        if not exact:
+            codes, scales = quantize_plain(source)
+            plain = (codes.view(-1, k // GROUP_SIZE, GROUP_SIZE).float() - SYMMETRIC_ZERO) * scales.t()[..., None]
+            plain_noise += _energy(plain.flatten(1) - source)
+    return LayerCheck(
+        module=module,
+        out_features=spec.out_features,
+        in_features=spec.in_features,
+        exact=exact,
+        sqnr_db=sqnr_db(signal, noise) if math.isfinite(noise) else -math.inf,
+        max_error=max_error,
+        clipped=clipped,
+        distinct_scales=None if w4a8.group_scale is None else len(torch.unique(w4a8.group_scale.view(torch.uint8))),
+        expected_sqnr_db=MIN_SQNR_DB_EXACT if exact else sqnr_db(signal, plain_noise) - MAX_LOSS_DB_REQUANTIZED,
+    )
+
+
+def _energy(x: torch.Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
 
 
 def count_clipped(w: W4A8Linear) -> int:
@@ -156,10 +178,9 @@ def count_clipped(w: W4A8Linear) -> int:
 
 def _judge(check: LayerCheck, min_sqnr_db: float | None) -> list[Refusal]:
     found = []
-    if min_sqnr_db is None:
-        min_sqnr_db = MIN_SQNR_DB_EXACT if check.exact else MIN_SQNR_DB_REQUANTIZED
-    if not check.sqnr_db >= min_sqnr_db:
-        found.append(_problem(check.module, f"SQNR is {check.sqnr_db:.1f} dB, under {min_sqnr_db:g} dB"))
+    least = check.expected_sqnr_db if min_sqnr_db is None else min_sqnr_db
+    if not check.sqnr_db >= least:
+        found.append(_problem(check.module, f"SQNR is {check.sqnr_db:.1f} dB, under {least:.4g} dB"))
     if check.clipped:
         found.append(_problem(check.module, f"{check.clipped} table entries clip"))
     return found
@@ -196,16 +217,34 @@ def _check_copy(source: TensorInfo, copy: TensorInfo | None, name: str) -> list[
     return []
 
 
+def _check_config(out: Checkpoint, source: Checkpoint, target: Target, converted: set[str]) -> list[Refusal]:
+    """Check what config.json tells vLLM: bfloat16, the block of the format, and which modules are not quantized."""
+    found = []
+    dtypes = {out.config[key] for key in ("dtype", "torch_dtype") if key in out.config}
+    if dtypes != {"bfloat16"}:
+        found.append(
+            _problem("config.json: dtype", f"is {', '.join(sorted(map(str, dtypes))) or 'absent'}, not bfloat16")
+        )
+    ignore = out.quantization_config.get("ignore")
+    mode = ScalesMode.DIRECT if any(name.endswith(".weight_lut") for name in out.tensors) else ScalesMode.REFERENCE
+    modules = linear_modules(out.tensors.values()) - converted
+    expected = target.quantization_config(source.quantization_config, sorted(modules, key=natural_key), mode, {})
+    if not isinstance(ignore, list) or set(map(str, ignore)) != modules:
+        found.append(_problem("quantization_config: ignore", "does not list the modules that are not quantized"))
+    for key, value in expected.items():
+        if key not in ("ignore", "conversion") and out.quantization_config.get(key) != value:
+            found.append(
+                _problem(f"quantization_config: {key}", f"is {out.quantization_config.get(key)!r}, not {value!r}")
+            )
+    return found
+
+
 def _check_side_files(out: Checkpoint, source: Checkpoint) -> list[Refusal]:
     found = []
     for relative in source.side_files:
         copy = out.root / relative
         if not copy.is_file():
             found.append(_problem(str(relative), "is not in the output"))
-        elif not _same_bytes(copy, source.root / relative):
+        elif not filecmp.cmp(copy, source.root / relative, shallow=False):
             found.append(_problem(str(relative), "differs from the source"))
     return found
-
-
-def _same_bytes(a: Path, b: Path) -> bool:
-    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
