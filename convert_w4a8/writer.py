@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from convert_w4a8.checkpoint import INDEX, SINGLE_FILE
 from convert_w4a8.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
 from convert_w4a8.errors import DiskError, W4A8Error
-from convert_w4a8.resume import REPLACED, Fingerprint, Piece, WorkDirectory, is_intact, work_path
+from convert_w4a8.resume import REPLACED, Fingerprint, Piece, WorkDirectory, checksum, is_intact, work_path
 from convert_w4a8.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec, layout_file
 
 _COPY_BYTES = 16 << 20
@@ -278,7 +277,7 @@ def _write(shard: _Shard, descriptor: int, data: memoryview, offset: int) -> Non
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done : done + _COPY_BYTES], offset + done)
-    shard.pieces.append((offset, len(data), zlib.crc32(data)))
+    shard.pieces.append((offset, len(data), checksum(data)))
 
 
 def _flush(shard: _Shard) -> None:
