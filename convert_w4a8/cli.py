@@ -1,7 +1,7 @@
 """Command line: parse, call, render, exit. Everything heavy is imported by the command that needs it."""
 
 import json
-import re
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -12,29 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert_w4a8 import __version__
+from convert_w4a8.cli_options import Size, conversion_options, read_options
 from convert_w4a8.errors import ConvertError, PlanError, W4A8Error
 
 if TYPE_CHECKING:
     from convert_w4a8.hub import Repository
-
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes, such as 5GB (powers of 1000) or 512MiB (powers of 1024)."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes; a usage error if the value is none."""
-        if isinstance(value, int):
-            return value
-        match = _SIZE.fullmatch(value.strip())
-        if match is None or float(match["number"]) <= 0:
-            self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
-        base = 1024 if "i" in value.lower() else 1000
-        return int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])
 
 
 class W4A8Command(click.Command):
@@ -49,9 +31,9 @@ class W4A8Command(click.Command):
             for refusal in error.refusals:
                 click.echo(f"  {refusal}", err=True)
         except W4A8Error as error:
-            click.echo("; ".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
-        except KeyboardInterrupt as error:
-            click.echo("; ".join(["Interrupted", *getattr(error, "__notes__", ["nothing was written"])]), err=True)
+            click.echo(f"Error: {error}", err=True)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was written.", err=True)
             ctx.exit(130)
         return ctx.exit(1)
 
@@ -69,56 +51,10 @@ def _progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int]
 @click.command("convert", cls=W4A8Command)
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(["lut", "compressed-tensors"]),
-    default="lut",
-    show_default=True,
-    help="lut: prepacked for our vLLM plugin, nothing is done at start-up. compressed-tensors: for vLLM without it.",
-)
-@click.option(
-    "--scales",
-    type=click.Choice(["reference", "search", "direct"]),
-    default="reference",
-    show_default=True,
-    help="How FP8 scales are chosen. reference: bit for bit as vLLM does at load.",
-)
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the arithmetic runs."
-)
+@conversion_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
-@click.option(
-    "--asymmetric",
-    type=click.Choice(["requantize", "error"]),
-    default="requantize",
-    show_default=True,
-    help="Layers with zero-points: choose new symmetric codes, or refuse.",
-)
-@click.option(
-    "--act-order",
-    type=click.Choice(["requantize", "error"]),
-    default="error",
-    show_default=True,
-    help="GPTQ layers whose g_idx permutes: choose new codes for contiguous groups, or refuse.",
-)
-@click.option(
-    "--group-size",
-    type=click.Choice(["requantize", "error"]),
-    default="error",
-    show_default=True,
-    help="Group sizes that are no multiple of 128 (32, 64): choose new codes for groups of 128, or refuse.",
-)
-@click.option(
-    "--unsupported",
-    type=click.Choice(["error", "dequantize"]),
-    default="error",
-    show_default=True,
-    help="Layers whose size the kernel cannot take: refuse, or keep them in BF16.",
-)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--resume", is_flag=True, help="Continue a conversion to OUT that was interrupted, if there is one.")
 @click.option("--push-to", metavar="ORG/NAME[@BRANCH]", help="Verify OUT, then upload it to the Hub.")
 @click.option("--private", is_flag=True, help="With --push-to: if the repository is new, make it private.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -127,21 +63,15 @@ def _progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int]
 def convert(
     source: str,
     out: Path,
-    output_format: str,
-    scales: str,
     device: str,
     dry_run: bool,
     max_shard_size: int,
-    asymmetric: str,
-    act_order: str,
-    group_size: str,
-    unsupported: str,
     overwrite: bool,
-    resume: bool,
     push_to: str | None,
     private: bool,
     quiet: bool,
     as_json: bool,
+    **choices: str,
 ) -> None:
     """Convert a W4A16 checkpoint (AWQ, GPTQ, compressed-tensors) to W4A8 for vLLM on Hopper.
 
@@ -153,33 +83,23 @@ def convert(
     from convert_w4a8.convert import check_paths, resolve_device
     from convert_w4a8.convert import convert as run
     from convert_w4a8.hub import Repository, prepare_repository, resolve_input
-    from convert_w4a8.plan import Options, Policy, Unsupported, make_plan
-    from convert_w4a8.quantize import ScalesMode
+    from convert_w4a8.plan import make_plan
 
-    options = Options(
-        format=output_format,
-        scales=ScalesMode(scales),
-        asymmetric=Policy(asymmetric),
-        act_order=Policy(act_order),
-        group_size=Policy(group_size),
-        unsupported=Unsupported(unsupported),
-        max_shard_size=max_shard_size,
-    )
     torch_device = resolve_device(device)
     checkpoint = open_checkpoint(resolve_input(source))
-    plan = make_plan(checkpoint, options)
+    plan = make_plan(checkpoint, read_options(choices, max_shard_size))
     if not (quiet or as_json):
         click.echo(render.plan_text(plan))
     if dry_run:
         if as_json:
             _echo_json(render.plan_dict(plan))
         return
-    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
+    check_paths(checkpoint, out, plan, overwrite=overwrite)
     repository = Repository.parse(push_to) if push_to else None
     if repository is not None:  # before the work, so that a wrong token is found now
         prepare_repository(repository, private=private, again="the same command")
     with _progress(plan.nbytes_in, "convert", quiet=quiet) as update:
-        result = run(checkpoint, plan, out, device=torch_device, overwrite=overwrite, resume=resume, progress=update)
+        result = run(checkpoint, plan, out, device=torch_device, overwrite=overwrite, progress=update)
     if as_json:
         _echo_json(render.result_dict(result, out))
     elif not quiet:
@@ -337,3 +257,88 @@ def _write_files(files: dict[Path, bytes]) -> None:
             path.write_bytes(content)
         except OSError as error:
             raise ConvertError(str(path), f"cannot be written ({error.strerror})", "choose another path") from error
+
+
+@main.command(cls=W4A8Command)
+@click.argument("source", metavar="IN")
+@conversion_options
+@click.option("--out", metavar="OUT", type=click.Path(path_type=Path), help="Check this conversion; make none.")
+@click.option("--sample", is_flag=True, help="Convert one layer of each kind, and read nothing else.")
+@click.option(
+    "--baseline",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Fail where layers, codes, SQNR or sizes are not those of this baseline.",
+)
+@click.option(
+    "--write-baseline",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a baseline, if the conversion is right.",
+)
+@click.option(
+    "--tolerance-db",
+    type=click.FloatRange(min=0),
+    default=0.1,
+    show_default=True,
+    help="How far the SQNR of a layer may fall under the baseline.",
+)
+@click.option(
+    "--min-sqnr-db",
+    type=float,
+    help="Least SQNR of a layer. [default: 25 where codes are kept, 15 where they are new]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of Markdown.")
+def check(
+    source: str,
+    out: Path | None,
+    sample: bool,
+    baseline: Path | None,
+    write_baseline: Path | None,
+    tolerance_db: float,
+    min_sqnr_db: float | None,
+    device: str,
+    as_json: bool,
+    **choices: str,
+) -> None:
+    """Check that IN still converts as well as it did: convert, verify, compare with a baseline. For CI.
+
+    The conversion goes to the directory for temporary files (TMPDIR) and is removed again. Exit code 1 if anything is
+    wrong. The summary is Markdown; in GitHub Actions it is appended to the job's summary too.
+    """
+    from convert_w4a8 import check as checks
+    from convert_w4a8 import check_text
+    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.convert import resolve_device
+    from convert_w4a8.hub import resolve_input
+
+    if sample and out is not None:
+        raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
+    torch_device = resolve_device(device)
+    known = None if baseline is None else checks.read_baseline(baseline)
+    checkpoint = open_checkpoint(resolve_input(source))
+    passes = 1 if out else 2
+    with _progress(passes * checkpoint.nbytes, "check", quiet=as_json or sample) as update:
+        outcome = checks.check(
+            checkpoint,
+            read_options(choices),
+            out=out,
+            sample=sample,
+            baseline=known,
+            min_sqnr_db=min_sqnr_db,
+            tolerance_db=tolerance_db,
+            device=torch_device,
+            progress=update,
+        )
+    summary = check_text.as_markdown(outcome)
+    if write_baseline is not None and outcome.figures is not None and outcome.verified:
+        _write_files({write_baseline: (json.dumps(checks.baseline_dict(outcome.figures), indent=1) + "\n").encode()})
+    if "GITHUB_STEP_SUMMARY" in os.environ:
+        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
+            file.write(summary)
+    if as_json:
+        _echo_json(check_text.as_dict(outcome))
+    else:
+        click.echo(summary, nl=False)
+    if outcome.problems:
+        click.get_current_context().exit(1)

@@ -1,0 +1,105 @@
+"""The options that more than one command takes, and what their values mean."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from convert_w4a8.plan import Options
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, such as 5GB (powers of 1000) or 512MiB (powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes; a usage error if the value is none."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value.strip())
+        if match is None or float(match["number"]) <= 0:
+            self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
+        base = 1024 if "i" in value.lower() else 1000
+        return int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])
+
+
+_CONVERSION_OPTIONS = (
+    click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(["lut", "compressed-tensors"]),
+        default="lut",
+        show_default=True,
+        help="lut: prepacked for our vLLM plugin, nothing is done at start-up."
+        " compressed-tensors: for vLLM without it.",
+    ),
+    click.option(
+        "--scales",
+        type=click.Choice(["reference", "search", "direct"]),
+        default="reference",
+        show_default=True,
+        help="How FP8 scales are chosen. reference: bit for bit as vLLM does at load.",
+    ),
+    click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the arithmetic runs."
+    ),
+    click.option(
+        "--asymmetric",
+        type=click.Choice(["requantize", "error"]),
+        default="requantize",
+        show_default=True,
+        help="Layers with zero-points: choose new symmetric codes, or refuse.",
+    ),
+    click.option(
+        "--act-order",
+        type=click.Choice(["requantize", "error"]),
+        default="error",
+        show_default=True,
+        help="GPTQ layers whose g_idx permutes: choose new codes for contiguous groups, or refuse.",
+    ),
+    click.option(
+        "--group-size",
+        type=click.Choice(["requantize", "error"]),
+        default="error",
+        show_default=True,
+        help="Group sizes that are no multiple of 128 (32, 64): choose new codes for groups of 128, or refuse.",
+    ),
+    click.option(
+        "--unsupported",
+        type=click.Choice(["error", "dequantize"]),
+        default="error",
+        show_default=True,
+        help="Layers whose size the kernel cannot take: refuse, or keep them in BF16.",
+    ),
+)
+
+
+def conversion_options(command: _Command) -> _Command:
+    """Add the options that decide what a conversion does."""
+    for option in reversed(_CONVERSION_OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_options(choices: Mapping[str, str], max_shard_size: int | None = None) -> "Options":
+    """Return what the user chose, from the values of `conversion_options` but --device."""
+    from convert_w4a8.plan import DEFAULT_SHARD_SIZE, Options, Policy, Unsupported  # noqa: PLC0415  (needs torch)
+    from convert_w4a8.quantize import ScalesMode  # noqa: PLC0415
+
+    return Options(
+        format=choices["output_format"],
+        scales=ScalesMode(choices["scales"]),
+        asymmetric=Policy(choices["asymmetric"]),
+        act_order=Policy(choices["act_order"]),
+        group_size=Policy(choices["group_size"]),
+        unsupported=Unsupported(choices["unsupported"]),
+        max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE,
+    )
