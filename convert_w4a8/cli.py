@@ -31,9 +31,9 @@ class W4A8Command(click.Command):
             for refusal in error.refusals:
                 click.echo(f"  {refusal}", err=True)
         except W4A8Error as error:
-            click.echo(f"Error: {error}", err=True)
-        except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was written.", err=True)
+            click.echo("; ".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
+        except KeyboardInterrupt as error:
+            click.echo("; ".join(["Interrupted", *getattr(error, "__notes__", ["nothing was written"])]), err=True)
             ctx.exit(130)
         return ctx.exit(1)
 
@@ -55,6 +55,7 @@ def _progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int]
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--resume", is_flag=True, help="Continue a conversion to OUT that was interrupted, if there is one.")
 @click.option("--push-to", metavar="ORG/NAME[@BRANCH]", help="Verify OUT, then upload it to the Hub.")
 @click.option("--private", is_flag=True, help="With --push-to: if the repository is new, make it private.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -67,6 +68,7 @@ def convert(
     dry_run: bool,
     max_shard_size: int,
     overwrite: bool,
+    resume: bool,
     push_to: str | None,
     private: bool,
     quiet: bool,
@@ -94,12 +96,12 @@ def convert(
         if as_json:
             _echo_json(render.plan_dict(plan))
         return
-    check_paths(checkpoint, out, plan, overwrite=overwrite)
+    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
     repository = Repository.parse(push_to) if push_to else None
     if repository is not None:  # before the work, so that a wrong token is found now
         prepare_repository(repository, private=private, again="the same command")
     with _progress(plan.nbytes_in, "convert", quiet=quiet) as update:
-        result = run(checkpoint, plan, out, device=torch_device, overwrite=overwrite, progress=update)
+        result = run(checkpoint, plan, out, device=torch_device, overwrite=overwrite, resume=resume, progress=update)
     if as_json:
         _echo_json(render.result_dict(result, out))
     elif not quiet:
