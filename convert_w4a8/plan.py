@@ -274,7 +274,7 @@ def linear_modules(tensors: Iterable[TensorInfo | TensorSpec]) -> set[str]:
     for tensor in tensors:
         module, _, role = tensor.name.rpartition(".")
         leaf = module.rpartition(".")[2]
-        if role == "weight" and len(tensor.shape) == 2 and not re.search(r"embed|wte|wpe", leaf):
+        if role == "weight" and len(tensor.shape) == 2 and not re.search(r"embed|norm|wte|wpe", leaf):
             modules.add(module)
     return modules
 
