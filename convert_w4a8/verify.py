@@ -229,7 +229,7 @@ def _check_config(out: Checkpoint, source: Checkpoint, target: Target, converted
     mode = ScalesMode.DIRECT if any(name.endswith(".weight_lut") for name in out.tensors) else ScalesMode.REFERENCE
     modules = linear_modules(out.tensors.values()) - converted
     expected = target.quantization_config(source.quantization_config, sorted(modules, key=natural_key), mode, {})
-    if not isinstance(ignore, list) or set(map(str, ignore)) != modules:
+    if not isinstance(ignore, list) or not modules <= set(map(str, ignore)) or converted & set(map(str, ignore)):
         found.append(_problem("quantization_config: ignore", "does not list the modules that are not quantized"))
     for key, value in expected.items():
         if key not in ("ignore", "conversion") and out.quantization_config.get(key) != value:
