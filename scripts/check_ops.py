@@ -1,9 +1,9 @@
 """Compare our bytes and our arithmetic with vLLM's CUDA ops, on fresh random inputs: `check_ops.py [--quick]`.
 
 Needs a Hopper GPU, vLLM, and this checkout on PYTHONPATH. Weights: `repack` from all three packings against
-`cutlass_encode_and_reorder_int4b` and its grouped form. Scales: `quantize_reference` against vLLM's load-time
-conversion, `expand_tables` against `cutlass_pack_scale_fp8`. Products: both GEMM ops, given tables of random bytes of
-either sign, against `decode`, exactly (one-hot activations), and against `gemm`.
+`cutlass_encode_and_reorder_int4b` and its grouped form. Scales: `quantize_reference`, on the CPU and on the GPU,
+against vLLM's load-time conversion, `expand_tables` against `cutlass_pack_scale_fp8`. Products: both GEMM ops, given
+tables of random bytes of either sign, against `decode`, exactly (one-hot activations), and against `gemm`.
 """
 
 import argparse
@@ -139,29 +139,38 @@ def random_scales(n: int, groups: int) -> torch.Tensor:
 
 
 def check_scales(sizes: list[tuple[int, int]]) -> Iterator[Row]:
-    """Quantize group scales, against vLLM's conversion with each of the forms that `QuantFP8` can take."""
+    """Quantize group scales, on the CPU and here, against vLLM's conversion with each of `QuantFP8`'s forms.
+
+    The forms have two arithmetics: those that have the one of our CPU must agree; the others are reported.
+    """
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, convert_bf16_scales_to_fp8
 
     with set_current_vllm_config(VllmConfig()):
         quant = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
-        forms: dict[str, Callable[..., Any]] = {
-            "CUDA kernel": quant.forward_cuda,
-            "native": quant.forward_native,
-            "native, compiled": torch.compile(quant.forward_native, dynamic=True),
+        forms: dict[str, tuple[str, Callable[..., Any]]] = {
+            "native": ("reciprocal", quant.forward_native),
+            "native, compiled": ("reciprocal", torch.compile(quant.forward_native, dynamic=True)),
+            "CUDA kernel": ("division", quant.forward_cuda),
         }
         for n, k in sizes:
+            size = f"{n}x{k}"
             scales = random_scales(n, k // GROUP_SIZE)
-            group, channel = quantize_reference(scales.t())
-            for form, function in forms.items():
-                demanded = form == "CUDA kernel"
+            group, channel = quantize_reference(scales.cpu().t())
+            by_division = channel.equal(vllm_engine.quantize_scales(scales.cpu(), "division")[1])
+            ours = "division" if by_division else "reciprocal"
+            group, channel = group.to(DEVICE), channel.to(DEVICE)
+            here, channel_here = quantize_reference(scales.t())
+            yield same("group scales, CPU and GPU", size, group, here)
+            yield same("channel scales, CPU and GPU", size, channel, channel_here)
+            for form, (arithmetic, function) in forms.items():
+                demanded = arithmetic == ours
                 try:
                     theirs, their_channel = convert_bf16_scales_to_fp8(function, scales.clone())
                 except Exception as error:  # noqa: BLE001 (a form that cannot run here is a finding, not the end)
-                    yield Row(f"scales, {form}", f"{n}x{k}", 0, 1, repr(error)[:60], demanded=demanded)
+                    yield Row(f"scales, {form}", size, 0, 1, repr(error)[:60], demanded=demanded)
                     continue
-                size = f"{n}x{k}"
                 yield same(f"group scales, {form}", size, group.t(), theirs, demanded=demanded)
                 yield same(f"channel scales, {form}", size, channel, their_channel.flatten(), demanded=demanded)
 

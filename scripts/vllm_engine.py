@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,8 @@ def plugin_environment() -> dict[str, str]:
 def run_worker(script: str, payload: dict[str, Any], timeout: float = 420) -> dict[str, Any]:
     """Run `script --worker PAYLOAD RESULT` in a process of its own and return what it wrote to RESULT.
 
-    Raises RuntimeError with the end of its output if it fails or takes longer than `timeout` seconds.
+    Beside that: `wall_s`, and `kernels`, the lines in which vLLM's log names the kernels that it chose. Raises
+    RuntimeError with the end of the log if the process fails or takes longer than `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="w4a8-engine-") as directory:
         ask, answer, log = (Path(directory) / name for name in ("payload.json", "result.json", "log.txt"))
@@ -55,11 +57,14 @@ def run_worker(script: str, payload: dict[str, Any], timeout: float = 420) -> di
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = -1
+        seconds = time.perf_counter() - start
+        text = log.read_text(errors="replace")
         if code or not answer.is_file():
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-            raise RuntimeError(f"engine process ended with {code} after {time.perf_counter() - start:.0f} s\n{tail}")
+            tail = "\n".join(text.splitlines()[-60:])
+            raise RuntimeError(f"engine process ended with {code} after {seconds:.0f} s\n{tail}")
         result: dict[str, Any] = json.loads(answer.read_text())
-        return result | {"wall_s": round(time.perf_counter() - start, 1)}
+        kernels = sorted(set(re.findall(r"Using \S+ (?:for \w+|.*backend\b)", text)))
+        return result | {"wall_s": round(seconds, 1), "kernels": kernels}
 
 
 def machine() -> dict[str, str]:
@@ -73,6 +78,23 @@ def machine() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "none"
     return found
+
+
+def quantize_scales(scales: Any, arithmetic: str) -> tuple[Any, Any]:
+    """Quantize BF16 group scales [N, G], on the CPU, as one of the two forms of vLLM's `QuantFP8` does at load.
+
+    arithmetic: "division", c = amax / 448, the CUDA kernel (eager mode); or "reciprocal", c = amax · fl(1/448), the
+        native form (vLLM's default; on a GPU, PyTorch and inductor multiply where a tensor is divided by a number).
+    Returns float8_e4m3fn [N, G] and float32 [N].
+    """
+    import torch
+
+    s = scales.float()
+    largest = s.abs().amax(dim=1)
+    c = largest / 448 if arithmetic == "division" else largest * (torch.tensor(1.0) / 448)
+    c = c.clamp(min=1 / (448 * 512))
+    fp8 = (s / c[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (fp8.float() / 8).to(torch.float8_e4m3fn), c * 8
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
