@@ -27,7 +27,8 @@ class W4A8Command(click.Command):
         try:
             return super().invoke(ctx)
         except PlanError as error:
-            click.echo(f"Error: {len(error.refusals)} obstacles; nothing was written.", err=True)
+            count = len(error.refusals)
+            click.echo(f"Error: {count} obstacle{'s' * (count != 1)}; nothing was written.", err=True)
             for refusal in error.refusals:
                 click.echo(f"  {refusal}", err=True)
         except W4A8Error as error:

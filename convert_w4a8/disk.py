@@ -52,7 +52,7 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConvertError(str(out), "exists and is not a directory", "choose another output path")
-    if out.is_mount():
+    if out.resolve().is_mount():  # "." is its own parent, and would count as one
         raise ConvertError(str(out), "is a mount point, which cannot be replaced", "choose a directory inside it")
     if out.is_dir() and not overwrite and any(out.iterdir()):
         raise ConvertError(str(out), "is not empty", "choose another path, or pass --overwrite to replace it")

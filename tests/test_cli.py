@@ -278,7 +278,6 @@ def test_refusals_are_all_listed(flags: list[str], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.xfail(reason="says 1 obstacles", raises=AssertionError)
 def test_one_refusal_is_in_the_singular(tmp_path: Path) -> None:
     """One obstacle is not "1 obstacles"."""
     checkpoint = write_case("gptq-v1", tmp_path / "in")
@@ -329,36 +328,14 @@ def test_interruption_says_that_nothing_was_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        pytest.param(
-            "file/out", marks=pytest.mark.xfail(reason="an OSError of the writer keeps its traceback", raises=OSError)
-        ),
-        "file",
-    ],
-)
+@pytest.mark.parametrize("where", ["file/out", "file"])
 def test_output_that_cannot_be_made_is_one_line(where: str, source: Path, tmp_path: Path) -> None:
     """A parent that is a file cannot hold OUT."""
     (tmp_path / "file").write_bytes(b"")
     one_error_line(invoke(convert, source, tmp_path / where, "--quiet"))
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "../here",
-        *(
-            pytest.param(
-                name,
-                marks=pytest.mark.xfail(
-                    reason="a path without a name holds its own temporary directory", raises=AssertionError
-                ),
-            )
-            for name in (".", "./", "sub/..")
-        ),
-    ],
-)
+@pytest.mark.parametrize("where", [".", "../here", "./", "sub/.."])
 def test_output_in_the_current_directory(
     where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,10 +493,10 @@ def test_progress_at_a_terminal(source: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
-    """No other module of the package prints, exits or imports Click."""
+    """No module but those of the command line prints, exits or imports Click."""
     package = Path(cli.__file__).parent
     for file in package.rglob("*.py"):
-        if file.name == "cli.py":
+        if file.name in {"cli.py", "cli_options.py"}:
             continue
         text = file.read_text(encoding="utf-8")
         found = re.search(r"\bprint\(|sys\.exit|^\s*(import|from) click", text, re.MULTILINE)

@@ -217,7 +217,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], bool, str]] = {
         True,
         "spans 4 bytes, not",
     ),
-    "offset-overflows-64-bit": (lambda p: raw_file(p, {"a": entry(2**70, 2**70 + 4)}, bytes(4)), True, "'a' is malformed"),
+    "offset-overflows-64-bit": (
+        lambda p: raw_file(p, {"a": entry(2**70, 2**70 + 4)}, bytes(4)),
+        True,
+        "'a' is malformed",
+    ),
     "negative-dimension": (lambda p: raw_file(p, {"a": entry(0, 4, (-2, -2))}, bytes(4)), True, "'a' is malformed"),
     "boolean-dimension": (lambda p: raw_file(p, {"a": entry(0, 1, (True,))}, bytes(1)), True, "'a' is malformed"),
     "fractional-dimension": (lambda p: raw_file(p, {"a": entry(0, 4, (4.0,))}, bytes(4)), True, "'a' is malformed"),
