@@ -77,9 +77,15 @@ class WorkDirectory:
         self.path = work_path(out)
         self.checkpoint = self.path / CHECKPOINT
         self._lock = self._acquire(out)
-        entries, size = _read_journal(self.path / JOURNAL)
-        self._journal = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        os.truncate(self._journal, size)
+        try:
+            entries, size = _read_journal(self.path / JOURNAL)
+            self._journal = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            os.truncate(self._journal, size)
+        except BaseException:
+            if not (self.path / JOURNAL).exists():
+                self.remove()
+            os.close(self._lock)
+            raise
         self._writing = threading.Lock()
         self._fingerprint: Fingerprint = {}
         self.layers: dict[str, Any] = {}
@@ -99,9 +105,13 @@ class WorkDirectory:
                 raise ConvertError(str(self.path), "is a link, not the work directory of a conversion", "remove it")
             self.path.mkdir(exist_ok=True)
             try:
-                descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:  # a conversion that has just ended removed the directory
                 continue
+            except OSError:
+                with suppress(OSError):
+                    self.path.rmdir()  # unless there is something in it
+                raise
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -140,14 +150,14 @@ class WorkDirectory:
                 f"is left of a conversion to {out} that was interrupted, with {len(self.files)} finished files",
                 "pass --resume to continue it, or --overwrite to begin again",
             )
-        self._clear()
+        os.truncate(self._journal, 0)
+        self._remove_directories()
+        self.files, self.layers = {}, {}
         self.checkpoint.mkdir()
         self._append({"fingerprint": dict(fingerprint)}, durable=True)
         fsync(self.path)
 
-    def _clear(self) -> None:
-        os.truncate(self._journal, 0)
-        self.files, self.layers = {}, {}
+    def _remove_directories(self) -> None:
         for name in (CHECKPOINT, REPLACED):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
@@ -172,7 +182,12 @@ class WorkDirectory:
 
     def remove(self) -> None:
         """Remove everything; the lock last, so that nobody else begins before the rest is gone."""
-        for step in (self._clear, (self.path / JOURNAL).unlink, (self.path / LOCK).unlink, self.path.rmdir):
+        for step in (
+            self._remove_directories,
+            (self.path / JOURNAL).unlink,
+            (self.path / LOCK).unlink,
+            self.path.rmdir,
+        ):
             with suppress(OSError):
                 step()
 

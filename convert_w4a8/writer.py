@@ -167,7 +167,8 @@ class CheckpointWriter:
 
     def note(self, module: str, value: Any) -> None:
         """Keep a JSON value about a layer with the shards; to be called before its last tensor is written."""
-        self._work.note_layer(module, value)
+        with disk_errors(self._work.path):
+            self._work.note_layer(module, value)
 
     def is_finished(self, name: str) -> bool:
         """Whether a tensor lies in a finished shard."""
