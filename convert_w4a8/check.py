@@ -16,7 +16,7 @@ from convert_w4a8.checkpoint import Checkpoint, open_checkpoint, read_json
 from convert_w4a8.convert import convert
 from convert_w4a8.errors import ConvertError, PlanError, Refusal, W4A8Error
 from convert_w4a8.naming import is_expert, output_name
-from convert_w4a8.plan import LayerPlan, Options, Plan, make_plan
+from convert_w4a8.plan import LayerPlan, Options, Plan, linear_modules, make_plan
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
 from convert_w4a8.verify import Verification, verify
@@ -186,6 +186,7 @@ def sample_layers(source: Checkpoint, plan: Plan) -> tuple[Checkpoint, Plan]:
         plan,
         layers=layers,
         tensors=(),
+        ignore=tuple(sorted(linear_modules(outputs))),
         shards=plan_shards(outputs, plan.options.max_shard_size),
         nbytes_in=sum(info.nbytes for info in tensors.values()),
         nbytes_out=nbytes_out,
