@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from convert_w4a8.checkpoint import Checkpoint, open_checkpoint
 from convert_w4a8.dequantize import dequantize
-from convert_w4a8.quantize import ScalesMode, to_w4a8
+from convert_w4a8.quantize import ScalesMode, sqnr_db, to_w4a8
 from convert_w4a8.requantize import requantize
 from convert_w4a8.scales import quantize_naive
 from convert_w4a8.sources import find_source
@@ -79,10 +79,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Score:
-    """One scheme's result. Differences, ratios and agreement are to the W4A16 checkpoint with BF16 activations."""
+    """One scheme's result. Differences, ratios and agreement are to the W4A16 checkpoint with BF16 activations.
+
+    sqnr_db: mean over the quantized layers, weights against those of W4A16; None where they are equal.
+    """
 
     scheme: str
     activations: str
+    sqnr_db: float | None
     perplexity: float
     nats_per_token: float
     standard_error: float
@@ -93,14 +97,16 @@ class Score:
     def __str__(self) -> str:
         """Render as one line of the table."""
         return (
-            f"{self.scheme:<10} {self.activations:<5} {self.perplexity:>10.4f}"
+            f"{self.scheme:<10} {self.activations:<5} {'' if self.sqnr_db is None else f'{self.sqnr_db:.2f}':>7}"
+            f" {self.perplexity:>10.4f}"
             f" {self.nats_per_token:>+10.5f} ± {self.standard_error:.5f}"
             f" {self.accuracy:>9.2%} {self.relative_accuracy:>9.2%} {self.agreement:>8.2%}"
         )
 
 
 HEADER = (
-    f"{'scheme':<10} {'acts':<5} {'perplexity':>10} {'Δ nats/token':>20} {'accuracy':>9} {'of W4A16':>9} {'agrees':>8}"
+    f"{'scheme':<10} {'acts':<5} {'SQNR dB':>7} {'perplexity':>10} {'Δ nats/token':>20}"
+    f" {'accuracy':>9} {'of W4A16':>9} {'agrees':>8}"
 )
 
 
@@ -118,8 +124,10 @@ def read_windows(directory: Path, text: Path, tokens: int) -> torch.Tensor:
     return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
 
 
-def load_model(checkpoint: Checkpoint, convert: Callable[[W4Linear], torch.Tensor], *, fp8: bool) -> nn.Module:
-    """Build the checkpoint's model in BF16, with its quantized layers replaced."""
+def load_model(
+    checkpoint: Checkpoint, convert: Callable[[W4Linear], torch.Tensor], *, fp8: bool
+) -> tuple[nn.Module, float | None]:
+    """Build the checkpoint's model in BF16 with its quantized layers replaced; also their mean SQNR."""
     config = AutoConfig.from_pretrained(checkpoint.root)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -131,12 +139,15 @@ def load_model(checkpoint: Checkpoint, convert: Callable[[W4Linear], torch.Tenso
     unexpected = model.load_state_dict(rest, strict=False).unexpected_keys
     if unexpected:
         raise SystemExit(f"{checkpoint.root}: tensors that transformers has no place for: {', '.join(unexpected)}")
+    sqnr = []
     for spec in specs:
         parent, _, child = spec.name.rpartition(".")
-        bias = model.get_submodule(spec.name).bias
-        linear = TableLinear(convert(source.read_layer(checkpoint, spec)), bias, fp8=fp8)
+        layer = source.read_layer(checkpoint, spec)
+        exact, weight = dequantize(layer), convert(layer)
+        sqnr.append(sqnr_db(float(exact.square().sum()), float((weight - exact).square().sum())))
+        linear = TableLinear(weight, model.get_submodule(spec.name).bias, fp8=fp8)
         setattr(model.get_submodule(parent), child, linear)
-    return model
+    return model, None if math.inf in sqnr else sum(sqnr) / len(sqnr)
 
 
 @torch.inference_mode()
@@ -150,13 +161,12 @@ def read(model: nn.Module, windows: torch.Tensor) -> Tokens:
     return Tokens(torch.cat(losses), torch.cat(predicted))
 
 
-def compare(scheme: str, activations: str, result: Tokens, base: Tokens, targets: torch.Tensor) -> Score:
-    """Score a scheme against W4A16 on the same tokens."""
+def compare(names: tuple[str, str, float | None], result: Tokens, base: Tokens, targets: torch.Tensor) -> Score:
+    """Score a scheme (its name, activations and SQNR) against W4A16 on the same tokens."""
     difference = result.loss - base.loss
     accuracy = float((result.predicted == targets).double().mean())
     return Score(
-        scheme,
-        activations,
+        *names,
         perplexity=math.exp(result.loss.mean()),
         nats_per_token=float(difference.mean()),
         standard_error=float(difference.std()) / math.sqrt(len(difference)),
@@ -171,15 +181,15 @@ def evaluate(args: argparse.Namespace) -> Iterator[Score]:
     checkpoint = open_checkpoint(args.checkpoint)
     windows = read_windows(args.checkpoint, args.text, args.tokens)
     targets = windows[:, 1:].flatten()
-    base = read(load_model(checkpoint, dequantize, fp8=False), windows)
-    yield compare("w4a16", "bf16", base, base, targets)
+    base = read(load_model(checkpoint, dequantize, fp8=False)[0], windows)
+    yield compare(("w4a16", "bf16", None), base, base, targets)
     if args.original:
         model = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.bfloat16).eval()
-        yield compare("original", "bf16", read(model, windows), base, targets)
+        yield compare(("original", "bf16", None), read(model, windows), base, targets)
     for activations in args.activations.split(","):
         for scheme in args.schemes.split(","):
-            model = load_model(checkpoint, SCHEMES[scheme], fp8=activations == "fp8")
-            yield compare(scheme, activations, read(model, windows), base, targets)
+            model, sqnr = load_model(checkpoint, SCHEMES[scheme], fp8=activations == "fp8")
+            yield compare((scheme, activations, sqnr), read(model, windows), base, targets)
 
 
 def main() -> None:
