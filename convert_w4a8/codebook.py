@@ -15,9 +15,9 @@ def fit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the codes of groups nearest to their tables, after improving the tables some rounds (Lloyd's algorithm).
 
-    values: float32 [R, 128], in units of the channel scale. weights: of their squared errors, float32 [R, 128].
+    values: float32 [R, V], in units of the channel scale. weights: of their squared errors, float32 [R, V].
     tables: float8_e4m3fn [R, 8]. No round raises the weighted squared error.
-    Returns unsigned codes uint8 [R, 128] and tables float8_e4m3fn [R, 8].
+    Returns unsigned codes uint8 [R, V] and tables float8_e4m3fn [R, 8].
     """
     entries = tables.float()
     for _ in range(rounds):
@@ -27,17 +27,27 @@ def fit(
 
 
 def nearest_codes(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
-    """Return the unsigned codes, int64 [R, 128], whose values under table entries [R, 8] are nearest to [R, 128]."""
-    by_code = torch.cat((entries, torch.zeros_like(entries[:, :1]), -entries[:, 1:].flip(1)), dim=1)
+    """Return the unsigned codes, int64 [R, V], whose values under table entries [R, 8] are nearest to [R, V]."""
+    by_code = _by_code(entries)
     ordered, order = by_code.sort(dim=1)
     middles = (ordered[:, 1:] + ordered[:, :-1]) / 2
     return order.gather(1, torch.searchsorted(middles, values))
 
 
+def values_of(entries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return what unsigned codes uint8 [R, V] stand for under table entries float32 [R, 8]: float32 [R, V]."""
+    return _by_code(entries).gather(1, codes.long())
+
+
+def _by_code(entries: torch.Tensor) -> torch.Tensor:
+    """Return the values of all 16 unsigned codes, float32 [R, 16]."""
+    return torch.cat((entries, torch.zeros_like(entries[:, :1]), -entries[:, 1:].flip(1)), dim=1)
+
+
 def best_entries(
     values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, entries: torch.Tensor
 ) -> torch.Tensor:
-    """Return the entries, float32 [R, 8], with the least weighted squared error under unsigned codes [R, 128].
+    """Return the entries, float32 [R, 8], with the least weighted squared error under unsigned codes [R, V].
 
     Entries that no code uses stay as they are.
     """

@@ -6,13 +6,11 @@ from enum import StrEnum
 
 import torch
 
-from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
 from convert_w4a8.requantize import column_energies, refit, requantize
 from convert_w4a8.scales import check_finite
 from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
-from convert_w4a8.tables import decode
 from convert_w4a8.weights import GROUP_SIZE, W4A8Linear, W4Linear
 
 _HISTOGRAM_WORDS = 1 << 13
@@ -79,8 +77,7 @@ def to_w4a8(w: W4Linear, mode: ScalesMode, *, stock: bool = False) -> tuple[W4A8
     w4a8, stats = _convert(symmetric, mode, stock=stock)
     if exact:
         return w4a8, stats
-    w4a8 = refit(w, w4a8, importance)
-    signal, noise = _compare(w, w4a8)
+    w4a8, signal, noise = refit(w, w4a8, importance)
     return w4a8, replace(stats, exact=False, signal=signal, noise=noise)
 
 
@@ -92,16 +89,6 @@ def _convert(w: W4Linear, mode: ScalesMode, *, stock: bool) -> tuple[W4A8Linear,
     signal = table.energy * GROUP_SIZE * float(w.scales.double().square().sum())
     w4a8 = W4A8Linear(w.packed, w.packing, tables.group_scale, tables.lut, tables.channel_scale, source_scale)
     return w4a8, LayerStats(True, signal, float(tables.noise.sum()), _distinct(tables.group_scale))
-
-
-def _compare(w: W4Linear, w4a8: W4A8Linear) -> tuple[float, float]:
-    """Return signal and noise energies of a conversion, measured on every weight."""
-    signal = noise = 0.0
-    for start, stop in output_blocks(*w.shape_nk):
-        source = dequantize(w.outputs(start, stop))
-        signal += float(source.square().sum(dtype=torch.float64))
-        noise += float((decode(w4a8.outputs(start, stop)) - source).square().sum(dtype=torch.float64))
-    return signal, noise
 
 
 def _quantize(

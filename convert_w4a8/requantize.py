@@ -15,7 +15,8 @@ import torch
 
 from convert_w4a8 import codebook
 from convert_w4a8.dequantize import dequantize, output_blocks
-from convert_w4a8.layout import pack_rows, unpack_codes
+from convert_w4a8.groups import Groups, gather
+from convert_w4a8.layout import pack_rows
 from convert_w4a8.scales import CODE_MAX
 from convert_w4a8.tables import entries
 from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4A8Linear, W4Linear
@@ -26,8 +27,8 @@ _FIRST_CANDIDATE = 8 / 7
 """In units of max|w|/8: the largest value becomes ∓7. The last candidate, 0.547, clips at little over half of it."""
 _PLAIN_RANGE = 7.5
 """amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
-_ROWS_AT_ONCE = 4096
-"""Groups worked on together: 2 MiB of float32 values, which stay in a core's cache."""
+_VALUES_AT_ONCE = 1 << 18
+"""Values worked on together: 1 MiB of float32, which stays in a core's cache."""
 _REFITS = 3
 """Rounds of nearest codes and best entries; more gain less than 0.05 dB."""
 
@@ -72,38 +73,47 @@ def requantize(w: W4Linear, importance: torch.Tensor | None = None) -> tuple[W4L
     n, k = w.shape_nk
     if k % GROUP_SIZE:
         raise ValueError(f"K = {k} is not a multiple of {GROUP_SIZE}")
-    weights = torch.ones(k, device=w.packed.device) if importance is None else importance
     rows, scales, exact = [], [], True
     for start, stop in output_blocks(n, k):
-        codes, scale, kept = _requantize_block(w.outputs(start, stop), weights.view(-1, GROUP_SIZE))
-        rows.append(pack_rows(codes.flatten(1)))
-        scales.append(scale.t())
+        part = w.outputs(start, stop)
+        groups, kept = gather(part, importance), _kept(part).flatten()
+        codes, scale = _kept_codes(part, groups)
+        for index in _batches(~kept, groups.values.shape[1]):
+            codes[index], scale[index] = fit_symmetric(groups.values[index], groups.weights[index])
+        rows.append(pack_rows(groups.spell(codes).view(-1, k)))
+        scales.append(scale.view(stop - start, -1).t())
         exact &= bool(kept.all())
     return W4Linear(torch.cat(rows), Packing.ROWS, torch.cat(scales, dim=1), None, None, GROUP_SIZE), exact
 
 
-def refit(w: W4Linear, w4a8: W4A8Linear, importance: torch.Tensor) -> W4A8Linear:
+def refit(w: W4Linear, w4a8: W4A8Linear, importance: torch.Tensor) -> tuple[W4A8Linear, float, float]:
     """Choose the codes of requantized groups again, nearest to what the FP8 tables hold; and the entries, if stored.
 
-    w: the source. w4a8: its conversion by way of `requantize`, codes in ROWS packing.
+    w: the source. w4a8: its conversion by way of `requantize`.
+    Returns the layer, the energy of its source's weights, and that of their difference from the layer's.
     """
     w = expand_groups(w)
     n, k = w.shape_nk
-    rows, luts = [], []
+    rows, luts, signal, noise = [], [], 0.0, 0.0
     for start, stop in output_blocks(n, k):
-        part = w4a8.outputs(start, stop)
-        tables = entries(part).transpose(0, 1).contiguous()
-        codes = unpack_codes(part.packed, part.packing).view(*tables.shape[:2], GROUP_SIZE)
-        chosen = ~_kept(w.outputs(start, stop))
-        values = dequantize(w.outputs(start, stop)).view(codes.shape) / part.channel_scale[:, None, None]
-        weights = importance.view(1, -1, GROUP_SIZE).expand(codes.shape)[chosen]
-        codes[chosen], tables[chosen] = codebook.fit(
-            values[chosen], weights, tables[chosen], rounds=0 if w4a8.lut is None else _REFITS
-        )
-        rows.append(pack_rows(codes.flatten(1)))
-        luts.append(tables.transpose(0, 1))
+        part, result = w.outputs(start, stop), w4a8.outputs(start, stop)
+        groups, kept = gather(part, importance), _kept(part).flatten()
+        channel = result.channel_scale.repeat_interleave(k // GROUP_SIZE)[:, None]
+        table = entries(result).transpose(0, 1).flatten(0, 1)
+        codes, _ = _kept_codes(part, groups)
+        for index in _batches(~kept, groups.values.shape[1]):
+            codes[index], table[index] = codebook.fit(
+                groups.values[index] / channel[index],
+                groups.weights[index],
+                table[index],
+                rounds=0 if w4a8.lut is None else _REFITS,
+            )
+        rows.append(pack_rows(groups.spell(codes).view(-1, k)))
+        luts.append(table.view(stop - start, -1, CODE_MAX).transpose(0, 1))
+        signal += _energy(groups.values, groups.counts)
+        noise += _energy(codebook.values_of(table.float(), codes).mul_(channel).sub_(groups.values), groups.counts)
     lut = None if w4a8.lut is None else torch.cat(luts, dim=1).contiguous()
-    return replace(w4a8, packed=torch.cat(rows), lut=lut)
+    return replace(w4a8, packed=torch.cat(rows), packing=Packing.ROWS, lut=lut), signal, noise
 
 
 def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,9 +126,9 @@ def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fit_symmetric(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize groups of values, float32 [R, 128], with weights of their squared errors, broadcastable to [R, 128].
+    """Quantize groups of values, float32 [R, V], with weights of their squared errors, broadcastable to [R, V].
 
-    Returns unsigned symmetric codes uint8 [R, 128] and scales float32 [R].
+    Returns unsigned symmetric codes uint8 [R, V] and scales float32 [R].
     """
     low, high = values.aminmax(dim=1)
     unit = torch.where(high > -low, -high, -low) / CODE_MAX  # negative: −8 stands for the largest positive value
@@ -156,24 +166,20 @@ def _kept(w: W4Linear) -> torch.Tensor:
     return ((w.zeros == SYMMETRIC_ZERO) | (w.zeros == SYMMETRIC_ZERO - 1)).t()
 
 
-def _requantize_block(w: W4Linear, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return codes uint8 [n, G, 128], scales float32 [n, G] and which groups were kept, bool [n, G]."""
-    kept = _kept(w)
-    values = dequantize(w).view(*kept.shape, GROUP_SIZE)
-    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
-    scale = torch.empty(kept.shape, device=values.device)
-    if w.zeros is not None and bool(kept.any()):
-        flipped = w.zeros.t() != SYMMETRIC_ZERO
-        u = unpack_codes(w.packed, w.packing).view(values.shape)
-        codes = torch.where(flipped[..., None], 15 - u, u)
-        scale = torch.where(flipped, -w.scales.t().float(), w.scales.t().float())
-    for index in _batches(~kept):
-        codes[index], scale[index] = fit_symmetric(values[index], weights[index[1]])
-    return codes, scale, kept
+def _kept_codes(w: W4Linear, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes uint8 [R, V] and scales float32 [R] of groups that are kept; the others get any."""
+    if groups.letters is None or w.zeros is None:
+        return torch.zeros_like(groups.values, dtype=torch.uint8), torch.zeros_like(groups.values[:, 0])
+    flipped = (w.zeros.t() != SYMMETRIC_ZERO).flatten()
+    codes = torch.arange(16, dtype=torch.uint8, device=flipped.device).repeat(len(flipped), 1)
+    scales = w.scales.t().float().flatten()
+    return torch.where(flipped[:, None], 15 - codes, codes), torch.where(flipped, -scales, scales)
 
 
-def _batches(mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the indices where a mask [n, G] is set, some thousand at a time."""
-    n, g = mask.nonzero(as_tuple=True)
-    for start in range(0, len(n), _ROWS_AT_ONCE):
-        yield n[start : start + _ROWS_AT_ONCE], g[start : start + _ROWS_AT_ONCE]
+def _batches(mask: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
+    """Yield the indices where a mask [R] is set, so many at a time that [_, width] float32 values stay in a cache."""
+    yield from torch.split(mask.nonzero()[:, 0], max(1, _VALUES_AT_ONCE // width))
+
+
+def _energy(values: torch.Tensor, counts: torch.Tensor) -> float:
+    return float(values.square().mul_(counts).sum(dtype=torch.float64))
