@@ -82,7 +82,7 @@ class WorkDirectory:
             self._journal = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             os.truncate(self._journal, size)
         except BaseException:
-            if not (self.path / JOURNAL).exists():
+            if not self.checkpoint.exists():
                 self.remove()
             os.close(self._lock)
             raise
