@@ -1,17 +1,18 @@
 """A linear layer as its checkpoint means it → as the W4A8 kernel takes it, and what that cost."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
+from convert_w4a8.dequantize import output_blocks
 from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
-from convert_w4a8.requantize import column_energies, refit, requantize
+from convert_w4a8.requantize import choose_codes, column_energies, expand_groups, refit
 from convert_w4a8.scales import check_finite
 from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
-from convert_w4a8.weights import GROUP_SIZE, W4A8Linear, W4Linear
+from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 
 _HISTOGRAM_WORDS = 1 << 13
 """Words sampled for the code histogram: 65,536 codes, frequencies to within a hundredth of themselves."""
@@ -69,19 +70,19 @@ def to_w4a8(w: W4Linear, mode: ScalesMode, *, stock: bool = False) -> tuple[W4A8
     if stock and mode is ScalesMode.DIRECT:
         raise ValueError("stock vLLM cannot load tables that are not multiples of a scale")
     check_finite(w.scales)
+    w = expand_groups(w)
     if w.is_kernel_ready:
-        return _convert(w, mode, stock=stock)
+        return _keep_codes(w, mode, stock=stock)
     importance = column_energies(w)
-    # Free tables are fitted later, and best from codes that follow the source's own grid.
-    symmetric, exact = requantize(w, None if mode is ScalesMode.DIRECT else importance)
-    w4a8, stats = _convert(symmetric, mode, stock=stock)
-    if exact:
-        return w4a8, stats
-    w4a8, signal, noise = refit(w, w4a8, importance)
-    return w4a8, replace(stats, exact=False, signal=signal, noise=noise)
+    return _join(
+        [
+            _choose_codes(w.outputs(start, stop), mode, importance, stock=stock)
+            for start, stop in output_blocks(*w.shape_nk)
+        ]
+    )
 
 
-def _convert(w: W4Linear, mode: ScalesMode, *, stock: bool) -> tuple[W4A8Linear, LayerStats]:
+def _keep_codes(w: W4Linear, mode: ScalesMode, *, stock: bool) -> tuple[W4A8Linear, LayerStats]:
     """Convert a kernel-ready layer, codes as they are."""
     weights = magnitude_weights(code_histogram(w.packed, _HISTOGRAM_WORDS))
     table = error_table(weights, w.scales.device)
@@ -89,6 +90,49 @@ def _convert(w: W4Linear, mode: ScalesMode, *, stock: bool) -> tuple[W4A8Linear,
     signal = table.energy * GROUP_SIZE * float(w.scales.double().square().sum())
     w4a8 = W4A8Linear(w.packed, w.packing, tables.group_scale, tables.lut, tables.channel_scale, source_scale)
     return w4a8, LayerStats(True, signal, float(tables.noise.sum()), _distinct(tables.group_scale))
+
+
+def _choose_codes(
+    w: W4Linear, mode: ScalesMode, importance: torch.Tensor, *, stock: bool
+) -> tuple[W4A8Linear, LayerStats]:
+    """Convert some output channels whose codes cannot all be kept."""
+    # Free tables are fitted later, and best from codes that follow the source's own grid.
+    free = mode is ScalesMode.DIRECT
+    new = choose_codes(w, importance, weighted=not free)
+    weights = magnitude_weights(new.histogram())
+    chosen, source_scale = _quantize(new.scales, mode, weights, error_table(weights, w.scales.device), stock=stock)
+    new, lut, signal, noise = refit(new, chosen.entries(), chosen.channel_scale, free=free)
+    w4a8 = W4A8Linear(
+        packed=new.rows(),
+        packing=Packing.ROWS,
+        group_scale=chosen.group_scale,
+        lut=lut.contiguous() if free else None,
+        channel_scale=chosen.channel_scale,
+        source_scale=source_scale,
+    )
+    return w4a8, LayerStats(bool(new.kept.all()), signal, noise, None)
+
+
+def _join(parts: list[tuple[W4A8Linear, LayerStats]]) -> tuple[W4A8Linear, LayerStats]:
+    """Put output channels that were converted apart side by side."""
+    layers = [layer for layer, _ in parts]
+    stats = [stats for _, stats in parts]
+
+    def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present, dim=1) if present else None
+
+    group_scale = joined([layer.group_scale for layer in layers])
+    w4a8 = W4A8Linear(
+        packed=torch.cat([layer.packed for layer in layers]),
+        packing=Packing.ROWS,
+        group_scale=group_scale,
+        lut=joined([layer.lut for layer in layers]),
+        channel_scale=torch.cat([layer.channel_scale for layer in layers]),
+        source_scale=joined([layer.source_scale for layer in layers]),
+    )
+    exact = all(s.exact for s in stats)
+    return w4a8, LayerStats(exact, sum(s.signal for s in stats), sum(s.noise for s in stats), _distinct(group_scale))
 
 
 def _quantize(

@@ -9,7 +9,7 @@ then with the least-squares scale of those codes. Its sign puts the code −8 on
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,8 +18,7 @@ from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.groups import Groups, gather
 from convert_w4a8.layout import pack_rows
 from convert_w4a8.scales import CODE_MAX
-from convert_w4a8.tables import entries
-from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4A8Linear, W4Linear
+from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4Linear
 
 _CANDIDATES = 18
 _CANDIDATES_PER_OCTAVE = 16
@@ -60,6 +59,28 @@ def column_energies(w: W4Linear) -> torch.Tensor:
     return total / torch.where(mean > 0, mean, 1.0)
 
 
+@dataclass(frozen=True)
+class NewCodes:
+    """Symmetric codes and scales for some output channels of a layer, by the values of its groups.
+
+    kept: which groups lose nothing, bool [R]. codes: uint8 [R, V]. scales: float32 [K/128, n], some negative.
+    """
+
+    groups: Groups
+    kept: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def rows(self) -> torch.Tensor:
+        """Return the codes of all weights in ROWS packing, int32 [n, K/8]."""
+        return pack_rows(self.groups.spell(self.codes).view(self.scales.shape[1], -1))
+
+    def histogram(self) -> torch.Tensor:
+        """Return the frequencies of the 16 codes, float64 [16] with sum 1."""
+        counts = torch.bincount(self.codes.flatten(), self.groups.counts.flatten().double(), minlength=16)
+        return counts / counts.sum()
+
+
 def requantize(w: W4Linear, importance: torch.Tensor | None = None) -> tuple[W4Linear, bool]:
     """Return a kernel-ready layer with the nearest weights, and whether they are equal to those of `w`.
 
@@ -70,50 +91,46 @@ def requantize(w: W4Linear, importance: torch.Tensor | None = None) -> tuple[W4L
     w = expand_groups(w)
     if w.is_kernel_ready:
         return w, True
+    blocks = [choose_codes(w.outputs(start, stop), importance) for start, stop in output_blocks(*w.shape_nk)]
+    rows = torch.cat([block.rows() for block in blocks])
+    scales = torch.cat([block.scales for block in blocks], dim=1)
+    return W4Linear(rows, Packing.ROWS, scales, None, None, GROUP_SIZE), all(bool(b.kept.all()) for b in blocks)
+
+
+def choose_codes(w: W4Linear, importance: torch.Tensor | None, *, weighted: bool = True) -> NewCodes:
+    """Choose symmetric codes and scales for an expanded layer, or for some of its output channels.
+
+    weighted: whether the importance counts already here, or only in a later `refit`.
+    """
     n, k = w.shape_nk
     if k % GROUP_SIZE:
         raise ValueError(f"K = {k} is not a multiple of {GROUP_SIZE}")
-    rows, scales, exact = [], [], True
-    for start, stop in output_blocks(n, k):
-        part = w.outputs(start, stop)
-        groups, kept = gather(part, importance), _kept(part).flatten()
-        codes, scale = _kept_codes(part, groups)
-        for index in _batches(~kept, groups.values.shape[1]):
-            codes[index], scale[index] = fit_symmetric(groups.values[index], groups.weights[index])
-        rows.append(pack_rows(groups.spell(codes).view(-1, k)))
-        scales.append(scale.view(stop - start, -1).t())
-        exact &= bool(kept.all())
-    return W4Linear(torch.cat(rows), Packing.ROWS, torch.cat(scales, dim=1), None, None, GROUP_SIZE), exact
+    groups, kept = gather(w, importance), _kept(w).flatten()
+    codes, scales = _kept_codes(w, groups)
+    for index in _batches(~kept, groups.values.shape[1]):
+        weights = groups.weights if weighted else groups.counts
+        codes[index], scales[index] = fit_symmetric(groups.values[index], weights[index])
+    return NewCodes(groups, kept, codes, scales.view(n, -1).t().contiguous())
 
 
-def refit(w: W4Linear, w4a8: W4A8Linear, importance: torch.Tensor) -> tuple[W4A8Linear, float, float]:
-    """Choose the codes of requantized groups again, nearest to what the FP8 tables hold; and the entries, if stored.
+def refit(
+    new: NewCodes, tables: torch.Tensor, channel_scale: torch.Tensor, *, free: bool
+) -> tuple[NewCodes, torch.Tensor, float, float]:
+    """Choose codes again, nearest to what the FP8 tables hold; and the entries, if they are `free`.
 
-    w: the source. w4a8: its conversion by way of `requantize`.
-    Returns the layer, the energy of its source's weights, and that of their difference from the layer's.
+    tables: float8_e4m3fn [K/128, n, 8]. channel_scale: float32 [n].
+    Returns codes, tables, the energy of the source's weights, and that of their difference from the final ones.
     """
-    w = expand_groups(w)
-    n, k = w.shape_nk
-    rows, luts, signal, noise = [], [], 0.0, 0.0
-    for start, stop in output_blocks(n, k):
-        part, result = w.outputs(start, stop), w4a8.outputs(start, stop)
-        groups, kept = gather(part, importance), _kept(part).flatten()
-        channel = result.channel_scale.repeat_interleave(k // GROUP_SIZE)[:, None]
-        table = entries(result).transpose(0, 1).flatten(0, 1)
-        codes, _ = _kept_codes(part, groups)
-        for index in _batches(~kept, groups.values.shape[1]):
-            codes[index], table[index] = codebook.fit(
-                groups.values[index] / channel[index],
-                groups.weights[index],
-                table[index],
-                rounds=0 if w4a8.lut is None else _REFITS,
-            )
-        rows.append(pack_rows(groups.spell(codes).view(-1, k)))
-        luts.append(table.view(stop - start, -1, CODE_MAX).transpose(0, 1))
-        signal += _energy(groups.values, groups.counts)
-        noise += _energy(codebook.values_of(table.float(), codes).mul_(channel).sub_(groups.values), groups.counts)
-    lut = None if w4a8.lut is None else torch.cat(luts, dim=1).contiguous()
-    return replace(w4a8, packed=torch.cat(rows), packing=Packing.ROWS, lut=lut), signal, noise
+    groups, codes = new.groups, new.codes.clone()
+    table = tables.transpose(0, 1).flatten(0, 1)
+    channel = channel_scale.repeat_interleave(len(tables))[:, None]
+    for index in _batches(~new.kept, groups.values.shape[1]):
+        codes[index], table[index] = codebook.fit(
+            groups.values[index] / channel[index], groups.weights[index], table[index], rounds=_REFITS if free else 0
+        )
+    difference = codebook.values_of(table.float(), codes).mul_(channel).sub_(groups.values)
+    signal, noise = _energy(groups.values, groups.counts), _energy(difference, groups.counts)
+    return replace(new, codes=codes), table.view(-1, len(tables), CODE_MAX).transpose(0, 1), signal, noise
 
 
 def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 
 from convert_w4a8.envelope import ErrorTable
 from convert_w4a8.scales import CHANNEL_FLOOR, CODE_MAX, E4M3, E4M3_MAX, SCALE_MAX, quantize_reference, to_e4m3
+from convert_w4a8.tables import expand_tables
 from convert_w4a8.weights import GROUP_SIZE
 
 _STEPS = 256
@@ -44,6 +45,14 @@ class Tables:
     lut: torch.Tensor | None
     channel_scale: torch.Tensor
     noise: torch.Tensor
+
+    def entries(self) -> torch.Tensor:
+        """Return the table entries, float8_e4m3fn [G, N, 8]."""
+        if self.group_scale is not None:
+            return expand_tables(self.group_scale)
+        if self.lut is None:
+            raise ValueError("tables need group_scale or lut")
+        return self.lut
 
 
 def table_noise(
