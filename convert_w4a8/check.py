@@ -5,7 +5,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,30 +80,35 @@ def check(
     baseline: Figures | None = None,
     min_sqnr_db: float | None = None,
     tolerance_db: float = 0.1,
+    name: str | None = None,
+    fetch: Callable[[Iterable[str]], None] = lambda _names: None,
     device: torch.device,
     progress: Progress = lambda _nbytes: None,
 ) -> Check:
     """Convert a checkpoint in the directory for temporary files, or take `out` for the result; verify and compare.
 
+    name: by which the summary calls it. fetch: called with the names of the tensors of a sample before they are read.
     progress: called with the number of source bytes converted or verified since the last call.
 
     Raises:
         ConvertError: `out` cannot be read, or is not a converted checkpoint.
 
     """
+    name = name or source.root.resolve().name
     if out is not None:
         figures, found = _verified(open_checkpoint(out), source, min_sqnr_db, progress)
     else:
         try:
-            figures, found = _convert(source, options, sample, min_sqnr_db, device, progress)
+            plan = make_plan(source, options)
+            if sample:
+                source, plan = sample_layers(source, plan)
+                fetch(source.tensors)
+            figures, found = _convert(source, plan, min_sqnr_db, device, progress)
+            figures = replace(figures, scales=str(options.scales), sample=sample)
         except W4A8Error as error:
-            return Check(_name(source), None, baseline, False, _refusals(error), ())
+            return Check(name, None, baseline, False, _refusals(error), ())
     problems, notes = compare(figures, baseline, tolerance_db) if baseline is not None else ((), ())
-    return Check(_name(source), figures, baseline, not found.problems, (*found.problems, *problems), notes)
-
-
-def _name(source: Checkpoint) -> str:
-    return source.root.resolve().name
+    return Check(name, figures, baseline, not found.problems, (*found.problems, *problems), notes)
 
 
 def _refusals(error: W4A8Error) -> tuple[Refusal, ...]:
@@ -117,20 +122,15 @@ def _refusals(error: W4A8Error) -> tuple[Refusal, ...]:
 
 def _convert(
     source: Checkpoint,
-    options: Options,
-    sample: bool,
+    plan: Plan,
     min_sqnr_db: float | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[Figures, Verification]:
-    plan = make_plan(source, options)
-    if sample:
-        source, plan = sample_layers(source, plan)
     with tempfile.TemporaryDirectory(prefix="w4a8-check-") as directory:
         out = Path(directory) / "out"
         convert(source, plan, out, device=device, progress=progress)
-        figures, found = _verified(open_checkpoint(out), source, min_sqnr_db, progress)
-    return replace(figures, scales=str(options.scales), sample=sample), found
+        return _verified(open_checkpoint(out), source, min_sqnr_db, progress)
 
 
 def _verified(

@@ -4,9 +4,10 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -266,7 +267,9 @@ def _write_files(files: dict[Path, bytes]) -> None:
 @click.argument("source", metavar="IN")
 @conversion_options
 @click.option("--out", metavar="OUT", type=click.Path(path_type=Path), help="Check this conversion; make none.")
-@click.option("--sample", is_flag=True, help="Convert one layer of each kind, and read nothing else.")
+@click.option(
+    "--sample", is_flag=True, help="Convert one layer of each kind; read, and fetch from the Hub, nothing else."
+)
 @click.option(
     "--baseline",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -313,15 +316,22 @@ def check(
     from convert_w4a8 import check_text
     from convert_w4a8.checkpoint import open_checkpoint
     from convert_w4a8.convert import resolve_device
-    from convert_w4a8.hub import resolve_input
+    from convert_w4a8.hub import is_hub_id, resolve_input
+    from convert_w4a8.remote import open_remote
 
     if sample and out is not None:
         raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
     torch_device = resolve_device(device)
     known = None if baseline is None else checks.read_baseline(baseline)
-    checkpoint = open_checkpoint(resolve_input(source))
-    passes = 1 if out else 2
-    with _progress(passes * checkpoint.nbytes, "check", quiet=as_json or sample) as update:
+    with ExitStack() as stack:
+        fetch: Callable[[Iterable[str]], None] = lambda _names: None  # noqa: E731
+        if sample and is_hub_id(source):
+            remote = open_remote(source, Path(stack.enter_context(TemporaryDirectory(prefix="w4a8-check-"))))
+            checkpoint, fetch = remote.checkpoint, remote.fetch
+        else:
+            checkpoint = open_checkpoint(resolve_input(source))
+        total = checkpoint.nbytes * (1 if out else 2)
+        update = stack.enter_context(_progress(total, "check", quiet=as_json or sample))
         outcome = checks.check(
             checkpoint,
             read_options(choices),
@@ -330,6 +340,8 @@ def check(
             baseline=known,
             min_sqnr_db=min_sqnr_db,
             tolerance_db=tolerance_db,
+            name=source if is_hub_id(source) else None,
+            fetch=fetch,
             device=torch_device,
             progress=update,
         )

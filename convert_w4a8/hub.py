@@ -15,6 +15,12 @@ from convert_w4a8.errors import ConvertError
 _NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be meant as org/name[@revision], rather than as a path; a path that exists wins."""
+    is_path = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
+    return not is_path and name.partition("@")[0].count("/") == 1
+
+
 def resolve_input(name: str) -> Path:
     """Return the directory that a path or a Hub id (`org/name`, `org/name@revision`) stands for.
 
@@ -28,7 +34,7 @@ def resolve_input(name: str) -> Path:
     if path.is_dir():
         return path
     repo_id, _, revision = name.partition("@")
-    if path.exists() or repo_id.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise ConvertError(name, "is not a directory", "give a checkpoint directory or a Hub id (org/name[@revision])")
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import, and rarely needed)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415

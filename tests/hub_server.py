@@ -1,4 +1,4 @@
-"""A Hub on this machine: the endpoints that an upload through plain LFS uses, with faults on demand.
+"""A Hub on this machine: what uploads through plain LFS and downloads in parts use, with faults on demand.
 
 What it answers follows the requests that huggingface_hub makes (`_commit_api.py`, `lfs.py`); uploads must come with
 `Authorization: Bearer TOKEN`. Xet, the Hub's newer storage, is not spoken here: HF_HUB_DISABLE_XET turns it off.
@@ -13,8 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import huggingface_hub.utils._http as hub_http
+import pytest
 
 TOKEN = "hf_thisIsASecretThatMustNotLeak"
 DROP = 0
@@ -42,7 +47,8 @@ class Hub:
     """State that tests look at and change.
 
     faults: (pattern of "METHOD path", status); the first that matches is answered instead of the truth.
-    requests: "METHOD path" of all that came.
+    requests: "METHOD path" of all that came. sent: bytes of files that were downloaded.
+    ranges: whether requests for parts of a file are heeded.
     """
 
     url: str = ""
@@ -50,6 +56,8 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     faults: list[tuple[str, int]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    sent: int = 0
+    ranges: bool = True
 
     def uploads(self) -> list[str]:
         """Return the SHA-256 of the objects that were sent, in order."""
@@ -95,8 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _answer(self, status: int, document: object) -> None:
-        content = json.dumps(document).encode()
+        content = document if isinstance(document, bytes) else json.dumps(document).encode()
         self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", self._content_range)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -109,6 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
             (r"POST /api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>.+)", self._branch),
             (r"GET /api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<branch>.+)", self._tree),
             (r"GET /api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<branch>.+))?", self._info),
+            (r"GET /(?P<repo>[^/]+/[^/]+)/resolve/(?P<branch>[^/]+)/(?P<path>.+)", self._resolve),
             (r"POST /api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<branch>.+)", self._preupload),
             (r"POST /(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs_batch),
             (r"POST /api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<branch>.+)", self._commit),
@@ -150,7 +161,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, _: bytes, repo: str, branch: str | None) -> tuple[int, object]:
         commits = len(self.hub.repos[repo].commits)
-        return 200, {"id": repo, "sha": f"{commits:040x}", "siblings": [], "branch": branch}
+        return 200, {"id": repo, "sha": branch or "main", "siblings": [], "commits": commits}
+
+    def _resolve(self, _: bytes, repo: str, branch: str, path: str) -> tuple[int, object]:
+        content = self.hub.repos[repo].files(branch).get(path)
+        if content is None:
+            return 404, {"error": "Entry not found"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if wanted is None or not self.hub.ranges:
+            self.hub.sent += len(content)
+            return 200, content
+        start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(content))
+        self.hub.sent += stop - start
+        self._content_range = f"bytes {start}-{stop - 1}/{len(content)}"
+        return 206, content[start:stop]
 
     def _preupload(self, body: bytes, repo: str, branch: str) -> tuple[int, object]:
         present = self.hub.repos[repo].branches[branch]
@@ -221,3 +245,13 @@ def serve() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def lead_client(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lead huggingface_hub to this Hub, with a token, without Xet; its retries follow at once."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda _seconds: None))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -14,7 +14,7 @@ import huggingface_hub.utils._http as hub_http
 import pytest
 from checkpoint_edits import edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
-from hub_server import DROP, TOKEN, Hub, Repo, serve
+from hub_server import DROP, TOKEN, Hub, Repo, lead_client, serve
 
 from convert_w4a8 import verify
 from convert_w4a8.cli import main
@@ -45,11 +45,8 @@ def out(source: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Run a Hub, lead the client to it, and let its retries follow at once."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda _seconds: None))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with serve() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        lead_client(running, monkeypatch)
         yield running
         huggingface_hub.close_session()
 
