@@ -11,15 +11,14 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
 from convert_w4a8.targets.base import packed_shape
+from convert_w4a8.vllm_plugin.format import LAYOUT, METHOD, VERSION, Tables
 from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
 NAME = "lut"
 STOCK = False
 MODES = tuple(ScalesMode)
 
-QUANT_METHOD = "w4a8_lut"
-VERSION = 1
-LAYOUT = "cutlass_sm90_16x32"
+QUANT_METHOD = METHOD
 
 
 def matches(quantization_config: Mapping[str, Any]) -> bool:
@@ -99,7 +98,7 @@ def quantization_config(
         "layout": LAYOUT,
         "bits": 4,
         "group_size": GROUP_SIZE,
-        "tables": "entries" if mode is ScalesMode.DIRECT else "scale",
+        "tables": str(Tables.ENTRIES if mode is ScalesMode.DIRECT else Tables.SCALE),
         "activations": {"type": "float8_e4m3fn", "strategy": "token", "dynamic": True},
         "ignore": list(ignore),
         "conversion": dict(conversion),

@@ -1,4 +1,7 @@
-"""The `quantization_config` block of a `w4a8_lut` checkpoint, as docs/format.md specifies it. Needs no vLLM."""
+"""The `quantization_config` block of a `w4a8_lut` checkpoint, as docs/format.md specifies it. Needs no vLLM.
+
+What the converter writes into it (`targets/lut.py`) is named here too, so that writer and reader cannot drift apart.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +14,7 @@ from convert_w4a8.weights import GROUP_SIZE
 METHOD = "w4a8_lut"
 """`quant_method` in config.json."""
 VERSION = 1
-"""The newest version of the format that is understood here."""
+"""The version of the format that is written, and the newest that is read."""
 LAYOUT = "cutlass_sm90_16x32"
 """The one order of `weight_packed` that the kernel takes."""
 
