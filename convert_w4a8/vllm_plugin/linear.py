@@ -25,7 +25,7 @@ from vllm.model_executor.parameter import (
 from vllm.model_executor.utils import replace_parameter
 
 from convert_w4a8.layout import lut_shape
-from convert_w4a8.tables import expand_tables
+from convert_w4a8.tables import expand_tables_reference
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.format import Tables, not_loaded, refusal
 from convert_w4a8.weights import GROUP_SIZE
@@ -85,7 +85,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         replace_parameter(layer, "weight_packed", packed.view(-1, packed.shape[1] // 4))
         if self.tables is Tables.SCALE:
-            table = expand_tables(table)
+            table = expand_tables_reference(table)  # a lookup: compiling the kernel would take longer than all layers
         replace_parameter(layer, self.table_name, table.flatten())
         replace_parameter(layer, "weight_chan_scale", channel)
 
