@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from convert_w4a8.layout import repack
+from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.scales import quantize_reference
+from convert_w4a8.targets import lut as targets_lut
 from convert_w4a8.weights import GROUP_SIZE, Packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,17 +145,8 @@ def quantization_config(kind: str, shape: Shape) -> dict[str, Any]:
     gates = [f"model.layers.{layer}.mlp.gate" for layer in range(shape.layers)] if shape.experts else []
     ignore = ["lm_head", *gates]
     if kind == "lut":
-        return {
-            "quant_method": "w4a8_lut",
-            "version": 1,
-            "layout": "cutlass_sm90_16x32",
-            "bits": 4,
-            "group_size": GROUP_SIZE,
-            "tables": "scale",
-            "activations": {"type": "float8_e4m3fn", "strategy": "token", "dynamic": True},
-            "ignore": ignore,
-            "conversion": {"tool": "make_random_checkpoint.py"},
-        }
+        conversion = {"tool": "make_random_checkpoint.py"}
+        return targets_lut.quantization_config({}, ignore, ScalesMode.REFERENCE, conversion)
     symmetric = {"symmetric": True, "observer": None}
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP_SIZE, "dynamic": False}
     tokens = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True} | symmetric
@@ -207,10 +201,31 @@ def make(shape: Shape, out: Path, formats: tuple[str, ...] = FORMATS) -> dict[st
                 tensors[kind] |= ours if kind == "lut" else theirs
         write(f"model-{layer:03}.safetensors", tensors)
     for kind, directory in directories.items():
-        total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        total = disk_size(directory)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index[kind]})
         (directory / "model.safetensors.index.json").write_text(text)
     return directories
+
+
+def ensure(name: str, root: Path, layers: int | None = None) -> dict[str, Path]:
+    """Make all formats of a shape (with at most so many layers) below `root` unless they are there; say how large."""
+    shape = replace(SHAPES[name], layers=min(layers or SHAPES[name].layers, SHAPES[name].layers))
+    out = root / f"{name}-{shape.layers}"
+    start = time.perf_counter()
+    if not out.is_dir():
+        part = out.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        make(shape, part)
+        part.rename(out)
+    directories = {kind: out / kind for kind in FORMATS}
+    sizes = ", ".join(f"{kind} {disk_size(directory) / 1e9:.2f} GB" for kind, directory in directories.items())
+    print(f"{out.name}: {sizes}; {time.perf_counter() - start:.1f} s", flush=True)
+    return directories
+
+
+def disk_size(directory: Path) -> int:
+    """Return the bytes of a checkpoint's shards."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def main() -> None:
@@ -226,8 +241,7 @@ def main() -> None:
     shape = replace(shape, layers=args.layers or shape.layers, vocabulary=args.vocabulary or shape.vocabulary)
     start = time.perf_counter()
     for kind, directory in make(shape, args.out, tuple(args.formats)).items():
-        size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-        print(f"{kind}: {directory}, {size / 1e9:.2f} GB")
+        print(f"{kind}: {directory}, {disk_size(directory) / 1e9:.2f} GB")
     print(f"{time.perf_counter() - start:.1f} s")
 
 

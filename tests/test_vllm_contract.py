@@ -87,6 +87,8 @@ CALLS = (
     Call(_UTILS, "convert_packed_uint4b8_to_signed_int4_inplace", 1),
     Call(_UTILS, "convert_bf16_scales_to_fp8", 2),
     Call("vllm.config", "set_current_vllm_config", 1),
+    Call("vllm.model_executor.model_loader.base_loader", "process_weights_after_loading", 3),
+    Call("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_model", 3),
 )
 
 NAMES = (
@@ -129,6 +131,18 @@ ATTRIBUTES = (
     (f"{_MOE}.config", "FusedMoEParallelConfig", "use_batched_activation_format"),
     (_BASE, "QuantizationConfig", "packed_modules_mapping"),
     ("vllm.platforms.interface", "Platform", "get_device_capability"),
+    # scripts/
+    (
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "model tensor_parallel_size skip_tokenizer_init dtype enforce_eager gpu_memory_utilization seed max_model_len"
+        " kv_cache_memory_bytes compilation_config disable_custom_all_reduce max_num_seqs max_num_batched_tokens"
+        " enable_prefix_caching async_scheduling generation_config disable_log_stats",
+    ),
+    ("vllm.config.compilation", "CompilationConfig", "custom_ops cudagraph_capture_sizes"),
+    ("vllm.outputs", "RequestOutput", "outputs prompt_logprobs metrics"),
+    ("vllm.logprobs", "Logprob", "logprob rank"),
+    ("vllm.v1.metrics.stats", "RequestStateStats", "first_token_latency first_token_ts last_token_ts"),
 )
 """What we read from objects that vLLM hands us."""
 
