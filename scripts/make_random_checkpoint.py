@@ -49,7 +49,7 @@ SHAPES = {
     "command-a-block": Shape(12288, 33792, 1, 96, 8, 1024),
     "qwen3-moe": Shape(2048, 768, 4, 32, 4, 4096, experts=32),
     "tiny": Shape(256, 512, 2, 4, 2, 512, head_dim=64),
-    "tiny-moe": Shape(256, 256, 2, 4, 2, 512, head_dim=64, experts=4),
+    "tiny-moe": Shape(256, 512, 2, 4, 2, 512, head_dim=64, experts=4),
 }
 
 
