@@ -4,6 +4,9 @@ Every quantized linear layer is replaced by one that multiplies by exactly the w
 float32, with BF16 outputs as the kernel writes them, and for `fp8` activations after vLLM's per-token quantization of
 its inputs. All schemes read the same tokens, so differences are paired: mean over tokens ± standard error.
 
+The difference in nats holds a part of first order, which is luck: any small change of the weights raises or lowers it,
+and it may be negative. The divergence of the predictions is free of that, and so tells close schemes apart.
+
     python scripts/eval_perplexity.py CHECKPOINT TEXT [--original DIR] [--tokens 30000] [--json FILE]
 """
 
@@ -42,13 +45,15 @@ def naive(w: W4Linear) -> torch.Tensor:
 
 SCHEMES: dict[str, Callable[[W4Linear], torch.Tensor]] = {
     "w4a16": dequantize,
+    "rounded": lambda w: dequantize(w).bfloat16().float(),
     "naive": naive,
     "reference": lambda w: decode(to_w4a8(w, ScalesMode.REFERENCE)[0]),
     "stock": lambda w: decode(to_w4a8(w, ScalesMode.SEARCH, stock=True)[0]),
     "search": lambda w: decode(to_w4a8(w, ScalesMode.SEARCH)[0]),
     "direct": lambda w: decode(to_w4a8(w, ScalesMode.DIRECT)[0]),
 }
-"""Scheme → the weights, float32 [N, K], that a layer multiplies by. `stock` is `search` for stock vLLM to load."""
+"""Scheme → the weights, float32 [N, K], that a layer multiplies by. `stock` is `search` for stock vLLM to load, and
+`rounded` W4A16 with weights in BF16: what any change at all costs in a BF16 model, the floor of the others."""
 
 
 class TableLinear(nn.Module):
@@ -71,15 +76,21 @@ class TableLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one model made of the text: negative log-likelihood float64 [T] and the likeliest token int64 [T]."""
+    """What a model made of every token of the text, one dimension.
+
+    loss: negative log-likelihood in nats. hit: whether the likeliest token was right. agrees: whether it was that of
+    W4A16. divergence: Kullback-Leibler divergence of the prediction from that of W4A16, in nats.
+    """
 
     loss: torch.Tensor
-    predicted: torch.Tensor
+    hit: torch.Tensor
+    agrees: torch.Tensor
+    divergence: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Score:
-    """One scheme's result. Differences, ratios and agreement are to the W4A16 checkpoint with BF16 activations.
+    """One scheme's result. Differences, ratios, agreement and divergence are to W4A16 with BF16 activations.
 
     sqnr_db: mean over the quantized layers, weights against those of W4A16; None where they are equal.
     """
@@ -89,7 +100,9 @@ class Score:
     sqnr_db: float | None
     perplexity: float
     nats_per_token: float
-    standard_error: float
+    nats_standard_error: float
+    divergence: float
+    divergence_standard_error: float
     accuracy: float
     relative_accuracy: float
     agreement: float
@@ -98,15 +111,15 @@ class Score:
         """Render as one line of the table."""
         return (
             f"{self.scheme:<10} {self.activations:<5} {'' if self.sqnr_db is None else f'{self.sqnr_db:.2f}':>7}"
-            f" {self.perplexity:>10.4f}"
-            f" {self.nats_per_token:>+10.5f} ± {self.standard_error:.5f}"
-            f" {self.accuracy:>9.2%} {self.relative_accuracy:>9.2%} {self.agreement:>8.2%}"
+            f" {self.perplexity:>10.4f} {self.nats_per_token:>+10.5f} ± {self.nats_standard_error:.5f}"
+            f" {self.divergence:>9.5f} ± {self.divergence_standard_error:.5f}"
+            f" {self.accuracy:>8.2%} {self.relative_accuracy:>8.2%} {self.agreement:>7.2%}"
         )
 
 
 HEADER = (
-    f"{'scheme':<10} {'acts':<5} {'SQNR dB':>7} {'perplexity':>10} {'Δ nats/token':>20}"
-    f" {'accuracy':>9} {'of W4A16':>9} {'agrees':>8}"
+    f"{'scheme':<10} {'acts':<5} {'SQNR dB':>7} {'perplexity':>10} {'Δ nats/token':>20} {'divergence':>19}"
+    f" {'accuracy':>8} {'of W4A16':>8} {'agrees':>7}"
 )
 
 
@@ -151,28 +164,33 @@ def load_model(
 
 
 @torch.inference_mode()
-def read(model: nn.Module, windows: torch.Tensor) -> Tokens:
-    """Run a model over windows [W, WINDOW]; every token but the first of each counts."""
-    losses, predicted = [], []
+def read(model: nn.Module, base: nn.Module, windows: torch.Tensor) -> Tokens:
+    """Run a model and the W4A16 model over windows [W, WINDOW]; every token but the first of each counts."""
+    parts = []
     for batch in windows.split(BATCH):
-        logits = model(input_ids=batch).logits[:, :-1].float().flatten(0, 1)
-        losses.append(nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none").double())
-        predicted.append(logits.argmax(-1))
-    return Tokens(torch.cat(losses), torch.cat(predicted))
+        targets = batch[:, 1:].flatten()
+        ours, theirs = (m(input_ids=batch).logits[:, :-1].float().log_softmax(-1).flatten(0, 1) for m in (model, base))
+        likeliest = ours.argmax(-1)
+        divergence = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        loss = -ours.gather(1, targets[:, None])[:, 0]
+        parts.append((loss, likeliest == targets, likeliest == theirs.argmax(-1), divergence))
+    return Tokens(*(torch.cat(column).double() for column in zip(*parts, strict=True)))
 
 
-def compare(names: tuple[str, str, float | None], result: Tokens, base: Tokens, targets: torch.Tensor) -> Score:
+def compare(names: tuple[str, str, float | None], result: Tokens, base: Tokens) -> Score:
     """Score a scheme (its name, activations and SQNR) against W4A16 on the same tokens."""
     difference = result.loss - base.loss
-    accuracy = float((result.predicted == targets).double().mean())
+    root = math.sqrt(len(difference))
     return Score(
         *names,
         perplexity=math.exp(result.loss.mean()),
         nats_per_token=float(difference.mean()),
-        standard_error=float(difference.std()) / math.sqrt(len(difference)),
-        accuracy=accuracy,
-        relative_accuracy=accuracy / float((base.predicted == targets).double().mean()),
-        agreement=float((result.predicted == base.predicted).double().mean()),
+        nats_standard_error=float(difference.std()) / root,
+        divergence=float(result.divergence.mean()),
+        divergence_standard_error=float(result.divergence.std()) / root,
+        accuracy=float(result.hit.mean()),
+        relative_accuracy=float(result.hit.mean() / base.hit.mean()),
+        agreement=float(result.agrees.mean()),
     )
 
 
@@ -180,16 +198,16 @@ def evaluate(args: argparse.Namespace) -> Iterator[Score]:
     """Score W4A16, the original if given, and every scheme with every kind of activations."""
     checkpoint = open_checkpoint(args.checkpoint)
     windows = read_windows(args.checkpoint, args.text, args.tokens)
-    targets = windows[:, 1:].flatten()
-    base = read(load_model(checkpoint, dequantize, fp8=False)[0], windows)
-    yield compare(("w4a16", "bf16", None), base, base, targets)
+    base, _ = load_model(checkpoint, dequantize, fp8=False)
+    base_tokens = read(base, base, windows)
+    yield compare(("w4a16", "bf16", None), base_tokens, base_tokens)
     if args.original:
         model = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.bfloat16).eval()
-        yield compare(("original", "bf16", None), read(model, windows), base, targets)
+        yield compare(("original", "bf16", None), read(model, base, windows), base_tokens)
     for activations in args.activations.split(","):
         for scheme in args.schemes.split(","):
             model, sqnr = load_model(checkpoint, SCHEMES[scheme], fp8=activations == "fp8")
-            yield compare((scheme, activations, sqnr), read(model, windows), base, targets)
+            yield compare((scheme, activations, sqnr), read(model, base, windows), base_tokens)
 
 
 def main() -> None:
@@ -199,7 +217,9 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="held-out text, documents separated by NUL")
     parser.add_argument("--original", type=Path, help="the checkpoint in 16 bits that it was quantized from")
     parser.add_argument("--tokens", type=int, default=30_000, help="how much of the text to read (default 30000)")
-    parser.add_argument("--schemes", default="naive,reference,stock,search,direct", help=f"of {', '.join(SCHEMES)}")
+    parser.add_argument(
+        "--schemes", default="rounded,naive,reference,stock,search,direct", help=f"of {', '.join(SCHEMES)}"
+    )
     parser.add_argument("--activations", default="bf16,fp8", help="of bf16, fp8")
     parser.add_argument("--json", type=Path, help="write the scores there")
     args = parser.parse_args()
