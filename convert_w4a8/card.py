@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from convert_w4a8 import __version__
 from convert_w4a8.checkpoint import CARD, Checkpoint

@@ -175,7 +175,7 @@ def inspect(source: str, as_json: bool) -> None:
 @click.option(
     "--min-sqnr-db",
     type=float,
-    help="Least SQNR of a layer. [default: 25 where codes are kept, 15 where they are new]",
+    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:
@@ -292,7 +292,7 @@ def _write_files(files: dict[Path, bytes]) -> None:
 @click.option(
     "--min-sqnr-db",
     type=float,
-    help="Least SQNR of a layer. [default: 25 where codes are kept, 15 where they are new]",
+    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of Markdown.")
 def check(

@@ -46,7 +46,7 @@ _CONVERSION_OPTIONS = (
         type=click.Choice(["reference", "search", "direct"]),
         default="reference",
         show_default=True,
-        help="How FP8 scales are chosen. reference: bit for bit as vLLM does at load.",
+        help="How FP8 scales are chosen. reference: by vLLM's own load-time arithmetic.",
     ),
     click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the arithmetic runs."

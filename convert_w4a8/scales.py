@@ -29,6 +29,15 @@ def check_finite(scales: torch.Tensor) -> None:
         raise ValueError(f"{bad} of {scales.numel()} group scales are not finite")
 
 
+def column_unit(amax: torch.Tensor) -> torch.Tensor:
+    """Return vLLM's c = max(amax / 448, 1 / (448·512)) for the largest group scales of channels, float32 [N].
+
+    The divisor is a tensor on purpose: on CUDA, torch turns division by a Python number into multiplication by its
+    reciprocal, which differs in the last bit for every other channel.
+    """
+    return (amax / amax.new_full((), E4M3_MAX)).clamp(min=CHANNEL_FLOOR)
+
+
 def quantize_reference(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize group scales as vLLM 0.25 … 0.33 does at load ("column" quantization), bit for bit.
 
@@ -40,7 +49,7 @@ def quantize_reference(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """
     check_finite(scales)
     s = scales.float()
-    c = (s.abs().amax(dim=0) / E4M3_MAX).clamp(min=CHANNEL_FLOOR)
+    c = column_unit(s.abs().amax(dim=0))
     f = to_e4m3(to_e4m3(s / c).float() / CODE_MAX)
     return f, c * CODE_MAX
 

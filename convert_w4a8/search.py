@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import torch
 
 from convert_w4a8.envelope import ErrorTable
-from convert_w4a8.scales import CHANNEL_FLOOR, CODE_MAX, E4M3, E4M3_MAX, SCALE_MAX, quantize_reference, to_e4m3
+from convert_w4a8.scales import (
+    CHANNEL_FLOOR,
+    CODE_MAX,
+    E4M3,
+    E4M3_MAX,
+    SCALE_MAX,
+    column_unit,
+    quantize_reference,
+    to_e4m3,
+)
 from convert_w4a8.tables import expand_tables
 from convert_w4a8.weights import GROUP_SIZE
 
@@ -102,7 +111,7 @@ def quantize_stock(scales: torch.Tensor, table: ErrorTable) -> tuple[Tables, tor
     first = x[:_STOCK_POSITIONS]
     forced = table.error(first, torch.full_like(first, _SCALE_MAX_BITS, dtype=torch.int64)) / first.square()
     top = _best_position(s, x, relative, forced - relative[:_STOCK_POSITIONS]).mul_(SCALE_MAX).bfloat16().float()
-    channel = (top / E4M3_MAX).clamp(min=CHANNEL_FLOOR) * CODE_MAX
+    channel = column_unit(top) * CODE_MAX
     is_top = (s == s.amax(dim=0)) & (top > E4M3_MAX * CHANNEL_FLOOR)
     bits = torch.where(is_top, _SCALE_MAX_BITS, table.best(s / channel))
     source = (_signed(bits, scales).float() * channel).bfloat16()

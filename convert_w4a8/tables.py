@@ -75,7 +75,8 @@ def _decode_entries(w: W4A8Linear) -> torch.Tensor:
 def quantize_tokens(act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations [M, K] per token as vLLM does: (float8_e4m3fn [M, K], float32 [M, 1])."""
     x = act.float()
-    scale = (x.abs().amax(dim=1, keepdim=True) / _E4M3_MAX).clamp(min=_MIN_TOKEN_SCALE)
+    # Division by a tensor is a division; by a number, CUDA's torch multiplies by the reciprocal.
+    scale = (x.abs().amax(dim=1, keepdim=True) / x.new_full((), _E4M3_MAX)).clamp(min=_MIN_TOKEN_SCALE)
     return (x / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 

@@ -154,16 +154,19 @@ def check_rank_two(checkpoint: Checkpoint, name: str, dtype: str) -> tuple[int, 
     return info.shape[0], info.shape[1]
 
 
-def check_scales(name: str, scales: torch.Tensor) -> torch.Tensor:
+def check_scales(name: str, scales: torch.Tensor, *, signed: bool = False) -> torch.Tensor:
     """Return the scales unchanged.
 
+    signed: whether the format's tools may write negative scales, as this one does (a negated scale turns the values
+        −7 … 8 into −8 … 7).
+
     Raises:
-        ConvertError: one of them is NaN, infinite or negative.
+        ConvertError: one of them is NaN, infinite or, unless `signed`, negative.
 
     """
     if not bool(torch.isfinite(scales).all()):
         raise ConvertError(name, "holds NaN or infinite scales", "the checkpoint is damaged: download it again")
-    if bool((scales < 0).any()):
+    if not signed and bool((scales < 0).any()):
         raise ConvertError(name, "holds negative scales", "the checkpoint is damaged: download it again")
     return scales
 

@@ -5,7 +5,6 @@ pack-quantized: `weight_packed` int32 [N, K/8] (code + 8), `weight_scale` [N, G]
 [N, G]. `weight_g_idx` int32 [K] in files of older versions. Which layer has which scheme: `config_groups`.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.layout import pack_rows
+from convert_w4a8.patterns import matches as matches_pattern
 from convert_w4a8.sources.base import (
     LayerSpec,
     check_bits,
@@ -86,14 +86,7 @@ def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 def _target_rank(target: str, module: str) -> int:
     if target.startswith("re:"):
-        try:
-            return 2 if re.match(target.removeprefix("re:"), module) else 0
-        except re.error as error:
-            raise ConvertError(
-                "quantization_config: targets",
-                f"{target!r} is not a regular expression ({error})",
-                "repair the pattern",
-            ) from error
+        return 2 if matches_pattern(target.removeprefix("re:"), module, "targets") else 0
     if target == module:
         return 3
     return 1 if target == "Linear" else 0
@@ -185,10 +178,11 @@ def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
         packed = checkpoint.read(parts["weight_packed"])
     else:
         packed = pack_rows(_unsigned(parts["weight"], checkpoint.read(parts["weight"])))
+    name = parts["weight_scale"]
     return W4Linear(
         packed=packed,
         packing=Packing.ROWS,
-        scales=check_scales(parts["weight_scale"], checkpoint.read(parts["weight_scale"])).t().contiguous(),
+        scales=check_scales(name, checkpoint.read(name), signed=True).t().contiguous(),
         zeros=read_zeros(checkpoint, spec),
         g_idx=read_g_idx(checkpoint, spec),
         group_size=spec.group_size,
