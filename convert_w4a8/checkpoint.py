@@ -1,6 +1,8 @@
 """A checkpoint directory as it lies on disk: configuration, tensor headers, side files. Nothing is loaded here."""
 
 import json
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+_MAX_JSON_BYTES = 100_000_000
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -73,6 +76,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
     """
     try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_size > _MAX_JSON_BYTES:
+            raise ConvertError(str(path), "is not a JSON file", "download or write the file again")
         value = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the checkpoint directory") from error
@@ -86,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_headers(root: Path) -> dict[str, TensorInfo]:
     if (root / INDEX).is_file():
         return _read_sharded(root)
-    files = sorted(root.glob("*.safetensors"))
+    files = sorted(path for path in root.glob("*.safetensors") if path.is_file())
     if not files:
         others = sorted(path.name for path in root.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
         reason = f"no safetensors file, only {others[0]} (a pickle can run code)" if others else "no safetensors file"
@@ -113,7 +119,7 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
                 "is not the name of a safetensors file beside it",
                 "restore the index",
             )
-        if not (root / shard).is_file():
+        if not os.path.isfile(root / shard):  # noqa: PTH113  (which takes names that cannot be, too)
             raise ConvertError(str(root / shard), f"is named by {INDEX} but is absent", "download the shard")
         for name, info in read_header(root / shard)[1].items():
             if weight_map.get(name) != shard:
@@ -131,8 +137,15 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
 
 
 def _find_side_files(root: Path) -> tuple[Path, ...]:
-    """Return every file that is neither a weight, an index, nor written anew: configurations and the card."""
+    """Return every file that is neither a weight, an index, nor written anew: configurations and the card.
+
+    Raises:
+        ConvertError: a link leads out of the checkpoint, and would carry a file of the machine into the output.
+
+    """
     found = []
+    home = root.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]  # as in the Hub's cache
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         stale = path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json")) or str(relative) in (
@@ -140,6 +153,14 @@ def _find_side_files(root: Path) -> tuple[Path, ...]:
             QUANTIZE_CONFIG,
             CARD,
         )
-        if path.is_file() and not stale and not any(part.startswith(".") for part in relative.parts):
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in homes):
+            raise ConvertError(
+                str(path),
+                f"is a link out of the checkpoint, to {path.resolve()}",
+                "copy the file, or give the directory that it lies in",
+            )
+        if not stale:
             found.append(relative)
     return tuple(found)

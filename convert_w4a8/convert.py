@@ -19,12 +19,12 @@ from convert_w4a8 import __version__
 from convert_w4a8.card import model_card
 from convert_w4a8.checkpoint import CARD, CONFIG, Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
-from convert_w4a8.disk import check_destination
+from convert_w4a8.disk import check_destination, occupied
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
 from convert_w4a8.quantize import LayerStats, to_w4a8
 from convert_w4a8.resume import fingerprint, work_path
-from convert_w4a8.safetensors_file import read_into
+from convert_w4a8.safetensors_file import TORCH_DTYPES, TensorInfo, read_into
 from convert_w4a8.weights import W4Linear
 from convert_w4a8.writer import CheckpointWriter
 
@@ -93,8 +93,7 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
         raise ConvertError(str(out), "overlaps the input directory", "choose another output path")
     check_destination(out, overwrite=overwrite or resume)  # what may be resumed is known once it is locked
     existing = next(parent for parent in target.parents if parent.exists())
-    left = (path.stat().st_blocks * 512 for path in work_path(target).rglob("*"))  # of an interrupted conversion
-    free = shutil.disk_usage(existing).free + sum(left)
+    free = shutil.disk_usage(existing).free + occupied(work_path(target))  # what was interrupted is used or replaced
     if free < plan.disk_nbytes:
         raise ConvertError(
             str(out),
@@ -264,11 +263,19 @@ def _copy_tensor(work: _Work, tensor: TensorPlan) -> None:
     for offset in range(0, tensor.info.nbytes, _CHUNK_BYTES):
         piece = torch.empty(min(_CHUNK_BYTES, tensor.info.nbytes - offset), dtype=torch.uint8)
         read_into(tensor.info, piece, offset)
+        _check_numbers(tensor.info, piece)
         if tensor.output.dtype != tensor.info.dtype:  # FP16 → BF16, two bytes each
             piece = piece.view(torch.float16).bfloat16().view(torch.uint8)
         work.writer.write_bytes(tensor.output.name, piece.numpy().data, offset)
     work.writer.mark_written(tensor.output.name)
     work.progress(tensor.info.nbytes)
+
+
+def _check_numbers(info: TensorInfo, piece: torch.Tensor) -> None:
+    """Raise ConvertError if some bytes of a tensor hold a NaN. A maximum is NaN then, and costs no time."""
+    values = piece.view(TORCH_DTYPES[info.dtype])
+    if values.is_floating_point() and values.itemsize > 1 and values.max().isnan():
+        raise ConvertError(info.name, "holds NaN", "the checkpoint is damaged: download it again")
 
 
 def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult]) -> dict[str, Any]:

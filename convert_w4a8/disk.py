@@ -35,6 +35,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def occupied(directory: Path) -> int:
+    """Return the bytes that a directory takes on the disk; 0 if it is absent or cannot be read."""
+    try:
+        return sum(path.stat().st_blocks * 512 for path in directory.rglob("*"))
+    except OSError:
+        return 0
+
+
 def make_directory(path: Path) -> None:
     """Make a directory and the missing ones above it, to survive a power loss."""
     if not path.is_dir():
@@ -50,12 +58,13 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
         ConvertError: it may not.
 
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConvertError(str(out), "exists and is not a directory", "choose another output path")
-    if out.resolve().is_mount():  # "." is its own parent, and would count as one
-        raise ConvertError(str(out), "is a mount point, which cannot be replaced", "choose a directory inside it")
-    if out.is_dir() and not overwrite and any(out.iterdir()):
-        raise ConvertError(str(out), "is not empty", "choose another path, or pass --overwrite to replace it")
+    with disk_errors(out):
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise ConvertError(str(out), "exists and is not a directory", "choose another output path")
+        if out.resolve().is_mount():  # "." is its own parent, and would count as one
+            raise ConvertError(str(out), "is a mount point, which cannot be replaced", "choose a directory inside it")
+        if out.is_dir() and not overwrite and any(out.iterdir()):
+            raise ConvertError(str(out), "is not empty", "choose another path, or pass --overwrite to replace it")
 
 
 def replace_directory(new: Path, out: Path, old: Path) -> None:

@@ -3,6 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+_LONGEST = 600
+
+
+def _readable(text: str) -> str:
+    """Escape what a terminal would not print, and shorten what nobody would read."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 2 * _LONGEST])
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -13,8 +22,8 @@ class Refusal:
     remedy: str
 
     def __str__(self) -> str:
-        """Render as one line."""
-        return f"{self.subject}: {self.reason}; {self.remedy}"
+        """Render as one line, whatever names and values a file has."""
+        return "; ".join((f"{_readable(self.subject)}: {_readable(self.reason)}", self.remedy))
 
     def as_dict(self) -> dict[str, str]:
         """Return the three parts as a JSON-ready dict."""

@@ -240,7 +240,7 @@ LIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "gptq-v1",
         {"dynamic": {"+:(": {"bits": 4}}},
         "quantization_config: dynamic",
-        "'+:(' is not a regular expression",
+        "'(' is not a regular expression",
     ),
     "gptq-dynamic-number": (
         "gptq-v1",
@@ -311,7 +311,7 @@ CT_TARGETS: dict[str, tuple[Any, str, str]] = {
     "null": (None, Q_PROJ, "no config group targets it"),
     "number": (7, "targets", "is 7, not list"),
     "text": ("Linear", "targets", "is 'Linear', not list"),
-    "regex": (["re:("], "targets", "'re:(' is not a regular expression"),
+    "regex": (["re:("], "targets", "'(' is not a regular expression"),
     "other-class": (["Conv2d"], Q_PROJ, "no config group targets it"),
 }
 
@@ -517,15 +517,74 @@ def test_tensor_with_impossible_content_is_refused(
     assert reason in caught.value.refusal.reason
 
 
+EIGHTS = -0x77777778
+"""An int32 word of the symmetric code for 0."""
+
+
 @pytest.mark.parametrize(("case", "role"), [("gptq-v1", "scales"), ("ct-w4a16", "weight_scale")])
 def test_scales_of_zero_are_a_layer_of_zeros(case: str, role: str, tmp_path: Path) -> None:
-    """A pruned group has the scale 0: unusual, but its weights are 0 and nothing is damaged."""
+    """A pruned layer has scales of 0 and the code for 0: unusual, but nothing is damaged."""
     written = write_case(case, tmp_path / "in")
-    edit_tensors(written.path, lambda t: t[f"{Q_PROJ}.{role}"].zero_())
+    codes = "qweight" if role == "scales" else "weight_packed"
+    edit_tensors(written.path, lambda t: (t[f"{Q_PROJ}.{role}"].zero_(), t[f"{Q_PROJ}.{codes}"].fill_(EIGHTS)))
     checkpoint = open_checkpoint(written.path)
     source = find_source(checkpoint)
     spec = next(spec for spec in source.find_layers(checkpoint, []) if spec.name == Q_PROJ)
     assert not dequantize(source.read_layer(checkpoint, spec)).any()
+
+
+def test_some_scales_of_zero_are_dead_groups(tmp_path: Path) -> None:
+    """A scale that underflowed makes zeros of its group here as it does in W4A16."""
+    written = write_case("gptq-v1", tmp_path / "in")
+    edit_tensors(written.path, lambda t: t[f"{Q_PROJ}.scales"][0].zero_())
+    read_all(written.path)
+
+
+@pytest.mark.parametrize(
+    ("case", "role"),
+    [
+        ("gptq-v1", "scales"),
+        ("gptq-v1", "qweight"),
+        ("awq-zero-points", "qweight"),
+        ("ct-w4a16", "weight_scale"),
+        ("ct-w4a16", "weight_packed"),
+    ],
+)
+def test_a_tensor_whose_bytes_never_came_is_refused(case: str, role: str, tmp_path: Path) -> None:
+    """Scales of 0 for codes that mean something, or codes of 0 that do not mean 0: a hole in the file."""
+    written = write_case(case, tmp_path / "in")
+    edit_tensors(written.path, lambda t: t[f"{Q_PROJ}.{role}"].zero_())
+    with pytest.raises(ConvertError, match=rf"{Q_PROJ}\.{role}: holds nothing but zeros"):
+        read_all(written.path)
+
+
+def test_g_idx_that_is_uneven_is_refused(tmp_path: Path) -> None:
+    """Every group has as many input channels as the group size says, in whatever order."""
+    written = write_case("gptq-desc-act", tmp_path / "in")
+    edit_tensors(written.path, lambda t: t[f"{Q_PROJ}.g_idx"].copy_(t[f"{Q_PROJ}.g_idx"].clamp(max=0)))
+    with pytest.raises(ConvertError, match=rf"{Q_PROJ}\.g_idx: does not name each group 128 times"):
+        read_all(written.path)
+
+
+def test_activation_order_without_g_idx_is_refused(tmp_path: Path) -> None:
+    """With desc_act, g_idx is part of the meaning of the codes."""
+    written = write_case("gptq-desc-act", tmp_path / "in")
+    edit_tensors(written.path, lambda t: t.pop(f"{Q_PROJ}.g_idx"))
+    assert_refused(written.path, f"{Q_PROJ}.g_idx", "is missing")
+
+
+def test_int8_codes_without_a_scale_are_refused(tmp_path: Path) -> None:
+    """A layer that lost its scale is not taken for one that was never quantized."""
+    written = write_case("ct-int8-storage", tmp_path / "in")
+    edit_tensors(written.path, lambda t: t.pop(f"{Q_PROJ}.weight_scale"))
+    assert_refused(written.path, f"{Q_PROJ}.weight_scale", "is missing")
+
+
+def test_a_pattern_that_takes_for_ever_is_refused(tmp_path: Path) -> None:
+    """A regular expression with nested repetitions ends in a refusal after two seconds."""
+    written = write_case("gptq-v1", tmp_path / "in")
+    edit_quantization(written.path, dynamic={"+:(([a-z_.0-9]+)+)+!": {"bits": 4}})
+    assert_refused(written.path, "quantization_config: dynamic", "takes too long to match")
 
 
 @pytest.mark.parametrize("value", [None, 3])

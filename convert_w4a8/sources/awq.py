@@ -15,6 +15,7 @@ from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.sources.base import (
     LayerSpec,
     check_bits,
+    check_content,
     check_rank_two,
     check_scales,
     check_tensor,
@@ -89,7 +90,7 @@ def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> None:
 
 def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
     """Read one layer's tensors."""
-    return W4Linear(
+    w = W4Linear(
         packed=checkpoint.read(spec.parts["qweight"]),
         packing=Packing.AWQ,
         scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
@@ -97,3 +98,4 @@ def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
         g_idx=None,
         group_size=spec.group_size,
     )
+    return check_content(spec.parts["qweight"], spec.parts["scales"], w)

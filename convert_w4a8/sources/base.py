@@ -11,6 +11,8 @@ from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.weights import GROUP_SIZE, W4Linear
 
+_DOWNLOAD_AGAIN = "the checkpoint is damaged: download it again"
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -154,6 +156,22 @@ def check_rank_two(checkpoint: Checkpoint, name: str, dtype: str) -> tuple[int, 
     return info.shape[0], info.shape[1]
 
 
+def check_content(codes: str, scales: str, w: W4Linear) -> W4Linear:
+    """Return a layer unchanged; `codes` and `scales` are the names of two of its tensors.
+
+    Raises:
+        ConvertError: one of them is all 0 without meaning a layer of zeros, as a download leaves it that reserved its
+            space and never came. A scale of 0 for some groups is no damage: they are dead.
+
+    """
+    few = w.packed.flatten()[:1024]
+    if not bool(few.any()) and not bool(w.packed.any()) and (w.zeros is None or bool(w.zeros.any())):
+        raise ConvertError(codes, "holds nothing but zeros", _DOWNLOAD_AGAIN)
+    if not bool(w.scales.any()) and not bool((few == few[0]).all()):
+        raise ConvertError(scales, "holds nothing but zeros, for codes that mean something", _DOWNLOAD_AGAIN)
+    return w
+
+
 def check_scales(name: str, scales: torch.Tensor, *, signed: bool = False) -> torch.Tensor:
     """Return the scales unchanged.
 
@@ -165,9 +183,9 @@ def check_scales(name: str, scales: torch.Tensor, *, signed: bool = False) -> to
 
     """
     if not bool(torch.isfinite(scales).all()):
-        raise ConvertError(name, "holds NaN or infinite scales", "the checkpoint is damaged: download it again")
+        raise ConvertError(name, "holds NaN or infinite scales", _DOWNLOAD_AGAIN)
     if not signed and bool((scales < 0).any()):
-        raise ConvertError(name, "holds negative scales", "the checkpoint is damaged: download it again")
+        raise ConvertError(name, "holds negative scales", _DOWNLOAD_AGAIN)
     return scales
 
 
@@ -180,17 +198,18 @@ def real_g_idx(name: str, g_idx: torch.Tensor, spec: LayerSpec) -> torch.Tensor 
     """Return g_idx int32 [K], or None where it says only k // group_size.
 
     Raises:
-        ConvertError: an index names no group.
+        ConvertError: an index names no group, or they do not spread the input channels evenly over the groups.
 
     """
-    if torch.equal(g_idx, torch.arange(spec.in_features, dtype=g_idx.dtype) // spec.group_size):
+    contiguous = torch.arange(spec.in_features, dtype=g_idx.dtype) // spec.group_size
+    if torch.equal(g_idx, contiguous):
         return None
     groups = -(-spec.in_features // spec.group_size)
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
-        raise ConvertError(
-            name, f"names groups {low} … {high}, but there are {groups}", "the checkpoint is damaged: download it again"
-        )
+        raise ConvertError(name, f"names groups {low} … {high}, but there are {groups}", _DOWNLOAD_AGAIN)
+    if not torch.equal(g_idx.sort().values, contiguous):
+        raise ConvertError(name, f"does not name each group {spec.group_size} times", _DOWNLOAD_AGAIN)
     return g_idx
 
 

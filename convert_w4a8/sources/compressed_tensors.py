@@ -17,6 +17,7 @@ from convert_w4a8.patterns import matches as matches_pattern
 from convert_w4a8.sources.base import (
     LayerSpec,
     check_bits,
+    check_content,
     check_rank_two,
     check_scales,
     check_tensor,
@@ -51,6 +52,9 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
             layers.append(_describe(checkpoint, module, _scheme_of(config, module)))
         except ConvertError as error:
             refusals.append(error.refusal)
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(".weight") and info.dtype == "I8" and f"{name}_scale" not in checkpoint.tensors:
+            refusals.append(Refusal(f"{name}_scale", "is missing", "download or write the checkpoint again"))
     return layers
 
 
@@ -179,7 +183,7 @@ def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
     else:
         packed = pack_rows(_unsigned(parts["weight"], checkpoint.read(parts["weight"])))
     name = parts["weight_scale"]
-    return W4Linear(
+    w = W4Linear(
         packed=packed,
         packing=Packing.ROWS,
         scales=check_scales(name, checkpoint.read(name), signed=True).t().contiguous(),
@@ -187,6 +191,7 @@ def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
         g_idx=read_g_idx(checkpoint, spec),
         group_size=spec.group_size,
     )
+    return check_content(parts["weight_packed" if "weight_packed" in parts else "weight"], parts["weight_scale"], w)
 
 
 def _unsigned(name: str, values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ zero-point less one, subtracted from the packed word as a whole: a zero-point of
 the 1 must be added to the word as well (0x11111111, modulo 2³²). Nothing in the tensors tells v1 from v2.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,11 @@ import torch
 
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.patterns import matches as matches_pattern
 from convert_w4a8.sources.base import (
     LayerSpec,
     check_bits,
+    check_content,
     check_rank_two,
     check_scales,
     check_tensor,
@@ -73,15 +74,7 @@ def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     for pattern in dynamic:
         if pattern.startswith("-:"):
             continue
-        try:
-            matched = re.match(pattern.removeprefix("+:"), module)
-        except re.error as error:
-            raise ConvertError(
-                "quantization_config: dynamic",
-                f"{pattern!r} is not a regular expression ({error})",
-                "repair the pattern",
-            ) from error
-        if matched:
+        if matches_pattern(pattern.removeprefix("+:"), module, "dynamic"):
             return {**config, **setting(dynamic, pattern, dict, {}, "quantization_config: dynamic")}
     return config
 
@@ -96,15 +89,16 @@ def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], ze
     check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
     check_tensor(checkpoint, f"{module}.scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
     parts = collect_parts(checkpoint, module, ROLES)
-    if "g_idx" in parts:
-        check_tensor(checkpoint, parts["g_idx"], ("I32",), (in_features,), "[K]")
+    act_order = setting(config, "desc_act", bool, default=False)
+    if "g_idx" in parts or (act_order and not setting(config, "static_groups", bool, default=False)):
+        check_tensor(checkpoint, f"{module}.g_idx", ("I32",), (in_features,), "[K]")
     return LayerSpec(
         name=module,
         out_features=out_features,
         in_features=in_features,
         group_size=group_size,
         symmetric=setting(config, "sym", bool, default=True),
-        act_order=setting(config, "desc_act", bool, default=False) and "g_idx" in parts,
+        act_order=act_order and "g_idx" in parts,
         parts=parts,
         zero_offset=zero_offset,
     )
@@ -124,7 +118,7 @@ def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
 
 def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
     """Read one layer's tensors."""
-    return W4Linear(
+    w = W4Linear(
         packed=checkpoint.read(spec.parts["qweight"]),
         packing=Packing.GPTQ,
         scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
@@ -132,3 +126,4 @@ def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
         g_idx=read_g_idx(checkpoint, spec),
         group_size=spec.group_size,
     )
+    return check_content(spec.parts["qweight"], spec.parts["scales"], w)
