@@ -6,7 +6,6 @@ Used by fault_injection.py and fuzz_inputs.py.
 import contextlib
 import hashlib
 import os
-import resource
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ TIMEOUT = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit code, or minus the signal; what it printed; seconds; peak growth of its memory in MiB."""
+    """How a run ended: exit code, or minus the signal; what it printed; seconds; peak resident memory in MiB."""
 
     code: int
     stdout: str
@@ -75,14 +74,13 @@ def start(
 
 def finish(pid: int, output: Path, started: float) -> Outcome:
     """Wait for a child."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _, status, usage = os.wait4(pid, 0)
     texts = [
         path.read_text(encoding="utf-8", errors="replace") if (path := output / name).exists() else ""
         for name in ("stdout", "stderr")
     ]
     seconds = time.monotonic() - started
-    return Outcome(os.waitstatus_to_exitcode(status), *texts, seconds, max(0, usage.ru_maxrss - before) / 1024)
+    return Outcome(os.waitstatus_to_exitcode(status), *texts, seconds, usage.ru_maxrss / 1024)
 
 
 def run(

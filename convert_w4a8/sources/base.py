@@ -11,6 +11,8 @@ from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.weights import GROUP_SIZE, W4Linear
 
+_LARGEST_SCALE = 65504.0
+"""FP16's largest number. No weight of a model is as large; a BF16 scale with a wrong bit may be."""
 _DOWNLOAD_AGAIN = "the checkpoint is damaged: download it again"
 
 
@@ -179,11 +181,13 @@ def check_scales(name: str, scales: torch.Tensor, *, signed: bool = False) -> to
         −7 … 8 into −8 … 7).
 
     Raises:
-        ConvertError: one of them is NaN, infinite or, unless `signed`, negative.
+        ConvertError: one of them is NaN, infinite, absurdly large or, unless `signed`, negative.
 
     """
     if not bool(torch.isfinite(scales).all()):
         raise ConvertError(name, "holds NaN or infinite scales", _DOWNLOAD_AGAIN)
+    if float(scales.abs().max()) > _LARGEST_SCALE:
+        raise ConvertError(name, f"holds a scale of {float(scales.abs().max()):.3g}", _DOWNLOAD_AGAIN)
     if not signed and bool((scales < 0).any()):
         raise ConvertError(name, "holds negative scales", _DOWNLOAD_AGAIN)
     return scales

@@ -1,0 +1,422 @@
+"""Ways to damage a checkpoint, each with what a converter may do about it.
+
+A mutation changes the directory `IN` of a case in place and returns an `Expect`. `BASES` are real in format; their
+weights are random.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What must happen: names, of which one must be in the message; refused, or else maybe converted after all."""
+
+    names: tuple[str, ...]
+    refused: bool = True
+
+
+Mutation = Callable[[Path, random.Random], Expect]
+
+
+# Files.
+
+
+def shards(root: Path) -> list[Path]:
+    """Return the weight files."""
+    return sorted(root.glob("*.safetensors"))
+
+
+def read_raw(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return a file's header and the bytes behind it."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_raw(path: Path, header: bytes | dict[str, Any], data: bytes, length: int | None = None) -> None:
+    """Write a file with any header, and with any length before it."""
+    raw = json.dumps(header).encode() if isinstance(header, dict) else header
+    path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
+
+
+def pick(root: Path, rng: random.Random, *suffixes: str) -> tuple[Path, str] | None:
+    """Return a file and one of its tensors whose name ends so."""
+    found = [
+        (path, name)
+        for path in shards(root)
+        for name in read_raw(path)[0]
+        if name != "__metadata__" and name.endswith(suffixes or "")
+    ]
+    return rng.choice(found) if found else None
+
+
+QUANTIZED = ("qweight", "qzeros", "scales", "weight_packed", "weight_scale")
+SCALES = (".scales", ".weight_scale")
+CODES = (".qweight", ".weight_packed")
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite a file after a change of its tensors."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def file_bytes(root: Path, rng: random.Random) -> Expect:
+    """Cut, empty, extend, or overwrite the beginning of a weight file."""
+    path = rng.choice(shards(root))
+    size = path.stat().st_size
+    match rng.randrange(6):
+        case 0:
+            os.truncate(path, rng.randrange(size))
+        case 1:
+            path.write_bytes(b"")
+        case 2:
+            path.write_bytes(path.read_bytes() + rng.randbytes(rng.randint(1, 100)))
+        case 3:
+            path.write_bytes(rng.randbytes(rng.randint(1, 16)) + path.read_bytes()[16:])
+        case 4:
+            path.write_bytes(rng.randbytes(rng.randint(1, 5000)))
+        case _:
+            os.truncate(path, 0)
+            os.truncate(path, size)  # a download that reserved its space and never came
+    return Expect((path.name,))
+
+
+def header_text(root: Path, rng: random.Random) -> Expect:
+    """Put something into the header's place that is no header."""
+    path = rng.choice(shards(root))
+    header, data = read_raw(path)
+    raw = json.dumps(header).encode()
+    wrong: list[tuple[bytes, int | None]] = [
+        (b"[" * 50_000 + b"]" * 50_000, None),
+        (b'{"a":' * 30_000 + b"1" + b"}" * 30_000, None),
+        (b"[]", None),
+        (b"null", None),
+        (raw[: len(raw) // 2], None),
+        (raw.replace(b"dtype", b"dt\xffpe", 1), None),
+        (b'{"\\ud800": 1}', None),
+        (b'{"x": ' + b"9" * 10_000 + b"}", None),
+        (raw, 2**63),
+        (raw, 2**64 - 1),
+        (raw, len(raw) + len(data) + 1),
+        (raw, 0),
+        (raw, rng.randrange(len(raw))),
+        (raw[:-1] + b', "__metadata__": 7}', None),
+        (json.dumps({**header, "__metadata__": {"format": 3}}).encode(), None),
+        (raw[:-1] + b", " + json.dumps(dict([rng.choice(list(header.items()))])).encode()[1:], None),
+    ]
+    write_raw(path, wrong[(choice := rng.randrange(len(wrong)))][0], data, wrong[choice][1])
+    return Expect((path.name,))
+
+
+def header_entry(root: Path, rng: random.Random) -> Expect:
+    """Let one entry of a header lie about dtype, shape or place."""
+    path, name = pick(root, rng) or (Path(), "")
+    header, data = read_raw(path)
+    entry = header[name]
+    begin, end = entry["data_offsets"]
+    lies: list[dict[str, Any]] = [
+        {"dtype": "F4"}, {"dtype": 7}, {"dtype": None}, {"dtype": "F64"}, {"dtype": ["F16"]},
+        {"shape": [2**62, 2**62]}, {"shape": [0, 2**62]}, {"shape": [2**40, 0, 2**40]}, {"shape": [-1, -len(data)]},
+        {"shape": [1e300]}, {"shape": [float("nan")]}, {"shape": "12"}, {"shape": [[1]]}, {"shape": [1] * 5000},
+        {"shape": [True, *entry["shape"]]}, {"shape": [side + 1 for side in entry["shape"]]},
+        {"data_offsets": [begin, end + 8]}, {"data_offsets": [begin + 8, end + 8]}, {"data_offsets": [end, begin]},
+        {"data_offsets": [-8, end - begin - 8]}, {"data_offsets": [2**63, 2**63 + end - begin]},
+        {"data_offsets": [begin]}, {"data_offsets": [float(begin), float(end)]}, {"data_offsets": None},
+        {"data_offsets": [0, end - begin]} if begin else {"data_offsets": [8, end - begin + 8]},
+    ]  # fmt: skip
+    header[name] = rng.choice([{**entry, **rng.choice(lies)}] * 9 + [{}, 7, [entry]])
+    write_raw(path, header, data)
+    return Expect((name, path.name))
+
+
+def data_flips(root: Path, rng: random.Random) -> Expect:
+    """Flip bits of the weights: it can be noticed only sometimes."""
+    path = rng.choice(shards(root))
+    header, data = read_raw(path)
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 10, 1000))):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    write_raw(path, header, bytes(changed))
+    return Expect((path.name, "model."), refused=False)
+
+
+# Tensors.
+
+
+def tensor_missing(root: Path, rng: random.Random) -> Expect:
+    """Remove a tensor that a quantized layer needs."""
+    path, name = pick(root, rng, *QUANTIZED) or (Path(), "")
+    edit(path, lambda tensors: tensors.pop(name))
+    return Expect((name.rpartition(".")[0],))
+
+
+def tensor_extra(root: Path, rng: random.Random) -> Expect:
+    """Add a tensor without a layer, a second one of a name, or a plain weight beside a quantized one."""
+    path, name = pick(root, rng, *QUANTIZED) or (Path(), "")
+    others = [shard for shard in shards(root) if shard != path]
+    if others and rng.random() < 0.5:
+        tensor = load_file(path)[name]
+        edit(others[0], lambda tensors: tensors.update({name: tensor}))
+        return Expect((name,))
+    module, _, role = name.rpartition(".")
+    new = rng.choice(
+        (f"ghost.{role}", f"{module}.extra.{role}", f"{module}.weight", f"evil\n\x1b[2J.{role}", f"{'y' * 9999}.{role}")
+    )
+    edit(path, lambda tensors: tensors.update({new: torch.ones(8, 8)}))
+    return Expect((new, new.rpartition(".")[0], module, "evil\\n\\x1b[2J", "y" * 99))
+
+
+def tensor_form(root: Path, rng: random.Random) -> Expect:
+    """Give a tensor of a quantized layer another dtype or shape, in a header that is right."""
+    path, name = pick(root, rng, *QUANTIZED) or (Path(), "")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensor = tensors[name]
+        forms = (tensor[1:], tensor[:, :-1], tensor.flatten(), tensor[None], tensor[:0], tensor[:, :0])
+        dtypes = (torch.int64, torch.uint8, torch.float64, torch.bool, torch.float8_e4m3fn)
+        choice = rng.randrange(2)
+        tensors[name] = rng.choice(forms) if choice else tensor.float().to(rng.choice(dtypes))
+
+    edit(path, change)
+    return Expect((name, name.rpartition(".")[0]))
+
+
+def scale_values(root: Path, rng: random.Random) -> Expect:
+    """Put NaN, an infinity or a negative number among the scales, or nothing but zeros."""
+    path, name = pick(root, rng, *SCALES) or (Path(), "")
+    value = rng.choice((math.nan, math.inf, -math.inf, -0.25, None, 0.0, 6e4))
+    harmless = value in (0.0, 6e4) or (value == -0.25 and name.endswith("weight_scale"))  # which ours has, too
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        flat = tensors[name].flatten().clone()
+        if value is None:
+            flat.zero_()
+        else:
+            flat[rng.randrange(len(flat))] = value
+        tensors[name] = flat.view(tensors[name].shape)
+
+    edit(path, change)
+    return Expect((name,), refused=not harmless)  # one group may be dead, or large
+
+
+def code_values(root: Path, rng: random.Random) -> Expect:
+    """Zero all codes of a layer, or take INT8 codes and zero-points out of −8 … 7."""
+    found = pick(root, rng, *CODES)
+    if found:
+        path, name = found
+        edit(path, lambda tensors: tensors[name].zero_())
+        return Expect((name,))
+    names = [n for n, t in load_file(shards(root)[0]).items() if t.dtype == torch.int8]
+    name = rng.choice(names)
+    edit(
+        shards(root)[0],
+        lambda t: t[name].view(-1).__setitem__(rng.randrange(t[name].numel()), rng.choice((-9, 8, 127))),
+    )
+    return Expect((name,))
+
+
+def dense_values(root: Path, rng: random.Random) -> Expect:
+    """Put a NaN into a tensor that is copied."""
+    path, name = pick(root, rng, "norm.weight", "embed_tokens.weight", ".bias") or (Path(), "")
+    edit(path, lambda tensors: tensors[name].view(-1).__setitem__(rng.randrange(tensors[name].numel()), math.nan))
+    return Expect((name,))
+
+
+def g_idx_values(root: Path, rng: random.Random) -> Expect:
+    """Let g_idx name groups that do not exist, or some group once too often; or lie about weight_shape."""
+    found = pick(root, rng, "g_idx", "weight_shape")
+    if not found:
+        return scale_values(root, rng)
+    path, name = found
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        flat = tensors[name].flatten().clone()
+        last = len(flat) - 1
+        wrong = (-1, 2**31 - 1, -(2**31), 1000) if name.endswith("g_idx") else (0, -256, 2**31 - 1, int(flat[0]) + 8)
+        flat[rng.randrange(len(flat))] = rng.choice(wrong)
+        if name.endswith("g_idx") and flat[last] and rng.random() < 0.3:
+            flat = tensors[name].flatten().clone()
+            flat[0] = flat[last]
+        tensors[name] = flat.view(tensors[name].shape)
+
+    edit(path, change)
+    return Expect((name,))
+
+
+# The index and the directory.
+
+
+def index_lies(root: Path, rng: random.Random) -> Expect:
+    """Let the index name shards that are absent or elsewhere, or lose or gain tensors."""
+    path = root / INDEX
+    outside = root.parent / "outside.safetensors"
+    if not path.exists():
+        return directory(root, rng)
+    index = json.loads(path.read_text())
+    name = rng.choice(list(index["weight_map"]))
+    shutil.copy(rng.choice(shards(root)), outside)
+    match rng.randrange(10):
+        case 0:
+            index["weight_map"][name] = rng.choice(
+                ("absent.safetensors", "../outside.safetensors", str(outside), "a/b.safetensors", "..", "", "model.bin")
+            )
+        case 1:
+            index["weight_map"][name] = rng.choice((None, 7, ["x"], {"a": 1}, True, "a\0.safetensors", "x" * 5000))
+        case 2:
+            del index["weight_map"][name]
+        case 3:
+            index["weight_map"]["ghost.weight"] = rng.choice(shards(root)).name
+        case 4:
+            index["weight_map"] = rng.choice(([], {}, None, 7, "x", [[name, "x"]]))
+        case 5:
+            path.write_bytes(rng.choice((b"", b"\xff\xfe{}", b"[" * 100_000, b"{", b"[]", b"nul")))
+            return Expect((INDEX,))
+        case 6:
+            shard = rng.choice(shards(root))
+            shard.rename(root.parent / "elsewhere.safetensors")
+            shard.symlink_to(rng.choice((root.parent / "elsewhere.safetensors", Path("../elsewhere.safetensors"))))
+            return Expect((shard.name,))
+        case 7:
+            path.unlink()
+            return Expect((INDEX,))
+        case 8:
+            other = rng.choice([shard.name for shard in shards(root) if shard.name != index["weight_map"][name]])
+            index["weight_map"][name] = other
+        case _:
+            shard = rng.choice(shards(root))
+            shard.unlink()
+            replacement(shard, rng)
+            return Expect((shard.name,))
+    path.write_text(json.dumps(index))
+    return Expect((INDEX, name, "absent.safetensors"))
+
+
+def replacement(path: Path, rng: random.Random) -> None:
+    """Put something in a file's place that cannot be read as one."""
+    match rng.randrange(5):
+        case 0:
+            path.mkdir()
+        case 1:
+            os.mkfifo(path)
+        case 2:
+            path.symlink_to("/dev/zero")
+        case 3:
+            path.symlink_to(path.name)
+        case _:
+            path.symlink_to("nowhere")
+
+
+def directory(root: Path, rng: random.Random) -> Expect:
+    """Take away or replace whole files: no weights, only pickles, a configuration that is none, links outside."""
+    match rng.randrange(6):
+        case 0:
+            for path in shards(root):
+                path.rename(path.with_suffix(rng.choice((".bin", ".pt", ".pth"))))
+            (root / INDEX).unlink(missing_ok=True)
+            return Expect((str(root),))
+        case 1:
+            path = rng.choice(shards(root))
+            path.unlink()
+            replacement(path, rng)
+            return Expect((path.name, str(root)))
+        case 2:
+            (root / CONFIG).unlink()
+            replacement(root / CONFIG, rng)
+            return Expect((CONFIG,))
+        case 3:
+            (root / "tokenizer.model").symlink_to("/etc/hostname")
+            return Expect(("tokenizer.model",))
+        case 4:
+            (root / "assets").mkdir(exist_ok=True)
+            (root.parent / "secret.txt").write_text("secret")
+            (root / "assets" / "notes.txt").symlink_to("../../secret.txt")
+            return Expect(("notes.txt",))
+        case _:
+            shutil.copy(shards(root)[0], root / "second.safetensors")
+            return Expect(("second.safetensors", INDEX), refused=not (root / INDEX).exists())
+
+
+# The configuration.
+
+
+def config_text(root: Path, rng: random.Random) -> Expect:
+    """Put something into the place of config.json that is no configuration."""
+    path = root / CONFIG
+    raw = path.read_bytes()
+    wrong = (
+        b"", b"{", raw[: len(raw) // 2], raw.replace(b"{", b"{\xff", 1), b"[" * 100_000, b'{"a":' * 100_000, b"null",
+        b'"config"', b"[]", raw.decode().encode("utf-16"), b'{"x": ' + b"9" * 10_000 + b"}", b"\x00" * 1000,
+    )  # fmt: skip
+    path.write_bytes(rng.choice(wrong))
+    return Expect((CONFIG,))
+
+
+ODD: tuple[Any, ...] = (
+    *(0, -7, -1, 3, 8, 4.5, 1e300, 10**30, math.nan, math.inf, "4", "128", "x", ""),
+    *(True, False, None, [], [4], {}, {"a": 1}),
+)
+
+
+def config_lies(root: Path, rng: random.Random) -> Expect:
+    """Change one value of the quantization configuration, at any depth, to something of another kind or size."""
+    path = root / (CONFIG if "quantization_config" in (root / CONFIG).read_text() else "quantize_config.json")
+    config = json.loads(path.read_text())
+    place = config.get("quantization_config", config)
+    while True:
+        key = rng.choice(list(place))
+        if not (isinstance(place[key], dict) and place[key] and rng.random() < 0.8):
+            break
+        place = place[key]
+    place[key] = rng.choice(ODD)
+    path.write_text(json.dumps(config))
+    return Expect(("quantization_config", "model.", CONFIG, "quant_method", "group", "--"), refused=False)
+
+
+def config_surely_wrong(root: Path, rng: random.Random) -> Expect:
+    """Let the configuration claim what the tensors contradict: bits, group size, method, patterns that are none."""
+    path = root / (CONFIG if "quantization_config" in (root / CONFIG).read_text() else "quantize_config.json")
+    config = json.loads(path.read_text())
+    block = config.get("quantization_config", config)
+    groups = block.get("config_groups")
+    scheme = next(iter(groups.values()))["weights"] if groups else block
+    bits = rng.choice((8, 3, "4", 4.5, math.nan, [4], -4, True))
+    size = rng.choice((0, -7, 3, 32, 512, "128", 1.5, math.nan, [128], 10**30, True, -(10**30)))
+    match rng.randrange(4):
+        case 0:
+            scheme["num_bits" if groups else "bits"] = bits
+        case 1:
+            scheme["group_size"] = size
+        case 2:
+            block["quant_method"] = rng.choice(("awq2", "", 7, [], {}, "bitsandbytes", "fp8", None))
+        case _:
+            if groups:
+                target = rng.choice(("re:(", "re:[", "re:*", "no.such.module", 7, None, {}, "re:(([a-z_.0-9]+)+)+!"))
+                next(iter(groups.values()))["targets"] = rng.choice(([target], target, []))
+            else:
+                block["version" if block.get("quant_method") == "awq" else "checkpoint_format"] = rng.choice(
+                    ("gemv", "marlin", 7, [1], {"a": 1}, "x")
+                )
+    path.write_text(json.dumps(config))
+    return Expect(("quantization_config", "model.", "quant_method", CONFIG))
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    file_bytes, header_text, header_entry, data_flips, tensor_missing, tensor_extra, tensor_form, scale_values,
+    code_values, dense_values, g_idx_values, index_lies, directory, config_text, config_lies, config_surely_wrong,
+)  # fmt: skip
