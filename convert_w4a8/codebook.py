@@ -51,9 +51,11 @@ def best_entries(
 
     Entries that no code uses stay as they are.
     """
-    # Entry j serves the codes u = j and 16 − j; column 8 gathers the code 0, u = 8.
-    index = torch.minimum(codes, 2 * CODE_MAX - codes)
-    signed = torch.where(codes > SYMMETRIC_ZERO, -values, values)
-    total = values.new_zeros(len(values), CODE_MAX + 1).scatter_add_(1, index, weights * signed)[:, :CODE_MAX]
-    weight = values.new_zeros(len(values), CODE_MAX + 1).scatter_add_(1, index, weights)[:, :CODE_MAX]
-    return torch.where(weight > 0, total / weight, entries)
+    signed = weights * torch.where(codes > SYMMETRIC_ZERO, -values, values)
+    best = entries.clone()
+    for j in range(CODE_MAX):
+        # Sums of masked values and not scatter_add, whose order, and so its last bit, varies on a GPU.
+        used = (codes == j) | (codes == 2 * CODE_MAX - j)
+        weight = (weights * used).sum(dim=1)
+        best[:, j] = torch.where(weight > 0, (signed * used).sum(dim=1) / weight, entries[:, j])
+    return best
