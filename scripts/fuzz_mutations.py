@@ -247,12 +247,11 @@ def g_idx_values(root: Path, rng: random.Random) -> Expect:
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         flat = tensors[name].flatten().clone()
-        last = len(flat) - 1
         wrong = (-1, 2**31 - 1, -(2**31), 1000) if name.endswith("g_idx") else (0, -256, 2**31 - 1, int(flat[0]) + 8)
         flat[rng.randrange(len(flat))] = rng.choice(wrong)
-        if name.endswith("g_idx") and flat[last] and rng.random() < 0.3:
+        if name.endswith("g_idx") and flat.any() and rng.random() < 0.3:
             flat = tensors[name].flatten().clone()
-            flat[0] = flat[last]
+            flat[0] = (flat[0] + 1) % (flat.max() + 1)
         tensors[name] = flat.view(tensors[name].shape)
 
     edit(path, change)
