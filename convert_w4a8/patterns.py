@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, PlanError, Refusal
 
-_SECONDS = 2.0
+_SECONDS = 0.5
 
 
 def matches(pattern: str, text: str, setting: str) -> bool:
     """Whether a pattern of a setting matches at the beginning of a text.
 
     Raises:
-        ConvertError: it is no regular expression, or takes longer than 2 s (noticed in the main thread only).
+        ConvertError: it is no regular expression.
+        PlanError: it takes longer than half a second (noticed in the main thread only). It would for other texts, too.
 
     """
     try:
@@ -24,9 +25,10 @@ def matches(pattern: str, text: str, setting: str) -> bool:
             return re.match(pattern, text) is not None
     except (re.error, RecursionError, OverflowError) as error:
         reason = f"{pattern!r} is not a regular expression ({error})"
-    except TimeoutError:
+        raise ConvertError(f"quantization_config: {setting}", reason, "repair the pattern") from error
+    except TimeoutError as error:
         reason = f"{pattern!r} takes too long to match {text!r}"
-    raise ConvertError(f"quantization_config: {setting}", reason, "repair the pattern")
+        raise PlanError([Refusal(f"quantization_config: {setting}", reason, "repair the pattern")]) from error
 
 
 @contextmanager
