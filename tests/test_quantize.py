@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from convert_w4a8 import dequantize as dequantize_module
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.dequantize import dequantize
 from convert_w4a8.layout import pack_rows
 from convert_w4a8.quantize import LayerStats, ScalesMode, sqnr_db, to_w4a8
+from convert_w4a8.requantize import requantize
 from convert_w4a8.scales import quantize_reference
 from convert_w4a8.sources import find_source
 from convert_w4a8.tables import decode, entries
@@ -124,6 +126,33 @@ def test_free_tables_hold_most_of_an_asymmetric_group(zero: int) -> None:
     w = gaussian(64, 1024, zero=zero)
     search, direct = (real_sqnr_db(w, to_w4a8(w, mode)[0]) for mode in (ScalesMode.SEARCH, ScalesMode.DIRECT))
     assert direct > search + 2
+
+
+def test_large_input_channels_count_more() -> None:
+    """Where a few channels hold the ends of every group's range, as AWQ leaves them, their error is kept small."""
+    codes = torch.randint(3, 9, (64, 512), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[:, ::128] = 15  # value 10 of −5 … 10
+    zeros = torch.full((4, 64), 5, dtype=torch.uint8)
+    w = W4Linear(pack_rows(codes), Packing.ROWS, torch.full((4, 64), 0.01), zeros, None, 128)
+    source = dequantize(w)
+    weighted, plain = (decode(to_w4a8(x, ScalesMode.SEARCH)[0]) for x in (w, requantize(w)[0]))
+    large = [float((decoded - source)[:, ::128].square().mean()) for decoded in (weighted, plain)]
+    assert large[0] < 0.5 * large[1]
+
+
+def test_one_block_that_is_not_exact_makes_the_layer_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are worked in blocks of output channels; their statistics are summed, and exactness is for all of them."""
+    w = gaussian(64, 256, zero=7)
+    assert w.zeros is not None
+    w.zeros[:, 48:] = 4
+    whole, stats = to_w4a8(w, ScalesMode.REFERENCE)
+    monkeypatch.setattr(dequantize_module, "_BLOCK_WEIGHTS", 16 * 256)
+    blocks, sums = to_w4a8(w, ScalesMode.REFERENCE)
+    assert not stats.exact
+    assert not sums.exact
+    assert sums.signal == pytest.approx(stats.signal)
+    assert sums.noise == pytest.approx(stats.noise)
+    assert torch.equal(decode(blocks), decode(whole))
 
 
 def test_direct_tables_do_not_exist_for_stock_vllm() -> None:

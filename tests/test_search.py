@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from convert_w4a8 import search
-from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
+from convert_w4a8.envelope import ErrorTable, _lower_envelope, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
 from convert_w4a8.scales import E4M3, SCALE_MAX, quantize_reference
 
@@ -124,6 +124,20 @@ def assert_optimal(table: ErrorTable, weights: torch.Tensor) -> None:
     assert ((table.error(x, best) - chosen).abs() <= slack + 1e-6 * chosen).all()
 
 
+@given(lines=st.lists(st.tuples(st.integers(-20, 60), st.integers(0, 12)), min_size=1, max_size=12))
+def test_the_lower_envelope_of_any_lines(lines: list[tuple[int, int]]) -> None:
+    """Lines that are nowhere lowest drop out, equal slopes included; the change-overs ascend."""
+    a, slopes = (list(column) for column in zip(*lines, strict=True))
+    b = sorted(slopes)
+    winners, changes = _lower_envelope([float(v) for v in a], [float(v) for v in b])
+    assert changes == sorted(changes)
+    x = torch.linspace(0, 50, 997, dtype=torch.float64)
+    values = torch.tensor(a) - 2 * x[:, None] * torch.tensor(b)
+    index = torch.bucketize(x, torch.tensor(changes, dtype=torch.float64))
+    chosen = values.gather(1, torch.tensor(winners)[index][:, None])[:, 0]
+    torch.testing.assert_close(chosen, values.amin(1))
+
+
 def test_magnitudes_are_folded_from_unsigned_codes() -> None:
     """The codes u = 8 ± m count together, u = 0 is minus eight, and u = 8 is nothing."""
     assert magnitude_weights(torch.arange(16.0)).tolist() == [7 + 9, 6 + 10, 5 + 11, 4 + 12, 3 + 13, 2 + 14, 1 + 15, 0]
@@ -145,6 +159,16 @@ def test_no_channel_is_worse_at_any_size(size: float, dtype: torch.dtype) -> Non
     """From float32 scales that would underflow in a square to float16 ones near the end of their range."""
     spread = 0.2 + 0.8 * torch.rand(24, 64, generator=torch.Generator().manual_seed(0))
     assert_never_worse((size * spread).to(dtype), GAUSS)
+
+
+def test_direct_falls_back_to_the_references_channel_scale() -> None:
+    """One group is exact at many channel scales, the others are subnormal, and finer at the reference's."""
+    small = torch.rand(255, 64, generator=torch.Generator().manual_seed(0)) * 4e-4
+    scales = torch.cat((torch.ones(1, 64), small))
+    weights = HISTOGRAMS["only_1"]
+    direct = search.quantize_direct(scales, weights, error_table(weights, CPU))
+    reference = brute_noise(scales, reference_tables(scales), weights)
+    assert (brute_noise(scales, direct, weights) <= reference * (1 + 1e-6)).all()
 
 
 def test_channels_of_zeros_and_lone_groups_are_handled() -> None:
