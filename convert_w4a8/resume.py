@@ -108,7 +108,7 @@ class WorkDirectory:
                 descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:  # a conversion that has just ended removed the directory
                 continue
-            except OSError:
+            except BaseException:
                 with suppress(OSError):
                     self.path.rmdir()  # unless there is something in it
                 raise

@@ -113,21 +113,18 @@ class CheckpointWriter:
                 self._work.begin(self._fingerprint, resume=self._resume, overwrite=self._overwrite)
                 check_destination(self._out, overwrite=self._overwrite)
                 self._lay_out()
-        except BaseException:
-            self._leave(keep=True)
+        except BaseException as error:
+            self._leave(error, keep=True)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        keep = error is not None and (isinstance(error, DiskError) or not isinstance(error, W4A8Error))
-        finished = self._leave(keep=keep)
-        if error is not None and finished:
-            error.add_note(f"{finished} of {len(self._plans)} files are finished; --resume continues from there")
+        self._leave(error, keep=error is not None and not _is_final(error))
 
-    def _leave(self, *, keep: bool) -> int:
-        """Stop. Remove the work directory, or keep it if it has finished shards; return how many are kept."""
+    def _leave(self, error: BaseException | None, *, keep: bool) -> None:
+        """Stop. Remove the work directory, or keep it if it has finished shards."""
         self._flusher.shutdown(cancel_futures=not keep)
         for shard in self._shards.values():
             if shard.descriptor is not None:
@@ -135,8 +132,9 @@ class CheckpointWriter:
         finished = len(self._work.files) if keep else 0
         if not finished:
             self._work.remove()
+        elif error is not None and not _is_final(error):
+            error.add_note(f"{finished} of {len(self._plans)} files are finished; --resume continues from there")
         self._work.close()
-        return finished
 
     def _lay_out(self) -> None:
         """Lay out every shard, keep those that were finished and are intact, and remove everything else."""
@@ -263,6 +261,11 @@ class CheckpointWriter:
             check_destination(self._out, overwrite=self._overwrite)
             replace_directory(self.directory, self._out, self._work.path / REPLACED)
             fsync(self._out.parent)
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether an error would come again: the input or the command line is at fault."""
+    return isinstance(error, W4A8Error) and not isinstance(error, DiskError)
 
 
 def _create(shard: _Shard) -> int:

@@ -180,9 +180,10 @@ def test_threads_of_torch_are_put_back(tmp_path: Path) -> None:
 
 
 def test_half_precision_becomes_bfloat16(tmp_path: Path) -> None:
-    """All finite FP16 values, and infinities, become what torch makes of them; other dtypes keep their bytes."""
+    """All FP16 numbers, and infinities, become what torch makes of them; other dtypes keep their bytes."""
     source = write_case("gptq-v1", tmp_path / "in")
     halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(256, 256)
+    halves = halves.masked_fill(halves.isnan(), 0)
     kept = {
         "model.a.weight": torch.randn(3, 5),
         "model.b": torch.arange(3),
