@@ -9,7 +9,6 @@ prompts after one warm-up; "faster" is W4A16's time / ours − 1. Which kernel v
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -30,8 +29,6 @@ NEW_TOKENS = 128
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Time all cases on one engine in this process."""
-    # The plugin has touched CUDA in this process, and a forked one could not use it.
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()

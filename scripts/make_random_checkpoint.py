@@ -25,7 +25,6 @@ from convert_w4a8.scales import quantize_reference
 from convert_w4a8.targets import lut as targets_lut
 from convert_w4a8.weights import GROUP_SIZE, Packing
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = ("w4a16", "stock", "lut")
 
 
@@ -51,6 +50,11 @@ SHAPES = {
     "tiny": Shape(256, 512, 2, 4, 2, 512, head_dim=64),
     "tiny-moe": Shape(256, 512, 2, 4, 2, 512, head_dim=64, experts=4),
 }
+
+
+def device() -> str:
+    """Return where to make the weights. Not asked at import: a process that has asked cannot fork one that uses CUDA."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def linears(shape: Shape, layer: int) -> Iterator[tuple[str, int, int]]:
@@ -81,13 +85,13 @@ def plain(shape: Shape, layer: int) -> dict[str, torch.Tensor]:
 
 def gaussian(n: int, k: int) -> torch.Tensor:
     """Return a random bfloat16 [N, K] that keeps the size of what it multiplies."""
-    return (torch.randn(n, k, device=DEVICE) / math.sqrt(k)).bfloat16().cpu()
+    return (torch.randn(n, k, device=device()) / math.sqrt(k)).bfloat16().cpu()
 
 
 def random_linear(name: str, n: int, k: int, lut: bool, stock: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the tensors of one quantized layer, in compressed-tensors' form and in ours."""
-    words = torch.randint(-(1 << 31), 1 << 31, (n, k // 8), dtype=torch.int64, device=DEVICE).to(torch.int32)
-    spread = 1 + torch.rand(n, k // GROUP_SIZE, device=DEVICE)
+    words = torch.randint(-(1 << 31), 1 << 31, (n, k // 8), dtype=torch.int64, device=device()).to(torch.int32)
+    spread = 1 + torch.rand(n, k // GROUP_SIZE, device=device())
     scales = (spread * 0.15 / math.sqrt(k)).bfloat16()
     theirs, ours = {}, {}
     if stock:
