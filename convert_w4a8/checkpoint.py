@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_size > _MAX_JSON_BYTES:
             raise ConvertError(str(path), "is not a JSON file", "download or write the file again")
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_constant)
     except OSError as error:
         raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the checkpoint directory") from error
     except (ValueError, RecursionError) as error:
@@ -87,6 +87,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConvertError(str(path), "does not hold a JSON object", "download or write the file again")
     return value
+
+
+def _constant(name: str) -> float:
+    """Read what is no JSON, but written by Python: infinities, as some models' settings are, but not NaN."""
+    if name == "NaN":
+        raise ValueError("it holds NaN")
+    return float(name)
 
 
 def _read_headers(root: Path) -> dict[str, TensorInfo]:

@@ -249,7 +249,7 @@ def g_idx_values(root: Path, rng: random.Random) -> Expect:
         flat = tensors[name].flatten().clone()
         wrong = (-1, 2**31 - 1, -(2**31), 1000) if name.endswith("g_idx") else (0, -256, 2**31 - 1, int(flat[0]) + 8)
         flat[rng.randrange(len(flat))] = rng.choice(wrong)
-        if name.endswith("g_idx") and flat.any() and rng.random() < 0.3:
+        if name.endswith("g_idx") and tensors[name].any() and rng.random() < 0.3:
             flat = tensors[name].flatten().clone()
             flat[0] = (flat[0] + 1) % (flat.max() + 1)
         tensors[name] = flat.view(tensors[name].shape)

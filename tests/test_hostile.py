@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_edits import edit_tensors, snapshot, write_case
+from checkpoint_edits import edit_json, edit_tensors, snapshot, write_case
 from click.testing import CliRunner
 
 from convert_w4a8 import cli, patterns
@@ -74,6 +74,16 @@ def test_what_is_no_file_is_not_read(name: str, kind: str, tmp_path: Path) -> No
     else:
         (root / name).symlink_to("/dev/zero")
     with pytest.raises(ConvertError, match=r"is not a JSON file|no safetensors file"):
+        open_checkpoint(root)
+
+
+def test_a_configuration_may_hold_infinity_but_not_nan(tmp_path: Path) -> None:
+    """Models with a time_step_limit write Infinity, as Python's json does; NaN is nobody's setting."""
+    root = write_case("gptq-v1", tmp_path / "in").path
+    edit_json(root / "config.json", time_step_limit=[0.0, math.inf])
+    assert open_checkpoint(root).config["time_step_limit"] == [0.0, math.inf]
+    edit_json(root / "config.json", time_step_limit=[0.0, math.nan])
+    with pytest.raises(ConvertError, match=r"config.json: is not valid JSON \(it holds NaN\)"):
         open_checkpoint(root)
 
 
