@@ -1,4 +1,4 @@
-"""Damage checkpoints in every way that fuzz_mutations.py knows, and hold the converter to what it promises.
+"""Damage checkpoints in every way that fuzz_mutations.py and fuzz_directories.py know, and watch the converter.
 
 A damaged or hostile input must end in exit code 1 and one line (or a list of obstacles) that names the file or tensor,
 without a traceback; nothing may be left of OUT, nothing written elsewhere, IN not touched; time and memory are bounded.
@@ -20,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import fuzz_mutations as mutations
+import fuzz_directories as directories
+import fuzz_mutations as weights
 import torch
 from sandbox import Outcome, digest, run, table
 
@@ -91,7 +92,7 @@ def check_bounds(outcome: Outcome, row: Row) -> None:
         raise WrongError(f"took {outcome.seconds:.1f} s and {outcome.mib:.0f} MiB")
 
 
-def damaged_input(root: Path, rng: random.Random, row: Row, mutation: mutations.Mutation, cache: Path) -> None:
+def damaged_input(root: Path, rng: random.Random, row: Row, mutation: weights.Mutation, cache: Path) -> None:
     """Convert (or inspect) one damaged checkpoint."""
     chosen = rng.choice(BASES)
     case = next(case for case in CASES if case.id == chosen)
@@ -131,7 +132,7 @@ def damaged_output(root: Path, rng: random.Random, row: Row, cache: Path) -> Non
     if not converted.exists():
         run(command, ["convert", source, converted, "--format", form, "--quiet"], root.parent / "output")
     shutil.copytree(converted, root / "out")
-    mutation = rng.choice((*mutations.MUTATIONS[:7], mutations.directory, mutations.config_text, mutations.config_lies))
+    mutation = rng.choice((*weights.MUTATIONS[:7], *directories.MUTATIONS[1:4]))
     expect = mutation(root / "out", rng)
     before = digest(root, times=True)
     for arguments in (["verify", root / "out", "--source", source], ["inspect", root / "out"]):
@@ -203,7 +204,7 @@ def main() -> None:
             mutation.__name__.replace("_", " "): lambda root, rng, row, m=mutation: damaged_input(
                 root, rng, row, m, cache
             )  # type: ignore[misc]
-            for mutation in mutations.MUTATIONS
+            for mutation in (*weights.MUTATIONS, *directories.MUTATIONS)
         }
         kinds["damaged output"] = lambda root, rng, row: damaged_output(root, rng, row, cache)
         kinds["wrong paths"] = lambda root, rng, row: wrong_paths(root, rng, row, cache)
