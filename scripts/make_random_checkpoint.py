@@ -53,7 +53,7 @@ SHAPES = {
 
 
 def device() -> str:
-    """Return where to make the weights. Not asked at import: a process that has asked cannot fork one that uses CUDA."""
+    """Return where to make the weights. Not asked at import: who has asked cannot fork a process that uses CUDA."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
