@@ -198,7 +198,8 @@ def make(shape: Shape, out: Path, formats: tuple[str, ...] = FORMATS) -> dict[st
     }
     write("model-ends.safetensors", dict.fromkeys(written, ends))
     for layer in range(shape.layers):
-        tensors = {kind: plain(shape, layer) for kind in written}
+        common = plain(shape, layer)
+        tensors = {kind: dict(common) for kind in written}
         for name, n, k in linears(shape, layer):
             theirs, ours = random_linear(name, n, k, lut="lut" in written, stock=first_stock is not None)
             for kind in written:
