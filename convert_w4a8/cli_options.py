@@ -44,9 +44,10 @@ _CONVERSION_OPTIONS = (
     click.option(
         "--scales",
         type=click.Choice(["reference", "search", "direct"]),
-        default="reference",
+        default="search",
         show_default=True,
-        help="How FP8 scales are chosen. reference: by vLLM's own load-time arithmetic.",
+        help="How FP8 scales are chosen. search: least error of the final weights. reference: by vLLM's own load-time"
+        " arithmetic. direct: table entries one by one, with --format lut only.",
     ),
     click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the arithmetic runs."

@@ -153,7 +153,7 @@ def test_unchanged_conversion_agrees_with_its_baseline(source: Path, baseline: C
         (lambda d: d["layers"].update(new=d["layers"][LAYER]), "new"),
         (lambda d: d.update(bytes_out=d["bytes_out"] - 1), "bytes_out"),
         (lambda d: d.update(bytes_in=d["bytes_in"] + 1), "bytes_in"),
-        (lambda d: d.update(scales="search"), "scales"),
+        (lambda d: d.update(scales="reference"), "scales"),
         (lambda d: d.update(sample=True), "sample"),
         (lambda d: d.update(source="awq"), "source"),
         (lambda d: d.update(format="compressed-tensors"), "format"),

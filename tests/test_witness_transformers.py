@@ -47,7 +47,7 @@ def witness(request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pyte
     source = shared / "models" / request.param
     outputs = {name: tmp_path_factory.mktemp("witness") / name for name in ("lut", "compressed-tensors")}
     for name, out in outputs.items():
-        arguments = [str(source), str(out), "--format", name, "--quiet"]
+        arguments = [str(source), str(out), "--format", name, "--scales", "reference", "--quiet"]
         result = CliRunner().invoke(convert, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     stock = outputs["compressed-tensors"]
