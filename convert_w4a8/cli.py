@@ -107,7 +107,7 @@ def convert(
     if as_json:
         _echo_json(render.result_dict(result, out))
     elif not quiet:
-        click.echo(render.result_text(result, out))
+        click.echo(render.result_text(result, source, out))
     if repository is not None:
         _verify_and_push(out, source, repository, private=private, quiet=quiet or as_json)
 

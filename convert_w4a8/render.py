@@ -69,8 +69,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def result_text(result: Result, out: Path) -> str:
-    """Render a finished conversion for people."""
+def result_text(result: Result, source: str, out: Path) -> str:
+    """Render a finished conversion for people; `source` is the input as they named it."""
     plan = result.plan
     new = [(layer, stats) for layer, stats in result.converted if not stats.exact]
     rate = plan.nbytes_in / 1e6 / result.seconds
@@ -88,7 +88,7 @@ def result_text(result: Result, out: Path) -> str:
     if result.converted:
         worst, stats = min(result.converted, key=lambda pair: pair[1].sqnr_db)
         lines.append(f"worst      {worst.module}: SQNR {stats.sqnr_db:.1f} dB against the source (estimated)")
-    lines.append(f"verify     w4a8 verify {out} --source IN_DIR")
+    lines.append(f"verify     w4a8 verify {out} --source {source}")
     lines.append(_serve_hint(plan, out))
     return "\n".join(lines)
 
@@ -96,7 +96,7 @@ def result_text(result: Result, out: Path) -> str:
 def _serve_hint(plan: Plan, out: Path) -> str:
     if plan.target.STOCK:
         return f"serve      vllm serve {out}"
-    return f"serve      pip install w4a8-convert, beside vLLM; then: vllm serve {out}"
+    return f"serve      vllm serve {out}, with this package installed beside vLLM"
 
 
 def result_dict(result: Result, out: Path) -> dict[str, Any]:
