@@ -238,7 +238,7 @@ def test_a_journal_may_end_anywhere(
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
-    "scales": (lambda _: None, ("--scales", "search"), "out: --scales"),
+    "scales": (lambda _: None, ("--scales", "direct"), "out: --scales"),
     "format": (lambda _: None, ("--format", "compressed-tensors"), "out: --format"),
     "shard-size": (lambda _: None, ("--max-shard-size", "100kB"), "out: --max-shard-size"),
     "config": (lambda p: edit_json(p / "config.json", hidden_act="gelu"), (), "out: config.json"),

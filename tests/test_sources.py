@@ -217,7 +217,7 @@ LIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gptq-group-100": ("gptq-v1", {"group_size": 100}, Q_PROJ, "group_size 100 does not divide in_features = 256"),
     "gptq-group-huge": ("gptq-v1", {"group_size": 10**30}, Q_PROJ, "does not divide in_features = 256"),
     "gptq-group-text": ("gptq-v1", {"group_size": "128"}, "quantization_config: group_size", "is '128', not int"),
-    "gptq-group-nan": ("gptq-v1", {"group_size": float("nan")}, "quantization_config: group_size", "is nan, not int"),
+    "gptq-group-inf": ("gptq-v1", {"group_size": float("inf")}, "quantization_config: group_size", "is inf, not int"),
     "gptq-group-float": ("gptq-v1", {"group_size": 128.0}, "quantization_config: group_size", "is 128.0, not int"),
     "gptq-group-true": ("gptq-v1", {"group_size": True}, "quantization_config: group_size", "is True, not int"),
     "gptq-group-of-another": (
@@ -296,7 +296,7 @@ CT_WEIGHTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "strategy-list": ({"strategy": ["group"]}, Q_PROJ, "strategy ['group'] is not supported"),
     "group-0": ({"group_size": 0}, Q_PROJ, "group_size 0 does not divide"),
     "group-text": ({"group_size": "128"}, "group_size", "is '128', not int"),
-    "group-nan": ({"group_size": float("nan")}, "group_size", "is nan, not int"),
+    "group-inf": ({"group_size": float("inf")}, "group_size", "is inf, not int"),
     "group-of-another": (
         {"group_size": 64},
         f"{Q_PROJ}.weight_scale",

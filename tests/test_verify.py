@@ -210,6 +210,7 @@ def test_ignored_order_fails(tmp_path: Path) -> None:
     source = write_case("gptq-desc-act", tmp_path / "in")
     shutil.copytree(source.path, tmp_path / "contiguous")
     edit_tensors(tmp_path / "contiguous", lambda t: [t.pop(name) for name in list(t) if name.endswith("g_idx")])
+    edit_quantization(tmp_path / "contiguous", desc_act=False)
     run_convert(tmp_path / "contiguous", tmp_path / "out")
     assert subjects((tmp_path / "in", tmp_path / "out")) == source.layers.keys()
 
