@@ -38,6 +38,11 @@ class Checkpoint:
         """Read one tensor into fresh memory."""
         return read_tensor(self.tensors[name])
 
+    def modules_with(self, role: str) -> list[str]:
+        """Return the modules that have a tensor called `module.role`, sorted."""
+        suffix = "." + role
+        return sorted(name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

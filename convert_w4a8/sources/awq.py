@@ -20,7 +20,6 @@ from convert_w4a8.sources.base import (
     check_scales,
     check_tensor,
     collect_parts,
-    modules_with,
     real_zeros,
     resolve_groups,
     setting,
@@ -51,7 +50,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
         )
         return []
     layers = []
-    for module in modules_with(checkpoint, ANCHOR):
+    for module in checkpoint.modules_with(ANCHOR):
         try:
             layers.append(_describe(checkpoint, module, config))
         except ConvertError as error:

@@ -90,12 +90,6 @@ def setting(
     return value
 
 
-def modules_with(checkpoint: Checkpoint, role: str) -> list[str]:
-    """Return the modules that have a tensor called `module.role`, in the order of the checkpoint's names."""
-    suffix = "." + role
-    return sorted(name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix))
-
-
 def collect_parts(checkpoint: Checkpoint, module: str, roles: tuple[str, ...]) -> Mapping[str, str]:
     """Return role → tensor name for the roles that a module has."""
     names = {role: f"{module}.{role}" for role in roles}

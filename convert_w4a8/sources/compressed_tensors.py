@@ -22,7 +22,6 @@ from convert_w4a8.sources.base import (
     check_scales,
     check_tensor,
     collect_parts,
-    modules_with,
     real_g_idx,
     real_zeros,
     resolve_groups,
@@ -47,7 +46,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
     config = checkpoint.quantization_config
     refusals.extend(_unsupported_features(config))
     layers = []
-    for module in modules_with(checkpoint, ANCHOR):
+    for module in checkpoint.modules_with(ANCHOR):
         try:
             layers.append(_describe(checkpoint, module, _scheme_of(config, module)))
         except ConvertError as error:

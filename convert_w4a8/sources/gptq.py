@@ -21,7 +21,6 @@ from convert_w4a8.sources.base import (
     check_scales,
     check_tensor,
     collect_parts,
-    modules_with,
     real_g_idx,
     real_zeros,
     resolve_groups,
@@ -57,7 +56,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
         )
         return []
     layers = []
-    for module in modules_with(checkpoint, ANCHOR):
+    for module in checkpoint.modules_with(ANCHOR):
         try:
             layers.append(_describe(checkpoint, module, _overridden(config, module), _ZERO_OFFSETS[stored_format]))
         except ConvertError as error:

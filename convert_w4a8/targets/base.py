@@ -1,6 +1,6 @@
 """What every output format offers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,14 @@ class Target(Protocol):
         self, source_config: Mapping[str, Any], ignore: Sequence[str], mode: ScalesMode, conversion: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the quantization_config block of the output's config.json."""
+
+
+def check_outputs(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> None:
+    """Raise ConvertError unless a checkpoint has tensors of these names, dtypes and shapes."""
+    for spec in specs:
+        info = checkpoint.tensors.get(spec.name)
+        if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
+            raise ConvertError(spec.name, f"is not {spec.dtype} {list(spec.shape)}", "convert the checkpoint again")
 
 
 def packed_shape(checkpoint: Checkpoint, module: str, formula: str) -> tuple[int, int]:

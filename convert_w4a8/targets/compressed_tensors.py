@@ -15,7 +15,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
 from convert_w4a8.scales import quantize_reference
-from convert_w4a8.targets.base import packed_shape
+from convert_w4a8.targets.base import check_outputs, packed_shape
 from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
 NAME = "compressed-tensors"
@@ -50,8 +50,7 @@ def encode(module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
 
 def find_layers(checkpoint: Checkpoint) -> list[str]:
     """Return the converted modules of a checkpoint of this format."""
-    suffix = ".weight_packed"
-    return sorted(name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix))
+    return checkpoint.modules_with("weight_packed")
 
 
 def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
@@ -62,10 +61,7 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
 
     """
     n, words = packed_shape(checkpoint, module, "[N, K/8]")
-    for spec in outputs(module, n, words * 8, ScalesMode.REFERENCE):
-        info = checkpoint.tensors.get(spec.name)
-        if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
-            raise ConvertError(spec.name, f"is not {spec.dtype} {list(spec.shape)}", "convert the checkpoint again")
+    check_outputs(checkpoint, outputs(module, n, words * 8, ScalesMode.REFERENCE))
     shape = checkpoint.read(f"{module}.weight_shape").tolist()
     if shape != [n, words * 8]:
         raise ConvertError(f"{module}.weight_shape", f"says {shape}, not {[n, words * 8]}", "convert it again")

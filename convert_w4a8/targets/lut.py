@@ -10,7 +10,7 @@ from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
-from convert_w4a8.targets.base import packed_shape
+from convert_w4a8.targets.base import check_outputs, packed_shape
 from convert_w4a8.vllm_plugin.format import LAYOUT, METHOD, VERSION, Tables
 from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
@@ -55,8 +55,7 @@ def encode(module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
 
 def find_layers(checkpoint: Checkpoint) -> list[str]:
     """Return the converted modules of a checkpoint of this format."""
-    suffix = ".weight_packed"
-    return sorted(name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix))
+    return checkpoint.modules_with("weight_packed")
 
 
 def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
@@ -71,10 +70,7 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
     n, k = columns // 4, rows * layout.TILE_K
     if n % layout.TILE_N or columns % 4:
         raise ConvertError(f"{module}.weight_packed", f"has {columns} columns, not 4·N", "convert the checkpoint again")
-    for spec in outputs(module, n, k, ScalesMode.DIRECT if has_lut else ScalesMode.REFERENCE):
-        info = checkpoint.tensors.get(spec.name)
-        if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
-            raise ConvertError(spec.name, f"is not {spec.dtype} {list(spec.shape)}", "convert the checkpoint again")
+    check_outputs(checkpoint, outputs(module, n, k, ScalesMode.DIRECT if has_lut else ScalesMode.REFERENCE))
     tables = checkpoint.read(f"{module}.weight_lut").view(-1, n, 8) if has_lut else None
     return W4A8Linear(
         packed=layout.unpack(checkpoint.read(f"{module}.weight_packed")),
