@@ -30,17 +30,18 @@ def expand_tables(group_scale: torch.Tensor) -> torch.Tensor:
 def expand_tables_reference(group_scale: torch.Tensor) -> torch.Tensor:
     """Do what `expand_tables` does in torch operations, on any device: look up one of 256 tables."""
     index = group_scale.contiguous().view(torch.uint8).flatten().int()
-    table = _products(group_scale.device).index_select(0, index)
+    # Sent every time: what lies on the device while vLLM loads is lost when its sleep mode discards the weights.
+    table = _products().to(group_scale.device, non_blocking=True).index_select(0, index)
     return table.view(torch.float8_e4m3fn).view(*group_scale.shape, 8)
 
 
 @cache
-def _products(device: torch.device) -> torch.Tensor:
-    """Return e4m3(f·v) for all 256 bytes f and v = −8 … −1, as int64 [256] of eight bytes each."""
+def _products() -> torch.Tensor:
+    """Return e4m3(f·v) for all 256 bytes f and v = −8 … −1, as int64 [256] of eight bytes each, on the host."""
     f = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
     exact = f[:, None] * torch.arange(-8, 0, device="cpu")
     entries = exact.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    return torch.where(exact.isnan(), 0x7F, entries).view(torch.int64)[:, 0].to(device)
+    return torch.where(exact.isnan(), 0x7F, entries).view(torch.int64)[:, 0]
 
 
 def entries(w: W4A8Linear) -> torch.Tensor:

@@ -4,36 +4,33 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import vllm_sources
+from vllm_layers import (
+    BLOCK,
+    BOTH_TABLES,
+    MIXTRAL,
+    ON_BOTH,
+    QWEN,
+    TP,
+    Weight,
+    join,
+    linear_classes,
+    load,
+    make_config,
+    make_experts,
+    make_moe_config,
+    part_of,
+)
 
-from convert_w4a8.layout import pack_rows, repack
 from convert_w4a8.quantize import ScalesMode
 from convert_w4a8.tables import decode, expand_tables, gemm
 from convert_w4a8.targets import lut
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.format import METHOD, LutFormat, Tables
-from convert_w4a8.weights import Packing, W4A8Linear
-
-BLOCK: dict[str, Any] = {
-    "quant_method": "w4a8_lut",
-    "version": 1,
-    "layout": "cutlass_sm90_16x32",
-    "bits": 4,
-    "group_size": 128,
-    "tables": "scale",
-    "activations": {"type": "float8_e4m3fn", "strategy": "token", "dynamic": True},
-    "ignore": ["lm_head"],
-    "conversion": {"tool": "w4a8-convert"},
-}
-ON_BOTH = pytest.mark.parametrize("vllm", vllm_sources.VERSIONS, indirect=True)
-BOTH_TABLES = pytest.mark.parametrize("tables", list(Tables))
-TP = pytest.mark.parametrize("tp", [1, 2, 4])
-
 
 # ---------------------------------------------------------------------------------------------------- without vLLM
 
@@ -200,72 +197,15 @@ def test_a_layer_that_fits_no_tensor_parallel_size_is_told_so() -> None:
 
 @pytest.fixture
 def vllm(request: pytest.FixtureRequest) -> Iterator[vllm_sources.Ranks]:
-    """Import the loading code of one version of vLLM, with stand-ins for the rest.
-
-    The default dtype is the model's, as it is while vLLM makes, loads and processes layers.
-    """
-    with vllm_sources.isolated(request.param) as ranks:
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            yield ranks
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-
-def _config(tables: Tables, ignore: tuple[str, ...] = ()) -> Any:
-    config = importlib.import_module("convert_w4a8.vllm_plugin.config")
-    return config.W4A8LutConfig.from_config(BLOCK | {"tables": str(tables), "ignore": list(ignore)})
-
-
-def _linear_classes() -> Any:
-    return importlib.import_module("vllm.model_executor.layers.linear")
-
-
-class Weight:
-    """A random layer: what the checkpoint holds of it, and any slice of it packed afresh."""
-
-    def __init__(self, n: int, k: int, tables: Tables, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.tables = tables
-        self.codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-        self.scale = torch.rand(k // 128, n, generator=generator, dtype=torch.float32).mul(8).to(torch.float8_e4m3fn)
-        self.channel = torch.rand(n, generator=generator, dtype=torch.float32) / 64
-
-    def tensors(self, rows: slice = slice(None), columns: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """Return the checkpoint's tensors of the sublayer of these output and input channels."""
-        codes = self.codes[rows, columns].contiguous()
-        scale = self.scale[:, rows]
-        first, last, _ = columns.indices(self.codes.shape[1])
-        scale = scale[first // 128 : last // 128].contiguous()
-        tensors = {"weight_packed": repack(pack_rows(codes), Packing.ROWS), "weight_chan_scale": self.channel[rows]}
-        if self.tables is Tables.SCALE:
-            return tensors | {"weight_scale": scale}
-        return tensors | {"weight_lut": expand_tables(scale).flatten(1)}
-
-    def layer(self) -> W4A8Linear:
-        """Return the layer for the reference arithmetic."""
-        return W4A8Linear(pack_rows(self.codes), Packing.ROWS, self.scale, None, self.channel)
+    """Import the loading code of one version of vLLM, with stand-ins for the rest."""
+    with vllm_sources.loading(request.param) as ranks:
+        yield ranks
 
 
 def _same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     assert torch.equal(actual.detach().contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
-
-
-def _load(layer: Any, weight: Weight, *shard: object) -> None:
-    for name, tensor in weight.tensors().items():
-        parameter = getattr(layer, name)
-        parameter.weight_loader(parameter, tensor, *shard)
-
-
-def _join(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Put the shards of a merged layer side by side along N, the last dimension of every tensor."""
-    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
-
-
-def _part(size: int, rank: int, tp: int) -> slice:
-    return slice(size // tp * rank, size // tp * (rank + 1))
 
 
 @ON_BOTH
@@ -276,12 +216,17 @@ def test_merged_columns_are_sharded_by_output_channels(vllm: vllm_sources.Ranks,
     gate, up = Weight(1024, 256, tables, 1), Weight(512, 256, tables, 2)
     vllm.size = tp
     for vllm.rank in range(tp):
-        layer = _linear_classes().MergedColumnParallelLinear(
-            256, [1024, 512], bias=False, params_dtype=torch.bfloat16, quant_config=_config(tables), prefix="m.gate_up"
+        layer = linear_classes().MergedColumnParallelLinear(
+            256,
+            [1024, 512],
+            bias=False,
+            params_dtype=torch.bfloat16,
+            quant_config=make_config(tables),
+            prefix="m.gate_up",
         )
-        _load(layer, gate, 0)
-        _load(layer, up, 1)
-        expected = _join([gate.tensors(_part(1024, vllm.rank, tp)), up.tensors(_part(512, vllm.rank, tp))])
+        load(layer, gate, 0)
+        load(layer, up, 1)
+        expected = join([gate.tensors(part_of(1024, vllm.rank, tp)), up.tensors(part_of(512, vllm.rank, tp))])
         for name, tensor in expected.items():
             _same(getattr(layer, name), tensor)
 
@@ -294,14 +239,21 @@ def test_qkv_is_sharded_by_heads_and_kv_heads_are_replicated(vllm: vllm_sources.
     q, k, v = (Weight(n, 256, tables, seed) for seed, n in enumerate((512, 128, 128)))
     vllm.size = tp
     for vllm.rank in range(tp):
-        layer = _linear_classes().QKVParallelLinear(
-            256, 64, 8, 2, bias=False, params_dtype=torch.bfloat16, quant_config=_config(tables), prefix="m.qkv_proj"
+        layer = linear_classes().QKVParallelLinear(
+            256,
+            64,
+            8,
+            2,
+            bias=False,
+            params_dtype=torch.bfloat16,
+            quant_config=make_config(tables),
+            prefix="m.qkv_proj",
         )
         for weight, shard in ((q, "q"), (k, "k"), (v, "v")):
-            _load(layer, weight, shard)
+            load(layer, weight, shard)
         groups = min(tp, 2)
-        kv_rows = _part(128, vllm.rank * groups // tp, groups)
-        expected = _join([q.tensors(_part(512, vllm.rank, tp)), k.tensors(kv_rows), v.tensors(kv_rows)])
+        kv_rows = part_of(128, vllm.rank * groups // tp, groups)
+        expected = join([q.tensors(part_of(512, vllm.rank, tp)), k.tensors(kv_rows), v.tensors(kv_rows)])
         for name, tensor in expected.items():
             _same(getattr(layer, name), tensor)
 
@@ -314,13 +266,13 @@ def test_qkv_fused_on_disk_is_split_by_the_loader(vllm: vllm_sources.Ranks, tabl
     weight = Weight(768, 256, tables, 3)
     vllm.size = tp
     vllm.rank = tp - 1
-    layer = _linear_classes().QKVParallelLinear(
-        256, 64, 8, 2, bias=False, params_dtype=torch.bfloat16, quant_config=_config(tables), prefix="m.qkv_proj"
+    layer = linear_classes().QKVParallelLinear(
+        256, 64, 8, 2, bias=False, params_dtype=torch.bfloat16, quant_config=make_config(tables), prefix="m.qkv_proj"
     )
-    _load(layer, weight)
+    load(layer, weight)
     last = min(tp, 2)
     rows = [(0, 512, tp), (512, 128, last), (640, 128, last)]
-    expected = _join([weight.tensors(slice(at + size - size // parts, at + size)) for at, size, parts in rows])
+    expected = join([weight.tensors(slice(at + size - size // parts, at + size)) for at, size, parts in rows])
     for name, tensor in expected.items():
         _same(getattr(layer, name), tensor)
 
@@ -333,11 +285,11 @@ def test_rows_are_sharded_by_input_channels(vllm: vllm_sources.Ranks, tables: Ta
     weight = Weight(128, 512, tables, 4)
     vllm.size = tp
     for vllm.rank in range(tp):
-        layer = _linear_classes().RowParallelLinear(
-            512, 128, bias=False, params_dtype=torch.bfloat16, quant_config=_config(tables), prefix="m.down_proj"
+        layer = linear_classes().RowParallelLinear(
+            512, 128, bias=False, params_dtype=torch.bfloat16, quant_config=make_config(tables), prefix="m.down_proj"
         )
-        _load(layer, weight)
-        for name, tensor in weight.tensors(columns=_part(512, vllm.rank, tp)).items():
+        load(layer, weight)
+        for name, tensor in weight.tensors(columns=part_of(512, vllm.rank, tp)).items():
             _same(getattr(layer, name), tensor)
 
 
@@ -355,14 +307,14 @@ def test_the_parts_compute_the_layer(vllm: vllm_sources.Ranks, tables: Tables, t
     vllm.size = tp
     columns, rows = [], []
     for vllm.rank in range(tp):
-        args = {"params_dtype": torch.bfloat16, "quant_config": _config(tables)}
-        column = _linear_classes().ColumnParallelLinear(512, 512, bias=True, prefix="m.up_proj", **args)
+        args = {"params_dtype": torch.bfloat16, "quant_config": make_config(tables)}
+        column = linear_classes().ColumnParallelLinear(512, 512, bias=True, prefix="m.up_proj", **args)
         column.bias.weight_loader(column.bias, bias)
-        row = _linear_classes().RowParallelLinear(512, 128, bias=False, prefix="m.down_proj", **args)
+        row = linear_classes().RowParallelLinear(512, 128, bias=False, prefix="m.down_proj", **args)
         for layer, weight in ((column, up), (row, down)):
-            _load(layer, weight)
+            load(layer, weight)
             layer.quant_method.process_weights_after_loading(layer)
-        part = _part(512, vllm.rank, tp)
+        part = part_of(512, vllm.rank, tp)
         columns.append(column.quant_method.apply(column, act, column.bias))
         rows.append(row.quant_method.apply(row, act[..., part]).float())
         # Nothing was repacked: the op reads the buffer that the loader filled.
@@ -377,11 +329,11 @@ def test_the_parts_compute_the_layer(vllm: vllm_sources.Ranks, tables: Tables, t
 @ON_BOTH
 def test_layers_get_the_method_they_need(vllm: vllm_sources.Ranks) -> None:  # noqa: ARG001
     """Quantized unless ignored, fused names by their shards, after the model's own renaming of modules."""
-    linear = _linear_classes()
+    linear = linear_classes()
     mapper = importlib.import_module("vllm.model_executor.models.utils").WeightsMapper(
         orig_to_new_prefix={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
     )
-    config = _config(Tables.SCALE, ignore=("lm_head", *(f"model.a.{x}_proj" for x in "qkv"), "model.mlp.gate"))
+    config = make_config(Tables.SCALE, ignore=("lm_head", *(f"model.a.{x}_proj" for x in "qkv"), "model.mlp.gate"))
     config.packed_modules_mapping = FUSED
     config.apply_vllm_mapper(mapper)
     args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": config}
@@ -406,24 +358,24 @@ def test_other_gpus_are_refused(vllm: vllm_sources.Ranks, capability: tuple[int,
     vllm.capability = capability
     says = rf"compute capability {capability[0]}\.{capability[1]}: vLLM's W4A8 kernels exist for 9\.0"
     with pytest.raises(ValueError, match=says):
-        _config(Tables.SCALE)
+        make_config(Tables.SCALE)
 
 
 @ON_BOTH
 def test_a_launcher_without_a_gpu_passes_and_its_worker_is_asked_again(vllm: vllm_sources.Ranks) -> None:
     """The configuration is read where there may be no GPU; layers are made where there is one."""
     vllm.capability = None
-    config = _config(Tables.SCALE)
+    config = make_config(Tables.SCALE)
     vllm.capability = (10, 0)
     with pytest.raises(ValueError, match="compute capability 10"):
-        _linear_classes().ReplicatedLinear(256, 128, params_dtype=torch.bfloat16, quant_config=config, prefix="m")
+        linear_classes().ReplicatedLinear(256, 128, params_dtype=torch.bfloat16, quant_config=config, prefix="m")
 
 
 @ON_BOTH
 def test_layers_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks) -> None:
     """The error comes when the layer is made, names it, and says which tensor-parallel sizes would work."""
-    linear = _linear_classes()
-    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": _config(Tables.SCALE)}
+    linear = linear_classes()
+    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": make_config(Tables.SCALE)}
     vllm.size = 4
     with pytest.raises(ValueError, match=r"m\.down_proj: at .* 4, 192 input .* this layer: 1, 2, 3, 6$"):
         linear.RowParallelLinear(768, 128, prefix="m.down_proj", **args)
@@ -436,16 +388,6 @@ def test_layers_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks
     args["params_dtype"] = torch.float16
     with pytest.raises(ValueError, match=r"its dtype is torch\.float16; the kernel writes bfloat16"):
         linear.ReplicatedLinear(256, 128, prefix="m.out", **args)
-
-
-@ON_BOTH
-def test_a_layer_that_was_not_loaded_is_noticed(vllm: vllm_sources.Ranks) -> None:  # noqa: ARG001
-    """A quantized model that lacks tensors is not an error for vLLM."""
-    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": _config(Tables.SCALE)}
-    layer = _linear_classes().MergedColumnParallelLinear(256, [128, 128], prefix="m.gate_up_proj", **args)
-    _load(layer, Weight(128, 256, Tables.SCALE, 0), 0)
-    with pytest.raises(ValueError, match=r"m\.gate_up_proj: the checkpoint has no weight_chan_scale for it"):
-        layer.quant_method.process_weights_after_loading(layer)
 
 
 @pytest.mark.parametrize("mode", list(ScalesMode))
@@ -470,59 +412,6 @@ def test_registering_twice_registers_once(vllm: vllm_sources.Ranks) -> None:  # 
     assert config.get_name() == "w4a8_lut"
 
 
-def _moe_config(experts: int, hidden: int, intermediate: int, tp: int, rank: int) -> SimpleNamespace:
-    """Return what vLLM's `FusedMoEConfig` says of a gated MoE layer without expert parallelism."""
-    parallel = SimpleNamespace(tp_size=tp, use_ep=False, enable_eplb=False, use_batched_activation_format=False)
-    return SimpleNamespace(
-        num_experts=experts,
-        num_local_experts=experts,
-        num_logical_experts=experts,
-        experts_per_token=2,
-        hidden_dim=hidden,
-        hidden_dim_unpadded=hidden,
-        intermediate_size=intermediate,
-        intermediate_size_per_partition=intermediate // tp,
-        moe_parallel_config=parallel,
-        tp_size=tp,
-        tp_rank=rank,
-        tp_shard_with_padding=False,
-        in_dtype=torch.bfloat16,
-        is_act_and_mul=True,
-        activation="silu",
-        rocm_aiter_fmoe_enabled=False,
-        shared_expert_prefix=None,
-        device=torch.device("cpu"),
-        max_num_tokens=16,
-    )
-
-
-def _routed_experts(config: Any, moe: SimpleNamespace, names: tuple[str, str, str]) -> Any:
-    routed = importlib.import_module("vllm.model_executor.layers.fused_moe.routed_experts")
-    manager = SimpleNamespace(
-        local_num_experts=moe.num_experts,
-        placement_strategy="linear",
-        expert_map=None,
-        expert_mask=None,
-        routing_tables=None,
-        num_fused_shared_experts=0,
-        map_global_to_local=lambda expert: expert,
-    )
-    gate, down, up = names
-    return routed.RoutedExperts(
-        "model.layers.0.mlp.experts",
-        torch.bfloat16,
-        moe,
-        config,
-        expert_map_manager=manager,
-        ckpt_gate_proj_name=gate,
-        ckpt_down_proj_name=down,
-        ckpt_up_proj_name=up,
-    )
-
-
-QWEN, MIXTRAL = ("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3")
-
-
 @ON_BOTH
 @BOTH_TABLES
 @TP
@@ -539,7 +428,7 @@ def test_experts_are_sharded_by_the_moe_loader(
     }
     vllm.size = tp
     for vllm.rank in range(tp):
-        layer = _routed_experts(_config(tables), _moe_config(experts, hidden, intermediate, tp, vllm.rank), names)
+        layer = make_experts(make_config(tables), make_moe_config(experts, hidden, intermediate, tp, vllm.rank), names)
         stored = [
             (f"{expert}.{name}.{tensor}", value)
             for (expert, name), weight in weights.items()
@@ -547,9 +436,9 @@ def test_experts_are_sharded_by_the_moe_loader(
         ]
         loaded = list(layer.load_weights(iter(stored)))
         assert len(loaded) == len(stored), "every tensor found its parameter"
-        part = _part(intermediate, vllm.rank, tp)
+        part = part_of(intermediate, vllm.rank, tp)
         for expert in range(experts):
-            w13 = _join([weights[expert, gate].tensors(part), weights[expert, up].tensors(part)])
+            w13 = join([weights[expert, gate].tensors(part), weights[expert, up].tensors(part)])
             w2 = weights[expert, down].tensors(columns=part)
             for name in w2:
                 _same(getattr(layer, f"w13_{name}")[expert], w13[name])
@@ -560,8 +449,8 @@ def test_experts_are_sharded_by_the_moe_loader(
 @BOTH_TABLES
 def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks, tables: Tables) -> None:  # noqa: ARG001
     """After loading: [E, N, K/8] views of the same bytes, eight table bytes per group and channel."""
-    moe = _moe_config(2, 256, 512, 1, 0)
-    layer = _routed_experts(_config(tables), moe, QWEN)
+    moe = make_moe_config(2, 256, 512, 1, 0)
+    layer = make_experts(make_config(tables), moe, QWEN)
     weights = [Weight(512, 256, tables, seed) for seed in range(4)]
     stored = [
         (f"{i % 2}.{name}.{tensor}", value)
@@ -600,10 +489,10 @@ def test_a_weight_of_another_dtype_never_reaches_the_op(
 ) -> None:
     """The ops would read float32 from bfloat16 memory without a word."""
     if kind == "dense":
-        args: dict[str, Any] = {"params_dtype": torch.bfloat16, "quant_config": _config(tables)}
-        layer = _linear_classes().ReplicatedLinear(256, 128, bias=False, prefix="m", **args)
+        args: dict[str, Any] = {"params_dtype": torch.bfloat16, "quant_config": make_config(tables)}
+        layer = linear_classes().ReplicatedLinear(256, 128, bias=False, prefix="m", **args)
     else:
-        layer = _routed_experts(_config(tables), _moe_config(2, 256, 512, 1, 0), QWEN)
+        layer = make_experts(make_config(tables), make_moe_config(2, 256, 512, 1, 0), QWEN)
     for name, parameter in layer.named_parameters():
         parameter.data = torch.zeros_like(parameter.data)
         if name.endswith(layer.quant_method.table_name if wrong == "table" else wrong):
@@ -613,31 +502,13 @@ def test_a_weight_of_another_dtype_never_reaches_the_op(
 
 
 @ON_BOTH
-@pytest.mark.parametrize("missing", ["0.gate_proj", "1.up_proj", "1.down_proj"])
-def test_an_expert_that_was_not_loaded_is_noticed(vllm: vllm_sources.Ranks, missing: str) -> None:  # noqa: ARG001
-    """Names that match nothing are dropped by vLLM's loader without a word."""
-    layer = _routed_experts(_config(Tables.SCALE), _moe_config(2, 256, 512, 1, 0), QWEN)
-    sizes = {"gate_proj": (512, 256), "up_proj": (512, 256), "down_proj": (256, 512)}
-    stored = [
-        (f"{expert}.{name}.{tensor}", value)
-        for expert in range(2)
-        for name in QWEN
-        if f"{expert}.{name}" != missing
-        for tensor, value in Weight(*sizes[name], Tables.SCALE, 0).tensors().items()
-    ]
-    list(layer.load_weights(iter(stored)))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: the checkpoint has no weight_chan_scale for it"):
-        layer.quant_method.process_weights_after_loading(layer)
-
-
-@ON_BOTH
 def test_experts_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks) -> None:
     """Multiples of 256 per rank, and the tensor-parallel sizes that give them."""
     vllm.size = 4
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 3$"):
-        _routed_experts(_config(Tables.SCALE), _moe_config(2, 256, 768, 4, 0), QWEN)
+        make_experts(make_config(Tables.SCALE), make_moe_config(2, 256, 768, 4, 0), QWEN)
     with pytest.raises(ValueError, match=r"hidden size of 384 is not a multiple of 256 .* no tensor-parallel size"):
-        _routed_experts(_config(Tables.SCALE), _moe_config(2, 384, 1024, 4, 0), QWEN)
+        make_experts(make_config(Tables.SCALE), make_moe_config(2, 384, 1024, 4, 0), QWEN)
 
 
 @ON_BOTH
@@ -645,6 +516,6 @@ def test_ignored_experts_are_unquantized(vllm: vllm_sources.Ranks) -> None:  # n
     """All of them, by the names that the checkpoint has."""
     prefix = "model.layers.0.mlp.experts"
     ignore = tuple(f"{prefix}.{expert}.{name}" for expert in range(2) for name in QWEN)
-    quantized = _routed_experts(_config(Tables.SCALE), _moe_config(2, 256, 512, 1, 0), QWEN)
-    method = _config(Tables.SCALE, ignore).get_quant_method(quantized, prefix)
+    quantized = make_experts(make_config(Tables.SCALE), make_moe_config(2, 256, 512, 1, 0), QWEN)
+    method = make_config(Tables.SCALE, ignore).get_quant_method(quantized, prefix)
     assert type(method).__name__ == "UnquantizedFusedMoEMethod"

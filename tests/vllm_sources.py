@@ -34,6 +34,11 @@ _REAL = (
     "vllm.model_executor.layers.linear",
     "vllm.model_executor.layers.quantization",
     "vllm.model_executor.layers.quantization.base_config",
+    "vllm.model_executor.model_loader.reload.layerwise",
+    "vllm.model_executor.model_loader.reload.meta",
+    "vllm.model_executor.model_loader.reload.sanitize",
+    "vllm.model_executor.model_loader.reload.types",
+    "vllm.model_executor.model_loader.reload.utils",
     "vllm.model_executor.models.utils",
     "vllm.model_executor.parameter",
     "vllm.model_executor.utils",
@@ -117,10 +122,11 @@ class _Finder(MetaPathFinder, Loader):
 
 
 class Ranks:
-    """The tensor-parallel group, and the GPU, that the isolated vLLM believes in."""
+    """The tensor-parallel group, and the GPU, that the isolated vLLM believes in; and how it pads hidden sizes."""
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
+        self.hidden_multiple = 1
         self.capability: tuple[int, int] | None = (9, 0)
 
 
@@ -202,7 +208,11 @@ def isolated(version: str) -> Iterator[Ranks]:
                 build_initial_global_physical_to_logical_map=lambda experts, _redundant: list(range(experts))
             )
         },
-        f"{_FUSED_MOE}.all2all_utils": {"maybe_roundup_layer_hidden_size": lambda hidden, *_: hidden},
+        f"{_FUSED_MOE}.all2all_utils": {
+            "maybe_roundup_layer_hidden_size": lambda hidden, *_: (
+                -(-hidden // ranks.hidden_multiple) * ranks.hidden_multiple
+            )
+        },
         f"{_FUSED_MOE}.modular_kernel": {
             "FusedMoEKernel": lambda _prepare_finalize, experts: types.SimpleNamespace(experts=experts)
         },
@@ -225,6 +235,17 @@ def isolated(version: str) -> Iterator[Ranks]:
     finally:
         sys.meta_path.remove(finder)
         forget()
+
+
+@contextmanager
+def loading(version: str) -> Iterator[Ranks]:
+    """Do as `isolated`, with the model's default dtype, as it is while vLLM makes, loads and processes layers."""
+    with isolated(version) as ranks:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield ranks
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def _join_fused_moe() -> None:

@@ -28,6 +28,7 @@ from convert_w4a8.layout import lut_shape
 from convert_w4a8.tables import expand_tables_reference
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.format import Tables, not_loaded, refusal
+from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 from convert_w4a8.weights import GROUP_SIZE
 
 
@@ -68,19 +69,21 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.register_parameter(self.table_name, parameter)
         channel = torch.full((n,), torch.nan, dtype=torch.float32)  # until it is loaded
         layer.register_parameter(
-            "weight_chan_scale", ChannelQuantScaleParameter(data=channel, output_dim=0, weight_loader=loader)
+            "weight_chan_scale",
+            ChannelQuantScaleParameter(data=channel, output_dim=0, weight_loader=noting_shards(loader)),
         )
+        self.shards = len(part.shards)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device.
 
-        Raises ValueError, in one line, where the checkpoint did not have the layer: vLLM would serve noise.
+        Raises ValueError, in one line, where the checkpoint did not have all of the layer: vLLM would serve noise.
         """
-        if layer.weight_chan_scale.isnan().any():
-            raise not_loaded(layer.prefix)
         packed, table, channel = (
             getattr(layer, name).data for name in ("weight_packed", self.table_name, "weight_chan_scale")
         )
+        if not is_filled(layer.weight_chan_scale, self.shards) and channel.isnan().any():
+            raise not_loaded(layer.prefix)
         compat.require_op_dtypes(packed, table, channel)
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         replace_parameter(layer, "weight_packed", packed.view(-1, packed.shape[1] // 4))

@@ -14,7 +14,11 @@ from convert_w4a8.layout import lut_shape
 from convert_w4a8.tables import expand_tables_reference
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.format import Tables, not_loaded
+from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
 from convert_w4a8.weights import GROUP_SIZE
+
+_PROJECTIONS = {"w13": 2, "w2": 1}
+"""vLLM's names of an expert's weights, and how many projections lie side by side in each."""
 
 
 class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -42,8 +46,8 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Register `w13_*` (gate and up) and `w2_*` (down) of this rank's experts, [experts, …] each.
 
-        They start as zeros, since vLLM may pad the hidden size: a zero nibble is the code 0. Channel scales start as
-        NaN, to show which experts were not loaded.
+        They start as zeros, since vLLM may pad the hidden size: a zero nibble is the code 0. Only the first channel
+        scale of each projection, which is never padding, starts as NaN, to show where no expert was loaded.
         """
         full = self.moe.intermediate_size
         partition.check(
@@ -54,6 +58,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 None if (part := partition.divided(full, tp)) is None else partition.ExpertPartition(hidden_size, part)
             ),
         )
+        noting = noting_experts(extra_weight_attrs["weight_loader"])
         group, channel = (FusedMoeWeightScaleSupported[kind].value for kind in ("GROUP", "CHANNEL"))
         sizes = {
             "w13": (2 * intermediate_size_per_partition, hidden_size),
@@ -69,15 +74,14 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                     {"is_transposed": True, "quant_method": group},
                 ),
                 # Not transposed: the loader would look for a second dimension.
-                "weight_chan_scale": ((n,), torch.float32, {"quant_method": channel}),
+                "weight_chan_scale": ((n,), torch.float32, {"quant_method": channel, "weight_loader": noting}),
             }
             for name, (shape, dtype, attributes) in tensors.items():
                 data = torch.zeros(num_experts, *shape, dtype=dtype)
-                if name == "weight_chan_scale":
-                    data.fill_(torch.nan)
                 parameter = torch.nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{w}_{name}", parameter)
                 set_weight_attrs(parameter, extra_weight_attrs | attributes)
+            getattr(layer, f"{w}_weight_chan_scale").data[:, :: n // _PROJECTIONS[w]] = torch.nan
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device.
@@ -85,21 +89,21 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         Raises ValueError, in one line, where the checkpoint did not have an expert: vLLM would serve noise.
         """
         layouts = []
-        for w, projections in (("w13", 2), ("w2", 1)):
-            packed, table, channel = (
-                getattr(layer, f"{w}_{name}").data for name in ("weight_packed", self.table_name, "weight_chan_scale")
-            )
+        for w, projections in _PROJECTIONS.items():
+            parameters = [
+                getattr(layer, f"{w}_{name}") for name in ("weight_packed", self.table_name, "weight_chan_scale")
+            ]
+            packed, table, channel = (parameter.data for parameter in parameters)
             compat.require_op_dtypes(packed, table, channel)
-            if channel.view(len(channel), projections, -1).isnan().all(dim=-1).any():
-                raise not_loaded(layer.layer_name)
-            channel.nan_to_num_(0.0)  # padding
             experts, n, k = packed.shape[0], packed.shape[2] // 4, packed.shape[1] * 32
+            if not is_filled(parameters[-1], projections * experts) and channel.isnan().any():
+                raise not_loaded(layer.layer_name)
             # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
             replace_parameter(layer, f"{w}_weight_packed", packed.view(experts, n, k // 8))
             if self.tables is Tables.SCALE:
                 table = expand_tables_reference(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
-            layouts.append(_cutlass_layout(n, k, packed.device).repeat(experts, 1))
+            layouts.append(_cutlass_layout(n, k, packed.device).repeat(experts, 1).to(packed.device))
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         self.moe_kernel = compat.make_moe_kernel(
             self.moe,
@@ -153,8 +157,9 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 def _cutlass_layout(n: int, k: int, device: torch.device) -> torch.Tensor:
     """Return CUTLASS's description of one expert's memory order, int32 [1, 3], which the grouped op wants per expert.
 
-    It is opaque (a CuTe layout), so the op that makes it is asked, once per shape, with an expert of no content.
+    It is opaque (a CuTe layout), so the op that makes it is asked, once per shape, with an expert of no content. On the
+    host, since what lies on the device while weights are loaded is lost when vLLM's sleep mode discards the weights.
     """
     blank = torch.zeros(1, n, k // 8, dtype=torch.int32, device=device)
     layout: torch.Tensor = ops.cutlass_encode_and_reorder_int4b_grouped(blank)[1]
-    return layout
+    return layout.cpu()
