@@ -4,8 +4,11 @@ Random checkpoints of Llama-8B's shapes and of one block of Command A's are made
 removed). Each engine runs in a process of its own, one after the other, eager (which is the faster path for the stock
 checkpoint: compiled, its scale quantization is compiled first), with the GPU idle before and after every layer's
 `process_weights_after_loading`. `load_model` is making the model, reading the files from the page cache, and
-processing; engine start is all of `LLM(...)`. Ours goes first: what the first engine of a machine does in addition
-(vLLM inspects the model class) counts against it.
+processing; engine start is all of `LLM(...)`.
+
+So that whole starts compare, a small engine starts first and is not counted (the first engine of a machine does more:
+vLLM inspects the model class), every file is read before, and the engines of a model take turns: stock, ours, ours,
+stock. What is printed of a kind are medians over its engines.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,17 @@ import vllm_engine
 from make_random_checkpoint import SHAPES, ensure
 
 KINDS = ("lut", "stock")
+ORDER = ("stock", "lut", "lut", "stock")
+LLM_OPTIONS = {
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 1024,
+    "kv_cache_memory_bytes": 2 * 2**30,
+    "gpu_memory_utilization": 0.5,
+    "generation_config": "vllm",
+}
 
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -78,34 +93,46 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def by_size(layers: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Group the layers' times by size, in order of appearance."""
+def run(directory: Path) -> dict[str, Any]:
+    """Start an engine in a process of its own; return what it found, and its process's seconds and kernels."""
+    return vllm_engine.run_worker(__file__, {"llm": {"model": str(directory), **LLM_OPTIONS}})
+
+
+def read_files(directory: Path) -> None:
+    """Bring a checkpoint into the page cache."""
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+def by_size(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Group the layers' times of all runs by size, in order of appearance."""
     sizes: dict[str, list[float]] = {}
-    for layer in layers:
+    for layer in (layer for run in runs for layer in run["layers"]):
         sizes.setdefault(layer["size"], []).append(layer["ms"])
     return sizes
 
 
-def rows_of(name: str, found: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return one model's rows: what, stock ms, plugin ms, their ratio, and the slowest layer of each."""
-    stock, ours = (by_size(found[kind]["layers"]) for kind in ("stock", "lut"))
-    rows: list[tuple[Any, ...]] = []
-    for size, times in stock.items():
-        mine = ours[size]
-        pair = statistics.median(times), statistics.median(mine)
-        rows.append((f"{size}, median of {len(times)}", *pair, f"{max(times):.1f}", f"{max(mine):.1f}"))
-    layers = [sum(layer["ms"] for layer in found[kind]["layers"]) for kind in ("stock", "lut")]
-    rows.append(("all layers", *layers, "", ""))
-    for what, key in (
-        ("processing, whole model", "processing_ms"),
-        ("load_model", "load_model_ms"),
-        ("engine start", "engine_start_ms"),
-    ):
-        rows.append((what, *(found[kind][key] for kind in ("stock", "lut")), "", ""))
-    return [
-        (name, what, f"{a:.2f}", f"{b:.2f}", f"{100 * b / a:.2f} %", worst_a, worst_b)
-        for what, a, b, worst_a, worst_b in rows
-    ]
+def rows_of(name: str, found: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
+    """Return one model's rows: what, stock ms, plugin ms, their ratio, and the largest time of each."""
+
+    def row(what: str, stock: list[float], ours: list[float]) -> tuple[str, ...]:
+        a, b = statistics.median(stock), statistics.median(ours)
+        return name, what, f"{a:.2f}", f"{b:.2f}", f"{100 * b / a:.2f} %", f"{max(stock):.1f}", f"{max(ours):.1f}"
+
+    stock, ours = (by_size(found[kind]) for kind in ("stock", "lut"))
+    rows = [row(f"{size}, median of {len(times)}", times, ours[size]) for size, times in stock.items()]
+    measures: dict[str, Callable[[dict[str, Any]], float]] = {
+        "all layers": lambda run: sum(layer["ms"] for layer in run["layers"]),
+        "the first layer": lambda run: run["layers"][0]["ms"],
+        "processing, whole model": lambda run: run["processing_ms"],
+        "load_model": lambda run: run["load_model_ms"],
+        "engine start": lambda run: run["engine_start_ms"],
+    }
+    for what, measure in measures.items():
+        rows.append(row(what, *([measure(run) for run in found[kind]] for kind in ("stock", "lut"))))
+    return rows
 
 
 def main() -> int:
@@ -113,37 +140,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-8b", "command-a-block"])
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
-    parser.add_argument("--quick", action="store_true", help="four layers of each model")
+    parser.add_argument("--quick", action="store_true", help="four layers of each model, each kind once")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
+    order = ORDER[:2] if args.quick else ORDER
     results: dict[str, Any] = {}
     rows = []
     try:
+        print(f"not counted: {run(ensure('tiny', root)['stock'])['wall_s']} s", flush=True)
         for name in args.shapes:
             directories = ensure(name, root, 4 if args.quick else None)
-            results[name] = {}
             for kind in KINDS:
-                llm = {
-                    "model": str(directories[kind]),
-                    "enforce_eager": True,
-                    "skip_tokenizer_init": True,
-                    "max_model_len": 1024,
-                    "max_num_seqs": 8,
-                    "max_num_batched_tokens": 1024,
-                    "kv_cache_memory_bytes": 2 * 2**30,
-                    "gpu_memory_utilization": 0.5,
-                    "generation_config": "vllm",
-                }
-                found = results[name][kind] = vllm_engine.run_worker(__file__, {"llm": llm})
-                print(f"{name} {kind}: process {found['wall_s']} s; {', '.join(found['kernels'])}", flush=True)
+                read_files(directories[kind])
+            results[name] = {kind: [] for kind in KINDS}
+            for kind in order:
+                found = run(directories[kind])
+                results[name][kind].append(found)
+                times = ", ".join(
+                    f"{what} {found[f'{what}_ms'] / 1e3:.2f} s" for what in ("processing", "load_model", "engine_start")
+                )
+                print(f"{name} {kind}: {times}; {', '.join(found['kernels'])}", flush=True)
             rows += rows_of(name, results[name])
     finally:
         if args.dir is None:
             shutil.rmtree(root)
     header = ("model", "N x K", "stock ms", "plugin ms", "plugin/stock", "stock max", "plugin max")
     text = vllm_engine.table(header, rows)
-    vllm_engine.finish({"quick": args.quick, "models": results}, text, args.json)
+    vllm_engine.finish({"order": order, "models": results}, text, args.json)
     return 0
 
 
