@@ -160,7 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text-file", type=Path)
     parser.add_argument("--tokens-file", type=Path)
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
-    parser.add_argument("--jobs", type=int, help="engines at a time, on the same GPU: 4, or 1 at --tp > 1")
+    parser.add_argument("--jobs", type=int, default=4, help="engines of size 1 at a time, on the same GPU")
     parser.add_argument("--disable-custom-all-reduce", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one mode, without compilation, 4 prompts")
     parser.add_argument("--json", type=Path)
@@ -181,7 +181,6 @@ def parse() -> argparse.Namespace:
             args.modes = args.modes[-1:] if args.quick else args.modes[:1]
     if args.quick:
         args.prompts = min(args.prompts, 4)
-    args.jobs = args.jobs or (4 if args.tp == 1 else 1)
     return args
 
 
@@ -195,10 +194,11 @@ def main() -> int:
             "model": str(directory),
             "tensor_parallel_size": tp,
             "skip_tokenizer_init": True,
-            # A round number: at 320 (20 pages of 16 tokens), FlashAttention 3 was seen to read beyond its block table.
+            # Not less than max_num_batched_tokens / max_num_seqs: vLLM warms up with requests of that many tokens, and
+            # attention reads beyond the block tables of a shorter max_model_len (vllm-project/vllm#49751).
             "max_model_len": MAX_LENGTH,
             "max_num_seqs": BATCH,
-            "max_num_batched_tokens": 8192,
+            "max_num_batched_tokens": 8 * MAX_LENGTH,
             # Not profiled, so that engines can start side by side; the utilization is only checked to be free.
             "kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30),
             "gpu_memory_utilization": 0.1,
@@ -220,9 +220,14 @@ def main() -> int:
         rows.append(row)
         return row
 
-    sizes = {(directory, tp) for directory in (args.stock, args.lut) for tp in (args.tp,)} | {(args.stock, 1)}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {(path, mode, tp): pool.submit(run, path, mode, tp) for mode in args.modes for path, tp in sorted(sizes)}
+    engines = sorted({(args.stock, args.tp), (args.lut, args.tp), (args.stock, 1)})
+    # Engines on several GPUs run one at a time (their ranks wait for each other on the GPU), beside those on one.
+    with ThreadPoolExecutor(args.jobs) as single, ThreadPoolExecutor(1) as several:
+        runs = {
+            (path, mode, tp): (single if tp == 1 else several).submit(run, path, mode, tp)
+            for mode in args.modes
+            for path, tp in engines
+        }
     outputs = {key: future.result() for key, future in runs.items()}
 
     met, is_floor_known = True, False

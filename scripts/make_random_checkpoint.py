@@ -40,6 +40,7 @@ class Shape:
     vocabulary: int
     head_dim: int = 128
     experts: int = 0
+    experts_per_token: int = 8
 
 
 SHAPES = {
@@ -47,6 +48,10 @@ SHAPES = {
     # One block of Cohere's Command A, as a Llama: its attention and MLP have these linear layers.
     "command-a-block": Shape(12288, 33792, 1, 96, 8, 1024),
     "qwen3-moe": Shape(2048, 768, 4, 32, 4, 4096, experts=32),
+    # Each rank's part is a multiple of 128 (256 for experts) at tensor-parallel sizes 1, 2 and 4, with too few KV heads
+    # for the last.
+    "tp4": Shape(512, 1024, 4, 8, 2, 4096),
+    "tp4-moe": Shape(512, 1024, 4, 8, 2, 4096, experts=8, experts_per_token=4),
     "tiny": Shape(256, 512, 2, 4, 2, 512, head_dim=64),
     "tiny-moe": Shape(256, 512, 2, 4, 2, 512, head_dim=64, experts=4),
 }
@@ -114,7 +119,7 @@ def model_config(shape: Shape) -> dict[str, Any]:
     """Return config.json without the quantization."""
     moe = {
         "num_experts": shape.experts,
-        "num_experts_per_tok": min(8, shape.experts),
+        "num_experts_per_tok": min(shape.experts_per_token, shape.experts),
         "moe_intermediate_size": shape.intermediate,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -193,7 +198,8 @@ def make(shape: Shape, out: Path, formats: tuple[str, ...] = FORMATS) -> dict[st
     written = [kind for kind in (first_stock, "lut" if "lut" in formats else None) if kind]
     ends = {
         "model.embed_tokens.weight": gaussian(shape.vocabulary, shape.hidden) * math.sqrt(shape.hidden),
-        "lm_head.weight": gaussian(shape.vocabulary, shape.hidden),
+        # Large enough that some tokens are likely, as in a trained model: log-probabilities then tell something.
+        "lm_head.weight": gaussian(shape.vocabulary, shape.hidden) * 4,
         "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
     }
     write("model-ends.safetensors", dict.fromkeys(written, ends))
