@@ -22,7 +22,6 @@ from vllm.model_executor.parameter import (
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
-from vllm.model_executor.utils import replace_parameter
 
 from convert_w4a8.layout import lut_shape
 from convert_w4a8.tables import expand_tables_reference
@@ -85,12 +84,16 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if not is_filled(layer.weight_chan_scale, self.shards) and channel.isnan().any():
             raise not_loaded(layer.prefix)
         compat.require_op_dtypes(packed, table, channel)
-        # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
-        replace_parameter(layer, "weight_packed", packed.view(-1, packed.shape[1] // 4))
         if self.tables is Tables.SCALE:
             table = expand_tables_reference(table)  # a lookup: compiling the kernel would take longer than all layers
-        replace_parameter(layer, self.table_name, table.flatten())
-        replace_parameter(layer, "weight_chan_scale", channel)
+        # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
+        shown = {
+            "weight_packed": packed.view(-1, packed.shape[1] // 4),
+            self.table_name: table.flatten(),
+            "weight_chan_scale": channel,
+        }
+        for name, data in shown.items():  # vLLM's replace_parameter takes twice as long
+            setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N]. The ops, and their order, are stock W4A8's."""
