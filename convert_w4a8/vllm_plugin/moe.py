@@ -103,7 +103,8 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if self.tables is Tables.SCALE:
                 table = expand_tables_reference(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
-            layouts.append(_cutlass_layout(n, k, packed.device).repeat(experts, 1).to(packed.device))
+            layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
+            layouts.append(layout.to(packed.device, non_blocking=True))
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         self.moe_kernel = compat.make_moe_kernel(
             self.moe,
