@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.safetensors_file import TensorInfo, read_header, read_tensor
+from convert_w4a8.safetensors_file import Arena, TensorInfo, read_header, read_tensor
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -33,10 +33,11 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     side_files: tuple[Path, ...]
     """Relative to `root`: what is copied as it is (tokenizer, templates, custom code, …)."""
+    arena: Arena | None = None
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor into fresh memory."""
-        return read_tensor(self.tensors[name])
+        """Read one tensor into fresh memory, or into the arena, where there is one."""
+        return read_tensor(self.tensors[name], self.arena)
 
     def modules_with(self, role: str) -> list[str]:
         """Return the modules that have a tensor called `module.role`, sorted."""

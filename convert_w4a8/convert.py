@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
 from convert_w4a8.quantize import LayerStats, to_w4a8
 from convert_w4a8.resume import fingerprint, work_path
-from convert_w4a8.safetensors_file import TORCH_DTYPES, TensorInfo, read_into
+from convert_w4a8.safetensors_file import TORCH_DTYPES, Arena, TensorInfo, read_into
 from convert_w4a8.weights import W4Linear
 from convert_w4a8.writer import CheckpointWriter
 
@@ -150,6 +151,13 @@ class _Work:
     writer: CheckpointWriter
     device: torch.device
     progress: Progress
+    local: threading.local = field(default_factory=threading.local)
+
+    def arena(self) -> Arena:
+        """Return this thread's memory for a layer's tensors, all of it free."""
+        arena: Arena = self.local.__dict__.setdefault("arena", Arena())
+        arena.clear()
+        return arena
 
 
 @contextmanager
@@ -223,7 +231,8 @@ def _run(jobs: Sequence[_Job]) -> None:
 
 
 def _convert_layer(work: _Work, layer: LayerPlan) -> None:
-    w = work.plan.source.read_layer(work.checkpoint, layer.spec)
+    arena = work.arena()
+    w = work.plan.source.read_layer(replace(work.checkpoint, arena=arena), layer.spec)
     if layer.dequantize is not None:
         work.writer.note(layer.module, None)
         _write_dequantized(w, layer, work.writer)
@@ -231,8 +240,8 @@ def _convert_layer(work: _Work, layer: LayerPlan) -> None:
         target = work.plan.target
         w4a8, stats = to_w4a8(_to(w, work.device), work.plan.options.scales, stock=target.STOCK)
         work.writer.note(layer.module, asdict(stats))
-        for name, tensor in target.encode(layer.module, w4a8).items():
-            work.writer.write(name, tensor)
+        for name, parts in target.encode(layer.module, w4a8).items():
+            work.writer.write(name, parts)
     work.progress(_source_nbytes(work, layer))
 
 

@@ -20,7 +20,8 @@ of 16-bit units, and a tile is 64 int32 words in the order (rl, cq, ch), each wi
 A nibble is stored in CUTLASS's "unified encoding". With v = u − 8: v in −8 … 0 keeps its two's complement, v in 1 … 7
 becomes 8 − v. So the low three bits index a table of scale·(−8 … −1), and the top bit is the sign.
 
-The functions here are plain torch and run on any device; on CUDA, `repack` hands over to the Triton kernel.
+The functions here are plain torch and run on any device; `repack` and `to_rows` hand over to compiled kernels, Triton's
+on CUDA and numba's on a CPU.
 """
 
 import math
@@ -29,6 +30,7 @@ from itertools import product
 
 import torch
 
+from convert_w4a8.compiled import cpu_kernels
 from convert_w4a8.weights import Packing
 
 TILE_N = 16
@@ -42,6 +44,8 @@ _RUN = 1 << 18
 """Bytes of packed codes handled at a time where they only change width."""
 _BLOCK_WORDS = 64, 512
 """Words along k and n, times 8 for n, that `to_rows` transposes at a time: 1 MiB."""
+_PART_CODES = 1 << 22
+"""Codes in a part of a layer: 2 MiB, which stay in a core's cache from reading to writing."""
 _PAD = 16
 """Words added to each row of scratch memory, lest a transposition's strides fall on the same few cache sets."""
 _EVERY_1 = 0x11111111
@@ -67,7 +71,12 @@ def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
         from convert_w4a8.kernels.repack import repack as kernel  # noqa: PLC0415 - Triton only where it runs
 
         return kernel(packed, packing)
-    return repack_reference(packed, packing)
+    compiled = cpu_kernels("repack")
+    if compiled is None or packed.device.type != "cpu":
+        return repack_reference(packed, packing)
+    lut = torch.empty(lut_shape(*packing.shape_nk(packed.shape)), dtype=torch.int32)
+    compiled.repack(packed, packing, lut)
+    return lut
 
 
 def repack_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -93,6 +102,31 @@ def repack_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     return lut
 
 
+def repack_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tensor]:
+    """Yield what `repack` returns in parts, some rows after others, made one at a time on a CPU."""
+    if packed.device.type == "cuda":
+        lut = repack(packed, packing)
+        for start, stop in _ranges(len(lut), 8 * lut.shape[1], 1):
+            yield lut[start:stop]
+        return
+    n, k = packing.shape_nk(packed.shape)
+    for start, stop in _ranges(k, n, TILE_K):
+        yield repack(packing.slice_inputs(packed, start, stop), packing)
+
+
+def to_rows_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tensor]:
+    """Yield what `to_rows` returns in parts, some rows after others, made one at a time."""
+    n, k = packing.shape_nk(packed.shape)
+    for start, stop in _ranges(n, k, 8):
+        yield to_rows(packing.slice_outputs(packed, start, stop), packing)
+
+
+def _ranges(size: int, other: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut `size` channels, with `other` codes each, into ranges of some MiB, whose length is a multiple of `step`."""
+    length = max(1, _PART_CODES // (other * step)) * step
+    return ((start, min(size, start + length)) for start in range(0, size, length))
+
+
 def unpack(weight_packed: torch.Tensor) -> torch.Tensor:
     """Invert `repack`: from a LUT buffer int32 [K/32, 4·N] to unsigned codes in ROWS packing, int32 [N, K/8]."""
     kt, columns = weight_packed.shape
@@ -108,11 +142,26 @@ def unpack(weight_packed: torch.Tensor) -> torch.Tensor:
 
 def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Return the unsigned codes of any packing in ROWS packing, int32 [N, K/8]; ROWS comes back as it is."""
+    n, k = packing.shape_nk(packed.shape)
+    if k % 8:
+        raise ValueError(f"K = {k} is not a multiple of 8")
+    if packing is Packing.ROWS:
+        return packed
+    compiled = cpu_kernels("repack")
+    if compiled is None or packed.device.type != "cpu":
+        return to_rows_reference(packed, packing)
+    rows = torch.empty(n, k // 8, dtype=torch.int32)
+    compiled.to_rows(packed, packing, rows)
+    return rows
+
+
+def to_rows_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Do what `to_rows` does in torch operations, on any device."""
     match packing:
         case Packing.ROWS:
             return packed
         case Packing.GPTQ:
-            return packed.t().contiguous()
+            return packed.contiguous().t().contiguous()  # torch transposes fast only what is contiguous
         case Packing.AWQ:
             return _awq_to_rows(packed)
 
@@ -224,8 +273,6 @@ def _swap_(block: torch.Tensor, axis: int, shift: int, scratch: torch.Tensor) ->
 def _awq_to_rows(packed: torch.Tensor) -> torch.Tensor:
     """Transpose AWQ's words int32 [K, N/8] into ROWS, int32 [N, K/8]."""
     k, columns = packed.shape
-    if k % 8:
-        raise ValueError(f"K = {k} is not a multiple of 8")
     rows = torch.empty(columns * 8, k // 8, dtype=torch.int32, device=packed.device)
     # As in `repack`: a word has (n0, n2, n1) inside, and trades them for (k2, k1, k0).
     source = packed.reshape(k // 8, 2, 2, 2, columns).permute(2, 3, 1, 0, 4)  # [k1, k0, k2, ...] → [n2, n1, n0, ...]

@@ -36,6 +36,16 @@ class Packing(StrEnum):
             case Packing.ROWS:
                 return rows, columns * 8
 
+    def slice_inputs(self, packed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return the packed codes of the input channels start … stop, both multiples of 8."""
+        match self:
+            case Packing.GPTQ:
+                return packed[start // 8 : stop // 8]
+            case Packing.AWQ:
+                return packed[start:stop]
+            case Packing.ROWS:
+                return packed[:, start // 8 : stop // 8]
+
     def slice_outputs(self, packed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Return the packed codes of the output channels start … stop, both multiples of 8."""
         match self:

@@ -172,13 +172,20 @@ class CheckpointWriter:
         """Whether a tensor lies in a finished shard."""
         return self._infos[name].path not in self._shards
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor, which must have the planned dtype and shape."""
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write one tensor, in parts along its first dimension; together they have the planned dtype and shape."""
         info = self._infos[name]
-        if tensor.dtype != TORCH_DTYPES[info.dtype] or tuple(tensor.shape) != info.shape:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned {info.dtype} {info.shape}")
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self.write_bytes(name, flat.numpy().data, 0)
+        offset = 0
+        for part in parts:
+            if part.dtype != TORCH_DTYPES[info.dtype] or part.shape[1:] != info.shape[1:]:
+                raise ValueError(f"{name} is {part.dtype} {tuple(part.shape)}, planned {info.dtype} {info.shape}")
+            flat = part.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            if offset + len(flat) > info.nbytes:
+                raise ValueError(f"{name} is longer than planned {info.dtype} {info.shape}")
+            self.write_bytes(name, flat.numpy().data, offset)
+            offset += len(flat)
+        if offset != info.nbytes:
+            raise ValueError(f"{name} is shorter than planned {info.dtype} {info.shape}")
         self.mark_written(name)
 
     def write_bytes(self, name: str, data: memoryview, offset: int) -> None:

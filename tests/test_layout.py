@@ -1,6 +1,7 @@
 """The LUT layout against vLLM's own bytes, against the index formula written out, and against compressed-tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,17 @@ from convert_w4a8.weights import Packing
 DATA = Path(__file__).parent / "data"
 PACKINGS = pytest.mark.parametrize("packing", Packing, ids=str)
 SIZES = pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 96), (16, 4096), (208, 32), (160, 224)], ids=str)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "plain"])
+def path_taken(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run everything twice: with the kernels that numba compiles, and without."""
+    if request.param == "compiled" and find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(layout, "cpu_kernels", lambda _name: None)
+        yield
 
 
 def random_codes(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -163,6 +175,20 @@ def test_shards_are_slices_of_the_buffer(packing: Packing) -> None:
     lut = layout.repack(pack(codes, packing), packing)
     assert torch.equal(layout.repack(pack(codes[32:80], packing), packing), lut[:, 32 * 4 : 80 * 4])
     assert torch.equal(layout.repack(pack(codes[:, 32:96], packing), packing), lut[1:3])
+
+
+@PACKINGS
+@pytest.mark.parametrize("codes_at_once", [1, 1000, 1 << 14, 1 << 22])
+def test_parts_follow_one_another(packing: Packing, codes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their size, parts are the rows of the whole, in order."""
+    monkeypatch.setattr(layout, "_PART_CODES", codes_at_once)
+    packed = pack(random_codes(208, 224), packing)
+    for parts, whole in (
+        (list(layout.repack_parts(packed, packing)), layout.repack(packed, packing)),
+        (list(layout.to_rows_parts(packed, packing)), layout.to_rows(packed, packing)),
+    ):
+        assert torch.equal(torch.cat(parts), whole)
+        assert (len(parts) == 1) == (codes_at_once == 1 << 22)
 
 
 def test_compressed_tensors_packs_the_same_rows() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.safetensors_file import (
     TORCH_DTYPES,
+    Arena,
     TensorSpec,
     layout_file,
     read_header,
@@ -127,6 +128,23 @@ def test_round_trip(
             found = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     assert found.keys() == tensors.keys()
     assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_an_arena_serves_one_layer_after_another(tmp_path: Path) -> None:
+    """Tensors that live at the same time share no byte; after `clear` the same memory comes again, grown once."""
+    tensors = {f"{i}": make_tensor("I32", (1000 + i,), i) for i in range(5)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    infos = read_header(tmp_path / "a.safetensors")[1]
+    arena, places = Arena(), []
+    for _ in range(3):
+        arena.clear()
+        found = {name: read_tensor(infos[name], arena) for name in tensors}
+        assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
+        places.append([tensor.untyped_storage().data_ptr() for tensor in found.values()])
+    assert len(set(places[0])) == len(tensors)
+    assert len(set(places[1])) == 1
+    assert places[1] == places[2]
 
 
 def test_tensors_of_our_files_are_aligned(tmp_path: Path) -> None:

@@ -36,14 +36,14 @@ def write_all(out: Path, *, max_shard_size: int = 1 << 30, overwrite: bool = Fal
     """Write and commit TENSORS."""
     with CheckpointWriter(out, plan_shards(SPECS, max_shard_size), overwrite=overwrite) as w:
         for name, tensor in TENSORS.items():
-            w.write(name, tensor)
+            w.write(name, [tensor])
         w.commit()
 
 
 def fail_half_way(out: Path, *, overwrite: bool = False) -> None:
     """Raise RuntimeError when some of TENSORS are written."""
     with CheckpointWriter(out, plan_shards(SPECS, 40), overwrite=overwrite) as w:
-        w.write("a.weight", TENSORS["a.weight"])
+        w.write("a.weight", [TENSORS["a.weight"]])
         w.write_json("config.json", {})
         raise RuntimeError("half-way")
 
@@ -122,9 +122,19 @@ def test_tensors_that_are_not_contiguous_are_written_as_they_look(tmp_path: Path
     """A transposed view is stored in the order of its own shape."""
     tensor = torch.arange(6, dtype=torch.int32).view(2, 3)
     with CheckpointWriter(tmp_path / "out", plan_shards([TensorSpec("t", "I32", (3, 2))], 100)) as w:
-        w.write("t", tensor.t())
+        w.write("t", [tensor.t()])
         w.commit()
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["t"], tensor.t())
+
+
+@pytest.mark.parametrize("rows", [(3,), (1, 2), (0, 1, 0, 1, 1)], ids=str)
+def test_a_tensor_may_come_in_parts(rows: tuple[int, ...], tmp_path: Path) -> None:
+    """Parts lie one behind the other."""
+    tensor = torch.arange(12, dtype=torch.int32).view(3, 4)
+    with CheckpointWriter(tmp_path / "out", plan_shards([TensorSpec("t", "I32", (3, 4))], 100)) as w:
+        w.write("t", tensor.split(rows))
+        w.commit()
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["t"], tensor)
 
 
 def test_many_threads_write_pieces_in_any_order(tmp_path: Path) -> None:
@@ -137,7 +147,7 @@ def test_many_threads_write_pieces_in_any_order(tmp_path: Path) -> None:
         def write(name: str) -> None:
             tensor = tensors[name]
             if int(name[1:]) % 2:
-                w.write(name, tensor)
+                w.write(name, [tensor])
                 return
             for start in reversed(range(0, len(tensor), 500)):
                 w.write_bytes(name, tensor[start : start + 500].numpy().data, start)
@@ -200,7 +210,7 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     """Only `commit` makes OUT appear."""
     with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w:
         for name, tensor in TENSORS.items():
-            w.write(name, tensor)
+            w.write(name, [tensor])
         assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -210,7 +220,7 @@ def test_commit_refuses_missing_tensors(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w:
         for name, tensor in TENSORS.items():
             if name != "b.weight":
-                w.write(name, tensor)
+                w.write(name, [tensor])
         w.write_bytes("b.weight", memoryview(bytes(8)), 0)
         with pytest.raises(ValueError, match=r"never written: \['b\.weight'\]"):
             w.commit()
@@ -219,8 +229,14 @@ def test_commit_refuses_missing_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.zeros(3, 4), torch.zeros(4, 3, dtype=torch.int32), torch.zeros(12, dtype=torch.int32)],
-    ids=["dtype", "transposed", "flat"],
+    [
+        torch.zeros(3, 4),
+        torch.zeros(4, 3, dtype=torch.int32),
+        torch.zeros(12, dtype=torch.int32),
+        torch.zeros(2, 4, dtype=torch.int32),
+        torch.zeros(4, 4, dtype=torch.int32),
+    ],
+    ids=["dtype", "transposed", "flat", "short", "long"],
 )
 def test_a_tensor_that_differs_from_the_plan_is_a_bug(tensor: torch.Tensor, tmp_path: Path) -> None:
     """Dtype and shape must be the planned ones: the header is already written."""
@@ -228,7 +244,7 @@ def test_a_tensor_that_differs_from_the_plan_is_a_bug(tensor: torch.Tensor, tmp_
         CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w,
         pytest.raises(ValueError, match=r"b\.weight is .*planned I32 \(3, 4\)"),
     ):
-        w.write("b.weight", tensor)
+        w.write("b.weight", [tensor])
 
 
 def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +267,7 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     (tmp_path / "side").write_bytes(b"x")
     with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w:
         for name, tensor in TENSORS.items():
-            w.write(name, tensor)
+            w.write(name, [tensor])
         w.copy_file(tmp_path / "side", Path("side.txt"))
         w.write_json("config.json", {})
         w.commit()
@@ -302,7 +318,7 @@ def test_output_that_was_taken_meanwhile_is_kept(tmp_path: Path) -> None:
     """Someone else's files that appear at OUT during the work are not replaced, and ours leave no trace."""
     with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 1000)) as w:
         for name, tensor in TENSORS.items():
-            w.write(name, tensor)
+            w.write(name, [tensor])
         make_old(tmp_path / "out")
         with pytest.raises(ConvertError, match="is not empty"):
             w.commit()

@@ -33,8 +33,8 @@ class Target(Protocol):
     def outputs(self, module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
         """Return the tensors that a layer with N = n and K = k becomes."""
 
-    def encode(self, module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
-        """Return a layer's tensors by name."""
+    def encode(self, module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
+        """Return a layer's tensors by name, each in parts along its first dimension, which may be made when asked."""
 
     def find_layers(self, checkpoint: Checkpoint) -> list[str]:
         """Return the converted modules of a checkpoint of this format."""

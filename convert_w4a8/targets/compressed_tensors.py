@@ -4,7 +4,7 @@ Per layer `weight_packed` int32 [N, K/8] (code + 8, low nibble first), `weight_s
 `weight_shape` int64 [N, K].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,14 +37,17 @@ def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, 
     )
 
 
-def encode(module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
-    """Return a layer's tensors by name; ValueError unless the layer was quantized for vLLM's load-time path."""
+def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
+    """Return a layer's tensors by name, in parts along their first dimension.
+
+    Raises ValueError unless the layer was quantized for vLLM's load-time path.
+    """
     if w.source_scale is None:
         raise ValueError(f"{module} has no scales for vLLM to quantize")
     return {
-        f"{module}.weight_packed": layout.to_rows(w.packed, w.packing),
-        f"{module}.weight_scale": w.source_scale.t().contiguous(),
-        f"{module}.weight_shape": torch.tensor(w.shape_nk, dtype=torch.int64),
+        f"{module}.weight_packed": layout.to_rows_parts(w.packed, w.packing),
+        f"{module}.weight_scale": [w.source_scale.t().contiguous()],
+        f"{module}.weight_shape": [torch.tensor(w.shape_nk, dtype=torch.int64)],
     }
 
 

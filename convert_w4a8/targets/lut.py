@@ -1,6 +1,6 @@
 """The `w4a8_lut` format (docs/format.md): codes in the kernel's own order, loaded by our vLLM plugin as they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,16 +40,16 @@ def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, 
     )
 
 
-def encode(module: str, w: W4A8Linear) -> dict[str, torch.Tensor]:
-    """Return a layer's tensors by name."""
-    tensors = {
-        f"{module}.weight_packed": layout.repack(w.packed, w.packing),
-        f"{module}.weight_chan_scale": w.channel_scale,
+def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
+    """Return a layer's tensors by name, in parts along their first dimension."""
+    tensors: dict[str, Iterable[torch.Tensor]] = {
+        f"{module}.weight_packed": layout.repack_parts(w.packed, w.packing),
+        f"{module}.weight_chan_scale": [w.channel_scale],
     }
     if w.lut is not None:
-        tensors[f"{module}.weight_lut"] = w.lut.flatten(1)
+        tensors[f"{module}.weight_lut"] = [w.lut.flatten(1)]
     elif w.group_scale is not None:
-        tensors[f"{module}.weight_scale"] = w.group_scale
+        tensors[f"{module}.weight_scale"] = [w.group_scale]
     return tensors
 
 
