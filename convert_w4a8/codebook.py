@@ -6,6 +6,8 @@ The kernel's table is a codebook: entry j = 0 … 7 is the value of code j − 8
 
 import torch
 
+from convert_w4a8 import compiled
+from convert_w4a8.groups import tree_sum
 from convert_w4a8.scales import CODE_MAX, to_e4m3
 from convert_w4a8.weights import SYMMETRIC_ZERO
 
@@ -19,6 +21,10 @@ def fit(
     tables: float8_e4m3fn [R, 8]. No round raises the weighted squared error.
     Returns unsigned codes uint8 [R, V] and tables float8_e4m3fn [R, 8].
     """
+    kernels = compiled.cpu_kernels("requantize", values.device)
+    if kernels is not None:
+        codes, fitted = kernels.fit(values, weights.expand_as(values), tables, rounds)
+        return codes, fitted
     entries = tables.float()
     for _ in range(rounds):
         # The error of an entry is a parabola in it, so the nearest FP8 value to its minimum is the best one.
@@ -29,7 +35,7 @@ def fit(
 def nearest_codes(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
     """Return the unsigned codes, int64 [R, V], whose values under table entries [R, 8] are nearest to [R, V]."""
     by_code = _by_code(entries)
-    ordered, order = by_code.sort(dim=1)
+    ordered, order = by_code.sort(dim=1, stable=True)
     middles = (ordered[:, 1:] + ordered[:, :-1]) / 2
     return order.gather(1, torch.searchsorted(middles, values))
 
@@ -54,8 +60,8 @@ def best_entries(
     signed = weights * torch.where(codes > SYMMETRIC_ZERO, -values, values)
     best = entries.clone()
     for j in range(CODE_MAX):
-        # Sums of masked values and not scatter_add, whose order, and so its last bit, varies on a GPU.
+        # Sums of masked values in a fixed order and not scatter_add, whose order, and so its last bit, varies on a GPU.
         used = (codes == j) | (codes == 2 * CODE_MAX - j)
-        weight = (weights * used).sum(dim=1)
-        best[:, j] = torch.where(weight > 0, (signed * used).sum(dim=1) / weight, entries[:, j])
+        weight = tree_sum(weights * used)
+        best[:, j] = torch.where(weight > 0, tree_sum(signed * used) / weight, entries[:, j])
     return best

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from convert_w4a8 import compiled
 from convert_w4a8.dequantize import dequantize
-from convert_w4a8.layout import unpack_codes
+from convert_w4a8.layout import pack_rows, to_rows, unpack_codes
 from convert_w4a8.weights import GROUP_SIZE, W4Linear
 
 _CODES = 16
@@ -30,7 +31,16 @@ class Groups:
     weights: torch.Tensor
     letters: torch.Tensor | None
 
-    def spell(self, codes: torch.Tensor) -> torch.Tensor:
+    def rows(self, codes: torch.Tensor, n: int) -> torch.Tensor:
+        """Return the codes of all weights in ROWS packing, int32 [n, K/8], from those of the values, uint8 [R, V]."""
+        kernels = compiled.cpu_kernels("requantize", codes.device)
+        if self.letters is None or kernels is None:
+            return pack_rows(self._spell(codes).view(n, -1))
+        rows = torch.empty(n, self.letters.numel() // (8 * n), dtype=torch.int32)
+        kernels.spell(self.letters, codes, rows)
+        return rows
+
+    def _spell(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the code of each weight, uint8 [R, 128], from the codes of the values, uint8 [R, V]."""
         if self.letters is None:
             return codes
@@ -50,6 +60,11 @@ def gather(w: W4Linear, importance: torch.Tensor | None) -> Groups:
         counts = torch.ones_like(values)
         weights = counts if importance is None else importance.expand(n, k).reshape(values.shape)
         return Groups(values, counts, weights, None)
+    zeros, scales = w.zeros.t().contiguous(), w.scales.t().float().contiguous()
+    kernels = compiled.cpu_kernels("requantize", w.packed.device)
+    if kernels is not None:
+        shares = torch.ones(k) if importance is None else importance
+        return Groups(*kernels.gather(to_rows(w.packed, w.packing), zeros, scales, shares))
     letters = unpack_codes(w.packed, w.packing).view(-1, GROUP_SIZE)
     bags, one = letters.int(), torch.eye(_CODES, device=letters.device)
     counts = torch.nn.functional.embedding_bag(bags, one, mode="sum")
@@ -57,6 +72,14 @@ def gather(w: W4Linear, importance: torch.Tensor | None) -> Groups:
     if importance is not None:
         shares = importance.expand(n, k).reshape(letters.shape)
         weights = torch.nn.functional.embedding_bag(bags, one, per_sample_weights=shares, mode="sum")
-    steps = torch.arange(_CODES, device=letters.device) - w.zeros.t().reshape(-1, 1).float()
-    values = torch.where(counts > 0, steps * w.scales.t().reshape(-1, 1).float(), 0.0)
+    steps = torch.arange(_CODES, device=letters.device) - zeros.view(-1, 1).float()
+    values = torch.where(counts > 0, steps * scales.view(-1, 1), 0.0)
     return Groups(values, counts, weights, letters)
+
+
+def tree_sum(terms: torch.Tensor) -> torch.Tensor:
+    """Sum up [R, V], V a power of two, by halves: an order that is the same on every device."""
+    while terms.shape[1] > 1:
+        half = terms.shape[1] // 2
+        terms = terms[:, :half] + terms[:, half:]
+    return terms[:, 0]

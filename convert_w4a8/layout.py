@@ -30,7 +30,7 @@ from itertools import product
 
 import torch
 
-from convert_w4a8.compiled import cpu_kernels
+from convert_w4a8 import compiled
 from convert_w4a8.weights import Packing
 
 TILE_N = 16
@@ -71,11 +71,11 @@ def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
         from convert_w4a8.kernels.repack import repack as kernel  # noqa: PLC0415 - Triton only where it runs
 
         return kernel(packed, packing)
-    compiled = cpu_kernels("repack")
-    if compiled is None or packed.device.type != "cpu":
+    kernels = compiled.cpu_kernels("repack", packed.device)
+    if kernels is None:
         return repack_reference(packed, packing)
     lut = torch.empty(lut_shape(*packing.shape_nk(packed.shape)), dtype=torch.int32)
-    compiled.repack(packed, packing, lut)
+    kernels.repack(packed, packing, lut)
     return lut
 
 
@@ -147,11 +147,11 @@ def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
         raise ValueError(f"K = {k} is not a multiple of 8")
     if packing is Packing.ROWS:
         return packed
-    compiled = cpu_kernels("repack")
-    if compiled is None or packed.device.type != "cpu":
+    kernels = compiled.cpu_kernels("repack", packed.device)
+    if kernels is None:
         return to_rows_reference(packed, packing)
     rows = torch.empty(n, k // 8, dtype=torch.int32)
-    compiled.to_rows(packed, packing, rows)
+    kernels.to_rows(packed, packing, rows)
     return rows
 
 

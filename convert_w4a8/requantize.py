@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from convert_w4a8 import codebook
+from convert_w4a8 import codebook, compiled
 from convert_w4a8.dequantize import dequantize, output_blocks
-from convert_w4a8.groups import Groups, gather
-from convert_w4a8.layout import pack_rows
+from convert_w4a8.groups import Groups, gather, tree_sum
+from convert_w4a8.layout import to_rows
 from convert_w4a8.scales import CODE_MAX
 from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4Linear
 
@@ -52,11 +52,17 @@ def column_energies(w: W4Linear) -> torch.Tensor:
     whose activations are large, and its search takes too little from them for their share to become average.
     """
     n, k = w.shape_nk
-    total = torch.zeros(k, dtype=torch.float32, device=w.packed.device)
+    total = torch.zeros(k, dtype=torch.float64, device=w.packed.device)
+    kernels = compiled.cpu_kernels("requantize", w.packed.device)
     for start, stop in output_blocks(n, k):
-        total += dequantize(w.outputs(start, stop)).square_().sum(dim=0)
+        part = w.outputs(start, stop)
+        if kernels is None or part.zeros is None or part.g_idx is not None or part.group_size != GROUP_SIZE:
+            total += dequantize(part).square_().sum(dim=0, dtype=torch.float64)
+        else:
+            rows = to_rows(part.packed, part.packing)
+            kernels.add_energies(rows, part.zeros.t(), part.scales.t().float(), total)
     mean = total.mean()
-    return total / torch.where(mean > 0, mean, 1.0)
+    return (total / torch.where(mean > 0, mean, 1.0)).float()
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class NewCodes:
 
     def rows(self) -> torch.Tensor:
         """Return the codes of all weights in ROWS packing, int32 [n, K/8]."""
-        return pack_rows(self.groups.spell(self.codes).view(self.scales.shape[1], -1))
+        return self.groups.rows(self.codes, self.scales.shape[1])
 
     def histogram(self) -> torch.Tensor:
         """Return the frequencies of the 16 codes, float64 [16] with sum 1."""
@@ -147,18 +153,23 @@ def fit_symmetric(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Te
 
     Returns unsigned symmetric codes uint8 [R, V] and scales float32 [R].
     """
+    factors = [2 ** (i / _CANDIDATES_PER_OCTAVE) / _FIRST_CANDIDATE for i in range(_CANDIDATES)]
+    kernels = compiled.cpu_kernels("requantize", values.device)
+    if kernels is not None:
+        chosen, scales = kernels.fit_symmetric(values, weights.expand_as(values), factors)
+        return chosen, scales
     low, high = values.aminmax(dim=1)
     unit = torch.where(high > -low, -high, -low) / CODE_MAX  # negative: −8 stands for the largest positive value
     unit = torch.where(unit == 0, 1.0, unit)
     normal = values / unit[:, None]
     best = torch.ones_like(unit)
     best_gain = torch.zeros_like(unit)
-    for i in range(_CANDIDATES):
-        codes = _round(normal * (2 ** (i / _CANDIDATES_PER_OCTAVE) / _FIRST_CANDIDATE))
+    for factor in factors:
+        codes = _round(normal * factor)
         weighted = codes * weights
         # Under codes q the best scale is Σwq/Σq², and it leaves the error Σw² − (Σwq)²/Σq².
-        wq = (weighted * normal).sum(dim=1)
-        qq = weighted.mul_(codes).sum(dim=1)
+        wq = tree_sum(weighted * normal)
+        qq = tree_sum(weighted.mul_(codes))
         scale = torch.where(qq > 0, wq / qq, 0.0)
         gain = wq * scale
         best = torch.where(gain > best_gain, scale, best)

@@ -1,11 +1,15 @@
 """What every test needs before its import: the Triton interpreter, Hypothesis profiles, the shared data."""
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from convert_w4a8 import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -33,3 +37,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED.name}/ directory beside the repository (golden vectors, real checkpoints)")
     return SHARED
+
+
+@pytest.fixture(scope="module", params=["compiled", "plain"])
+def cpu_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run what asks for it twice: with the kernels that numba compiles, and with torch alone."""
+    if request.param == "compiled" and find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(compiled, "cpu_kernels", lambda *_: None)
+        yield

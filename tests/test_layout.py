@@ -1,7 +1,6 @@
 """The LUT layout against vLLM's own bytes, against the index formula written out, and against compressed-tensors."""
 
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,11 @@ from safetensors.torch import load_file
 from convert_w4a8 import layout
 from convert_w4a8.weights import Packing
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 DATA = Path(__file__).parent / "data"
 PACKINGS = pytest.mark.parametrize("packing", Packing, ids=str)
 SIZES = pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 96), (16, 4096), (208, 32), (160, 224)], ids=str)
-
-
-@pytest.fixture(autouse=True, scope="module", params=["compiled", "plain"])
-def path_taken(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run everything twice: with the kernels that numba compiles, and without."""
-    if request.param == "compiled" and find_spec("numba") is None:
-        pytest.skip("numba is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain":
-            patch.setattr(layout, "cpu_kernels", lambda _name: None)
-        yield
 
 
 def random_codes(n: int, k: int, seed: int = 0) -> torch.Tensor:

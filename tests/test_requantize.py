@@ -16,6 +16,8 @@ from convert_w4a8.requantize import column_energies, expand_groups, fit_symmetri
 from convert_w4a8.scales import E4M3
 from convert_w4a8.weights import Packing, W4Linear
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 N, K = 32, 512
 
 

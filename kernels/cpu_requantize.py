@@ -1,0 +1,262 @@
+"""New codes, scales and table entries on a CPU, compiled by numba: what groups.py, requantize.py and codebook.py do.
+
+Every operation is rounded as torch rounds it, and sums run in the same order: the bytes are those of the references.
+Groups are rows [R, V] of V = 16 values (one a code) or 128 (one a weight).
+"""
+
+# numba's decorator and its functions have no Python types.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_CODE_MAX = np.float32(8)
+_LOWEST, _HIGHEST = np.float32(-9), np.float32(8)
+_ROUNDER = np.float32(1.5 * 2**23)
+"""x + this − this rounds |x| < 2²² to the nearest integer, ties to even."""
+_E4M3_MAX, _E4M3_NORMAL, _E4M3_STEPS = np.float32(448), np.float32(2**-6), np.float32(2**9)
+_E4M3_VALUES: npt.NDArray[np.float32] = torch.arange(256).byte().view(torch.float8_e4m3fn).float().numpy()
+
+
+def gather(
+    rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Count the codes of groups of 128: see `groups.Groups` for what is returned.
+
+    rows: int32 [n, K/8]. zeros: uint8 [n, K/128]. scales: float32 [n, K/128]. importance: float32 [K].
+    """
+    count = zeros.numel()
+    values, counts, weights = torch.empty(3, count, 16).unbind()
+    letters = torch.empty(count, 128, dtype=torch.uint8)
+    _gather(_words(rows), _array(zeros), _array(scales), _array(importance), *map(_array, (values, counts, weights)))
+    _unpack(_words(rows).reshape(-1), letters.numpy().reshape(-1))
+    return values, counts, weights, letters
+
+
+def add_energies(rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, energies: torch.Tensor) -> None:
+    """Add the squares of the weights of groups of 128 to `energies`, float64 [K]; arguments as for `gather`."""
+    _add_energies(_words(rows), _array(zeros), _array(scales), energies.numpy())
+
+
+def fit_symmetric(
+    values: torch.Tensor, weights: torch.Tensor, factors: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `requantize.fit_symmetric` does, with its candidates as factors of the normal values."""
+    codes, scales = torch.empty(values.shape, dtype=torch.uint8), torch.empty(len(values))
+    candidates = np.array(factors, np.float32)
+    _fit_symmetric(_array(values), _array(weights), candidates, codes.numpy(), scales.numpy())
+    return codes, scales
+
+
+def fit(
+    values: torch.Tensor, weights: torch.Tensor, tables: torch.Tensor, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `codebook.fit` does."""
+    codes, tables = torch.empty(values.shape, dtype=torch.uint8), tables.clone(memory_format=torch.contiguous_format)
+    entries = tables.view(torch.uint8).numpy()
+    _fit(_array(values), _array(weights), entries, rounds, codes.numpy(), _E4M3_VALUES)
+    return codes, tables
+
+
+def to_e4m3(values: torch.Tensor, bytes_: torch.Tensor) -> None:
+    """Fill `bytes_`, uint8 [V], with the E4M3 numbers nearest to float32 [V]."""
+    _to_e4m3_all(_array(values), bytes_.numpy())
+
+
+def spell(letters: torch.Tensor, codes: torch.Tensor, rows: torch.Tensor) -> None:
+    """Fill `rows`, int32 [n, K/8], with the codes uint8 [R, 16] of the letters uint8 [R, 128]."""
+    _spell(letters.numpy(), _array(codes), _words(rows).reshape(letters.shape[0], 16))
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    return tensor.contiguous().numpy()
+
+
+def _words(rows: torch.Tensor) -> npt.NDArray[np.uint32]:
+    words: npt.NDArray[np.uint32] = rows.contiguous().numpy().view(np.uint32)
+    return words
+
+
+@njit(cache=True, nogil=True)
+def _gather(words, zeros, scales, importance, values, counts, weights):
+    channels, groups = zeros.shape
+    for n in range(channels):
+        for g in range(groups):
+            r = n * groups + g
+            count, weight, value = counts[r], weights[r], values[r]
+            count[:] = _ZERO
+            weight[:] = _ZERO
+            for w in range(16 * g, 16 * g + 16):
+                word = words[n, w]
+                for i in range(8):
+                    u = (word >> np.uint32(4 * i)) & np.uint32(15)
+                    count[u] += _ONE
+                    weight[u] += importance[8 * w + i]
+            zero, scale = np.float32(zeros[n, g]), scales[n, g]
+            for u in range(16):
+                value[u] = (np.float32(u) - zero) * scale if count[u] > _ZERO else _ZERO
+
+
+@njit(cache=True, nogil=True)
+def _unpack(words, letters):
+    for w in range(len(words)):
+        word = words[w]
+        for i in range(8):
+            letters[8 * w + i] = (word >> np.uint32(4 * i)) & np.uint32(15)
+
+
+@njit(cache=True, nogil=True)
+def _add_energies(words, zeros, scales, energies):
+    channels, groups = zeros.shape
+    squares = np.empty(16, np.float32)
+    for n in range(channels):
+        for g in range(groups):
+            zero, scale = np.float32(zeros[n, g]), scales[n, g]
+            for u in range(16):
+                value = (np.float32(u) - zero) * scale
+                squares[u] = value * value
+            for w in range(16 * g, 16 * g + 16):
+                word = words[n, w]
+                for i in range(8):
+                    energies[8 * w + i] += squares[(word >> np.uint32(4 * i)) & np.uint32(15)]
+
+
+@njit(cache=True, inline="always")
+def _round_code(x):
+    clamped = min(max(x, _LOWEST), _HIGHEST)
+    rounded = (clamped + _ROUNDER) - _ROUNDER
+    return min(max(rounded, -_CODE_MAX), _CODE_MAX - _ONE)
+
+
+@njit(cache=True, inline="always")
+def _tree_sum(terms):
+    """Sum up each column as `groups.tree_sum` does, overwriting the terms; the sums are in the first row."""
+    half = len(terms) // 2
+    while half:
+        for v in range(half):
+            for i in range(terms.shape[1]):
+                terms[v, i] += terms[v + half, i]
+        half //= 2
+
+
+@njit(cache=True, nogil=True)
+def _fit_symmetric(values, weights, factors, codes, scales):
+    width, candidates = values.shape[1], len(factors)
+    normal = np.empty(width, np.float32)
+    wq, qq = np.empty((width, candidates), np.float32), np.empty((width, candidates), np.float32)
+    for r in range(len(values)):
+        value, weight = values[r], weights[r]
+        low = high = value[0]
+        for v in range(1, width):
+            low, high = min(low, value[v]), max(high, value[v])
+        unit = (-high if high > -low else -low) / _CODE_MAX
+        if unit == _ZERO:
+            unit = _ONE
+        for v in range(width):
+            normal[v] = value[v] / unit
+            for i in range(candidates):
+                code = _round_code(normal[v] * factors[i])
+                weighted = code * weight[v]
+                wq[v, i] = weighted * normal[v]
+                qq[v, i] = weighted * code
+        _tree_sum(wq)
+        _tree_sum(qq)
+        best, best_gain = _ONE, _ZERO
+        for i in range(candidates):
+            scale = wq[0, i] / qq[0, i] if qq[0, i] > _ZERO else _ZERO
+            gain = wq[0, i] * scale
+            if gain > best_gain:
+                best, best_gain = scale, gain
+        for v in range(width):
+            codes[r, v] = np.uint8(_round_code(normal[v] / best) + _CODE_MAX)
+        scales[r] = best * unit
+
+
+@njit(cache=True, inline="always")
+def _to_e4m3(x, scratch, bits):
+    """Return the byte of the nearest E4M3 value, ties to even, saturating; `bits` is `scratch` seen as uint32."""
+    magnitude = min(abs(x), _E4M3_MAX)
+    scratch[0] = x
+    sign = (bits[0] >> np.uint32(24)) & np.uint32(0x80)
+    if magnitude < _E4M3_NORMAL:
+        return sign | np.uint32((magnitude * _E4M3_STEPS + _ROUNDER) - _ROUNDER)
+    scratch[0] = magnitude
+    b = bits[0]
+    b += np.uint32(0x7FFFF) + ((b >> np.uint32(20)) & np.uint32(1))
+    return sign | ((b >> np.uint32(20)) - np.uint32(120 << 3))
+
+
+@njit(cache=True, nogil=True)
+def _to_e4m3_all(values, found):
+    scratch = np.empty(1, np.float32)
+    bits = scratch.view(np.uint32)
+    for i in range(len(values)):
+        found[i] = _to_e4m3(values[i], scratch, bits)
+
+
+@njit(cache=True, inline="always")
+def _nearest(value, entries, ordered, order, counts, codes):
+    """Choose for each value the nearest of the 16 that `entries` stand for, the earlier in a stable sort if equal."""
+    descending = entries[0] > _ZERO  # most are sorted already, one way or the other
+    for step in range(16):
+        c = 15 - step if descending else step
+        x = entries[c] if c < 8 else (_ZERO if c == 8 else -entries[16 - c])
+        i = step
+        while i > 0 and (ordered[i - 1] > x or (descending and ordered[i - 1] == x)):
+            ordered[i], order[i] = ordered[i - 1], order[i - 1]
+            i -= 1
+        ordered[i], order[i] = x, c
+    counts[:] = 0
+    for i in range(15):
+        middle = (ordered[i + 1] + ordered[i]) / np.float32(2)
+        for v in range(len(value)):
+            counts[v] += middle < value[v]
+    for v in range(len(value)):
+        codes[v] = order[counts[v]]
+
+
+@njit(cache=True, nogil=True)
+def _fit(values, weights, tables, rounds, codes, e4m3_values):
+    width = values.shape[1]
+    entries, ordered, order = np.empty(8, np.float32), np.empty(16, np.float32), np.empty(16, np.uint8)
+    scratch, counts = np.empty(1, np.float32), np.empty(width, np.int32)
+    bits = scratch.view(np.uint32)
+    up, down = np.empty((width, 8), np.float32), np.empty((width, 8), np.float32)
+    for r in range(len(values)):
+        value, weight, table, code = values[r], weights[r], tables[r], codes[r]
+        for j in range(8):
+            entries[j] = e4m3_values[table[j]]
+        for _ in range(rounds):
+            _nearest(value, entries, ordered, order, counts, code)
+            up[:] = _ZERO
+            down[:] = _ZERO
+            for v in range(width):
+                if code[v] < 8:
+                    down[v, code[v]] = weight[v]
+                    up[v, code[v]] = weight[v] * value[v]
+                elif code[v] > 8:
+                    down[v, 16 - code[v]] = weight[v]
+                    up[v, 16 - code[v]] = weight[v] * -value[v]
+            _tree_sum(down)
+            _tree_sum(up)
+            for j in range(8):
+                if down[0, j] > _ZERO:
+                    table[j] = _to_e4m3(up[0, j] / down[0, j], scratch, bits)
+                    entries[j] = e4m3_values[table[j]]
+        _nearest(value, entries, ordered, order, counts, code)
+
+
+@njit(cache=True, nogil=True)
+def _spell(letters, codes, words):
+    for r in range(len(letters)):
+        for w in range(16):
+            word = np.uint32(0)
+            for i in range(8):
+                word |= np.uint32(codes[r, letters[r, 8 * w + i]]) << np.uint32(4 * i)
+            words[r, w] = word

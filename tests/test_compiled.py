@@ -1,0 +1,127 @@
+"""numba's kernels give the bytes that torch gives, for values that real layers have and for those that none has."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert_w4a8 import codebook, compiled, requantize
+from convert_w4a8.layout import pack_rows
+from convert_w4a8.quantize import ScalesMode, to_w4a8
+from convert_w4a8.scales import E4M3, to_e4m3
+from convert_w4a8.weights import Packing, W4A8Linear, W4Linear
+
+pytestmark = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+WIDTHS = pytest.mark.parametrize("width", [16, 128])
+KINDS = ["gauss", "few values", "one-sided", "tiny", "huge", "mostly zero", "constant"]
+
+
+def groups(kind: str, width: int, seed: int, rows: int = 40) -> torch.Tensor:
+    """Return groups of values, float32 [rows, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, width, generator=generator)
+    match kind:
+        case "few values":
+            return (values * 2).round() / 4
+        case "one-sided":
+            return -values.abs()
+        case "tiny":
+            return values * 1e-38
+        case "huge":
+            return values * 1e18
+        case "mostly zero":
+            return values * (values > 1)
+        case "constant":
+            return values[:, :1].expand(rows, width).clone()
+    return values
+
+
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch the kernels off."""
+    monkeypatch.setattr(compiled, "cpu_kernels", lambda *_: None)
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors have the same bytes."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@WIDTHS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["counted", "weighted"])
+def test_scales_and_codes(kind: str, width: int, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit_symmetric`, with weights of zero among the others."""
+    values = groups(kind, width, 1)
+    weights = torch.rand(values.shape).sub(0.2).clamp(min=0) if weighted else torch.ones(1)
+    found = requantize.fit_symmetric(values, weights)
+    plainly(monkeypatch)
+    assert all(map(same, found, requantize.fit_symmetric(values, weights)))
+
+
+@WIDTHS
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+@given(data=st.data())
+def test_codes_and_entries(width: int, rounds: int, data: st.DataObject) -> None:
+    """`codebook.fit` from tables of any finite bytes, equal entries and both zeros among them."""
+    byte = st.integers(0, 255).filter(lambda b: b & 0x7F != 0x7F)
+    rows = data.draw(st.lists(st.lists(byte, min_size=8, max_size=8), min_size=1, max_size=8), label="tables")
+    tables = torch.tensor(rows, dtype=torch.uint8).view(E4M3)
+    values = groups(data.draw(st.sampled_from(KINDS)), width, data.draw(st.integers(0, 99)), len(rows))
+    values *= 10.0 ** data.draw(st.integers(-3, 3))
+    weights = torch.rand(values.shape).sub(0.2).clamp(min=0)
+    found = codebook.fit(values, weights, tables, rounds)
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch)
+        expected = codebook.fit(values, weights, tables, rounds)
+    assert all(map(same, found, expected))
+
+
+def test_every_float_between_two_fp8_numbers_is_rounded_as_torch_rounds_it() -> None:
+    """The kernel's own rounding: all 65,536 bfloat16 numbers but NaN, the middles among them, and their neighbours."""
+    kernels = compiled.cpu_kernels("requantize", torch.device("cpu"))
+    assert kernels is not None
+    some = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    some = some[~some.isnan()]
+    values = torch.cat([some, some.nextafter(some + 1), some.nextafter(some - 1)]).clamp(-1e30, 1e30)
+    found = torch.empty(len(values), dtype=torch.uint8)
+    kernels.to_e4m3(values, found)
+    assert torch.equal(found, to_e4m3(values).view(torch.uint8))
+
+
+def layer(seed: int, *, zeros: bool, group_size: int = 128, act_order: bool = False) -> W4Linear:
+    """Return a layer [176, 384] whose codes cannot all be kept."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (176, 384), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(384 // group_size, 176, generator=generator).mul_(0.01).half()
+    points = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=generator) if zeros else None
+    g_idx = torch.arange(384, dtype=torch.int32)[torch.randperm(384, generator=generator)] // group_size
+    return W4Linear(pack_rows(codes), Packing.ROWS, scales, points, g_idx if act_order else None, group_size)
+
+
+@pytest.mark.parametrize("mode", ScalesMode, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zeros": True},
+        {"zeros": True, "group_size": 32},
+        {"zeros": False, "group_size": 64},
+        {"zeros": True, "act_order": True},
+    ],
+    ids=["zero-points", "groups of 32", "groups of 64", "act-order"],
+)
+def test_whole_layers(mode: ScalesMode, options: dict[str, bool | int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a conversion, from codes to codes."""
+    w = layer(3, **options)  # type: ignore[arg-type]
+    found, stats = to_w4a8(w, mode)
+    plainly(monkeypatch)
+    expected, plain_stats = to_w4a8(w, mode)
+    assert all(
+        same(getattr(found, name), getattr(expected, name))
+        for name in W4A8Linear.__dataclass_fields__
+        if name != "packing"
+    )
+    assert stats.noise == pytest.approx(plain_stats.noise, rel=1e-12)
