@@ -6,7 +6,6 @@ The kernel's table is a codebook: entry j = 0 … 7 is the value of code j − 8
 
 import torch
 
-from convert_w4a8 import compiled
 from convert_w4a8.groups import tree_sum
 from convert_w4a8.scales import CODE_MAX, to_e4m3
 from convert_w4a8.weights import SYMMETRIC_ZERO
@@ -21,10 +20,6 @@ def fit(
     tables: float8_e4m3fn [R, 8]. No round raises the weighted squared error.
     Returns unsigned codes uint8 [R, V] and tables float8_e4m3fn [R, 8].
     """
-    kernels = compiled.cpu_kernels("requantize", values.device)
-    if kernels is not None:
-        codes, fitted = kernels.fit(values, weights.expand_as(values), tables, rounds)
-        return codes, fitted
     entries = tables.float()
     for _ in range(rounds):
         # The error of an entry is a parabola in it, so the nearest FP8 value to its minimum is the best one.

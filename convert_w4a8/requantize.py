@@ -24,6 +24,7 @@ _CANDIDATES = 18
 _CANDIDATES_PER_OCTAVE = 16
 _FIRST_CANDIDATE = 8 / 7
 """In units of max|w|/8: the largest value becomes ∓7. The last candidate, 0.547, clips at little over half of it."""
+FACTORS = [2 ** (i / _CANDIDATES_PER_OCTAVE) / _FIRST_CANDIDATE for i in range(_CANDIDATES)]
 _PLAIN_RANGE = 7.5
 """amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
 _VALUES_AT_ONCE = 1 << 18
@@ -113,9 +114,13 @@ def choose_codes(w: W4Linear, importance: torch.Tensor | None, *, weighted: bool
         raise ValueError(f"K = {k} is not a multiple of {GROUP_SIZE}")
     groups, kept = gather(w, importance), _kept(w).flatten()
     codes, scales = _kept_codes(w, groups)
-    for index in _batches(~kept, groups.values.shape[1]):
-        weights = groups.weights if weighted else groups.counts
-        codes[index], scales[index] = fit_symmetric(groups.values[index], weights[index])
+    weights = groups.weights if weighted else groups.counts
+    kernels = compiled.cpu_kernels("requantize", kept.device)
+    if kernels is not None:
+        kernels.fit_symmetric(groups.values, weights, kept, FACTORS, codes, scales)
+    else:
+        for index in _batches(~kept, groups.values.shape[1]):
+            codes[index], scales[index] = fit_symmetric(groups.values[index], weights[index])
     return NewCodes(groups, kept, codes, scales.view(n, -1).t().contiguous())
 
 
@@ -128,14 +133,20 @@ def refit(
     Returns codes, tables, the energy of the source's weights, and that of their difference from the final ones.
     """
     groups, codes = new.groups, new.codes.clone()
+    values, counts, weights = groups.values, groups.counts, groups.weights
     table = tables.transpose(0, 1).flatten(0, 1)
-    channel = channel_scale.repeat_interleave(len(tables))[:, None]
-    for index in _batches(~new.kept, groups.values.shape[1]):
-        codes[index], table[index] = codebook.fit(
-            groups.values[index] / channel[index], groups.weights[index], table[index], rounds=_REFITS if free else 0
-        )
-    difference = codebook.values_of(table.float(), codes).mul_(channel).sub_(groups.values)
-    signal, noise = _energy(groups.values, groups.counts), _energy(difference, groups.counts)
+    rounds = _REFITS if free else 0
+    kernels = compiled.cpu_kernels("requantize", codes.device)
+    if kernels is not None:
+        signal, noise = kernels.refit(values, counts, weights, new.kept, channel_scale, codes, table, rounds)
+    else:
+        channel = channel_scale.repeat_interleave(len(tables))[:, None]
+        for index in _batches(~new.kept, values.shape[1]):
+            codes[index], table[index] = codebook.fit(
+                values[index] / channel[index], weights[index], table[index], rounds
+            )
+        difference = codebook.values_of(table.float(), codes).mul_(channel).sub_(values)
+        signal, noise = _energy(values, counts), _energy(difference, counts)
     return replace(new, codes=codes), table.view(-1, len(tables), CODE_MAX).transpose(0, 1), signal, noise
 
 
@@ -153,18 +164,13 @@ def fit_symmetric(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Te
 
     Returns unsigned symmetric codes uint8 [R, V] and scales float32 [R].
     """
-    factors = [2 ** (i / _CANDIDATES_PER_OCTAVE) / _FIRST_CANDIDATE for i in range(_CANDIDATES)]
-    kernels = compiled.cpu_kernels("requantize", values.device)
-    if kernels is not None:
-        chosen, scales = kernels.fit_symmetric(values, weights.expand_as(values), factors)
-        return chosen, scales
     low, high = values.aminmax(dim=1)
     unit = torch.where(high > -low, -high, -low) / CODE_MAX  # negative: −8 stands for the largest positive value
     unit = torch.where(unit == 0, 1.0, unit)
     normal = values / unit[:, None]
     best = torch.ones_like(unit)
     best_gain = torch.zeros_like(unit)
-    for factor in factors:
+    for factor in FACTORS:
         codes = _round(normal * factor)
         weighted = codes * weights
         # Under codes q the best scale is Σwq/Σq², and it leaves the error Σw² − (Σwq)²/Σq².

@@ -45,23 +45,38 @@ def add_energies(rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, 
 
 
 def fit_symmetric(
-    values: torch.Tensor, weights: torch.Tensor, factors: list[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `requantize.fit_symmetric` does, with its candidates as factors of the normal values."""
-    codes, scales = torch.empty(values.shape, dtype=torch.uint8), torch.empty(len(values))
+    values: torch.Tensor,
+    weights: torch.Tensor,
+    kept: torch.Tensor,
+    factors: list[float],
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+) -> None:
+    """Put what `requantize.fit_symmetric` returns into `codes` and `scales`, for the groups that are not kept."""
     candidates = np.array(factors, np.float32)
-    _fit_symmetric(_array(values), _array(weights), candidates, codes.numpy(), scales.numpy())
-    return codes, scales
+    _fit_symmetric(_array(values), _array(weights), _array(kept), candidates, codes.numpy(), scales.numpy())
 
 
-def fit(
-    values: torch.Tensor, weights: torch.Tensor, tables: torch.Tensor, rounds: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `codebook.fit` does."""
-    codes, tables = torch.empty(values.shape, dtype=torch.uint8), tables.clone(memory_format=torch.contiguous_format)
-    entries = tables.view(torch.uint8).numpy()
-    _fit(_array(values), _array(weights), entries, rounds, codes.numpy(), _E4M3_VALUES)
-    return codes, tables
+def refit(
+    values: torch.Tensor,
+    counts: torch.Tensor,
+    weights: torch.Tensor,
+    kept: torch.Tensor,
+    channel_scale: torch.Tensor,
+    codes: torch.Tensor,
+    tables: torch.Tensor,
+    rounds: int,
+) -> tuple[float, float]:
+    """Put what `codebook.fit` returns into `codes` and `tables`, for the groups that are not kept.
+
+    channel_scale: float32 [n]; the groups are in the order [n, K/128]. tables: float8_e4m3fn [R, 8].
+    Returns the energy of the values, and that of their difference from what they became, of all groups.
+    """
+    arrays = map(_array, (values, counts, weights, kept, channel_scale))
+    energies: tuple[float, float] = _refit(
+        tuple(arrays), codes.numpy(), tables.view(torch.uint8).numpy(), rounds, _E4M3_VALUES
+    )
+    return energies
 
 
 def to_e4m3(values: torch.Tensor, bytes_: torch.Tensor) -> None:
@@ -146,11 +161,13 @@ def _tree_sum(terms):
 
 
 @njit(cache=True, nogil=True)
-def _fit_symmetric(values, weights, factors, codes, scales):
+def _fit_symmetric(values, weights, kept, factors, codes, scales):
     width, candidates = values.shape[1], len(factors)
     normal = np.empty(width, np.float32)
     wq, qq = np.empty((width, candidates), np.float32), np.empty((width, candidates), np.float32)
     for r in range(len(values)):
+        if kept[r]:
+            continue
         value, weight = values[r], weights[r]
         low = high = value[0]
         for v in range(1, width):
@@ -222,34 +239,52 @@ def _nearest(value, entries, ordered, order, counts, codes):
 
 
 @njit(cache=True, nogil=True)
-def _fit(values, weights, tables, rounds, codes, e4m3_values):
-    width = values.shape[1]
+def _refit(groups, codes, tables, rounds, e4m3_values):
+    values, counts, weights, kept, channel_scale = groups
+    width, groups_per_channel = values.shape[1], len(values) // len(channel_scale)
     entries, ordered, order = np.empty(8, np.float32), np.empty(16, np.float32), np.empty(16, np.uint8)
-    scratch, counts = np.empty(1, np.float32), np.empty(width, np.int32)
+    scratch, places, value = np.empty(1, np.float32), np.empty(width, np.int32), np.empty(width, np.float32)
     bits = scratch.view(np.uint32)
     up, down = np.empty((width, 8), np.float32), np.empty((width, 8), np.float32)
+    signal = noise = 0.0
     for r in range(len(values)):
-        value, weight, table, code = values[r], weights[r], tables[r], codes[r]
+        weight, table, code, channel = weights[r], tables[r], codes[r], channel_scale[r // groups_per_channel]
         for j in range(8):
             entries[j] = e4m3_values[table[j]]
-        for _ in range(rounds):
-            _nearest(value, entries, ordered, order, counts, code)
-            up[:] = _ZERO
-            down[:] = _ZERO
+        if not kept[r]:
             for v in range(width):
-                if code[v] < 8:
-                    down[v, code[v]] = weight[v]
-                    up[v, code[v]] = weight[v] * value[v]
-                elif code[v] > 8:
-                    down[v, 16 - code[v]] = weight[v]
-                    up[v, 16 - code[v]] = weight[v] * -value[v]
-            _tree_sum(down)
-            _tree_sum(up)
-            for j in range(8):
-                if down[0, j] > _ZERO:
-                    table[j] = _to_e4m3(up[0, j] / down[0, j], scratch, bits)
-                    entries[j] = e4m3_values[table[j]]
-        _nearest(value, entries, ordered, order, counts, code)
+                value[v] = values[r, v] / channel
+            for _ in range(rounds):
+                _nearest(value, entries, ordered, order, places, code)
+                _best_entries(value, weight, code, up, down)
+                for j in range(8):
+                    if down[0, j] > _ZERO:
+                        table[j] = _to_e4m3(up[0, j] / down[0, j], scratch, bits)
+                        entries[j] = e4m3_values[table[j]]
+            _nearest(value, entries, ordered, order, places, code)
+        for v in range(width):
+            c = code[v]
+            entry = entries[c] if c < 8 else (_ZERO if c == 8 else -entries[16 - c])
+            difference = entry * channel - values[r, v]
+            signal += np.float64(values[r, v] * values[r, v] * counts[r, v])
+            noise += np.float64(difference * difference * counts[r, v])
+    return signal, noise
+
+
+@njit(cache=True, inline="always")
+def _best_entries(value, weight, code, up, down):
+    """Leave the numerators and denominators of `codebook.best_entries` in the first rows of `up` and `down`."""
+    up[:] = _ZERO
+    down[:] = _ZERO
+    for v in range(len(value)):
+        if code[v] < 8:
+            down[v, code[v]] = weight[v]
+            up[v, code[v]] = weight[v] * value[v]
+        elif code[v] > 8:
+            down[v, 16 - code[v]] = weight[v]
+            up[v, 16 - code[v]] = weight[v] * -value[v]
+    _tree_sum(down)
+    _tree_sum(up)
 
 
 @njit(cache=True, nogil=True)
