@@ -15,6 +15,7 @@ import click
 from convert_w4a8 import __version__
 from convert_w4a8.cli_options import Size, conversion_options, read_options
 from convert_w4a8.errors import ConvertError, PlanError, W4A8Error
+from convert_w4a8.startup import import_torch
 
 if TYPE_CHECKING:
     from convert_w4a8.hub import Repository
@@ -26,6 +27,7 @@ class W4A8Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Errors that are not the user's keep their traceback."""
         try:
+            import_torch()
             return super().invoke(ctx)
         except PlanError as error:
             count = len(error.refusals)

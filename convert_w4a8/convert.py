@@ -1,16 +1,13 @@
 """The conversion itself: read a layer, quantize its scales, pack it, write it; several layers at a time."""
 
 import json
-import os
 import shutil
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from convert_w4a8.checkpoint import CARD, CONFIG, Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.disk import check_destination, occupied
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.jobs import Job, run_jobs
 from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
 from convert_w4a8.quantize import LayerStats, to_w4a8
 from convert_w4a8.resume import fingerprint, work_path
@@ -30,10 +28,6 @@ from convert_w4a8.weights import W4Linear
 from convert_w4a8.writer import CheckpointWriter
 
 _CHUNK_BYTES = 8 << 20
-_MAX_WORKERS = 4
-_MEMORY_BYTES = 512 << 20
-"""What layers that are converted side by side may take together; a larger layer is converted alone."""
-
 Progress = Callable[[int], None]
 """Called with the number of source bytes that are done with since the last call; from any thread."""
 
@@ -127,8 +121,7 @@ def convert(
     found = fingerprint(checkpoint, plan.options)
     with CheckpointWriter(out, plan.shards, fingerprint=found, overwrite=overwrite, resume=resume) as writer:
         work = _Work(checkpoint, plan, writer, device, progress)
-        with _one_thread_each():
-            _run(_jobs(work))
+        run_jobs(_jobs(work))
         layers = tuple(LayerResult(layer, _stats(writer.noted[layer.module])) for layer in plan.layers)
         for relative in checkpoint.side_files:
             writer.copy_file(checkpoint.root / relative, relative)
@@ -160,43 +153,24 @@ class _Work:
         return arena
 
 
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep torch from using several threads an operation: the layers themselves run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A piece of work, the memory that it will take in bytes, and the place of its first tensor in the output."""
-
-    run: Callable[[], None]
-    memory: int
-    place: int
-
-
-def _jobs(work: _Work) -> list[_Job]:
+def _jobs(work: _Work) -> list[Job]:
     """List what is to be done, in the order of the output files, so that they finish one after the other."""
-    names = (spec.name for shard in work.plan.shards for spec in shard.specs)
-    places = {name: place for place, name in enumerate(names)}
+    specs = ((shard.file_name, spec.name) for shard in work.plan.shards for spec in shard.specs)
+    places = {name: (place, file) for place, (file, name) in enumerate(specs)}
     jobs = []
     for layer in work.plan.layers:
         if all(work.writer.is_finished(spec.name) for spec in layer.outputs):
             work.progress(_source_nbytes(work, layer))
         else:
-            place = min(places[spec.name] for spec in layer.outputs)
-            jobs.append(_Job(partial(_convert_layer, work, layer), _layer_memory(layer), place))
+            place, file = min(places[spec.name] for spec in layer.outputs)
+            jobs.append((place, Job(partial(_convert_layer, work, layer), _layer_memory(layer), file)))
     for tensor in work.plan.tensors:
         if work.writer.is_finished(tensor.output.name):
             work.progress(tensor.info.nbytes)
         else:
-            jobs.append(_Job(partial(_copy_tensor, work, tensor), 2 * _CHUNK_BYTES, places[tensor.output.name]))
-    return sorted(jobs, key=lambda job: job.place)
+            place, file = places[tensor.output.name]
+            jobs.append((place, Job(partial(_copy_tensor, work, tensor), 2 * _CHUNK_BYTES, file)))
+    return [job for _, job in sorted(jobs, key=itemgetter(0))]
 
 
 def _layer_memory(layer: LayerPlan) -> int:
@@ -207,27 +181,6 @@ def _layer_memory(layer: LayerPlan) -> int:
 
 def _source_nbytes(work: _Work, layer: LayerPlan) -> int:
     return sum(work.checkpoint.tensors[name].nbytes for name in layer.spec.parts.values())
-
-
-def _run(jobs: Sequence[_Job]) -> None:
-    """Run jobs side by side as far as cores and memory allow, in order; the first error ends all."""
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(jobs)
-        running: dict[Future[None], int] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    if running and sum(running.values()) + waiting[0].memory > _MEMORY_BYTES:
-                        break
-                    job = waiting.popleft()
-                    running[pool.submit(job.run)] = job.memory
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
-                    future.result()
-        finally:
-            for future in running:
-                future.cancel()
 
 
 def _convert_layer(work: _Work, layer: LayerPlan) -> None:

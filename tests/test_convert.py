@@ -12,7 +12,7 @@ from checkpoint_edits import REMOVE, edit_json, edit_tensors, snapshot, write_ca
 from factories import Checkpoint
 from safetensors.torch import load_file, save_file
 
-from convert_w4a8 import convert, dequantize
+from convert_w4a8 import convert, dequantize, jobs
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.convert import Result, check_paths, resolve_device
 from convert_w4a8.errors import ConvertError, PlanError
@@ -133,7 +133,7 @@ def test_few_layers_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(convert, "_convert_layer", counting)
     run(source.path, tmp_path / "out")
-    assert 1 <= most <= convert._MAX_WORKERS
+    assert 1 <= most <= jobs._MAX_WORKERS
 
 
 def test_progress_counts_every_byte_of_the_input_once(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_after_an_error_no_more_layers_are_begun(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(convert, "_convert_layer", failing)
     with pytest.raises(ZeroDivisionError):
         run(source.path, tmp_path / "out")
-    assert len(begun) <= 2 * convert._MAX_WORKERS
+    assert len(begun) <= 2 * jobs._MAX_WORKERS
 
 
 # Places.
