@@ -27,8 +27,8 @@ _FIRST_CANDIDATE = 8 / 7
 FACTORS = [2 ** (i / _CANDIDATES_PER_OCTAVE) / _FIRST_CANDIDATE for i in range(_CANDIDATES)]
 _PLAIN_RANGE = 7.5
 """amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
-_VALUES_AT_ONCE = 1 << 18
-"""Values worked on together: 1 MiB of float32, which stays in a core's cache."""
+_VALUES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Values worked on together: 1 MiB of float32, which stays in a core's cache; on a GPU as many as there are."""
 _REFITS = 3
 """Rounds of nearest codes and best entries; more gain less than 0.05 dB."""
 
@@ -211,8 +211,8 @@ def _kept_codes(w: W4Linear, groups: Groups) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _batches(mask: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
-    """Yield the indices where a mask [R] is set, so many at a time that [_, width] float32 values stay in a cache."""
-    yield from torch.split(mask.nonzero()[:, 0], max(1, _VALUES_AT_ONCE // width))
+    """Yield the indices where a mask [R] is set, for groups of `width` values, as many as suit the device at a time."""
+    yield from torch.split(mask.nonzero()[:, 0], max(1, _VALUES_AT_ONCE[mask.device.type] // width))
 
 
 def _energy(values: torch.Tensor, counts: torch.Tensor) -> float:

@@ -3,10 +3,12 @@
 
 Makes synthetic checkpoints once (Llama-8B layer shapes, or a mixture of many small experts), then runs every
 contender in turn for several rounds, each as a process of its own, from a warm page cache. Prints medians: wall and
-CPU seconds, peak memory of the process, MB/s of input, and the ratio to `cp -r`.
+CPU seconds, peak memory of the process, MB/s of input, and the ratios to `cp -r`, which leaves its copy in the page
+cache, and to `cp -r` with the copy on the disk, where a conversion's output is.
 
     python scripts/bench_convert.py --gigabytes 2 --rounds 5
     python scripts/bench_convert.py --inputs awq gptq moe --peer-python .peer/bin/python --json result.json
+    python scripts/bench_convert.py --gigabytes 1 4 16 --inputs gptq --formats lut --scales search
 
 The peer wants an environment of its own: `python -m venv .peer; .peer/bin/pip install compressed-tensors transformers`.
 """
@@ -55,6 +57,8 @@ MOE = tuple(
 INPUTS = ("awq", "awq-zp", "gptq", "compressed-tensors", "moe")
 """awq: every zero-point is 8; awq-zp: random zero-points, as AutoAWQ's own; moe: GPTQ experts."""
 
+PLAIN = "import sys; sys.modules['numba'] = None; from convert_w4a8.cli import convert; convert()"
+"""Our command where numba is not installed."""
 PEER = """
 import sys
 from compressed_tensors.entrypoints.convert import AutoAWQConverter, convert_checkpoint
@@ -66,7 +70,7 @@ def random_words(*shape: int) -> "torch.Tensor":
     """Return int32 words of which every bit is random."""
     import torch
 
-    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64).to(torch.int32)
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
 
 
 def layer_tensors(kind: str, name: str, n: int, k: int) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -154,13 +158,19 @@ def timed(command: list[str], out: Path) -> Run:
 
 def contenders(kind: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """Return the commands to compare for one input, `cp -r` first."""
-    ours = [sys.executable, "-c", "from convert_w4a8.cli import convert; convert()", str(source), str(out), "--quiet"]
-    ours += ["--device", args.device]
-    commands = {"cp -r": ["cp", "-r", str(source), str(out)]}
+    arguments = [str(source), str(out), "--quiet", "--device", args.device]
+    ours = [sys.executable, "-c", "from convert_w4a8.cli import convert; convert()", *arguments]
+    commands = {
+        "cp -r": ["cp", "-r", str(source), str(out)],
+        "cp -r, on the disk": ["sh", "-c", f'cp -r "{source}" "{out}" && sync "{out}"/*'],
+    }
     for mode in args.scales:
-        commands[f"lut, {mode}"] = [*ours, "--format", "lut", "--scales", mode]
-        if mode != "direct":
-            commands[f"compressed-tensors, {mode}"] = [*ours, "--format", "compressed-tensors", "--scales", mode]
+        for form in args.formats:
+            if (form, mode) != ("compressed-tensors", "direct"):
+                commands[f"{form}, {mode}"] = [*ours, "--format", form, "--scales", mode]
+    if args.without_numba:
+        mode = args.scales[0]
+        commands[f"lut, {mode}, without numba"] = [sys.executable, "-c", PLAIN, *arguments, "--scales", mode]
     if kind.startswith("awq") and args.peer_python:
         for workers in (1, 2):
             commands[f"peer, {workers} worker" + "s" * (workers > 1)] = [
@@ -169,14 +179,12 @@ def contenders(kind: str, source: Path, out: Path, args: argparse.Namespace) -> 
     return commands
 
 
-def bench(kind: str, args: argparse.Namespace) -> list[dict[str, object]]:
+def bench(kind: str, gigabytes: float, args: argparse.Namespace) -> list[dict[str, object]]:
     """Time all contenders on one input and return a row for each."""
-    source, out = args.directory / f"{kind}-{args.gigabytes:g}", args.directory / "out"
+    source, out = args.directory / f"{kind}-{gigabytes:g}", args.directory / "out"
     if not (source / "config.json").is_file():
         # In a process of its own: the peak memory of a forked child begins with its parent's.
-        maker = multiprocessing.get_context("spawn").Process(
-            target=make_checkpoint, args=(source, kind, args.gigabytes)
-        )
+        maker = multiprocessing.get_context("spawn").Process(target=make_checkpoint, args=(source, kind, gigabytes))
         maker.start()
         maker.join()
     megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
@@ -190,20 +198,22 @@ def bench(kind: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 continue
             runs[name].append(timed(command, out))
             print(f"{kind} {name}: {runs[name][-1].wall:.2f} s", file=sys.stderr)
-    base = statistics.median(run.wall for run in runs["cp -r"])
+    copy, durable = (statistics.median(run.wall for run in runs[name]) for name in list(runs)[:2])
     rows = []
     for name, results in runs.items():
         wall = statistics.median(run.wall for run in results)
         rows.append(
             {
                 "input": kind,
+                "gigabytes": gigabytes,
                 "contender": name,
                 "runs": len(results),
                 "wall_s": wall,
                 "cpu_s": statistics.median(run.cpu for run in results),
                 "rss_mib": max(run.rss for run in results),
                 "mb_per_s": megabytes / wall,
-                "wall_to_cp": wall / base,
+                "wall_to_cp": wall / copy,
+                "wall_to_durable_cp": wall / durable,
             }
         )
     return rows
@@ -213,23 +223,25 @@ def main() -> None:
     """Parse the arguments, run, print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("bench-data"), help="where checkpoints are kept")
-    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--gigabytes", nargs="+", type=float, default=[2.0])
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=["awq", "gptq", "compressed-tensors"])
     parser.add_argument("--scales", nargs="+", default=["reference", "search", "direct"])
+    parser.add_argument("--formats", nargs="+", default=["lut", "compressed-tensors"])
+    parser.add_argument("--without-numba", action="store_true", help="also the first mode with torch alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, default=1, help="the peer takes minutes; fewer rounds suffice")
     parser.add_argument("--peer-python", help="Python of an environment with compressed-tensors")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = [row for kind in args.inputs for row in bench(kind, args)]
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, torch {version('torch')}, {args.gigabytes:g} GB")
-    print("| input | contender | wall s | CPU s | peak MiB | MB/s | wall / cp |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    rows = [row for kind in args.inputs for gigabytes in args.gigabytes for row in bench(kind, gigabytes, args)]
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, torch {version('torch')}")
+    print("| input | GB | contender | wall s | CPU s | peak MiB | MB/s | wall / cp | wall / cp on the disk |")
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         print(
-            "| {input} | {contender} | {wall_s:.2f} | {cpu_s:.2f} | {rss_mib:.0f} | {mb_per_s:.0f}"
-            " | {wall_to_cp:.2f} |".format(**row)
+            "| {input} | {gigabytes:g} | {contender} | {wall_s:.2f} | {cpu_s:.2f} | {rss_mib:.0f} | {mb_per_s:.0f}"
+            " | {wall_to_cp:.2f} | {wall_to_durable_cp:.2f} |".format(**row)
         )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
