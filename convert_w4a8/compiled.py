@@ -1,6 +1,7 @@
 """The CPU kernels that numba compiles, where it is installed: `pip install 'w4a8-convert[fast]'`.
 
 Each does what torch operations do beside its call, to the bit, several times as fast; without numba these do the work.
+numba compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
 """
 
 from functools import cache
@@ -13,15 +14,20 @@ import torch
 
 def cpu_kernels(name: str, device: torch.device) -> ModuleType | None:
     """Return `kernels/cpu_<name>.py`, or None for another device or where numba is not to be had."""
-    return import_module(f"convert_w4a8.kernels.cpu_{name}") if device.type == "cpu" and _has_numba() else None
+    return _load(name) if device.type == "cpu" else None
 
 
 @cache
-def _has_numba() -> bool:
+def _load(name: str) -> ModuleType | None:
     if find_spec("numba") is None:
-        return False
+        return None
     try:
         import_module("numba")
     except ImportError:  # it refuses a NumPy newer than it knows
-        return False
-    return True
+        return None
+    try:
+        return import_module(f"convert_w4a8.kernels.cpu_{name}")
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        return None  # no directory to keep it in: compiling every time would take longer than it saves

@@ -174,9 +174,9 @@ def _jobs(work: _Work) -> list[Job]:
 
 
 def _layer_memory(layer: LayerPlan) -> int:
-    """Return the bytes that converting a layer takes: its codes before and after, scales and what is made of them."""
+    """Return the bytes that converting a layer takes at most: thrice its codes, read, chosen anew and joined."""
     n, k = layer.spec.out_features, layer.spec.in_features
-    return n * k * 5 // 4
+    return n * k * 3 // 2
 
 
 def _source_nbytes(work: _Work, layer: LayerPlan) -> int:

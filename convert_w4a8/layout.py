@@ -171,7 +171,7 @@ def unpack_codes(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     rows = to_rows(packed, packing).contiguous()
     codes = torch.empty(rows.shape[0], rows.shape[1] * 8, dtype=torch.uint8, device=rows.device)
     pairs, source = codes.view(torch.int16).view(-1), rows.view(torch.uint8).view(-1)
-    for part in _parts(source.numel()):
+    for part in _parts(source):
         spread = source[part].to(torch.int16)
         spread |= spread << 4
         torch.bitwise_and(spread, 0x0F0F, out=pairs[part])
@@ -184,7 +184,7 @@ def pack_rows(codes: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"K = {codes.shape[1]} is not a multiple of 8")
     rows = torch.empty(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
     pairs, target = codes.contiguous().view(torch.int16).view(-1), rows.view(torch.uint8).view(-1)
-    for part in _parts(target.numel()):
+    for part in _parts(target):
         target[part] = pairs[part] | pairs[part] >> 4  # the low byte of it
     return rows
 
@@ -201,9 +201,10 @@ def code_histogram(packed: torch.Tensor, max_words: int = 1 << 16) -> torch.Tens
     return counts.double() / counts.sum()
 
 
-def _parts(size: int) -> Iterator[slice]:
-    """Cut `size` elements into runs whose temporaries stay in the cache."""
-    return (slice(start, start + _RUN) for start in range(0, size, _RUN))
+def _parts(data: torch.Tensor) -> Iterator[slice]:
+    """Cut a one-dimensional tensor into runs whose temporaries stay in the cache; a GPU works best on all of it."""
+    run = _RUN if data.device.type == "cpu" else max(1, data.numel())
+    return (slice(start, start + run) for start in range(0, data.numel(), run))
 
 
 def _by_blocks(
@@ -277,7 +278,8 @@ def _awq_to_rows(packed: torch.Tensor) -> torch.Tensor:
     # As in `repack`: a word has (n0, n2, n1) inside, and trades them for (k2, k1, k0).
     source = packed.reshape(k // 8, 2, 2, 2, columns).permute(2, 3, 1, 0, 4)  # [k1, k0, k2, ...] → [n2, n1, n0, ...]
     target = rows.view(columns, 2, 2, 2, k // 8).permute(1, 2, 3, 4, 0)
-    k_block, n_block = min(k // 8, _BLOCK_WORDS[0]), min(columns, _BLOCK_WORDS[1])
+    most = _BLOCK_WORDS if packed.device.type == "cpu" else (k // 8, columns)
+    k_block, n_block = min(k // 8, most[0]), min(columns, most[1])
     block = torch.zeros(2, 2, 2, k_block, n_block + _PAD, dtype=torch.int32, device=packed.device)
     scratch = torch.empty(block.numel() // 2, dtype=torch.int32, device=packed.device)
     for first_n in range(0, columns, n_block):

@@ -84,8 +84,8 @@ def to_w4a8(w: W4Linear, mode: ScalesMode, *, stock: bool = False) -> tuple[W4A8
 
 def _keep_codes(w: W4Linear, mode: ScalesMode, *, stock: bool) -> tuple[W4A8Linear, LayerStats]:
     """Convert a kernel-ready layer, codes as they are."""
-    weights = magnitude_weights(code_histogram(w.packed, _HISTOGRAM_WORDS))
-    table = error_table(weights, w.scales.device)
+    weights = magnitude_weights(code_histogram(w.packed, _HISTOGRAM_WORDS).cpu())
+    table = error_table(weights, torch.device("cpu"))
     tables, source_scale = _quantize(w.scales, mode, weights, table, stock=stock)
     signal = table.energy * GROUP_SIZE * float(w.scales.double().square().sum())
     w4a8 = W4A8Linear(w.packed, w.packing, tables.group_scale, tables.lut, tables.channel_scale, source_scale)
@@ -99,8 +99,9 @@ def _choose_codes(
     # Free tables are fitted later, and best from codes that follow the source's own grid.
     free = mode is ScalesMode.DIRECT
     new = choose_codes(w, importance, weighted=not free)
-    weights = magnitude_weights(new.histogram())
-    chosen, source_scale = _quantize(new.scales, mode, weights, error_table(weights, w.scales.device), stock=stock)
+    weights = magnitude_weights(new.histogram().cpu())
+    table = error_table(weights, torch.device("cpu"))
+    chosen, source_scale = _quantize(new.scales, mode, weights, table, stock=stock)
     new, lut, signal, noise = refit(new, chosen.entries(), chosen.channel_scale, free=free)
     w4a8 = W4A8Linear(
         packed=new.rows(),
@@ -138,15 +139,24 @@ def _join(parts: list[tuple[W4A8Linear, LayerStats]]) -> tuple[W4A8Linear, Layer
 def _quantize(
     scales: torch.Tensor, mode: ScalesMode, weights: torch.Tensor, table: ErrorTable, *, stock: bool
 ) -> tuple[Tables, torch.Tensor | None]:
-    """Choose the FP8 tables of scales [G, N]; also BF16 scales that stand for them, if vLLM is to compute them."""
+    """Choose the FP8 tables of scales [G, N]; also BF16 scales that stand for them, if vLLM is to compute them.
+
+    Always on the CPU: a GPU's logarithms and the order of its sums differ in their last bits, which decide between
+    channel scales that are nearly as good as one another, and every device is to write the same bytes.
+    """
+    device, scales = scales.device, scales.cpu()
+    source: torch.Tensor | None = None
     match mode:
         case ScalesMode.REFERENCE:
             source = scales.bfloat16() if stock else None
-            return reference_tables(scales, scales if source is None else source, table), source
+            tables = reference_tables(scales, scales if source is None else source, table)
+        case ScalesMode.SEARCH if stock:
+            tables, source = quantize_stock(scales, table)
         case ScalesMode.SEARCH:
-            return quantize_stock(scales, table) if stock else (quantize_search(scales, table), None)
+            tables = quantize_search(scales, table)
         case ScalesMode.DIRECT:
-            return quantize_direct(scales, weights, table), None
+            tables = quantize_direct(scales, weights, table)
+    return tables.to(device), None if source is None else source.to(device)
 
 
 def _distinct(group_scale: torch.Tensor | None) -> int | None:

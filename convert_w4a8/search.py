@@ -55,6 +55,12 @@ class Tables:
     channel_scale: torch.Tensor
     noise: torch.Tensor
 
+    def to(self, device: torch.device) -> "Tables":
+        """Return the same on another device."""
+        group_scale = None if self.group_scale is None else self.group_scale.to(device)
+        lut = None if self.lut is None else self.lut.to(device)
+        return Tables(group_scale, lut, self.channel_scale.to(device), self.noise)
+
     def entries(self) -> torch.Tensor:
         """Return the table entries, float8_e4m3fn [G, N, 8]."""
         if self.group_scale is not None:

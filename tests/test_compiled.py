@@ -1,13 +1,15 @@
 """numba's kernels give the bytes that torch gives, for values that real layers have and for those that none has."""
 
+from collections.abc import Iterator
 from importlib import import_module
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_w4a8 import codebook, compiled, requantize
+from convert_w4a8 import codebook, compiled, layout, requantize
 from convert_w4a8.layout import pack_rows
 from convert_w4a8.quantize import ScalesMode, to_w4a8
 from convert_w4a8.scales import E4M3, to_e4m3
@@ -130,3 +132,48 @@ def test_whole_layers(mode: ScalesMode, options: dict[str, bool | int], monkeypa
         if name != "packing"
     )
     assert stats.noise == pytest.approx(plain_stats.noise, rel=1e-12)
+
+
+@pytest.fixture
+def nothing_loaded() -> Iterator[None]:
+    """Forget which kernels there are, before and after."""
+    compiled._load.cache_clear()
+    yield
+    compiled._load.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("numba", ImportError("Numba needs NumPy 2.4 or less")),
+        ("convert_w4a8.kernels.cpu_repack", RuntimeError("cannot cache function '_swap': no locator available")),
+    ],
+    ids=["numba refuses", "no place for its cache"],
+)
+def test_without_kernels_torch_does_the_work(module: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps numba from working keeps nobody from converting."""
+
+    def failing(name: str) -> ModuleType:
+        if name == module:
+            raise error
+        return import_module(name)
+
+    monkeypatch.setattr(compiled, "import_module", failing)
+    assert compiled.cpu_kernels("repack", torch.device("cpu")) is None
+    packed = torch.arange(64, dtype=torch.int32).view(4, 16)
+    assert torch.equal(layout.repack(packed, Packing.GPTQ), layout.repack_reference(packed, Packing.GPTQ))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_bug_in_a_kernel_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other errors come out."""
+
+    def failing(name: str) -> ModuleType:
+        raise RuntimeError(name)
+
+    monkeypatch.setattr(
+        compiled, "import_module", lambda name: import_module(name) if name == "numba" else failing(name)
+    )
+    with pytest.raises(RuntimeError, match="cpu_repack"):
+        compiled.cpu_kernels("repack", torch.device("cpu"))
