@@ -141,10 +141,15 @@ class Run:
     rss: float
 
 
-def timed(command: list[str], out: Path) -> Run:
-    """Run a command that writes `out`, then remove `out`."""
+def timed(command: list[str], out: Path, rest: float) -> Run:
+    """Run a command that writes `out`, then remove `out`.
+
+    A virtual machine may hand the memory of what is removed back to its host after a second or two, and take long to
+    get it again. After a rest, every contender finds the same.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    time.sleep(rest)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)
@@ -196,7 +201,7 @@ def bench(kind: str, gigabytes: float, args: argparse.Namespace) -> list[dict[st
         for name, command in commands.items():
             if name.startswith("peer") and round_number >= args.peer_rounds:
                 continue
-            runs[name].append(timed(command, out))
+            runs[name].append(timed(command, out, args.rest))
             print(f"{kind} {name}: {runs[name][-1].wall:.2f} s", file=sys.stderr)
     copy, durable = (statistics.median(run.wall for run in runs[name]) for name in list(runs)[:2])
     rows = []
@@ -230,6 +235,7 @@ def main() -> None:
     parser.add_argument("--without-numba", action="store_true", help="also the first mode with torch alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rest", type=float, default=4.0, help="seconds before each run")
     parser.add_argument("--peer-rounds", type=int, default=1, help="the peer takes minutes; fewer rounds suffice")
     parser.add_argument("--peer-python", help="Python of an environment with compressed-tensors")
     parser.add_argument("--json", type=Path)
