@@ -46,6 +46,8 @@ _BLOCK_WORDS = 64, 512
 """Words along k and n, times 8 for n, that `to_rows` transposes at a time: 1 MiB."""
 _PART_CODES = 1 << 22
 """Codes in a part of a layer: 2 MiB, which stay in a core's cache from reading to writing."""
+_ROWS_PART_CODES = 1 << 25
+"""The same where parts cut through the rows of ROWS packing: 16 MiB, for long pieces of each row."""
 _PAD = 16
 """Words added to each row of scratch memory, lest a transposition's strides fall on the same few cache sets."""
 _EVERY_1 = 0x11111111
@@ -106,24 +108,25 @@ def repack_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tenso
     """Yield what `repack` returns in parts, some rows after others, made one at a time on a CPU."""
     if packed.device.type == "cuda":
         lut = repack(packed, packing)
-        for start, stop in _ranges(len(lut), 8 * lut.shape[1], 1):
+        for start, stop in _ranges(len(lut), 8 * lut.shape[1], 1, _PART_CODES):
             yield lut[start:stop]
         return
     n, k = packing.shape_nk(packed.shape)
-    for start, stop in _ranges(k, n, TILE_K):
+    most = _ROWS_PART_CODES if packing is Packing.ROWS else _PART_CODES
+    for start, stop in _ranges(k, n, TILE_K, most):
         yield repack(packing.slice_inputs(packed, start, stop), packing)
 
 
 def to_rows_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tensor]:
     """Yield what `to_rows` returns in parts, some rows after others, made one at a time."""
     n, k = packing.shape_nk(packed.shape)
-    for start, stop in _ranges(n, k, 8):
+    for start, stop in _ranges(n, k, 8, _PART_CODES):
         yield to_rows(packing.slice_outputs(packed, start, stop), packing)
 
 
-def _ranges(size: int, other: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut `size` channels, with `other` codes each, into ranges of some MiB, whose length is a multiple of `step`."""
-    length = max(1, _PART_CODES // (other * step)) * step
+def _ranges(size: int, other: int, step: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut `size` channels, with `other` codes each, into ranges of at most `most` codes, `step` channels at least."""
+    length = max(1, most // (other * step)) * step
     return ((start, min(size, start + length)) for start in range(0, size, length))
 
 

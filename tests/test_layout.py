@@ -172,6 +172,7 @@ def test_shards_are_slices_of_the_buffer(packing: Packing) -> None:
 def test_parts_follow_one_another(packing: Packing, codes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their size, parts are the rows of the whole, in order."""
     monkeypatch.setattr(layout, "_PART_CODES", codes_at_once)
+    monkeypatch.setattr(layout, "_ROWS_PART_CODES", codes_at_once)
     packed = pack(random_codes(208, 224), packing)
     for parts, whole in (
         (list(layout.repack_parts(packed, packing)), layout.repack(packed, packing)),
