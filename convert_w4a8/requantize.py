@@ -25,6 +25,7 @@ _CANDIDATES_PER_OCTAVE = 16
 _FIRST_CANDIDATE = 8 / 7
 """In units of max|w|/8: the largest value becomes ∓7. The last candidate, 0.547, clips at little over half of it."""
 FACTORS = [2 ** (i / _CANDIDATES_PER_OCTAVE) / _FIRST_CANDIDATE for i in range(_CANDIDATES)]
+"""What the values of a group, with max|w| = 8, are multiplied by before they are rounded to codes."""
 _PLAIN_RANGE = 7.5
 """amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
 _VALUES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
