@@ -34,6 +34,7 @@ class Checkpoint:
     side_files: tuple[Path, ...]
     """Relative to `root`: what is copied as it is (tokenizer, templates, custom code, …)."""
     arena: Arena | None = None
+    """Where tensors are read to, by whoever converts one layer after another."""
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into fresh memory, or into the arena, where there is one."""

@@ -4,7 +4,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from operator import itemgetter
@@ -144,13 +145,21 @@ class _Work:
     writer: CheckpointWriter
     device: torch.device
     progress: Progress
-    local: threading.local = field(default_factory=threading.local)
+    arenas: list[Arena] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def arena(self) -> Arena:
-        """Return this thread's memory for a layer's tensors, all of it free."""
-        arena: Arena = self.local.__dict__.setdefault("arena", Arena())
-        arena.clear()
-        return arena
+    @contextmanager
+    def arena(self) -> Iterator[Arena]:
+        """Lend memory for a layer's tensors: the largest that is free, lest a large layer make another one grow."""
+        with self.lock:
+            self.arenas.sort(key=len)
+            arena = self.arenas.pop() if self.arenas else Arena()
+        try:
+            yield arena
+        finally:
+            arena.clear()
+            with self.lock:
+                self.arenas.append(arena)
 
 
 def _jobs(work: _Work) -> list[Job]:
@@ -184,8 +193,12 @@ def _source_nbytes(work: _Work, layer: LayerPlan) -> int:
 
 
 def _convert_layer(work: _Work, layer: LayerPlan) -> None:
-    arena = work.arena()
-    w = work.plan.source.read_layer(replace(work.checkpoint, arena=arena), layer.spec)
+    with work.arena() as arena:
+        _convert_tensors(work, layer, work.plan.source.read_layer(replace(work.checkpoint, arena=arena), layer.spec))
+    work.progress(_source_nbytes(work, layer))
+
+
+def _convert_tensors(work: _Work, layer: LayerPlan, w: W4Linear) -> None:
     if layer.dequantize is not None:
         work.writer.note(layer.module, None)
         _write_dequantized(w, layer, work.writer)
@@ -195,7 +208,6 @@ def _convert_layer(work: _Work, layer: LayerPlan) -> None:
         work.writer.note(layer.module, asdict(stats))
         for name, parts in target.encode(layer.module, w4a8).items():
             work.writer.write(name, parts)
-    work.progress(_source_nbytes(work, layer))
 
 
 def _to(w: W4Linear, device: torch.device) -> W4Linear:

@@ -73,8 +73,8 @@ class ErrorTable:
         return d * (d * self.energy - 2 * self.d1.take(bits)) + self.d2.take(bits)
 
 
-def error_table(weights: torch.Tensor, device: torch.device) -> ErrorTable:
-    """Build the error table of magnitude weights [8] on a device. Cheap: 127 × 8 entries, 103 lines."""
+def error_table(weights: torch.Tensor) -> ErrorTable:
+    """Build the error table of magnitude weights [8], on the CPU. Cheap: 127 × 8 entries, 103 lines."""
     m = torch.arange(1, CODE_MAX + 1, dtype=torch.float64)
     h = weights.to("cpu", torch.float64)
     values = torch.arange(_FINITE, dtype=torch.uint8).view(E4M3).double()
@@ -86,12 +86,12 @@ def error_table(weights: torch.Tensor, device: torch.device) -> ErrorTable:
     cell = thresholds[:-1].view(torch.int32) >> _CELL_SHIFT
     cells = torch.searchsorted(cell, torch.arange(_CELLS, dtype=torch.int32))
     return ErrorTable(
-        values=values.float().to(device),
-        d1=(d @ (h * m)).float().to(device),
-        d2=(d.square() @ h).float().to(device),
-        winners=torch.tensor(lines, dtype=torch.int64, device=device),
-        thresholds=thresholds.to(device),
-        cells=cells.to(device),
+        values=values.float(),
+        d1=(d @ (h * m)).float(),
+        d2=(d.square() @ h).float(),
+        winners=torch.tensor(lines, dtype=torch.int64),
+        thresholds=thresholds,
+        cells=cells,
         steps=int(torch.bincount(cell).max()) if len(cell) else 0,
         energy=float(h @ m.square()),
     )

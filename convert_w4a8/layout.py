@@ -107,9 +107,7 @@ def repack_reference(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 def repack_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tensor]:
     """Yield what `repack` returns in parts, some rows after others, made one at a time on a CPU."""
     if packed.device.type == "cuda":
-        lut = repack(packed, packing)
-        for start, stop in _ranges(len(lut), 8 * lut.shape[1], 1, _PART_CODES):
-            yield lut[start:stop]
+        yield from _cut(repack(packed, packing))
         return
     n, k = packing.shape_nk(packed.shape)
     most = _ROWS_PART_CODES if packing is Packing.ROWS else _PART_CODES
@@ -118,10 +116,18 @@ def repack_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tenso
 
 
 def to_rows_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tensor]:
-    """Yield what `to_rows` returns in parts, some rows after others, made one at a time."""
+    """Yield what `to_rows` returns in parts, some rows after others, made one at a time on a CPU."""
+    if packed.device.type == "cuda":
+        yield from _cut(to_rows(packed, packing))
+        return
     n, k = packing.shape_nk(packed.shape)
     for start, stop in _ranges(n, k, 8, _PART_CODES):
         yield to_rows(packing.slice_outputs(packed, start, stop), packing)
+
+
+def _cut(words: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Cut int32 [R, C] into parts of some rows."""
+    return (words[start:stop] for start, stop in _ranges(len(words), 8 * words.shape[1], 1, _PART_CODES))
 
 
 def _ranges(size: int, other: int, step: int, most: int) -> Iterator[tuple[int, int]]:

@@ -84,8 +84,8 @@ def to_w4a8(w: W4Linear, mode: ScalesMode, *, stock: bool = False) -> tuple[W4A8
 
 def _keep_codes(w: W4Linear, mode: ScalesMode, *, stock: bool) -> tuple[W4A8Linear, LayerStats]:
     """Convert a kernel-ready layer, codes as they are."""
-    weights = magnitude_weights(code_histogram(w.packed, _HISTOGRAM_WORDS).cpu())
-    table = error_table(weights, torch.device("cpu"))
+    weights = magnitude_weights(code_histogram(w.packed, _HISTOGRAM_WORDS))
+    table = error_table(weights)
     tables, source_scale = _quantize(w.scales, mode, weights, table, stock=stock)
     signal = table.energy * GROUP_SIZE * float(w.scales.double().square().sum())
     w4a8 = W4A8Linear(w.packed, w.packing, tables.group_scale, tables.lut, tables.channel_scale, source_scale)
@@ -99,8 +99,8 @@ def _choose_codes(
     # Free tables are fitted later, and best from codes that follow the source's own grid.
     free = mode is ScalesMode.DIRECT
     new = choose_codes(w, importance, weighted=not free)
-    weights = magnitude_weights(new.histogram().cpu())
-    table = error_table(weights, torch.device("cpu"))
+    weights = magnitude_weights(new.histogram())
+    table = error_table(weights)
     chosen, source_scale = _quantize(new.scales, mode, weights, table, stock=stock)
     new, lut, signal, noise = refit(new, chosen.entries(), chosen.channel_scale, free=free)
     w4a8 = W4A8Linear(

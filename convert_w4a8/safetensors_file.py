@@ -171,6 +171,9 @@ class Arena:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
+    def __len__(self) -> int:
+        return len(self._memory)
+
     def clear(self) -> None:
         """Make all memory free again, and enough of it for as much as was taken since the last time."""
         if self._used > len(self._memory):

@@ -13,7 +13,6 @@ from convert_w4a8.envelope import ErrorTable, _lower_envelope, error_table, magn
 from convert_w4a8.layout import code_histogram
 from convert_w4a8.scales import E4M3, SCALE_MAX, quantize_reference
 
-CPU = torch.device("cpu")
 MAGNITUDES = torch.arange(1, 9, dtype=torch.float64)
 FP8 = torch.arange(127, dtype=torch.uint8).view(E4M3).double()
 UP_TO_56 = FP8[FP8 <= SCALE_MAX]
@@ -62,7 +61,7 @@ def reference_tables(source: torch.Tensor) -> search.Tables:
 
 def assert_never_worse(scales: torch.Tensor, weights: torch.Tensor) -> None:
     """Check all three methods on these scales [G, N]."""
-    table = error_table(weights, CPU)
+    table = error_table(weights)
     noise = brute_noise(scales, reference_tables(scales), weights)
     stock_noise = brute_noise(scales, reference_tables(scales.bfloat16()), weights)
     # Float32 rounding of a group's error, against its energy.
@@ -101,14 +100,14 @@ def wide_range() -> torch.Tensor:
 @pytest.mark.parametrize("weights", HISTOGRAMS.values(), ids=HISTOGRAMS.keys())
 def test_the_envelope_is_the_optimum_over_all_fp8_scales(weights: torch.Tensor) -> None:
     """At every x the looked-up FP8 scale has the smallest error of all 103, and its stated error is right."""
-    assert_optimal(error_table(weights, CPU), weights)
+    assert_optimal(error_table(weights), weights)
 
 
 @given(weights=histograms)
 @settings(max_examples=15)
 def test_the_envelope_is_the_optimum_for_any_histogram(weights: torch.Tensor) -> None:
     """The same for whatever histogram a layer may have."""
-    assert_optimal(error_table(weights, CPU), weights)
+    assert_optimal(error_table(weights), weights)
 
 
 def assert_optimal(table: ErrorTable, weights: torch.Tensor) -> None:
@@ -166,7 +165,7 @@ def test_direct_falls_back_to_the_references_channel_scale() -> None:
     small = torch.rand(255, 64, generator=torch.Generator().manual_seed(0)) * 4e-4
     scales = torch.cat((torch.ones(1, 64), small))
     weights = HISTOGRAMS["only_1"]
-    direct = search.quantize_direct(scales, weights, error_table(weights, CPU))
+    direct = search.quantize_direct(scales, weights, error_table(weights))
     reference = brute_noise(scales, reference_tables(scales), weights)
     assert (brute_noise(scales, direct, weights) <= reference * (1 + 1e-6)).all()
 
@@ -176,7 +175,7 @@ def test_channels_of_zeros_and_lone_groups_are_handled() -> None:
     scales = torch.zeros(6, 4)
     scales[2, 1], scales[0, 2], scales[:, 3] = 0.37, -5e-6, 1.0
     assert_never_worse(scales, GAUSS)
-    tables = search.quantize_search(scales, error_table(GAUSS, CPU))
+    tables = search.quantize_search(scales, error_table(GAUSS))
     assert tables.group_scale is not None
     assert (tables.group_scale.float()[:, 0] == 0).all()
 
@@ -185,7 +184,7 @@ def test_channels_of_zeros_and_lone_groups_are_handled() -> None:
 def test_the_channel_scale_is_nearly_the_best_of_all(groups: int) -> None:
     """Against every group's exact optimum at 512 channel scales an octave, the grid loses at most 0.1 dB."""
     scales = 0.5 + torch.rand(groups, 48, generator=torch.Generator().manual_seed(groups))
-    table = error_table(GAUSS, CPU)
+    table = error_table(GAUSS)
     top = scales.amax(0).double() / 58
     best = torch.full((48,), torch.inf, dtype=torch.float64)
     best_direct = best.clone()
@@ -203,7 +202,7 @@ def test_the_channel_scale_is_nearly_the_best_of_all(groups: int) -> None:
 def test_a_channel_with_equal_scales_is_exact() -> None:
     """What a checkpoint with one scale a channel becomes: tables of 32 times the code, and nothing is lost."""
     scales = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(16, 64)
-    table = error_table(GAUSS, CPU)
+    table = error_table(GAUSS)
     for tables in (search.quantize_search(scales, table), search.quantize_direct(scales, GAUSS, table)):
         assert (tables.noise == 0).all()
         assert (brute_noise(scales, tables, GAUSS) == 0).all()
@@ -212,7 +211,7 @@ def test_a_channel_with_equal_scales_is_exact() -> None:
 def test_direct_entries_are_the_nearest_fp8_values() -> None:
     """Every stored entry is scale·code/channel rounded once, in the kernel's order −8 … −1, signs kept."""
     scales = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    tables = search.quantize_direct(scales, GAUSS, error_table(GAUSS, CPU))
+    tables = search.quantize_direct(scales, GAUSS, error_table(GAUSS))
     exact = scales[..., None] / tables.channel_scale[:, None] * torch.arange(-8, 0)
     assert tables.lut is not None
     assert tables.lut.shape == (6, 32, 8)
@@ -222,7 +221,7 @@ def test_direct_entries_are_the_nearest_fp8_values() -> None:
 def test_stock_scales_use_vllms_floor_where_it_applies() -> None:
     """Below 1/512 vLLM's channel scale is fixed; the group scales are still chosen, and better than by rounding."""
     scales = (0.2 + 0.8 * torch.rand(32, 64, generator=torch.Generator().manual_seed(0))) / 4096
-    table = error_table(GAUSS, CPU)
+    table = error_table(GAUSS)
     stock, source = search.quantize_stock(scales, table)
     assert_vllm_computes(source, stock)
     assert len(stock.channel_scale.unique()) == 1
@@ -236,7 +235,7 @@ def test_scales_that_are_not_finite_are_refused(method: object) -> None:
     """NaN and infinity raise before anything is computed from them."""
     scales = torch.full((2, 2), torch.nan)
     with pytest.raises(ValueError, match="4 of 4 group scales are not finite"):
-        method(scales, error_table(GAUSS, CPU))  # type: ignore[operator]
+        method(scales, error_table(GAUSS))  # type: ignore[operator]
 
 
 def gain(better: torch.Tensor, reference: torch.Tensor) -> float:
@@ -251,7 +250,7 @@ def test_every_layer_of_a_trained_model_gains(shared: Path) -> None:
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         scales = tensors[f"{name}.scales"]
         weights = magnitude_weights(code_histogram(tensors[f"{name}.qweight"]))
-        table = error_table(weights, CPU)
+        table = error_table(weights)
         stock, source = search.quantize_stock(scales, table)
         assert_vllm_computes(source, stock)
         noise = search.reference_tables(scales, scales, table).noise
