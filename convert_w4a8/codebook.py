@@ -57,6 +57,6 @@ def best_entries(
     for j in range(CODE_MAX):
         # Sums of masked values in a fixed order and not scatter_add, whose order, and so its last bit, varies on a GPU.
         used = (codes == j) | (codes == 2 * CODE_MAX - j)
-        weight = tree_sum(weights * used)
-        best[:, j] = torch.where(weight > 0, tree_sum(signed * used) / weight, entries[:, j])
+        weight = tree_sum(torch.where(used, weights, 0.0))
+        best[:, j] = torch.where(weight > 0, tree_sum(torch.where(used, signed, 0.0)) / weight, entries[:, j])
     return best

@@ -1,7 +1,7 @@
-"""The CPU kernels that numba compiles, where it is installed: `pip install 'w4a8-convert[fast]'`.
+"""The compiled kernels: Triton's on a CUDA GPU, numba's on a CPU (`pip install 'w4a8-convert[fast]'`).
 
-Each does what torch operations do beside its call, to the bit, several times as fast; without numba these do the work.
-numba compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
+Each does what torch operations do beside its call, to the bit, many times as fast; without them these do the work.
+Either compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
 """
 
 from functools import cache
@@ -11,22 +11,25 @@ from types import ModuleType
 
 import torch
 
+_LIBRARIES = {"cuda": ("triton", "convert_w4a8.kernels."), "cpu": ("numba", "convert_w4a8.kernels.cpu_")}
 
-def cpu_kernels(name: str, device: torch.device) -> ModuleType | None:
-    """Return `kernels/cpu_<name>.py`, or None for another device or where numba is not to be had."""
-    return _load(name) if device.type == "cpu" else None
+
+def kernels(name: str, device: torch.device) -> ModuleType | None:
+    """Return `kernels/<name>.py` or `kernels/cpu_<name>.py`; None where what compiles them is not to be had."""
+    return _load(name, device.type) if device.type in _LIBRARIES else None
 
 
 @cache
-def _load(name: str) -> ModuleType | None:
-    if find_spec("numba") is None:
+def _load(name: str, device_type: str) -> ModuleType | None:
+    library, prefix = _LIBRARIES[device_type]
+    if find_spec(library) is None:
         return None
     try:
-        import_module("numba")
-    except ImportError:  # it refuses a NumPy newer than it knows
+        import_module(library)
+    except ImportError:  # numba refuses a NumPy newer than it knows
         return None
     try:
-        return import_module(f"convert_w4a8.kernels.cpu_{name}")
+        return import_module(prefix + name)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise

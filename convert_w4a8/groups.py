@@ -33,12 +33,11 @@ class Groups:
 
     def rows(self, codes: torch.Tensor, n: int) -> torch.Tensor:
         """Return the codes of all weights in ROWS packing, int32 [n, K/8], from those of the values, uint8 [R, V]."""
-        kernels = compiled.cpu_kernels("requantize", codes.device)
+        kernels = compiled.kernels("requantize", codes.device)
         if self.letters is None or kernels is None:
             return pack_rows(self._spell(codes).view(n, -1))
-        rows = torch.empty(n, self.letters.numel() // (8 * n), dtype=torch.int32)
-        kernels.spell(self.letters, codes, rows)
-        return rows
+        words: torch.Tensor = kernels.spell(self.letters, codes)
+        return words.view(n, -1)
 
     def _spell(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the code of each weight, uint8 [R, 128], from the codes of the values, uint8 [R, V]."""
@@ -61,9 +60,9 @@ def gather(w: W4Linear, importance: torch.Tensor | None) -> Groups:
         weights = counts if importance is None else importance.expand(n, k).reshape(values.shape)
         return Groups(values, counts, weights, None)
     zeros, scales = w.zeros.t().contiguous(), w.scales.t().float().contiguous()
-    kernels = compiled.cpu_kernels("requantize", w.packed.device)
+    kernels = compiled.kernels("requantize", w.packed.device)
     if kernels is not None:
-        shares = torch.ones(k) if importance is None else importance
+        shares = torch.ones(k, device=zeros.device) if importance is None else importance
         return Groups(*kernels.gather(to_rows(w.packed, w.packing), zeros, scales, shares))
     letters = unpack_codes(w.packed, w.packing).view(-1, GROUP_SIZE)
     bags, one = letters.int(), torch.eye(_CODES, device=letters.device)

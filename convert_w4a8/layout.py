@@ -69,15 +69,8 @@ def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """
     if packed.dtype is not torch.int32:
         raise ValueError(f"packed codes are {packed.dtype}, not torch.int32")
-    if packed.device.type == "cuda":
-        from convert_w4a8.kernels.repack import repack as kernel  # noqa: PLC0415 - Triton only where it runs
-
-        return kernel(packed, packing)
-    kernels = compiled.cpu_kernels("repack", packed.device)
-    if kernels is None:
-        return repack_reference(packed, packing)
-    lut = torch.empty(lut_shape(*packing.shape_nk(packed.shape)), dtype=torch.int32)
-    kernels.repack(packed, packing, lut)
+    kernels = compiled.kernels("repack", packed.device)
+    lut: torch.Tensor = repack_reference(packed, packing) if kernels is None else kernels.repack(packed, packing)
     return lut
 
 
@@ -151,16 +144,13 @@ def unpack(weight_packed: torch.Tensor) -> torch.Tensor:
 
 def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Return the unsigned codes of any packing in ROWS packing, int32 [N, K/8]; ROWS comes back as it is."""
-    n, k = packing.shape_nk(packed.shape)
+    k = packing.shape_nk(packed.shape)[1]
     if k % 8:
         raise ValueError(f"K = {k} is not a multiple of 8")
     if packing is Packing.ROWS:
         return packed
-    kernels = compiled.cpu_kernels("repack", packed.device)
-    if kernels is None:
-        return to_rows_reference(packed, packing)
-    rows = torch.empty(n, k // 8, dtype=torch.int32)
-    kernels.to_rows(packed, packing, rows)
+    kernels = compiled.kernels("repack", packed.device)
+    rows: torch.Tensor = to_rows_reference(packed, packing) if kernels is None else kernels.to_rows(packed, packing)
     return rows
 
 

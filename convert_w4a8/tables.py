@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 
+from convert_w4a8 import compiled
 from convert_w4a8.layout import to_rows, unpack_codes
 from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
@@ -20,11 +21,10 @@ def expand_tables(group_scale: torch.Tensor) -> torch.Tensor:
     Entry j is e4m3(f·(j − 8)), saturated at ±448; a NaN scale gives NaN (0x7F) entries. These are the bytes of
     CUTLASS's `cutlass_pack_scale_fp8`.
     """
-    if group_scale.device.type == "cuda":
-        from convert_w4a8.kernels.tables import expand_tables as kernel  # noqa: PLC0415 - Triton only where it runs
-
-        return kernel(group_scale)
-    return expand_tables_reference(group_scale)
+    kernels = compiled.kernels("tables", group_scale.device) if group_scale.is_cuda else None
+    expand = expand_tables_reference if kernels is None else kernels.expand_tables
+    tables: torch.Tensor = expand(group_scale)
+    return tables
 
 
 def expand_tables_reference(group_scale: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
+from convert_w4a8.layout import lut_shape
 from convert_w4a8.weights import Packing
 
 _LOW = np.uint32(0xFFFF)
@@ -24,16 +25,21 @@ _S3, _S4, _S7, _S8, _S16 = (np.uint32(shift) for shift in (3, 4, 7, 8, 16))
 _EVEN_4, _EVEN_8 = np.uint32(0x0F0F0F0F), np.uint32(0x00FF00FF)
 
 
-def repack(packed: torch.Tensor, packing: Packing, lut: torch.Tensor) -> None:
-    """Fill `lut`, int32 [K/32, 4·N], with the codes of an [N, K] layer; both on the CPU."""
+def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Do what `layout.repack_reference` does."""
+    lut = torch.empty(lut_shape(*packing.shape_nk(packed.shape)), dtype=torch.int32)
     kernel = {Packing.GPTQ: _from_gptq, Packing.AWQ: _from_awq, Packing.ROWS: _from_rows}[packing]
     kernel(*_words(packed), lut.numpy().view(np.uint32))
+    return lut
 
 
-def to_rows(packed: torch.Tensor, packing: Packing, rows: torch.Tensor) -> None:
-    """Fill `rows`, int32 [N, K/8] in ROWS packing, with the codes of GPTQ's or AWQ's words; both on the CPU."""
+def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Do what `layout.to_rows_reference` does, for GPTQ and AWQ."""
+    n, k = packing.shape_nk(packed.shape)
+    rows = torch.empty(n, k // 8, dtype=torch.int32)
     kernel = {Packing.GPTQ: _gptq_to_rows, Packing.AWQ: _awq_to_rows}[packing]
     kernel(*_words(packed), rows.numpy().view(np.uint32))
+    return rows
 
 
 def _words(packed: torch.Tensor) -> tuple[npt.NDArray[np.uint32], int]:

@@ -84,9 +84,11 @@ def to_e4m3(values: torch.Tensor, bytes_: torch.Tensor) -> None:
     _to_e4m3_all(_array(values), bytes_.numpy())
 
 
-def spell(letters: torch.Tensor, codes: torch.Tensor, rows: torch.Tensor) -> None:
-    """Fill `rows`, int32 [n, K/8], with the codes uint8 [R, 16] of the letters uint8 [R, 128]."""
-    _spell(letters.numpy(), _array(codes), _words(rows).reshape(letters.shape[0], 16))
+def spell(letters: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return the codes uint8 [R, 16] of the letters uint8 [R, 128], eight a word: int32 [R, 16]."""
+    words = torch.empty(len(letters), 16, dtype=torch.int32)
+    _spell(letters.numpy(), _array(codes), _words(words))
+    return words
 
 
 def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""AWQ, GPTQ or compressed-tensors codes to the LUT layout, in one pass over memory.
+"""AWQ, GPTQ or compressed-tensors codes to the LUT layout, or to rows, in one pass over memory on a GPU.
 
 A program takes a block of BLOCK_N x BLOCK_K codes. It loads words along the input's contiguous axis, with the partners
 of every bit trade in the same lane and register slot of separate loads: so the trades and the encoding are plain
@@ -39,6 +39,8 @@ DEFAULT_BLOCKS = {
     Packing.ROWS: Block(n=64, k=256, warps=4, k_first=True),
 }
 """128 contiguous bytes or more a read, 64 bytes a thread in flight."""
+ROWS_BLOCKS = {Packing.GPTQ: Block(n=64, k=256, warps=4), Packing.AWQ: Block(n=256, k=128, warps=4)}
+"""The same for `to_rows`; 64 contiguous bytes or more a write."""
 
 
 def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -69,6 +71,28 @@ def repack_by(packed: torch.Tensor, packing: Packing, block: Block) -> torch.Ten
             num_warps=block.warps,
         )
     return lut
+
+
+def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Return GPTQ's or AWQ's codes of an [N, K] layer in ROWS packing, int32 [N, K/8]."""
+    n, k = packing.shape_nk(packed.shape)
+    rows = torch.empty(n, k // 8, dtype=torch.int32, device=packed.device)
+    if packed.stride(1) != 1:
+        packed = packed.contiguous()
+    block = ROWS_BLOCKS[packing]
+    with torch.cuda.device_of(packed):
+        _to_rows_kernel[(triton.cdiv(n, block.n), triton.cdiv(k, block.k))](
+            packed,
+            rows,
+            n,
+            k,
+            packed.stride(0),
+            PACKING=packing.value,
+            BLOCK_N=block.n,
+            BLOCK_K=block.k,
+            num_warps=block.warps,
+        )
+    return rows
 
 
 @triton.jit
@@ -150,6 +174,57 @@ def _from_awq(packed, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.cons
     n2_1 = tl.join(_pair_neighbours(x2, BLOCK_N, BLOCK_K), _pair_neighbours(x3, BLOCK_N, BLOCK_K))
     words = tl.reshape(tl.join(n2_0, n2_1), (BLOCK_K // 32, 2, 4, BLOCK_N // 16, 2, 2, 2))
     return tl.permute(words, (0, 3, 6, 5, 4, 2, 1))
+
+
+@triton.jit
+def _to_rows_kernel(packed, rows, N, K, stride, PACKING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    k0 = tl.program_id(1).to(tl.int64) * BLOCK_K
+    kw = tl.arange(0, BLOCK_K // 8)
+    if PACKING == "gptq":
+        column = tl.arange(0, BLOCK_N)[None, :]
+        inside = (kw[:, None] < (K - k0) // 8) & (column < N - n0)
+        base = packed + k0 // 8 * stride + n0
+        words = tl.permute(tl.load(base + kw[:, None] * stride + column, mask=inside, other=0), (1, 0))
+    else:
+        column = tl.arange(0, BLOCK_N // 8)[None, :]
+        inside = (kw[:, None] < (K - k0) // 8) & (column < (N - n0) // 8)
+        offsets = kw[:, None] * 8 * stride + column
+        base = packed + k0 * stride + n0 // 8
+        words = tl.reshape(_awq_block_to_rows(base, stride, offsets, inside), (BLOCK_N, BLOCK_K // 8))
+    n = tl.arange(0, BLOCK_N)[:, None]
+    inside = (n < N - n0) & (kw[None, :] < (K - k0) // 8)
+    tl.store(rows + (n0 * (K // 8) + k0 // 8) + (n.to(tl.int64) * (K // 8) + kw[None, :]), words, mask=inside)
+
+
+@triton.jit
+def _awq_block_to_rows(base, stride, offsets, inside):
+    """Load [k / 8, n / 8] words of (n0, n2, n1) for each of eight k; return words [n / 8, n2, n1, n0, k / 8] of k."""
+    x0 = tl.load(base + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    x1 = tl.load(base + stride + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    x2 = tl.load(base + 2 * stride + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    x3 = tl.load(base + 3 * stride + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    x4 = tl.load(base + 4 * stride + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    x5 = tl.load(base + 5 * stride + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    x6 = tl.load(base + 6 * stride + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    x7 = tl.load(base + 7 * stride + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    # Trade n1 for k0, n2 for k1, n0 for k2: then x{4·n0 + 2·n2 + n1} holds the eight k in order.
+    x0, x1 = _swap(x0, x1, 4, 0x0F0F0F0F)
+    x2, x3 = _swap(x2, x3, 4, 0x0F0F0F0F)
+    x4, x5 = _swap(x4, x5, 4, 0x0F0F0F0F)
+    x6, x7 = _swap(x6, x7, 4, 0x0F0F0F0F)
+    x0, x2 = _swap(x0, x2, 8, 0x00FF00FF)
+    x1, x3 = _swap(x1, x3, 8, 0x00FF00FF)
+    x4, x6 = _swap(x4, x6, 8, 0x00FF00FF)
+    x5, x7 = _swap(x5, x7, 8, 0x00FF00FF)
+    x0, x4 = _swap(x0, x4, 16, 0x0000FFFF)
+    x1, x5 = _swap(x1, x5, 16, 0x0000FFFF)
+    x2, x6 = _swap(x2, x6, 16, 0x0000FFFF)
+    x3, x7 = _swap(x3, x7, 16, 0x0000FFFF)
+    n0_0 = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    n0_1 = tl.join(tl.join(x4, x6), tl.join(x5, x7))
+    words = tl.join(n0_0, n0_1).to(tl.int32, bitcast=True)
+    return tl.permute(words, (1, 2, 3, 4, 0))
 
 
 @triton.jit

@@ -6,51 +6,23 @@ from types import ModuleType
 
 import pytest
 import torch
+from code_groups import KINDS, LAYERS, groups, layer, same, same_layer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_w4a8 import codebook, compiled, layout, requantize
-from convert_w4a8.layout import pack_rows
 from convert_w4a8.quantize import ScalesMode, to_w4a8
 from convert_w4a8.scales import E4M3, to_e4m3
-from convert_w4a8.weights import Packing, W4A8Linear, W4Linear
+from convert_w4a8.weights import Packing
 
 pytest.importorskip("numba", reason="numba is not installed")
 KERNELS = import_module("convert_w4a8.kernels.cpu_requantize")
 WIDTHS = pytest.mark.parametrize("width", [16, 128])
-KINDS = ["gauss", "few values", "one-sided", "tiny", "huge", "mostly zero", "constant"]
-
-
-def groups(kind: str, width: int, seed: int, rows: int = 40) -> torch.Tensor:
-    """Return groups of values, float32 [rows, width]."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, width, generator=generator)
-    match kind:
-        case "few values":
-            return (values * 2).round() / 4
-        case "one-sided":
-            return -values.abs()
-        case "tiny":
-            return values * 1e-38
-        case "huge":
-            return values * 1e18
-        case "mostly zero":
-            return values * (values > 1)
-        case "constant":
-            return values[:, :1].expand(rows, width).clone()
-    return values
 
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch the kernels off."""
-    monkeypatch.setattr(compiled, "cpu_kernels", lambda *_: None)
-
-
-def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether two tensors have the same bytes."""
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    monkeypatch.setattr(compiled, "kernels", lambda *_: None)
 
 
 @WIDTHS
@@ -99,38 +71,15 @@ def test_every_float_between_two_fp8_numbers_is_rounded_as_torch_rounds_it() -> 
     assert torch.equal(found, to_e4m3(values).view(torch.uint8))
 
 
-def layer(seed: int, *, zeros: bool, group_size: int = 128, act_order: bool = False) -> W4Linear:
-    """Return a layer [176, 384] whose codes cannot all be kept."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (176, 384), dtype=torch.uint8, generator=generator)
-    scales = torch.rand(384 // group_size, 176, generator=generator).mul_(0.01).half()
-    points = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=generator) if zeros else None
-    g_idx = torch.arange(384, dtype=torch.int32)[torch.randperm(384, generator=generator)] // group_size
-    return W4Linear(pack_rows(codes), Packing.ROWS, scales, points, g_idx if act_order else None, group_size)
-
-
 @pytest.mark.parametrize("mode", ScalesMode, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"zeros": True},
-        {"zeros": True, "group_size": 32},
-        {"zeros": False, "group_size": 64},
-        {"zeros": True, "act_order": True},
-    ],
-    ids=["zero-points", "groups of 32", "groups of 64", "act-order"],
-)
-def test_whole_layers(mode: ScalesMode, options: dict[str, bool | int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", LAYERS)
+def test_whole_layers(mode: ScalesMode, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a conversion, from codes to codes."""
-    w = layer(3, **options)  # type: ignore[arg-type]
+    w = layer(**LAYERS[kind])
     found, stats = to_w4a8(w, mode)
     plainly(monkeypatch)
     expected, plain_stats = to_w4a8(w, mode)
-    assert all(
-        same(getattr(found, name), getattr(expected, name))
-        for name in W4A8Linear.__dataclass_fields__
-        if name != "packing"
-    )
+    assert same_layer(found, expected)
     assert stats.noise == pytest.approx(plain_stats.noise, rel=1e-12)
 
 
@@ -160,7 +109,7 @@ def test_without_kernels_torch_does_the_work(module: str, error: Exception, monk
         return import_module(name)
 
     monkeypatch.setattr(compiled, "import_module", failing)
-    assert compiled.cpu_kernels("repack", torch.device("cpu")) is None
+    assert compiled.kernels("repack", torch.device("cpu")) is None
     packed = torch.arange(64, dtype=torch.int32).view(4, 16)
     assert torch.equal(layout.repack(packed, Packing.GPTQ), layout.repack_reference(packed, Packing.GPTQ))
 
@@ -176,4 +125,4 @@ def test_a_bug_in_a_kernel_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
         compiled, "import_module", lambda name: import_module(name) if name == "numba" else failing(name)
     )
     with pytest.raises(RuntimeError, match="cpu_repack"):
-        compiled.cpu_kernels("repack", torch.device("cpu"))
+        compiled.kernels("repack", torch.device("cpu"))

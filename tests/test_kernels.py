@@ -1,6 +1,9 @@
 """Triton kernels against their torch references, byte for byte: interpreted without a GPU, compiled with one."""
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,39 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     """The kernel refuses what its reference refuses."""
     with pytest.raises(ValueError, match="N = 40 is not a multiple of 16"):
         repack.repack(torch.zeros(8, 40, dtype=torch.int32, device=DEVICE), Packing.GPTQ)
+
+
+TRANSPOSED = pytest.mark.parametrize("packing", [Packing.GPTQ, Packing.AWQ], ids=str)
+
+
+@TRANSPOSED
+@pytest.mark.parametrize(("n", "k"), [*SIZES, (520, 72), (72, 520)], ids=str)
+def test_rows_equal_their_reference(packing: Packing, n: int, k: int, guarded: list[torch.Tensor]) -> None:
+    """`to_rows`, which takes any multiple of 8."""
+    words = random_words(packing, n, k)
+    found = repack.to_rows(words, packing)
+    assert_untouched(guarded)
+    assert torch.equal(found.cpu(), layout.to_rows_reference(words.cpu(), packing))
+
+
+@TRANSPOSED
+def test_rows_of_some_output_channels(packing: Packing) -> None:
+    """A slice, whose words lie apart."""
+    words = random_words(packing, 96, 160)
+    part = packing.slice_outputs(words, 16, 64)
+    assert not part.is_contiguous()
+    assert torch.equal(repack.to_rows(part, packing).cpu(), layout.to_rows_reference(words.cpu(), packing)[16:64])
+
+
+def test_kernels_compile_for_hopper() -> None:
+    """All of them, without a GPU; and none of them with fused multiply-adds or approximate divisions."""
+    program = Path(__file__).parent / "compile_kernels.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert len(lines) == 13
+    assert all(int(shared) <= 48 * 1024 and not inexact for _, shared, *inexact in lines)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: the kernels run interpreted, and nothing dispatches")

@@ -1,0 +1,54 @@
+"""Compile every Triton kernel for Hopper, without a GPU, and print the instructions of each that are not to be there.
+
+`TRITON_INTERPRET` must not be set: with it there is nothing to compile. Prints one line a kernel: its name, shared
+memory in bytes, and the fused multiply-adds and approximate divisions in its PTX.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from convert_w4a8.kernels import repack, requantize, tables
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {
+    **dict.fromkeys(("packed", "lut", "rows"), "*i32"),
+    **dict.fromkeys(("kept", "codes", "letters"), "*u8"),
+    **dict.fromkeys(("values", "counts", "weights", "importance", "factors", "channel_scale"), "*fp32"),
+    **dict.fromkeys(("partial", "energies"), "*fp64"),
+    **dict.fromkeys(("N", "K", "stride", "n", "groups", "count", "candidates", "rounds"), "i32"),
+}
+"""What the kernels' arguments are; `scales` and `tables` are bytes in one module, numbers in another."""
+
+
+def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Yield every kernel, with the types of its arguments and its constants, as they are launched."""
+    for packing, block in repack.DEFAULT_BLOCKS.items():
+        constants = {"PACKING": packing.value, "K_FIRST": block.k_first, "BLOCK_N": block.n, "BLOCK_K": block.k}
+        yield repack._repack_kernel, TYPES, constants
+    for packing, block in repack.ROWS_BLOCKS.items():
+        constants = {"PACKING": packing.value, "BLOCK_N": block.n, "BLOCK_K": block.k}
+        yield repack._to_rows_kernel, TYPES, constants
+    yield tables._expand_kernel, TYPES | {"scales": "*u8", "tables": "*u8"}, {"BLOCK": tables._BLOCK}
+    types = TYPES | {"scales": "*fp32", "zeros": "*u8", "tables": "*u8"}
+    yield requantize._gather, types, {"BLOCK": requantize._GATHERED}
+    yield requantize._spell, types, {"BLOCK": requantize._SPELLED}
+    channels = {"CHANNELS": requantize._CHANNELS, "STEP": requantize._CHANNELS_AT_ONCE}
+    yield requantize._add_energies, types, channels
+    for width in (16, 128):
+        yield requantize._fit_symmetric, types, {"WIDTH": width, "BLOCK": requantize._FITTED * 16 // width}
+        yield requantize._refit, types, {"WIDTH": width, "BLOCK": requantize._ELEMENTS // (16 * width)}
+
+
+for kernel, types, constants in kernels():
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places)
+    compiled = triton.compile(source, target=HOPPER, options={"enable_fp_fusion": False})
+    inexact = re.findall(r"\b(?:fma\.\w+|div\.(?:full|approx))\.f32\b", compiled.asm["ptx"])
+    print(kernel.__name__, compiled.metadata.shared, *inexact)  # noqa: T201 - its result

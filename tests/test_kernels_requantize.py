@@ -1,0 +1,152 @@
+"""Triton's new codes, scales and entries against the torch references: interpreted without a GPU, compiled with one.
+
+The references run on the CPU in either case: a GPU has to give their bytes.
+"""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from code_groups import KINDS, LAYERS, groups, layer, same, same_layer
+
+from convert_w4a8 import codebook, compiled, requantize
+from convert_w4a8 import groups as code_groups
+from convert_w4a8.quantize import ScalesMode, to_w4a8
+from convert_w4a8.scales import E4M3, E4M3_MAX
+from convert_w4a8.weights import W4Linear
+
+pytest.importorskip("triton", reason="Triton is not installed")
+KERNELS = importlib.import_module("convert_w4a8.kernels.requantize")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WIDTHS = pytest.mark.parametrize("width", [16, 128])
+
+
+def on_device(w: W4Linear) -> W4Linear:
+    """Return a layer on the device that the kernels run on."""
+    tensors = {"packed": w.packed, "scales": w.scales, "zeros": w.zeros, "g_idx": w.g_idx}
+    return replace(w, **{name: None if tensor is None else tensor.to(DEVICE) for name, tensor in tensors.items()})
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch all kernels off."""
+    monkeypatch.setattr(compiled, "kernels", lambda *_: None)
+
+
+@pytest.fixture
+def triton_everywhere() -> Iterator[None]:
+    """Let Triton's kernels do what kernels do, on whatever device there is."""
+
+    def kernels(name: str, _: torch.device) -> ModuleType:
+        return importlib.import_module(f"convert_w4a8.kernels.{name}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "kernels", kernels)
+        yield
+
+
+@WIDTHS
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_and_codes(kind: str, width: int) -> None:
+    """`fit_symmetric`, with weights of zero among the others, and groups that are kept; rows that fill no block."""
+    values = groups(kind, width, 1, rows=77)
+    weights = torch.rand(values.shape, generator=torch.Generator().manual_seed(2)).sub(0.2).clamp(min=0)
+    expected = requantize.fit_symmetric(values, weights)
+    kept = torch.arange(len(values)) % 5 == 3
+    codes = torch.full(values.shape, 99, dtype=torch.uint8, device=DEVICE)
+    scales = torch.full((len(values),), 99.0, device=DEVICE)
+    inputs = (tensor.to(DEVICE) for tensor in (values, weights, kept))
+    KERNELS.fit_symmetric(*inputs, requantize.FACTORS, codes, scales)
+    codes, scales = codes.cpu(), scales.cpu()
+    assert (codes[kept] == 99).all()
+    assert (scales[kept] == 99).all()
+    assert same(codes[~kept], expected[0][~kept])
+    assert same(scales[~kept], expected[1][~kept])
+
+
+@WIDTHS
+@pytest.mark.parametrize("rounds", [0, 3])
+@pytest.mark.parametrize("kind", ["gauss", "few values", "tiny", "mostly zero"])
+def test_codes_and_entries(kind: str, width: int, rounds: int) -> None:
+    """`codebook.fit` from tables of any finite bytes: both zeros, equal entries, either sign; and energies."""
+    generator = torch.Generator().manual_seed(width + rounds)
+    rows, channels = 36, 4
+    tables = torch.randint(0, 256, (rows, 8), dtype=torch.uint8, generator=generator)
+    tables = torch.where(tables & 0x7F == 0x7F, 0x80, tables)
+    tables[::4] = tables[::4] & 0x83  # zeros and subnormal numbers
+    tables[1::4] = tables[1::4, :1]
+    tables = tables.view(E4M3)
+    values = groups(kind, width, 3, rows) * 10.0 ** torch.arange(-3, 3).repeat(rows // 6)[:, None]
+    weights = torch.rand(values.shape, generator=generator).sub(0.2).clamp(min=0)
+    counts = torch.randint(0, 5, values.shape, generator=generator).float()
+    channel = torch.rand(channels, generator=generator) + 0.1
+    kept = torch.arange(rows) % 7 == 2
+    before = torch.randint(0, 16, values.shape, dtype=torch.uint8, generator=generator)
+
+    spread = channel.repeat_interleave(rows // channels)[:, None]
+    codes, fitted = codebook.fit(values / spread, weights, tables, rounds)
+    codes[kept] = before[kept]
+    fitted.view(torch.uint8)[kept] = tables.view(torch.uint8)[kept]
+    found_codes, found_tables = before.to(DEVICE), tables.clone().to(DEVICE)
+    inputs = (tensor.to(DEVICE) for tensor in (values, counts, weights, kept, channel))
+    signal, noise = KERNELS.refit(*inputs, found_codes, found_tables, rounds)
+    assert same(found_codes, codes)
+    assert same(found_tables, fitted)
+    difference = codebook.values_of(fitted.float(), codes) * spread - values
+    energies = [float((x.square() * counts).sum(dtype=torch.float64)) for x in (values, difference)]
+    assert [signal, noise] == pytest.approx(energies, rel=1e-9)
+
+
+def test_fp8_numbers_are_rounded_as_torch_rounds_them() -> None:
+    """A group of one code gets the nearest E4M3 number as its entry: all of these, the middles, their neighbours."""
+    exact = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
+    some = torch.cat([exact, (exact[1:] + exact[:-1]) / 2, torch.tensor([463.0, 464.0, 465.0, 1e9])])
+    some = torch.cat([some, some.nextafter(some * 2), some.nextafter(some * 0)])
+    some = some[some > exact[1]]  # nearer to their entries than to the code that is always 0
+    expected = (-some).clamp(-E4M3_MAX).to(E4M3)
+    tables = torch.zeros(len(some), 8, dtype=torch.uint8)
+    tables[:, 0] = torch.where(expected.view(torch.uint8) == 0xFE, 0xFD, expected.view(torch.uint8) + 1)
+    values, weights = torch.zeros(2, len(some), 16)
+    values[:, 0], weights[:, 0] = -some, 1
+    found = tables.view(E4M3).to(DEVICE)
+    codes, none = torch.zeros(values.shape, dtype=torch.uint8), torch.zeros(len(some), dtype=torch.bool)
+    inputs = (tensor.to(DEVICE) for tensor in (values, weights, weights, none, torch.ones(len(some)), codes))
+    KERNELS.refit(*inputs, found, 1)
+    assert same(found[:, 0], expected)
+
+
+@pytest.mark.usefixtures("plain")
+def test_groups_by_their_codes() -> None:
+    """`gather` and the sums of energies; then the codes of all weights from those of the values."""
+    w = layer(zeros=True, shape=(48, 384))
+    importance = torch.rand(384, generator=torch.Generator().manual_seed(5))
+    expected = code_groups.gather(w, importance)
+    assert w.zeros is not None
+    rows, zeros, scales = w.packed.to(DEVICE), w.zeros.t().to(DEVICE), w.scales.t().float().to(DEVICE)
+    found = KERNELS.gather(rows, zeros, scales, importance.to(DEVICE))
+    assert all(
+        same(tensor, getattr(expected, name))
+        for tensor, name in zip(found, ("values", "counts", "weights", "letters"), strict=True)
+    )
+    codes = torch.randint(0, 16, expected.values.shape, dtype=torch.uint8)
+    assert same(KERNELS.spell(found[3], codes.to(DEVICE)).view(48, -1), expected.rows(codes, 48))
+    energies = torch.full((384,), 2.5, dtype=torch.float64, device=DEVICE)
+    KERNELS.add_energies(rows, zeros, scales, energies)
+    relative = ((energies - 2.5) / (energies - 2.5).mean()).float()
+    torch.testing.assert_close(relative.cpu(), requantize.column_energies(w), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mode", ScalesMode, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_whole_layers(mode: ScalesMode, kind: str, request: pytest.FixtureRequest) -> None:
+    """All of a conversion, from codes to codes, on the device and on the CPU."""
+    shape = (176, 384) if DEVICE.type == "cuda" else (32, 256)
+    w = layer(**LAYERS[kind], shape=shape)
+    expected, stats = to_w4a8(w, mode)
+    request.getfixturevalue("triton_everywhere")
+    found, found_stats = to_w4a8(on_device(w), mode)
+    assert same_layer(found, expected)
+    assert found_stats.noise == pytest.approx(stats.noise, rel=1e-9)
