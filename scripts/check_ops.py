@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import vllm_engine
 
 from convert_w4a8.layout import pack_rows, repack, unpack_codes
-from convert_w4a8.scales import quantize_reference
-from convert_w4a8.tables import decode, expand_tables, quantize_tokens
+from convert_w4a8.scales import SCALE_MAX, quantize_reference
+from convert_w4a8.tables import decode, expand_tables, multiply_tables, quantize_tokens
 from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
 DEVICE = torch.device("cuda")
@@ -185,11 +185,17 @@ def check_tables(sizes: list[tuple[int, int]]) -> Iterator[Row]:
     yield same(
         "tables", "all finite bytes", expand_tables(finite).flatten(), ops.cutlass_pack_scale_fp8(finite).flatten()
     )
+    usable = finite[finite.float().abs() <= SCALE_MAX][None]
+    theirs = ops.cutlass_pack_scale_fp8(usable).flatten()
+    yield same("tables, multiplied", "all bytes up to 56", multiply_tables(usable).flatten(), theirs)
     theirs = ops.cutlass_pack_scale_fp8(nan).flatten()
     yield same("tables", "NaN bytes", expand_tables(nan).flatten(), theirs, demanded=False)
     for n, k in sizes:
         scale = random_bytes(k // GROUP_SIZE, n)
         yield same("tables", f"{n}x{k}", expand_tables(scale).flatten(), ops.cutlass_pack_scale_fp8(scale).flatten())
+        scale = torch.where(scale.float().abs() <= SCALE_MAX, scale.view(torch.uint8), 0).view(E4M3)
+        theirs = ops.cutlass_pack_scale_fp8(scale).flatten()
+        yield same("tables, multiplied", f"{n}x{k}", multiply_tables(scale).flatten(), theirs)
 
 
 def random_layer(n: int, k: int) -> tuple[W4A8Linear, torch.Tensor]:

@@ -121,6 +121,19 @@ def test_every_scale_expands_to_the_nearest_entries() -> None:
             assert found[byte, entry] == max(nearest, 0) | sign, (byte, magnitude)
 
 
+@pytest.mark.parametrize("groups_at_once", [1, 7, 1 << 24])
+def test_multiplied_tables_are_the_same(groups_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scales that checkpoints have, both zeros among them; in any order of memory, and in parts."""
+    monkeypatch.setattr(tables, "_GROUPS_AT_ONCE", groups_at_once)
+    scales = ALL_BYTES.view(torch.float8_e4m3fn)
+    usable = scales[scales.float().abs() <= 56]
+    assert len(usable) == 2 * 103
+    for scale in (usable, usable.view(2, -1), usable.view(2, -1).t()):
+        found, expected = tables.multiply_tables(scale), tables.expand_tables(scale)
+        assert found.shape == expected.shape
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 22])
 @pytest.mark.parametrize("direct", [False, True], ids=["scale", "entries"])
 def test_decode_looks_each_code_up(direct: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

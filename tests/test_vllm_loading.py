@@ -23,7 +23,6 @@ from vllm_layers import (
     make_moe_config,
 )
 
-from convert_w4a8.tables import expand_tables
 from convert_w4a8.vllm_plugin.format import Tables
 from convert_w4a8.vllm_plugin.loading import noting_experts, noting_shards
 
@@ -40,7 +39,6 @@ def vllm(request: pytest.FixtureRequest) -> Iterator[vllm_sources.Ranks]:
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Return a function that processes a layer, and fails if that asks for a value of a tensor."""
-    expand_tables(torch.zeros(1, 1).to(torch.float8_e4m3fn))  # its table of 256 entries is made once, on the host
 
     def ask(*_: object) -> None:
         pytest.fail("the contents of a tensor were asked for: on a GPU, that waits for all work before")

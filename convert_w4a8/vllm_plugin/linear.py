@@ -24,7 +24,7 @@ from vllm.model_executor.parameter import (
 )
 
 from convert_w4a8.layout import lut_shape
-from convert_w4a8.tables import expand_tables_reference
+from convert_w4a8.tables import multiply_tables
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.format import Tables, not_loaded, refusal
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
@@ -85,7 +85,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise not_loaded(layer.prefix)
         compat.require_op_dtypes(packed, table, channel)
         if self.tables is Tables.SCALE:
-            table = expand_tables_reference(table)  # a lookup: compiling the kernel would take longer than all layers
+            table = multiply_tables(table)
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         shown = {
             "weight_packed": packed.view(-1, packed.shape[1] // 4),

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpe
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from convert_w4a8.layout import lut_shape
-from convert_w4a8.tables import expand_tables_reference
+from convert_w4a8.tables import multiply_tables
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.format import Tables, not_loaded
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
@@ -101,7 +101,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
             replace_parameter(layer, f"{w}_weight_packed", packed.view(experts, n, k // 8))
             if self.tables is Tables.SCALE:
-                table = expand_tables_reference(table.view(-1, n))
+                table = multiply_tables(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
             layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
             layouts.append(layout.to(packed.device, non_blocking=True))
