@@ -20,7 +20,7 @@ import torch
 import triton
 
 from convert_w4a8 import layout, tables
-from convert_w4a8.kernels.repack import DEFAULT_BLOCKS, Block, repack_by
+from convert_w4a8.kernels.repack import DEFAULT_BLOCKS, ROWS_BLOCKS, Block, repack_by, to_rows
 from convert_w4a8.kernels.tables import expand_tables
 from convert_w4a8.weights import Packing
 
@@ -90,6 +90,25 @@ def measure(packing: Packing, n: int, k: int, blocks: list[Block]) -> list[Row]:
     return rows
 
 
+def measure_rows(packing: Packing, n: int, k: int) -> Row:
+    """Return the row of `to_rows`, which `--format compressed-tensors` and new codes need."""
+    inputs = rotation(packing, n, k)
+    equal = torch.equal(to_rows(inputs[0], packing), layout.to_rows_reference(inputs[0], packing))
+    copy, time = microseconds(torch.clone, inputs), microseconds(lambda x: to_rows(x, packing), inputs)
+    return {
+        "kernel": "to_rows",
+        "packing": packing.value,
+        "n": n,
+        "k": k,
+        **{f"block_{name}": value for name, value in asdict(ROWS_BLOCKS[packing]).items()},
+        "equal": equal,
+        "us": time,
+        "gb_s": n * k / time / 1e3,
+        "copy_gb_s": n * k / copy / 1e3,
+        "of_copy": copy / time,
+    }
+
+
 def measure_tables(n: int, k: int) -> Row:
     """Return the row of the table expansion of an [N, K] layer: one byte in, eight out, a group."""
     scales = torch.randint(0, 256, (k // 128, n), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
@@ -102,8 +121,8 @@ def measure_tables(n: int, k: int) -> Row:
 
 def show(row: Row) -> None:
     """Print one row."""
-    name = row.get("packing", "tables")
-    text = f"{name!s:7} {row['n']:>6} x {row['k']:<6}"
+    name = f"{row['kernel']} {row.get('packing', '')}"
+    text = f"{name:13} {row['n']:>6} x {row['k']:<6}"
     if "of_copy" in row:
         order = "k first" if row["block_k_first"] else "n first"
         text += f" {row['block_n']:>4} x {row['block_k']:<4} {row['block_warps']} warps, {order} "
@@ -118,7 +137,7 @@ def best_blocks(rows: list[Row], packing: Packing) -> list[tuple[float, Row]]:
     fields = ("block_n", "block_k", "block_warps", "block_k_first")
     shares: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        if row.get("packing") == packing.value and row["equal"]:
+        if (row["kernel"], row.get("packing")) == ("repack", packing.value) and row["equal"]:
             shares.setdefault(tuple(row[f] for f in fields), []).append(row)
     worst = [(min(float(str(r["of_copy"])) for r in group), group[0]) for group in shares.values()]
     return sorted(worst, key=lambda pair: -pair[0])
@@ -145,8 +164,9 @@ def main() -> None:
             for row in found if not args.tune else sorted(found, key=lambda row: -float(str(row["of_copy"])))[:3]:
                 show(row)
     for n, k in sizes:
-        rows.append(measure_tables(n, k))
-        show(rows[-1])
+        rows += [measure_rows(packing, n, k) for packing in ROWS_BLOCKS] + [measure_tables(n, k)]
+        for row in rows[-len(ROWS_BLOCKS) - 1 :]:
+            show(row)
     if args.tune:
         for packing in Packing:
             print(f"best blocks for {packing} by the worst share of the copy over all sizes:")
