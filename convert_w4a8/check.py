@@ -16,7 +16,8 @@ from convert_w4a8.checkpoint import Checkpoint, open_checkpoint, read_json
 from convert_w4a8.convert import convert
 from convert_w4a8.errors import ConvertError, PlanError, Refusal, W4A8Error
 from convert_w4a8.naming import is_expert, output_name
-from convert_w4a8.plan import LayerPlan, Options, Plan, linear_modules, make_plan
+from convert_w4a8.options import Options
+from convert_w4a8.plan import LayerPlan, Plan, linear_modules, make_plan
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
 from convert_w4a8.verify import Verification, verify

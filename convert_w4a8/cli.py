@@ -1,55 +1,20 @@
 """Command line: parse, call, render, exit. Everything heavy is imported by the command that needs it."""
 
-import json
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from convert_w4a8 import __version__
+from convert_w4a8.cli_base import W4A8Command, echo_json, progress, write_files
+from convert_w4a8.cli_check import check
 from convert_w4a8.cli_options import Size, conversion_options, read_options
-from convert_w4a8.errors import ConvertError, PlanError, W4A8Error
-from convert_w4a8.startup import import_torch
+from convert_w4a8.errors import ConvertError
 
 if TYPE_CHECKING:
     from convert_w4a8.hub import Repository
-
-
-class W4A8Command(click.Command):
-    """A command whose user errors become lines on stderr and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Errors that are not the user's keep their traceback."""
-        try:
-            import_torch()
-            return super().invoke(ctx)
-        except PlanError as error:
-            count = len(error.refusals)
-            click.echo(f"Error: {count} obstacle{'s' * (count != 1)}; nothing was written.", err=True)
-            for refusal in error.refusals:
-                click.echo(f"  {refusal}", err=True)
-        except W4A8Error as error:
-            click.echo("; ".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
-        except KeyboardInterrupt as error:
-            click.echo("; ".join(["Interrupted", *getattr(error, "__notes__", ["nothing was written"])]), err=True)
-            ctx.exit(130)
-        return ctx.exit(1)
-
-
-@contextmanager
-def _progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in bytes on stderr, if that is a terminal."""
-    from tqdm import tqdm
-
-    hidden = quiet or not sys.stderr.isatty()
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=hidden) as bar:
-        yield bar.update
 
 
 @click.command("convert", cls=W4A8Command)
@@ -98,24 +63,20 @@ def convert(
         click.echo(render.plan_text(plan))
     if dry_run:
         if as_json:
-            _echo_json(render.plan_dict(plan))
+            echo_json(render.plan_dict(plan))
         return
     check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
     repository = Repository.parse(push_to) if push_to else None
     if repository is not None:  # before the work, so that a wrong token is found now
         prepare_repository(repository, private=private, again="the same command")
-    with _progress(plan.nbytes_in, "convert", quiet=quiet) as update:
+    with progress(plan.nbytes_in, "convert", quiet=quiet) as update:
         result = run(checkpoint, plan, out, device=torch_device, overwrite=overwrite, resume=resume, progress=update)
     if as_json:
-        _echo_json(render.result_dict(result, out))
+        echo_json(render.result_dict(result, out))
     elif not quiet:
         click.echo(render.result_text(result, source, out))
     if repository is not None:
         _verify_and_push(out, source, repository, private=private, quiet=quiet or as_json)
-
-
-def _echo_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=2))
 
 
 def _verify_and_push(out: Path, source: str, repository: "Repository", *, private: bool, quiet: bool) -> None:
@@ -128,7 +89,7 @@ def _verify_and_push(out: Path, source: str, repository: "Repository", *, privat
     again += ["--revision", repository.revision] if repository.revision else []
     command = shlex.join([*again, *(["--private"] if private else [])])
     converted, original = open_checkpoint(out), open_checkpoint(resolve_input(source))
-    with _progress(original.nbytes, "verify", quiet=quiet) as update:
+    with progress(original.nbytes, "verify", quiet=quiet) as update:
         problems = run(converted, original, progress=update).problems
     if problems:
         first = f"{problems[0].subject}: {problems[0].reason}"
@@ -150,6 +111,7 @@ def main() -> None:
 
 
 main.add_command(convert)
+main.add_command(check)
 
 
 @main.command(cls=W4A8Command)
@@ -166,7 +128,7 @@ def inspect(source: str, as_json: bool) -> None:
 
     found = inspection.inspect(open_checkpoint(resolve_input(source)))
     if as_json:
-        _echo_json(inspection.as_dict(found))
+        echo_json(inspection.as_dict(found))
     else:
         click.echo(inspection.as_text(found))
 
@@ -188,10 +150,10 @@ def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> N
     from convert_w4a8.verify import verify as run
 
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
-    with _progress(original.nbytes, "verify", quiet=as_json) as update:
+    with progress(original.nbytes, "verify", quiet=as_json) as update:
         verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
     if as_json:
-        _echo_json(render.verification_dict(verification))
+        echo_json(render.verification_dict(verification))
     else:
         click.echo(render.verification_text(verification))
     if verification.problems:
@@ -242,120 +204,15 @@ def report(out: str, source: str, html: Path | None, png_dir: Path | None, as_js
     if with_pictures:
         report_pictures.require_matplotlib()
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
-    with _progress(original.nbytes, "report", quiet=as_json) as update:
+    with progress(original.nbytes, "report", quiet=as_json) as update:
         found = reports.collect(converted, original, progress=update)
     if with_pictures:
         pictures = report_pictures.draw(found)
         written = {png_dir / f"{name}.png": png for name, png in pictures.items()} if png_dir is not None else {}
         if html is not None:
             written[html] = report_html.render(found, pictures).encode()
-        _write_files(written)
+        write_files(written)
     if as_json:
-        _echo_json(reports.as_dict(found))
+        echo_json(reports.as_dict(found))
     else:
         click.echo(reports.as_text(found))
-
-
-def _write_files(files: dict[Path, bytes]) -> None:
-    for path, content in files.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        except OSError as error:
-            raise ConvertError(str(path), f"cannot be written ({error.strerror})", "choose another path") from error
-
-
-@main.command(cls=W4A8Command)
-@click.argument("source", metavar="IN")
-@conversion_options
-@click.option("--out", metavar="OUT", type=click.Path(path_type=Path), help="Check this conversion; make none.")
-@click.option(
-    "--sample", is_flag=True, help="Convert one layer of each kind; read, and fetch from the Hub, nothing else."
-)
-@click.option(
-    "--baseline",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Fail where layers, codes, SQNR or sizes are not those of this baseline.",
-)
-@click.option(
-    "--write-baseline",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write a baseline, if the conversion is right.",
-)
-@click.option(
-    "--tolerance-db",
-    type=click.FloatRange(min=0),
-    default=0.1,
-    show_default=True,
-    help="How far the SQNR of a layer may fall under the baseline.",
-)
-@click.option(
-    "--min-sqnr-db",
-    type=float,
-    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of Markdown.")
-def check(
-    source: str,
-    out: Path | None,
-    sample: bool,
-    baseline: Path | None,
-    write_baseline: Path | None,
-    tolerance_db: float,
-    min_sqnr_db: float | None,
-    device: str,
-    as_json: bool,
-    **choices: str,
-) -> None:
-    """Check that IN still converts as well as it did: convert, verify, compare with a baseline. For CI.
-
-    The conversion goes to the directory for temporary files (TMPDIR) and is removed again. Exit code 1 if anything is
-    wrong. The summary is Markdown; in GitHub Actions it is appended to the job's summary too.
-    """
-    from convert_w4a8 import check as checks
-    from convert_w4a8 import check_text
-    from convert_w4a8.checkpoint import open_checkpoint
-    from convert_w4a8.convert import resolve_device
-    from convert_w4a8.hub import is_hub_id, resolve_input
-    from convert_w4a8.remote import open_remote
-
-    if sample and out is not None:
-        raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
-    torch_device = resolve_device(device)
-    known = None if baseline is None else checks.read_baseline(baseline)
-    with ExitStack() as stack:
-        fetch: Callable[[Iterable[str]], None] = lambda _names: None  # noqa: E731
-        if sample and is_hub_id(source):
-            remote = open_remote(source, Path(stack.enter_context(TemporaryDirectory(prefix="w4a8-check-"))))
-            checkpoint, fetch = remote.checkpoint, remote.fetch
-        else:
-            checkpoint = open_checkpoint(resolve_input(source))
-        total = checkpoint.nbytes * (1 if out else 2)
-        update = stack.enter_context(_progress(total, "check", quiet=as_json or sample))
-        outcome = checks.check(
-            checkpoint,
-            read_options(choices),
-            out=out,
-            sample=sample,
-            baseline=known,
-            min_sqnr_db=min_sqnr_db,
-            tolerance_db=tolerance_db,
-            name=source if is_hub_id(source) else None,
-            fetch=fetch,
-            device=torch_device,
-            progress=update,
-        )
-    summary = check_text.as_markdown(outcome)
-    if write_baseline is not None and outcome.figures is not None and outcome.verified:
-        _write_files({write_baseline: (json.dumps(checks.baseline_dict(outcome.figures), indent=1) + "\n").encode()})
-    if "GITHUB_STEP_SUMMARY" in os.environ:
-        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
-            file.write(summary)
-    if as_json:
-        _echo_json(check_text.as_dict(outcome))
-    else:
-        click.echo(summary, nl=False)
-    if outcome.problems:
-        click.get_current_context().exit(1)

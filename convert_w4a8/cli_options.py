@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:
-    from convert_w4a8.plan import Options
+from convert_w4a8.options import DEFAULT_SHARD_SIZE, Options, Policy, ScalesMode, Unsupported
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -43,7 +42,7 @@ _CONVERSION_OPTIONS = (
     ),
     click.option(
         "--scales",
-        type=click.Choice(["reference", "search", "direct"]),
+        type=click.Choice(list(map(str, ScalesMode))),
         default="search",
         show_default=True,
         help="How FP8 scales are chosen. search: least error of the final weights. reference: by vLLM's own load-time"
@@ -54,28 +53,28 @@ _CONVERSION_OPTIONS = (
     ),
     click.option(
         "--asymmetric",
-        type=click.Choice(["requantize", "error"]),
+        type=click.Choice(list(map(str, Policy))),
         default="requantize",
         show_default=True,
         help="Layers with zero-points: choose new symmetric codes, or refuse.",
     ),
     click.option(
         "--act-order",
-        type=click.Choice(["requantize", "error"]),
+        type=click.Choice(list(map(str, Policy))),
         default="error",
         show_default=True,
         help="GPTQ layers whose g_idx permutes: choose new codes for contiguous groups, or refuse.",
     ),
     click.option(
         "--group-size",
-        type=click.Choice(["requantize", "error"]),
+        type=click.Choice(list(map(str, Policy))),
         default="error",
         show_default=True,
         help="Group sizes that are no multiple of 128 (32, 64): choose new codes for groups of 128, or refuse.",
     ),
     click.option(
         "--unsupported",
-        type=click.Choice(["error", "dequantize"]),
+        type=click.Choice(list(map(str, Unsupported))),
         default="error",
         show_default=True,
         help="Layers whose size the kernel cannot take: refuse, or keep them in BF16.",
@@ -90,11 +89,8 @@ def conversion_options(command: _Command) -> _Command:
     return command
 
 
-def read_options(choices: Mapping[str, str], max_shard_size: int | None = None) -> "Options":
+def read_options(choices: Mapping[str, str], max_shard_size: int = DEFAULT_SHARD_SIZE) -> Options:
     """Return what the user chose, from the values of `conversion_options` but --device."""
-    from convert_w4a8.plan import DEFAULT_SHARD_SIZE, Options, Policy, Unsupported  # noqa: PLC0415  (needs torch)
-    from convert_w4a8.quantize import ScalesMode  # noqa: PLC0415
-
     return Options(
         format=choices["output_format"],
         scales=ScalesMode(choices["scales"]),
@@ -102,5 +98,5 @@ def read_options(choices: Mapping[str, str], max_shard_size: int | None = None) 
         act_order=Policy(choices["act_order"]),
         group_size=Policy(choices["group_size"]),
         unsupported=Unsupported(choices["unsupported"]),
-        max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE,
+        max_shard_size=max_shard_size,
     )

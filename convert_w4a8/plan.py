@@ -4,49 +4,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import PlanError, Refusal
 from convert_w4a8.layout import TILE_N
 from convert_w4a8.naming import fusion_key, is_expert, is_lm_head, merged_name, output_name
-from convert_w4a8.quantize import ScalesMode
+from convert_w4a8.options import Options, Policy, Unsupported
 from convert_w4a8.safetensors_file import TensorInfo, TensorSpec
 from convert_w4a8.sources import LayerSpec, Source, find_source
 from convert_w4a8.targets import Target, target_named
 from convert_w4a8.weights import GROUP_SIZE
 from convert_w4a8.writer import ShardPlan, plan_shards
 
-DEFAULT_SHARD_SIZE = 5_000_000_000
 TABLE_BYTES = 8
 """The kernel's memory for one group's scale: a table of eight FP8 entries."""
-
-
-class Policy(StrEnum):
-    """What to do with a layer whose codes cannot be kept: choose new ones, or refuse."""
-
-    REQUANTIZE = "requantize"
-    ERROR = "error"
-
-
-class Unsupported(StrEnum):
-    """What to do with a layer that the kernel cannot take: refuse, or keep it in BF16."""
-
-    ERROR = "error"
-    DEQUANTIZE = "dequantize"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose; see `w4a8-convert --help`."""
-
-    format: str = "lut"
-    scales: ScalesMode = ScalesMode.SEARCH
-    asymmetric: Policy = Policy.REQUANTIZE
-    act_order: Policy = Policy.ERROR
-    group_size: Policy = Policy.ERROR
-    unsupported: Unsupported = Unsupported.ERROR
-    max_shard_size: int = DEFAULT_SHARD_SIZE
 
 
 @dataclass(frozen=True)

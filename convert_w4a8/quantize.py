@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 
 from convert_w4a8.dequantize import output_blocks
 from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
+from convert_w4a8.options import ScalesMode
 from convert_w4a8.requantize import choose_codes, column_energies, expand_groups, refit
 from convert_w4a8.scales import check_finite
 from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
@@ -16,17 +16,6 @@ from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 
 _HISTOGRAM_WORDS = 1 << 13
 """Words sampled for the code histogram: 65,536 codes, frequencies to within a hundredth of themselves."""
-
-
-class ScalesMode(StrEnum):
-    """How FP8 scales are chosen."""
-
-    REFERENCE = "reference"
-    """Exactly as vLLM does at load."""
-    SEARCH = "search"
-    """The FP8 scale and channel scale that give the final table entries the smallest squared error."""
-    DIRECT = "direct"
-    """Table entries chosen one by one; only for output formats that store them."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +37,6 @@ class LayerStats:
     def sqnr_db(self) -> float:
         """Signal over noise of the final weights against the dequantized source, in dB; inf where nothing was lost."""
         return sqnr_db(self.signal, self.noise)
-
-    @property
-    def requantize_sqnr_db(self) -> float | None:
-        """The same where codes were chosen anew; None where all were kept."""
-        return None if self.exact else self.sqnr_db
 
 
 def sqnr_db(signal: float, noise: float) -> float:

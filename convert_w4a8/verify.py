@@ -12,8 +12,9 @@ from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.naming import output_name
+from convert_w4a8.options import ScalesMode
 from convert_w4a8.plan import linear_modules, natural_key
-from convert_w4a8.quantize import ScalesMode, sqnr_db
+from convert_w4a8.quantize import sqnr_db
 from convert_w4a8.requantize import quantize_plain
 from convert_w4a8.safetensors_file import TensorInfo, read_into
 from convert_w4a8.sources import LayerSpec, find_source

@@ -17,8 +17,9 @@ from convert_w4a8.card import hub_id, model_card
 from convert_w4a8.checkpoint import Checkpoint, open_checkpoint
 from convert_w4a8.cli import convert, main
 from convert_w4a8.convert import convert as run
-from convert_w4a8.plan import Options, make_plan
-from convert_w4a8.quantize import LayerStats, ScalesMode
+from convert_w4a8.options import Options, ScalesMode
+from convert_w4a8.plan import make_plan
+from convert_w4a8.quantize import LayerStats
 
 SOURCE_CARD = """\
 ---

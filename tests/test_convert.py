@@ -16,8 +16,8 @@ from convert_w4a8 import convert, dequantize, jobs
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.convert import Result, check_paths, resolve_device
 from convert_w4a8.errors import ConvertError, PlanError
-from convert_w4a8.plan import Options, Policy, Unsupported, make_plan
-from convert_w4a8.quantize import ScalesMode
+from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
+from convert_w4a8.plan import make_plan
 
 FORMATS = ("lut", "compressed-tensors")
 

@@ -14,7 +14,8 @@ from code_groups import KINDS, LAYERS, groups, layer, same, same_layer
 
 from convert_w4a8 import codebook, compiled, requantize
 from convert_w4a8 import groups as code_groups
-from convert_w4a8.quantize import ScalesMode, to_w4a8
+from convert_w4a8.options import ScalesMode
+from convert_w4a8.quantize import to_w4a8
 from convert_w4a8.scales import E4M3, E4M3_MAX
 from convert_w4a8.weights import W4Linear
 

@@ -16,9 +16,9 @@ from factories.models import Model, llama, qwen3_moe
 
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
-from convert_w4a8.plan import Options as PlanOptions
-from convert_w4a8.plan import Plan, Policy, Unsupported, check_tensors, kinds, make_plan, natural_key
-from convert_w4a8.quantize import ScalesMode
+from convert_w4a8.options import Options as PlanOptions
+from convert_w4a8.options import Policy, ScalesMode, Unsupported
+from convert_w4a8.plan import Plan, check_tensors, kinds, make_plan, natural_key
 from convert_w4a8.targets import TARGETS
 
 ALL_REQUANTIZED = PlanOptions(

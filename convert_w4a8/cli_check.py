@@ -1,0 +1,109 @@
+"""The command `check`: whether a checkpoint still converts as well as it did."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+
+from convert_w4a8.cli_base import W4A8Command, echo_json, progress, write_files
+from convert_w4a8.cli_options import conversion_options, read_options
+
+
+@click.command(cls=W4A8Command)
+@click.argument("source", metavar="IN")
+@conversion_options
+@click.option("--out", metavar="OUT", type=click.Path(path_type=Path), help="Check this conversion; make none.")
+@click.option(
+    "--sample", is_flag=True, help="Convert one layer of each kind; read, and fetch from the Hub, nothing else."
+)
+@click.option(
+    "--baseline",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Fail where layers, codes, SQNR or sizes are not those of this baseline.",
+)
+@click.option(
+    "--write-baseline",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a baseline, if the conversion is right.",
+)
+@click.option(
+    "--tolerance-db",
+    type=click.FloatRange(min=0),
+    default=0.1,
+    show_default=True,
+    help="How far the SQNR of a layer may fall under the baseline.",
+)
+@click.option(
+    "--min-sqnr-db",
+    type=float,
+    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of Markdown.")
+def check(
+    source: str,
+    out: Path | None,
+    sample: bool,
+    baseline: Path | None,
+    write_baseline: Path | None,
+    tolerance_db: float,
+    min_sqnr_db: float | None,
+    device: str,
+    as_json: bool,
+    **choices: str,
+) -> None:
+    """Check that IN still converts as well as it did: convert, verify, compare with a baseline. For CI.
+
+    The conversion goes to the directory for temporary files (TMPDIR) and is removed again. Exit code 1 if anything is
+    wrong. The summary is Markdown; in GitHub Actions it is appended to the job's summary too.
+    """
+    from convert_w4a8 import check as checks
+    from convert_w4a8 import check_text
+    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.convert import resolve_device
+    from convert_w4a8.hub import is_hub_id, resolve_input
+    from convert_w4a8.remote import open_remote
+
+    if sample and out is not None:
+        raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
+    torch_device = resolve_device(device)
+    known = None if baseline is None else checks.read_baseline(baseline)
+    with ExitStack() as stack:
+        fetch: Callable[[Iterable[str]], None] = lambda _names: None  # noqa: E731
+        if sample and is_hub_id(source):
+            remote = open_remote(source, Path(stack.enter_context(TemporaryDirectory(prefix="w4a8-check-"))))
+            checkpoint, fetch = remote.checkpoint, remote.fetch
+        else:
+            checkpoint = open_checkpoint(resolve_input(source))
+        total = checkpoint.nbytes * (1 if out else 2)
+        update = stack.enter_context(progress(total, "check", quiet=as_json or sample))
+        outcome = checks.check(
+            checkpoint,
+            read_options(choices),
+            out=out,
+            sample=sample,
+            baseline=known,
+            min_sqnr_db=min_sqnr_db,
+            tolerance_db=tolerance_db,
+            name=source if is_hub_id(source) else None,
+            fetch=fetch,
+            device=torch_device,
+            progress=update,
+        )
+    summary = check_text.as_markdown(outcome)
+    if write_baseline is not None and outcome.figures is not None and outcome.verified:
+        write_files({write_baseline: (json.dumps(checks.baseline_dict(outcome.figures), indent=1) + "\n").encode()})
+    if "GITHUB_STEP_SUMMARY" in os.environ:
+        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
+            file.write(summary)
+    if as_json:
+        echo_json(check_text.as_dict(outcome))
+    else:
+        click.echo(summary, nl=False)
+    if outcome.problems:
+        click.get_current_context().exit(1)

@@ -1,0 +1,44 @@
+"""What the user can choose about a conversion. Imports nothing heavy: the command line starts with it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+class ScalesMode(StrEnum):
+    """How FP8 scales are chosen."""
+
+    REFERENCE = "reference"
+    """Exactly as vLLM does at load."""
+    SEARCH = "search"
+    """The FP8 scale and channel scale that give the final table entries the smallest squared error."""
+    DIRECT = "direct"
+    """Table entries chosen one by one; only for output formats that store them."""
+
+
+class Policy(StrEnum):
+    """What to do with a layer whose codes cannot be kept: choose new ones, or refuse."""
+
+    REQUANTIZE = "requantize"
+    ERROR = "error"
+
+
+class Unsupported(StrEnum):
+    """What to do with a layer that the kernel cannot take: refuse, or keep it in BF16."""
+
+    ERROR = "error"
+    DEQUANTIZE = "dequantize"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose; see `w4a8-convert --help`."""
+
+    format: str = "lut"
+    scales: ScalesMode = ScalesMode.SEARCH
+    asymmetric: Policy = Policy.REQUANTIZE
+    act_order: Policy = Policy.ERROR
+    group_size: Policy = Policy.ERROR
+    unsupported: Unsupported = Unsupported.ERROR
+    max_shard_size: int = DEFAULT_SHARD_SIZE
