@@ -11,25 +11,40 @@ from types import ModuleType
 
 import torch
 
-_LIBRARIES = {"cuda": ("triton", "convert_w4a8.kernels."), "cpu": ("numba", "convert_w4a8.kernels.cpu_")}
-
 
 def kernels(name: str, device: torch.device) -> ModuleType | None:
     """Return `kernels/<name>.py` or `kernels/cpu_<name>.py`; None where what compiles them is not to be had."""
-    return _load(name, device.type) if device.type in _LIBRARIES else None
+    match device.type:
+        case "cuda":
+            return import_module(f"convert_w4a8.kernels.{name}") if _triton_works() else None
+        case "cpu":
+            return _cpu_kernels(name)
+        case _:
+            return None
 
 
 @cache
-def _load(name: str, device_type: str) -> ModuleType | None:
-    library, prefix = _LIBRARIES[device_type]
-    if find_spec(library) is None:
+def _triton_works() -> bool:
+    """Return whether Triton can launch kernels: it needs a C compiler and Python's headers, not only a GPU."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        import_module("triton.runtime").driver.active.get_current_target()  # compiles, if it never has
+    except Exception:  # noqa: BLE001 - whatever it lacks, we can do without
+        return False
+    return True
+
+
+@cache
+def _cpu_kernels(name: str) -> ModuleType | None:
+    if find_spec("numba") is None:
         return None
     try:
-        import_module(library)
-    except ImportError:  # numba refuses a NumPy newer than it knows
+        import_module("numba")
+    except ImportError:  # it refuses a NumPy newer than it knows
         return None
     try:
-        return import_module(prefix + name)
+        return import_module(f"convert_w4a8.kernels.cpu_{name}")
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise

@@ -87,9 +87,9 @@ def test_whole_layers(mode: ScalesMode, kind: str, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
     """Forget which kernels there are, before and after."""
-    compiled._load.cache_clear()
+    compiled._cpu_kernels.cache_clear()
     yield
-    compiled._load.cache_clear()
+    compiled._cpu_kernels.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing_loaded")

@@ -4,13 +4,15 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert_w4a8 import layout, tables
+from convert_w4a8 import compiled, layout, tables
 from convert_w4a8.weights import Packing
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -169,3 +171,37 @@ def test_cuda_tensors_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delattr(module, name)
     assert torch.equal(layout.repack(words, Packing.AWQ), expected)
     assert torch.equal(tables.expand_tables(scale).view(torch.uint8), entries.view(torch.uint8))
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """Forget whether Triton works, before and after."""
+    compiled._triton_works.cache_clear()
+    yield
+    compiled._triton_works.cache_clear()
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("lacks", ["a C compiler", "Triton"])
+def test_without_triton_torch_does_the_work(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU machine without a compiler, as container images are, still converts."""
+    if lacks == "Triton":
+        monkeypatch.setattr(compiled, "find_spec", lambda _name: None)
+    else:
+
+        def failing() -> None:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+        driver = SimpleNamespace(active=SimpleNamespace(get_current_target=failing))
+        monkeypatch.setattr(compiled, "import_module", lambda _name: SimpleNamespace(driver=driver))
+    assert compiled.kernels("repack", torch.device("cuda")) is None
+    words = random_words(Packing.GPTQ, 16, 32)
+    if DEVICE == "cuda":
+        assert torch.equal(layout.repack(words, Packing.GPTQ), layout.repack_reference(words, Packing.GPTQ))
+
+
+@pytest.mark.usefixtures("untried")
+def test_triton_works_where_there_is_a_gpu() -> None:
+    """Kernels are found on a GPU, and are not looked for where no driver is."""
+    found = compiled.kernels("repack", torch.device("cuda"))
+    assert found is (repack if DEVICE == "cuda" else None)
