@@ -31,12 +31,7 @@ from itertools import product
 import torch
 
 from convert_w4a8 import compiled
-from convert_w4a8.weights import Packing
-
-TILE_N = 16
-"""Output channels of one tile."""
-TILE_K = 32
-"""Input channels of one tile."""
+from convert_w4a8.weights import TILE_K, TILE_N, Packing, lut_shape
 
 _BLOCK_TILES = 4096
 """Tiles handled at a time: 1 MiB, large enough to hide what a torch call costs, small enough for the cache."""
@@ -52,14 +47,6 @@ _PAD = 16
 """Words added to each row of scratch memory, lest a transposition's strides fall on the same few cache sets."""
 _EVERY_1 = 0x11111111
 _EVERY_8 = -0x77777778  # 0x88888888 as int32
-
-
-def lut_shape(n: int, k: int) -> tuple[int, int]:
-    """Return the int32 shape (K/32, 4·N) of an [N, K] layer's LUT buffer; ValueError where tiles do not fit."""
-    for name, size, tile in (("N", n, TILE_N), ("K", k, TILE_K)):
-        if size <= 0 or size % tile:
-            raise ValueError(f"{name} = {size} is not a multiple of {tile}")
-    return k // TILE_K, 4 * n
 
 
 def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:

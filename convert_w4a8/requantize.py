@@ -63,8 +63,9 @@ def column_energies(w: W4Linear) -> torch.Tensor:
         else:
             rows = to_rows(part.packed, part.packing)
             kernels.add_energies(rows, part.zeros.t(), part.scales.t().float(), total)
+    total = total.cpu()  # a GPU's mean differs in its last bit
     mean = total.mean()
-    return (total / torch.where(mean > 0, mean, 1.0)).float()
+    return (total / torch.where(mean > 0, mean, 1.0)).float().to(w.packed.device)
 
 
 @dataclass(frozen=True)

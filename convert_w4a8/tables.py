@@ -39,7 +39,7 @@ def expand_tables_reference(group_scale: torch.Tensor) -> torch.Tensor:
 def multiply_tables(group_scale: torch.Tensor) -> torch.Tensor:
     """Do what `expand_tables` does for scales up to ±56, whose entries do not saturate; larger ones may give NaN.
 
-    For vLLM's start: CUDA loads the kernels of these operations in 0.3 ms, if it has not yet, those of a lookup in 12,
+    For vLLM's start: CUDA loads the kernels of these operations in 0.3 ms, if it has not yet, those of a lookup in 11,
     and compiling ours takes longer still. Products of E4M3 numbers and codes are exact in bfloat16.
     """
     scales = group_scale.reshape(-1, 1)

@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
-from convert_w4a8.layout import lut_shape
-from convert_w4a8.weights import Packing
+from convert_w4a8.weights import Packing, lut_shape
 
 _LOW = np.uint32(0xFFFF)
 _HIGH = np.uint32(0xFFFF0000)

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from convert_w4a8.layout import lut_shape
-from convert_w4a8.weights import Packing
+from convert_w4a8.compiled import OPTIONS
+from convert_w4a8.weights import Packing, lut_shape
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def repack_by(packed: torch.Tensor, packing: Packing, block: Block) -> torch.Ten
             BLOCK_N=block.n,
             BLOCK_K=block.k,
             num_warps=block.warps,
+            **OPTIONS,
         )
     return lut
 
@@ -91,6 +92,7 @@ def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
             BLOCK_N=block.n,
             BLOCK_K=block.k,
             num_warps=block.warps,
+            **OPTIONS,
         )
     return rows
 

@@ -2,8 +2,11 @@
 
 Every operation is rounded as torch rounds it on a CPU (no fused multiply-add, divisions to the nearest), and sums run
 in the same order: the bytes are those of the references. Groups are rows [R, V] of V = 16 values (one a code) or 128
-(one a weight); a program takes some of them. What is summed over an axis by `tl.sum` are integers, or one value among
-zeros, and any order gives the same. Sizes are not specialized, so that a few kernels, compiled once, do for all layers.
+(one a weight); a program takes some of them. What is written to must be contiguous.
+
+What `tl.sum` sums are integers, or one value among zeros, the same in any order; or squares of 24 bits in float64,
+exact unless scales lie many octaves apart, and statistics. Sizes are not specialized, so that a few kernels, compiled
+once, do for all layers.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -16,14 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
+from convert_w4a8.compiled import OPTIONS
+from convert_w4a8.kernels.arithmetic import from_e4m3, round_code, to_e4m3, tree_sum
+
 _GATHERED, _FITTED, _SPELLED = 64, 64, 64
 """Groups of a program."""
 _ELEMENTS = 1 << 11
 """Elements [groups, V, 16] of a program where values meet codes."""
 _CHANNELS, _CHANNELS_AT_ONCE = 256, 16
 """Output channels of a program that adds up energies, and of one step of it."""
-_ROUNDER = tl.constexpr(1.5 * 2**23)
-"""x + this − this rounds |x| < 2²² to the nearest integer, ties to even."""
 
 
 def gather(
@@ -49,7 +53,7 @@ def add_energies(rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, 
     inputs = (tensor.contiguous() for tensor in (rows, zeros, scales))
     with torch.cuda.device_of(rows):
         _add_energies[(groups, parts)](
-            *inputs, partial, n, groups, CHANNELS=_CHANNELS, STEP=_CHANNELS_AT_ONCE, enable_fp_fusion=False
+            *inputs, partial, n, groups, CHANNELS=_CHANNELS, STEP=_CHANNELS_AT_ONCE, **OPTIONS
         )
     energies += partial.sum(dim=0)
 
@@ -107,7 +111,7 @@ def spell(letters: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 def _launch(kernel: Any, count: int, block: int, *arguments: Any, **constants: Any) -> None:
     """Run a kernel over `count` groups, `block` of them a program, without fused multiply-adds."""
     with torch.cuda.device_of(arguments[0]):
-        kernel[(triton.cdiv(count, block),)](*arguments, **constants, BLOCK=block, enable_fp_fusion=False)
+        kernel[(triton.cdiv(count, block),)](*arguments, **constants, BLOCK=block, **OPTIONS)
 
 
 @triton.jit(do_not_specialize=["groups", "count"])
@@ -173,14 +177,14 @@ def _fit_symmetric(
     best = tl.full((BLOCK,), 1.0, tl.float32)
     best_gain = tl.zeros((BLOCK,), tl.float32)
     for i in range(candidates):
-        code = _round_code(normal * tl.load(factors + i))
+        code = round_code(normal * tl.load(factors + i))
         weighted = code * weight
-        wq, qq = tl.split(_tree_sum(tl.join(weighted * normal, weighted * code)))
+        wq, qq = tl.split(tree_sum(tl.join(weighted * normal, weighted * code)))
         scale = tl.where(qq > 0, tl.div_rn(wq, tl.where(qq > 0, qq, 1.0)), 0.0)
         gain = wq * scale
         best = tl.where(gain > best_gain, scale, best)
         best_gain = tl.maximum(gain, best_gain)
-    code = _round_code(tl.div_rn(normal, best[:, None])) + 8
+    code = round_code(tl.div_rn(normal, best[:, None])) + 8
     tl.store(codes + place, code.to(tl.uint8), mask=wanted[:, None])
     tl.store(scales + r, best * unit, mask=wanted)
 
@@ -212,7 +216,7 @@ def _refit(
     # Entries by code: those of the table, 0, and the table's from the last to the second, negated.
     c = tl.arange(0, 16)[None, :]
     bits = tl.load(tables + r[:, None] * 8 + tl.where(c < 8, c, (16 - c) % 8), mask=inside, other=0)
-    entries = _from_e4m3(bits)
+    entries = from_e4m3(bits)
     entries = tl.where(c < 8, entries, tl.where(c == 8, 0.0, -entries))
     for _ in range(rounds):
         improved = _best_entries(normal, weight, _nearest(normal, entries), entries)
@@ -220,7 +224,7 @@ def _refit(
     code = tl.load(codes + place, mask=inside, other=0).to(tl.int32)
     code = tl.where(is_kept, code, _nearest(normal, entries))
     tl.store(codes + place, code.to(tl.uint8), mask=inside & ~is_kept)
-    tl.store(tables + r[:, None] * 8 + c, _to_e4m3(entries).to(tl.uint8), mask=inside & ~is_kept & (c < 8))
+    tl.store(tables + r[:, None] * 8 + c, to_e4m3(entries).to(tl.uint8), mask=inside & ~is_kept & (c < 8))
     entry = tl.sum(tl.where(code[:, :, None] == c[:, None, :], entries[:, None, :], 0.0), axis=2)
     difference = entry * channel - value
     number = tl.load(counts + place, mask=inside, other=0)
@@ -266,47 +270,7 @@ def _best_entries(values, weights, codes, entries):
     entry = tl.where(code < 8, code, 16 - code)
     used = (codes[:, :, None] == entry[:, None, :]) | (codes[:, :, None] == 16 - entry[:, None, :])
     signed = weights * tl.where(codes > 8, -values, values)
-    down = _tree_sum(tl.where(used, weights[:, :, None], 0.0))
-    up = _tree_sum(tl.where(used, signed[:, :, None], 0.0))
-    best = _from_e4m3(_to_e4m3(tl.div_rn(up, tl.where(down > 0, down, 1.0))))
+    down = tree_sum(tl.where(used, weights[:, :, None], 0.0))
+    up = tree_sum(tl.where(used, signed[:, :, None], 0.0))
+    best = from_e4m3(to_e4m3(tl.div_rn(up, tl.where(down > 0, down, 1.0))))
     return tl.where((down > 0) & (code != 8), tl.where(code < 8, best, -best), entries)
-
-
-@triton.jit
-def _to_e4m3(x):
-    """Return the bytes, int32, of the nearest E4M3 numbers, ties to even, saturating."""
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    magnitude = tl.minimum(tl.abs(x), 448.0)
-    bits = magnitude.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    subnormal = ((magnitude * 512.0 + _ROUNDER) - _ROUNDER).to(tl.int32)
-    return sign | tl.where(magnitude < 0.015625, subnormal, normal)
-
-
-@triton.jit
-def _from_e4m3(byte):
-    """Return the float32 values of bytes."""
-    b = byte.to(tl.int32)
-    exponent, mantissa = (b >> 3) & 15, b & 7
-    subnormal = (mantissa.to(tl.float32) * 0.001953125).to(tl.int32, bitcast=True)
-    magnitude = tl.where(exponent > 0, ((exponent + 120) << 23) | (mantissa << 20), subnormal)
-    return (magnitude | ((b & 0x80) << 24)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _round_code(x):
-    clamped = tl.minimum(tl.maximum(x, -9.0), 8.0)
-    return tl.minimum(tl.maximum((clamped + _ROUNDER) - _ROUNDER, -8.0), 7.0)
-
-
-@triton.jit
-def _tree_sum(terms):
-    """Sum up [R, V, T] over V by halves, as `groups.tree_sum` does: [R, T]."""
-    R: tl.constexpr = terms.shape[0]
-    T: tl.constexpr = terms.shape[2]
-    V: tl.constexpr = terms.shape[1]
-    for step in tl.static_range(4 if V == 16 else 7):
-        halves = tl.reshape(terms, (R, 2, (V >> step) // 2, T))
-        low, high = tl.split(tl.permute(halves, (0, 2, 3, 1)))
-        terms = low + high
-    return tl.reshape(terms, (R, T))

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from convert_w4a8.compiled import OPTIONS
+
 _BLOCK = 1024
 
 
@@ -16,7 +18,7 @@ def expand_tables(group_scale: torch.Tensor) -> torch.Tensor:
     scales = group_scale.contiguous().view(torch.uint8)
     tables = torch.empty(*scales.shape, 8, dtype=torch.uint8, device=scales.device)
     with torch.cuda.device_of(scales):
-        _expand_kernel[(triton.cdiv(scales.numel(), _BLOCK),)](scales, tables, scales.numel(), BLOCK=_BLOCK)
+        _expand_kernel[(triton.cdiv(scales.numel(), _BLOCK),)](scales, tables, scales.numel(), BLOCK=_BLOCK, **OPTIONS)
     return tables.view(torch.float8_e4m3fn)
 
 

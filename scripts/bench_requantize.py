@@ -4,8 +4,9 @@
 
 On a CUDA GPU the kernels are Triton's, on a CPU numba's. Weights are random, and so are the zero-points, so every group
 gets new codes. Times are medians of `to_w4a8`, from tensors on the device to tensors on the device; FP8 scales are
-chosen on the CPU in between. Results are compared with torch's, byte for byte, before they are timed. Beside each time
-stands that of copying the layer's codes to the device and the new ones back, which a whole conversion does as well.
+chosen on the CPU in between, by one thread, as inside the converter, whose workers are Python threads. Results are
+compared with torch's, byte for byte, before they are timed. Beside each time stand that of the same layer with codes
+that are kept, and that of copying its codes from the device, there again, and back.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,15 +50,11 @@ def torch_alone() -> Iterator[None]:
 
 
 def milliseconds(call: Callable[[], object], rounds: int) -> float:
-    """Return the median time of a call."""
+    """Return the median time of a call, which ends by waiting for the GPU or does not use one."""
     times = []
     for _ in range(rounds + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         started = time.perf_counter()
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times[1:])
 
@@ -71,24 +69,30 @@ def measure(n: int, k: int, device: torch.device, rounds: int) -> Iterator[dict[
     """Yield one row for each way of choosing scales."""
     torch.manual_seed(0)
     w = random_layer(n, k, device)
-    there_and_back = milliseconds(lambda: w.packed.cpu().to(device), rounds)
+    kept = replace(w, zeros=None)
+
+    def convert(layer: W4Linear, mode: ScalesMode) -> W4A8Linear:
+        found, _ = to_w4a8(layer, mode)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return found
+
+    copy = milliseconds(lambda: w.packed.cpu().to(device).cpu(), rounds)  # the last waits for what was before
     for mode in ScalesMode:
-        found, _ = to_w4a8(w, mode)
+        found = convert(w, mode)
         with torch_alone():
-            equal = same(found, to_w4a8(w, mode)[0])
-            plain = milliseconds(lambda mode=mode: to_w4a8(w, mode), min(rounds, 2))
-        kept = replace(w, zeros=None)
-        row = {
+            equal = same(found, convert(w, mode))
+            plain = milliseconds(partial(convert, w, mode), min(rounds, 2))
+        yield {
             "n": n,
             "k": k,
             "scales": mode.value,
             "equal": equal,
-            "ms": milliseconds(lambda mode=mode: to_w4a8(w, mode), rounds),
+            "ms": milliseconds(partial(convert, w, mode), rounds),
             "torch_ms": plain,
-            "codes_kept_ms": milliseconds(lambda kept=kept, mode=mode: to_w4a8(kept, mode), rounds),
-            "there_and_back_ms": there_and_back,
+            "codes_kept_ms": milliseconds(partial(convert, kept, mode), rounds),
+            "copies_ms": copy,
         }
-        yield row
 
 
 def main() -> None:
@@ -100,9 +104,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
+    torch.set_num_threads(1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    print("| N × K | scales | kernels ms | ns a weight | torch ms | times as fast | codes kept ms | copy ms |")
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    print("| N × K | scales | kernels ms | ns a weight | torch ms | times as fast | codes kept ms | copies ms |")
     print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     rows = []
     for size in args.sizes:
@@ -111,7 +116,7 @@ def main() -> None:
             rows.append(row)
             ms, plain = float(str(row["ms"])), float(str(row["torch_ms"]))
             cells = f"{ms:.1f} | {ms * 1e6 / (n * k):.3f} | {plain:.1f} | {plain / ms:.1f}"
-            kept = f"{row['codes_kept_ms']:.1f} | {row['there_and_back_ms']:.1f}"
+            kept = f"{row['codes_kept_ms']:.1f} | {row['copies_ms']:.1f}"
             print(
                 f"| {n} × {k} | {row['scales']} | {cells} | {kept} |", "" if row["equal"] else "NOT EQUAL", flush=True
             )

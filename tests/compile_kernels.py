@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for Hopper, without a GPU, and print the instructions of each that are not to be there.
+"""Compile every Triton kernel for Hopper, without a GPU, and print the arithmetic of each that is not to be there.
 
 `TRITON_INTERPRET` must not be set: with it there is nothing to compile. Prints one line a kernel: its name, shared
-memory in bytes, and the fused multiply-adds and approximate divisions in its PTX.
+memory in bytes, and what its PTX has of float instructions that are fused, approximate, or free to be fused (no `.rn`).
 """
 
 import re
@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from convert_w4a8.compiled import OPTIONS
 from convert_w4a8.kernels import repack, requantize, tables
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -49,6 +50,7 @@ for kernel, types, constants in kernels():
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places)
-    compiled = triton.compile(source, target=HOPPER, options={"enable_fp_fusion": False})
-    inexact = re.findall(r"\b(?:fma\.\w+|div\.(?:full|approx))\.f32\b", compiled.asm["ptx"])
+    compiled = triton.compile(source, target=HOPPER, options=OPTIONS)
+    arithmetic = re.findall(r"\b(?:add|sub|mul|div|fma|mad)(?:\.\w+)*\.f(?:32|64)\b", compiled.asm["ptx"])
+    inexact = {word for word in arithmetic if not re.fullmatch(r"(?:add|sub|mul|div)\.rn\.f(?:32|64)", word)}
     print(kernel.__name__, compiled.metadata.shared, *inexact)  # noqa: T201 - its result

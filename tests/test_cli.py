@@ -73,7 +73,7 @@ def test_every_command_and_option_has_help(command: click.Command) -> None:
             assert option.opts[-1] in result.stdout
 
 
-@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["verify", "--help"], ["--version"], ["convert"]])
+@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["check", "--help"], ["--version"], ["convert"]])
 def test_help_does_not_import_what_is_heavy(words: list[str]) -> None:
     """Help, the version and usage errors appear at once: without torch, numpy, transformers or the Hub's client."""
     code = (

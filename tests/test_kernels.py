@@ -142,15 +142,17 @@ def test_rows_equal_their_reference(packing: Packing, n: int, k: int, guarded: l
 
 @TRANSPOSED
 def test_rows_of_some_output_channels(packing: Packing) -> None:
-    """A slice, whose words lie apart."""
+    """A slice, whose rows lie apart, and columns that do."""
     words = random_words(packing, 96, 160)
     part = packing.slice_outputs(words, 16, 64)
     assert not part.is_contiguous()
     assert torch.equal(repack.to_rows(part, packing).cpu(), layout.to_rows_reference(words.cpu(), packing)[16:64])
+    turned = words.t().contiguous().t()
+    assert torch.equal(repack.to_rows(turned, packing).cpu(), layout.to_rows_reference(words.cpu(), packing))
 
 
 def test_kernels_compile_for_hopper() -> None:
-    """All of them, without a GPU; and none of them with fused multiply-adds or approximate divisions."""
+    """All of them, without a GPU; every float operation is rounded to the nearest, by itself."""
     program = Path(__file__).parent / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
@@ -205,3 +207,12 @@ def test_triton_works_where_there_is_a_gpu() -> None:
     """Kernels are found on a GPU, and are not looked for where no driver is."""
     found = compiled.kernels("repack", torch.device("cuda"))
     assert found is (repack if DEVICE == "cuda" else None)
+
+
+def test_every_device_has_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's on CUDA, whichever GPU it is; none on other devices."""
+    monkeypatch.setattr(compiled, "_triton_works", lambda: True)
+    for name in ("repack", "requantize", "tables"):
+        found = compiled.kernels(name, torch.device("cuda:1"))
+        assert found is importlib.import_module(f"convert_w4a8.kernels.{name}")
+    assert compiled.kernels("repack", torch.device("meta")) is None

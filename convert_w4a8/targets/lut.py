@@ -12,7 +12,7 @@ from convert_w4a8.options import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
 from convert_w4a8.targets.base import check_outputs, packed_shape
 from convert_w4a8.vllm_plugin.format import LAYOUT, METHOD, VERSION, Tables
-from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
+from convert_w4a8.weights import GROUP_SIZE, TILE_K, TILE_N, Packing, W4A8Linear, lut_shape
 
 NAME = "lut"
 STOCK = False
@@ -34,7 +34,7 @@ def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, 
     else:
         tables = TensorSpec(f"{module}.weight_scale", "F8_E4M3", (groups, n))
     return (
-        TensorSpec(f"{module}.weight_packed", "I32", layout.lut_shape(n, k)),
+        TensorSpec(f"{module}.weight_packed", "I32", lut_shape(n, k)),
         tables,
         TensorSpec(f"{module}.weight_chan_scale", "F32", (n,)),
     )
@@ -67,8 +67,8 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
     """
     has_lut = f"{module}.weight_lut" in checkpoint.tensors
     rows, columns = packed_shape(checkpoint, module, "[K/32, 4·N]")
-    n, k = columns // 4, rows * layout.TILE_K
-    if n % layout.TILE_N or columns % 4:
+    n, k = columns // 4, rows * TILE_K
+    if n % TILE_N or columns % 4:
         raise ConvertError(f"{module}.weight_packed", f"has {columns} columns, not 4·N", "convert the checkpoint again")
     check_outputs(checkpoint, outputs(module, n, k, ScalesMode.DIRECT if has_lut else ScalesMode.REFERENCE))
     tables = checkpoint.read(f"{module}.weight_lut").view(-1, n, 8) if has_lut else None

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from convert_w4a8.layout import TILE_N
 from convert_w4a8.vllm_plugin.format import refusal
+from convert_w4a8.weights import TILE_N
 
 DENSE_MULTIPLE = 128
 """`cutlass_w4a8_mm` takes K and N in multiples of this."""
