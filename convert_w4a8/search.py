@@ -133,18 +133,29 @@ def quantize_direct(scales: torch.Tensor, weights: torch.Tensor, table: ErrorTab
     Same guarantee and errors as `quantize_search`. weights: of the code magnitudes 1 … 8, float64 [8].
     """
     reference = reference_tables(scales, scales, table)
-    s = scales.float().abs()
+    s = scales.float()
     x = _position_grid(_TOP, _STEPS, s.device)
-    channel = _best_position(s, x, _direct_error(x, weights) / x.square())
-    noise = _direct_error(s / channel, weights).sum(dim=0, dtype=torch.float64) * channel.double().square()
+    channel = _best_position(s.abs(), x, _direct_error(x, weights) / x.square())
+    lut, noise = _direct_entries(s, channel, weights)
     # At the reference's channel scale, free entries are never worse than the reference's own.
-    channel = torch.where(noise * GROUP_SIZE < reference.noise, channel, reference.channel_scale)
-    x = scales.float() / channel
-    noise = _direct_error(x.abs(), weights).sum(dim=0, dtype=torch.float64) * channel.double().square() * GROUP_SIZE
-    lut = torch.empty(*x.shape, CODE_MAX, dtype=E4M3, device=x.device)
-    for j in range(CODE_MAX):
-        lut[..., j] = to_e4m3(x * (j - CODE_MAX))
+    worse = (~(noise < reference.noise)).nonzero()[:, 0]
+    channel[worse] = reference.channel_scale[worse]
+    entries, noise[worse] = _direct_entries(s[:, worse], channel[worse], weights)
+    lut.view(torch.uint8)[:, worse] = entries.view(torch.uint8)  # torch does not index FP8 on every device
     return Tables(None, lut, channel, noise)
+
+
+def _direct_entries(s: torch.Tensor, channel: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the nearest entries for scales float32 [G, n], E4M3 [G, n, 8], and their noise, float64 [n]."""
+    x = s / channel
+    lut = torch.empty(*x.shape, CODE_MAX, dtype=E4M3, device=x.device)
+    total = torch.zeros_like(x)
+    for m, weight in enumerate(weights.tolist(), start=1):
+        ideal = x * -m
+        entry = to_e4m3(ideal)
+        lut[..., CODE_MAX - m] = entry
+        total.add_(entry.float().sub_(ideal).square_(), alpha=weight)
+    return lut, total.sum(dim=0, dtype=torch.float64) * channel.double().square() * GROUP_SIZE
 
 
 def _direct_error(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
