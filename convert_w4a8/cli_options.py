@@ -49,7 +49,11 @@ _CONVERSION_OPTIONS = (
         " arithmetic. direct: table entries one by one, with --format lut only.",
     ),
     click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the arithmetic runs."
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:N]",
+        help="Where the arithmetic runs. auto: on a GPU of compute capability 8.0 or higher, if there is one.",
     ),
     click.option(
         "--asymmetric",

@@ -29,6 +29,8 @@ from convert_w4a8.weights import W4Linear
 from convert_w4a8.writer import CheckpointWriter
 
 _CHUNK_BYTES = 8 << 20
+_LEAST_CAPABILITY = (8, 0)
+"""Triton supports GPUs of compute capability 8.0 and higher (its README); on older ones torch itself may not run."""
 Progress = Callable[[int], None]
 """Called with the number of source bytes that are done with since the last call; from any thread."""
 
@@ -56,14 +58,15 @@ class Result:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `--device` names; `auto` is CUDA where there is one.
+    """Return the device that `--device` names; `auto` is CUDA where there is a GPU that Triton supports.
 
     Raises:
         ConvertError: there is no such device.
 
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _LEAST_CAPABILITY
+        return torch.device("cuda" if usable else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -113,7 +116,7 @@ def convert(
     resume: continue a conversion that was interrupted, if there is one; the output is the same, byte for byte.
 
     Raises:
-        ConvertError, PlanError: the input, the output path or the options do not allow it.
+        ConvertError, PlanError: the input, the output path, the options or the GPU's memory do not allow it.
 
     """
     started = time.perf_counter()
@@ -204,10 +207,15 @@ def _convert_tensors(work: _Work, layer: LayerPlan, w: W4Linear) -> None:
         _write_dequantized(w, layer, work.writer)
     else:
         target = work.plan.target
-        w4a8, stats = to_w4a8(_to(w, work.device), work.plan.options.scales, stock=target.STOCK)
-        work.writer.note(layer.module, asdict(stats))
-        for name, parts in target.encode(layer.module, w4a8).items():
-            work.writer.write(name, parts)
+        try:
+            w4a8, stats = to_w4a8(_to(w, work.device), work.plan.options.scales, stock=target.STOCK)
+            work.writer.note(layer.module, asdict(stats))
+            for name, parts in target.encode(layer.module, w4a8).items():
+                work.writer.write(name, parts)
+        except torch.OutOfMemoryError as error:  # a GPU's; others work on it too
+            raise ConvertError(
+                layer.module, f"does not fit into the free memory of {work.device}", "use --device cpu"
+            ) from error
 
 
 def _to(w: W4Linear, device: torch.device) -> W4Linear:

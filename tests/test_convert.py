@@ -402,7 +402,32 @@ def test_a_full_disk_is_noticed_beforehand(tmp_path: Path, monkeypatch: pytest.M
 def test_devices() -> None:
     """`auto` is CUDA where there is one; devices that do not exist are refused with what can be said instead."""
     assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("tpu", "cuda:99", "meta", "", "mps", "cuda:x"):
         with pytest.raises(ConvertError, match="--device"):
             resolve_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [(None, "cpu"), ((7, 5), "cpu"), ((8, 0), "cuda"), ((9, 0), "cuda"), ((12, 1), "cuda")]
+)
+def test_auto_takes_gpus_that_triton_supports(
+    capability: tuple[int, int] | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old GPU, on which torch itself may not run, is left alone unless it is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert resolve_device("auto").type == expected
+
+
+def test_a_gpu_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is the user's matter, not a bug of ours: one error that names the layer, and nothing is left."""
+    source = write_case("gptq-v1", tmp_path / "in")
+    before = snapshot(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(convert, "to_w4a8", full)
+    with pytest.raises(ConvertError, match=r"model\.layers\.0.* does not fit into the free memory.*--device cpu"):
+        run(source.path, tmp_path / "out")
+    assert snapshot(tmp_path) == before
