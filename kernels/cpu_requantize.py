@@ -248,6 +248,7 @@ def _refit(groups, codes, tables, rounds, e4m3_values):
     scratch, places, value = np.empty(1, np.float32), np.empty(width, np.int32), np.empty(width, np.float32)
     bits = scratch.view(np.uint32)
     up, down = np.empty((width, 8), np.float32), np.empty((width, 8), np.float32)
+    previous = np.empty(width, np.uint8)
     signal = noise = 0.0
     for r in range(len(values)):
         weight, table, code, channel = weights[r], tables[r], codes[r], channel_scale[r // groups_per_channel]
@@ -256,14 +257,20 @@ def _refit(groups, codes, tables, rounds, e4m3_values):
         if not kept[r]:
             for v in range(width):
                 value[v] = values[r, v] / channel
-            for _ in range(rounds):
+            is_settled = False
+            for i in range(rounds):
                 _nearest(value, entries, ordered, order, places, code)
+                is_settled = i > 0 and (code == previous).all()  # then the entries are, too
+                if is_settled:
+                    break
+                previous[:] = code
                 _best_entries(value, weight, code, up, down)
                 for j in range(8):
                     if down[0, j] > _ZERO:
                         table[j] = _to_e4m3(up[0, j] / down[0, j], scratch, bits)
                         entries[j] = e4m3_values[table[j]]
-            _nearest(value, entries, ordered, order, places, code)
+            if not is_settled:
+                _nearest(value, entries, ordered, order, places, code)
         for v in range(width):
             c = code[v]
             entry = entries[c] if c < 8 else (_ZERO if c == 8 else -entries[16 - c])
