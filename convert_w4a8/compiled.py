@@ -11,9 +11,6 @@ from types import ModuleType
 
 import torch
 
-OPTIONS = {"enable_fp_fusion": False}
-"""Triton's for every launch: a fused multiply-add would round once where a CPU rounds twice."""
-
 
 def kernels(name: str, device: torch.device) -> ModuleType | None:
     """Return `kernels/<name>.py` or `kernels/cpu_<name>.py`; None where what compiles them is not to be had."""

@@ -7,6 +7,8 @@
 import triton
 import triton.language as tl
 
+OPTIONS = {"enable_fp_fusion": False}
+"""For every launch: a fused multiply-add would round once where a CPU rounds twice."""
 _ROUNDER = tl.constexpr(1.5 * 2**23)
 """x + this − this rounds |x| < 2²² to the nearest integer, ties to even."""
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from convert_w4a8.compiled import OPTIONS
+from convert_w4a8.kernels.arithmetic import OPTIONS
 from convert_w4a8.weights import Packing, lut_shape
 
 

@@ -19,8 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from convert_w4a8.compiled import OPTIONS
-from convert_w4a8.kernels.arithmetic import from_e4m3, round_code, to_e4m3, tree_sum
+from convert_w4a8.kernels.arithmetic import OPTIONS, from_e4m3, round_code, to_e4m3, tree_sum
 
 _GATHERED, _FITTED, _SPELLED = 64, 64, 64
 """Groups of a program."""

@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from convert_w4a8.compiled import OPTIONS
 from convert_w4a8.kernels import repack, requantize, tables
+from convert_w4a8.kernels.arithmetic import OPTIONS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
