@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from convert_w4a8.layout import unpack_codes
+from convert_w4a8.layout import channel_ranges, unpack_codes
 from convert_w4a8.weights import SYMMETRIC_ZERO, W4Linear
 
 _BLOCK_WEIGHTS = 1 << 23
@@ -25,6 +25,4 @@ def dequantize(w: W4Linear) -> torch.Tensor:
 
 def output_blocks(n: int, k: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of output channels such that a block's float32 weights stay small (32 MiB)."""
-    step = max(16, _BLOCK_WEIGHTS // k // 16 * 16)
-    for start in range(0, n, step):
-        yield start, min(n, start + step)
+    return channel_ranges(n, k, 16, _BLOCK_WEIGHTS)

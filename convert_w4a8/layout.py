@@ -91,7 +91,7 @@ def repack_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tenso
         return
     n, k = packing.shape_nk(packed.shape)
     most = _ROWS_PART_CODES if packing is Packing.ROWS else _PART_CODES
-    for start, stop in _ranges(k, n, TILE_K, most):
+    for start, stop in channel_ranges(k, n, TILE_K, most):
         yield repack(packing.slice_inputs(packed, start, stop), packing)
 
 
@@ -101,17 +101,17 @@ def to_rows_parts(packed: torch.Tensor, packing: Packing) -> Iterator[torch.Tens
         yield from _cut(to_rows(packed, packing))
         return
     n, k = packing.shape_nk(packed.shape)
-    for start, stop in _ranges(n, k, 8, _PART_CODES):
+    for start, stop in channel_ranges(n, k, 8, _PART_CODES):
         yield to_rows(packing.slice_outputs(packed, start, stop), packing)
 
 
 def _cut(words: torch.Tensor) -> Iterator[torch.Tensor]:
     """Cut int32 [R, C] into parts of some rows."""
-    return (words[start:stop] for start, stop in _ranges(len(words), 8 * words.shape[1], 1, _PART_CODES))
+    return (words[start:stop] for start, stop in channel_ranges(len(words), 8 * words.shape[1], 1, _PART_CODES))
 
 
-def _ranges(size: int, other: int, step: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut `size` channels, with `other` codes each, into ranges of at most `most` codes, `step` channels at least."""
+def channel_ranges(size: int, other: int, step: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut `size` channels of `other` codes into ranges (start, stop) of at most `most` codes, but `step` channels."""
     length = max(1, most // (other * step)) * step
     return ((start, min(size, start + length)) for start in range(0, size, length))
 

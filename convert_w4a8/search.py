@@ -135,40 +135,40 @@ def quantize_direct(scales: torch.Tensor, weights: torch.Tensor, table: ErrorTab
     reference = reference_tables(scales, scales, table)
     s = scales.float()
     x = _position_grid(_TOP, _STEPS, s.device)
-    channel = _best_position(s.abs(), x, _direct_error(x, weights) / x.square())
-    lut, noise = _direct_entries(s, channel, weights)
+    channel = _best_position(s.abs(), x, _nearest_entries(x, weights)[1] / x.square())
+    lut, error = _nearest_entries(s / channel, weights)
+    noise = _sum_up(error, channel)
     # At the reference's channel scale, free entries are never worse than the reference's own.
     worse = (~(noise < reference.noise)).nonzero()[:, 0]
     channel[worse] = reference.channel_scale[worse]
-    entries, noise[worse] = _direct_entries(s[:, worse], channel[worse], weights)
+    entries, error = _nearest_entries(s[:, worse] / channel[worse], weights)
     lut.view(torch.uint8)[:, worse] = entries.view(torch.uint8)  # torch does not index FP8 on every device
+    noise[worse] = _sum_up(error, channel[worse])
     return Tables(None, lut, channel, noise)
 
 
-def _direct_entries(s: torch.Tensor, channel: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the nearest entries for scales float32 [G, n], E4M3 [G, n, 8], and their noise, float64 [n]."""
-    x = s / channel
-    lut = torch.empty(*x.shape, CODE_MAX, dtype=E4M3, device=x.device)
+def _nearest_entries(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the entries nearest to x·v for v = −8 … −1, E4M3 [..., 8], and their squared error a weight, like x.
+
+    x: scales in units of C, float32. The error is in units of C².
+    """
+    entries = torch.empty(*x.shape, CODE_MAX, dtype=E4M3, device=x.device)
     total = torch.zeros_like(x)
     for m, weight in enumerate(weights.tolist(), start=1):
         ideal = x * -m
         entry = to_e4m3(ideal)
-        lut[..., CODE_MAX - m] = entry
+        entries[..., CODE_MAX - m] = entry
         total.add_(entry.float().sub_(ideal).square_(), alpha=weight)
-    return lut, total.sum(dim=0, dtype=torch.float64) * channel.double().square() * GROUP_SIZE
-
-
-def _direct_error(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the squared error a weight, in units of C², of the entries nearest to x·m, at each x ≥ 0."""
-    total = torch.zeros_like(x)
-    for m, weight in enumerate(weights.tolist(), start=1):
-        ideal = x * m
-        total.add_((to_e4m3(ideal).float() - ideal).square_(), alpha=weight)
-    return total
+    return entries, total
 
 
 def _noise(x: torch.Tensor, bits: torch.Tensor, channel: torch.Tensor, table: ErrorTable) -> torch.Tensor:
-    return table.error(x, bits).sum(dim=0, dtype=torch.float64) * channel.double().square() * GROUP_SIZE
+    return _sum_up(table.error(x, bits), channel)
+
+
+def _sum_up(error: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
+    """Return the noise of channels, float64 [n], from their groups' errors a weight [G, n] in units of C²."""
+    return error.sum(dim=0, dtype=torch.float64) * channel.double().square() * GROUP_SIZE
 
 
 def _merge(chosen: Tables, reference: Tables) -> Tables:

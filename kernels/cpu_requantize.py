@@ -79,11 +79,6 @@ def refit(
     return energies
 
 
-def to_e4m3(values: torch.Tensor, bytes_: torch.Tensor) -> None:
-    """Fill `bytes_`, uint8 [V], with the E4M3 numbers nearest to float32 [V]."""
-    _to_e4m3_all(_array(values), bytes_.numpy())
-
-
 def spell(letters: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Return the codes uint8 [R, 16] of the letters uint8 [R, 128], eight a word: int32 [R, 16]."""
     words = torch.empty(len(letters), 16, dtype=torch.int32)
@@ -209,14 +204,6 @@ def _to_e4m3(x, scratch, bits):
     b = bits[0]
     b += np.uint32(0x7FFFF) + ((b >> np.uint32(20)) & np.uint32(1))
     return sign | ((b >> np.uint32(20)) - np.uint32(120 << 3))
-
-
-@njit(cache=True, nogil=True)
-def _to_e4m3_all(values, found):
-    scratch = np.empty(1, np.float32)
-    bits = scratch.view(np.uint32)
-    for i in range(len(values)):
-        found[i] = _to_e4m3(values[i], scratch, bits)
 
 
 @njit(cache=True, inline="always")

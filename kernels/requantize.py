@@ -21,8 +21,8 @@ import triton.language as tl
 
 from convert_w4a8.kernels.arithmetic import OPTIONS, from_e4m3, round_code, to_e4m3, tree_sum
 
-_GATHERED, _FITTED, _SPELLED = 64, 64, 64
-"""Groups of a program."""
+_GROUPS = 64
+"""Groups of 16 values of a program."""
 _ELEMENTS = 1 << 11
 """Elements [groups, V, 16] of a program where values meet codes."""
 _CHANNELS, _CHANNELS_AT_ONCE = 256, 16
@@ -40,7 +40,7 @@ def gather(
     values, counts, weights = torch.empty(3, count, 16, device=device).unbind()
     letters = torch.empty(count, 128, dtype=torch.uint8, device=device)
     inputs = (tensor.contiguous() for tensor in (rows, zeros, scales, importance))
-    _launch(_gather, count, _GATHERED, *inputs, values, counts, weights, letters, zeros.shape[1], count)
+    _launch(_gather, count, _GROUPS, *inputs, values, counts, weights, letters, zeros.shape[1], count)
     return values, counts, weights, letters
 
 
@@ -69,7 +69,7 @@ def fit_symmetric(
     count, width = values.shape
     candidates = torch.tensor(factors, dtype=torch.float32, device=values.device)
     inputs = (tensor.contiguous() for tensor in (values, weights, kept.view(torch.uint8), candidates))
-    block = _FITTED * 16 // width
+    block = _GROUPS * 16 // width
     _launch(_fit_symmetric, count, block, *inputs, codes, scales, len(factors), count, WIDTH=width)
 
 
@@ -103,7 +103,7 @@ def refit(
 def spell(letters: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Return the codes uint8 [R, 16] of the letters uint8 [R, 128], eight a word: int32 [R, 16]."""
     words = torch.empty(len(letters), 16, dtype=torch.int32, device=letters.device)
-    _launch(_spell, len(letters), _SPELLED, letters.contiguous(), codes.contiguous(), words, len(letters))
+    _launch(_spell, len(letters), _GROUPS, letters.contiguous(), codes.contiguous(), words, len(letters))
     return words
 
 

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -63,19 +64,19 @@ def candidates() -> list[Block]:
     return [Block(n, k, warps, k_first) for (n, k), warps, k_first in product(sizes, (4, 8), (False, True))]
 
 
-def measure(packing: Packing, n: int, k: int, blocks: list[Block]) -> list[Row]:
-    """Return one row for each block: time, rate, and its share of the copy's rate."""
+def measure(kernel: str, reference: Call, packing: Packing, n: int, k: int, calls: dict[Block, Call]) -> list[Row]:
+    """Return one row for each way of cutting the work: time, rate, and its share of the copy's rate."""
     inputs = rotation(packing, n, k)
-    expected = layout.repack_reference(inputs[0], packing)
+    expected = reference(inputs[0])
     moved = n * k  # half a byte in, half a byte out
     copy = microseconds(torch.clone, inputs)
     rows: list[Row] = []
-    for block in blocks:
-        equal = torch.equal(repack_by(inputs[0], packing, block), expected)
-        time = microseconds(lambda x, block=block: repack_by(x, packing, block), inputs) if equal else math.nan
+    for block, call in calls.items():
+        equal = torch.equal(call(inputs[0]), expected)
+        time = microseconds(call, inputs) if equal else math.nan
         rows.append(
             {
-                "kernel": "repack",
+                "kernel": kernel,
                 "packing": packing.value,
                 "n": n,
                 "k": k,
@@ -90,23 +91,16 @@ def measure(packing: Packing, n: int, k: int, blocks: list[Block]) -> list[Row]:
     return rows
 
 
-def measure_rows(packing: Packing, n: int, k: int) -> Row:
+def measure_repack(packing: Packing, n: int, k: int, blocks: list[Block]) -> list[Row]:
+    """Return the rows of `repack`."""
+    calls: dict[Block, Call] = {block: partial(repack_by, packing=packing, block=block) for block in blocks}
+    return measure("repack", partial(layout.repack_reference, packing=packing), packing, n, k, calls)
+
+
+def measure_rows(packing: Packing, n: int, k: int) -> list[Row]:
     """Return the row of `to_rows`, which `--format compressed-tensors` and new codes need."""
-    inputs = rotation(packing, n, k)
-    equal = torch.equal(to_rows(inputs[0], packing), layout.to_rows_reference(inputs[0], packing))
-    copy, time = microseconds(torch.clone, inputs), microseconds(lambda x: to_rows(x, packing), inputs)
-    return {
-        "kernel": "to_rows",
-        "packing": packing.value,
-        "n": n,
-        "k": k,
-        **{f"block_{name}": value for name, value in asdict(ROWS_BLOCKS[packing]).items()},
-        "equal": equal,
-        "us": time,
-        "gb_s": n * k / time / 1e3,
-        "copy_gb_s": n * k / copy / 1e3,
-        "of_copy": copy / time,
-    }
+    calls: dict[Block, Call] = {ROWS_BLOCKS[packing]: partial(to_rows, packing=packing)}
+    return measure("to_rows", partial(layout.to_rows_reference, packing=packing), packing, n, k, calls)
 
 
 def measure_tables(n: int, k: int) -> Row:
@@ -159,13 +153,14 @@ def main() -> None:
     for packing in Packing:
         blocks = candidates() if args.tune else [DEFAULT_BLOCKS[packing]]
         for n, k in sizes:
-            found = measure(packing, n, k, blocks)
+            found = measure_repack(packing, n, k, blocks)
             rows += found
             for row in found if not args.tune else sorted(found, key=lambda row: -float(str(row["of_copy"])))[:3]:
                 show(row)
     for n, k in sizes:
-        rows += [measure_rows(packing, n, k) for packing in ROWS_BLOCKS] + [measure_tables(n, k)]
-        for row in rows[-len(ROWS_BLOCKS) - 1 :]:
+        found = [row for packing in ROWS_BLOCKS for row in measure_rows(packing, n, k)] + [measure_tables(n, k)]
+        rows += found
+        for row in found:
             show(row)
     if args.tune:
         for packing in Packing:

@@ -36,12 +36,12 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield repack._to_rows_kernel, TYPES, constants
     yield tables._expand_kernel, TYPES | {"scales": "*u8", "tables": "*u8"}, {"BLOCK": tables._BLOCK}
     types = TYPES | {"scales": "*fp32", "zeros": "*u8", "tables": "*u8"}
-    yield requantize._gather, types, {"BLOCK": requantize._GATHERED}
-    yield requantize._spell, types, {"BLOCK": requantize._SPELLED}
+    yield requantize._gather, types, {"BLOCK": requantize._GROUPS}
+    yield requantize._spell, types, {"BLOCK": requantize._GROUPS}
     channels = {"CHANNELS": requantize._CHANNELS, "STEP": requantize._CHANNELS_AT_ONCE}
     yield requantize._add_energies, types, channels
     for width in (16, 128):
-        yield requantize._fit_symmetric, types, {"WIDTH": width, "BLOCK": requantize._FITTED * 16 // width}
+        yield requantize._fit_symmetric, types, {"WIDTH": width, "BLOCK": requantize._GROUPS * 16 // width}
         yield requantize._refit, types, {"WIDTH": width, "BLOCK": requantize._ELEMENTS // (16 * width)}
 
 

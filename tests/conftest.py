@@ -8,14 +8,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-
-from convert_w4a8 import compiled
+from code_groups import switch_kernels_off
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
-# Triton decides between interpreter and compiler when `@triton.jit` runs, so this stands before any of our
-# modules is imported. It holds in xdist workers too: each of them imports this file.
+# Triton decides between interpreter and compiler when `@triton.jit` runs, so this stands before any kernel
+# is imported. It holds in xdist workers too: each of them imports this file.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -46,5 +45,5 @@ def cpu_path(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip("numba is not installed")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr(compiled, "kernels", lambda *_: None)
+            switch_kernels_off(patch)
         yield

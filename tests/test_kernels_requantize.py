@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from code_groups import KINDS, LAYERS, groups, layer, same, same_layer
+from code_groups import KINDS, LAYERS, groups, layer, same, same_layer, switch_kernels_off
 
 from convert_w4a8 import codebook, compiled, requantize
 from convert_w4a8 import groups as code_groups
@@ -35,7 +35,7 @@ def on_device(w: W4Linear) -> W4Linear:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch all kernels off."""
-    monkeypatch.setattr(compiled, "kernels", lambda *_: None)
+    switch_kernels_off(monkeypatch)
 
 
 @pytest.fixture
