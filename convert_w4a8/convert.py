@@ -21,11 +21,11 @@ from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.disk import check_destination, occupied
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.jobs import Job, run_jobs
+from convert_w4a8.linear import W4Linear
 from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
 from convert_w4a8.quantize import LayerStats, to_w4a8
 from convert_w4a8.resume import fingerprint, work_path
 from convert_w4a8.safetensors_file import TORCH_DTYPES, Arena, TensorInfo, read_into
-from convert_w4a8.weights import W4Linear
 from convert_w4a8.writer import CheckpointWriter
 
 _CHUNK_BYTES = 8 << 20

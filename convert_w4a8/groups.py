@@ -12,7 +12,7 @@ import torch
 from convert_w4a8 import compiled
 from convert_w4a8.dequantize import dequantize
 from convert_w4a8.layout import pack_rows, to_rows, unpack_codes
-from convert_w4a8.weights import GROUP_SIZE, W4Linear
+from convert_w4a8.linear import GROUP_SIZE, W4Linear
 
 _CODES = 16
 

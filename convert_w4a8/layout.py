@@ -31,7 +31,8 @@ from itertools import product
 import torch
 
 from convert_w4a8 import compiled
-from convert_w4a8.weights import TILE_K, TILE_N, Packing, lut_shape
+from convert_w4a8.linear import Packing
+from convert_w4a8.lut_format import TILE_K, TILE_N, lut_shape
 
 _BLOCK_TILES = 4096
 """Tiles handled at a time: 1 MiB, large enough to hide what a torch call costs, small enough for the cache."""

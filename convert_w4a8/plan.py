@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import PlanError, Refusal
+from convert_w4a8.linear import GROUP_SIZE
+from convert_w4a8.lut_format import TILE_N
 from convert_w4a8.naming import fusion_key, is_expert, is_lm_head, merged_name, output_name
 from convert_w4a8.options import Options, Policy, Unsupported
 from convert_w4a8.safetensors_file import TensorInfo, TensorSpec
 from convert_w4a8.sources import LayerSpec, Source, find_source
 from convert_w4a8.targets import Target, target_named
-from convert_w4a8.weights import GROUP_SIZE, TILE_N
 from convert_w4a8.writer import ShardPlan, plan_shards
 
 TABLE_BYTES = 8

@@ -8,11 +8,11 @@ import torch
 from convert_w4a8.dequantize import output_blocks
 from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
+from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.requantize import choose_codes, column_energies, expand_groups, refit
 from convert_w4a8.scales import check_finite
 from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
-from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 
 _HISTOGRAM_WORDS = 1 << 13
 """Words sampled for the code histogram: 65,536 codes, frequencies to within a hundredth of themselves."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from convert_w4a8.envelope import ErrorTable
+from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.scales import (
     CHANNEL_FLOOR,
     CODE_MAX,
@@ -24,7 +25,6 @@ from convert_w4a8.scales import (
     to_e4m3,
 )
 from convert_w4a8.tables import expand_tables
-from convert_w4a8.weights import GROUP_SIZE
 
 _STEPS = 256
 """Positions of the channel scale in an octave."""

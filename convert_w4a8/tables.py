@@ -6,7 +6,7 @@ import torch
 
 from convert_w4a8 import compiled
 from convert_w4a8.layout import to_rows, unpack_codes
-from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
+from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 
 _E4M3_MAX = 448.0
 _MIN_TOKEN_SCALE = 1.0 / (448.0 * 512.0)

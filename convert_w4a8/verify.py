@@ -11,6 +11,7 @@ from convert_w4a8 import tables
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
 from convert_w4a8.naming import output_name
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.plan import linear_modules, natural_key
@@ -19,7 +20,6 @@ from convert_w4a8.requantize import quantize_plain
 from convert_w4a8.safetensors_file import TensorInfo, read_into
 from convert_w4a8.sources import LayerSpec, find_source
 from convert_w4a8.targets import Target, find_target
-from convert_w4a8.weights import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
 
 MIN_SQNR_DB_EXACT = 25.0
 """Layers whose codes are kept lose only the rounding of scales and tables: 29 dB and more are usual. A wrong nibble

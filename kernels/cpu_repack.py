@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
-from convert_w4a8.weights import Packing, lut_shape
+from convert_w4a8.linear import Packing
+from convert_w4a8.lut_format import lut_shape
 
 _LOW = np.uint32(0xFFFF)
 _HIGH = np.uint32(0xFFFF0000)

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from convert_w4a8.kernels.arithmetic import OPTIONS
-from convert_w4a8.weights import Packing, lut_shape
+from convert_w4a8.linear import Packing
+from convert_w4a8.lut_format import lut_shape
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from convert_w4a8 import layout
-from convert_w4a8.weights import Packing
+from convert_w4a8.linear import Packing
 
 
 def random_packed(packing: Packing, n: int, k: int) -> torch.Tensor:

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import vllm_engine
 
 from convert_w4a8.layout import pack_rows, repack, unpack_codes
+from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.scales import SCALE_MAX, quantize_reference
 from convert_w4a8.tables import decode, expand_tables, multiply_tables, quantize_tokens
-from convert_w4a8.weights import GROUP_SIZE, Packing, W4A8Linear
 
 DEVICE = torch.device("cuda")
 E4M3 = torch.float8_e4m3fn

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 from convert_w4a8.layout import repack
+from convert_w4a8.linear import GROUP_SIZE, Packing
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.scales import quantize_reference
 from convert_w4a8.targets import lut as targets_lut
-from convert_w4a8.weights import GROUP_SIZE, Packing
 
 FORMATS = ("w4a16", "stock", "lut")
 

@@ -7,7 +7,7 @@ import torch
 
 from convert_w4a8 import compiled
 from convert_w4a8.layout import pack_rows
-from convert_w4a8.weights import Packing, W4A8Linear, W4Linear
+from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 
 KINDS = ["gauss", "few values", "one-sided", "tiny", "huge", "mostly zero", "constant"]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from convert_w4a8 import compiled, layout, tables
-from convert_w4a8.weights import Packing
+from convert_w4a8.linear import Packing
 
 pytest.importorskip("triton", reason="Triton is not installed")
 repack = importlib.import_module("convert_w4a8.kernels.repack")

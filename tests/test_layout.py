@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from convert_w4a8 import layout
-from convert_w4a8.weights import Packing
+from convert_w4a8.linear import Packing
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
 

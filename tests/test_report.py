@@ -20,6 +20,7 @@ from convert_w4a8 import report_html
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.cli import convert, main
 from convert_w4a8.layout import pack_rows
+from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.plan import make_plan
 from convert_w4a8.report import Report, aggregate, as_dict, collect, short_kinds
@@ -27,7 +28,6 @@ from convert_w4a8.report_layers import Figures, Histogram, LayerReport, measure_
 from convert_w4a8.report_memory import kv_cache, weight_memory
 from convert_w4a8.report_pictures import draw
 from convert_w4a8.verify import verify
-from convert_w4a8.weights import Packing, W4A8Linear, W4Linear
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DENSE, MOE = ("gptq-v1", "gptq-qwen3-moe-sharded")

@@ -12,9 +12,9 @@ from convert_w4a8 import codebook
 from convert_w4a8 import dequantize as dequantize_module
 from convert_w4a8.dequantize import dequantize
 from convert_w4a8.layout import pack_rows, unpack_codes
+from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.requantize import column_energies, expand_groups, fit_symmetric, requantize
 from convert_w4a8.scales import E4M3
-from convert_w4a8.weights import Packing, W4Linear
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
 

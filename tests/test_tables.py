@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from convert_w4a8 import tables
 from convert_w4a8.layout import pack_rows, unpack_codes
-from convert_w4a8.weights import Packing, W4A8Linear
+from convert_w4a8.linear import Packing, W4A8Linear
 
 CUT = Path(__file__).parent / "data" / "vllm_w4a8_dense_cut.safetensors"
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)

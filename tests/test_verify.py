@@ -14,11 +14,11 @@ from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors
 from convert_w4a8 import convert, dequantize, verify
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode, Unsupported
 from convert_w4a8.plan import make_plan
 from convert_w4a8.render import verification_dict, verification_text
 from convert_w4a8.verify import Verification, count_clipped
-from convert_w4a8.weights import Packing, W4A8Linear
 
 MODULE, OTHER = "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"
 NORM = "model.layers.0.input_layernorm.weight"

@@ -23,7 +23,7 @@ from vllm_layers import (
     make_moe_config,
 )
 
-from convert_w4a8.vllm_plugin.format import Tables
+from convert_w4a8.lut_format import Tables
 from convert_w4a8.vllm_plugin.loading import noting_experts, noting_shards
 
 LACKING = "the checkpoint has no weight_chan_scale for it"

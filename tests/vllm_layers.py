@@ -10,9 +10,9 @@ import torch
 import vllm_sources
 
 from convert_w4a8.layout import pack_rows, repack
+from convert_w4a8.linear import Packing, W4A8Linear
+from convert_w4a8.lut_format import Tables
 from convert_w4a8.tables import expand_tables
-from convert_w4a8.vllm_plugin.format import Tables
-from convert_w4a8.weights import Packing, W4A8Linear
 
 BLOCK: dict[str, Any] = {
     "quant_method": "w4a8_lut",

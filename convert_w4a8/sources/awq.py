@@ -12,6 +12,7 @@ import torch
 
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.sources.base import (
     LayerSpec,
     check_bits,
@@ -25,7 +26,6 @@ from convert_w4a8.sources.base import (
     setting,
     unpack_words,
 )
-from convert_w4a8.weights import Packing, W4Linear
 
 NAME = "awq"
 ROLES = ("qweight", "qzeros", "scales")

@@ -9,7 +9,7 @@ import torch
 
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
-from convert_w4a8.weights import GROUP_SIZE, W4Linear
+from convert_w4a8.linear import GROUP_SIZE, W4Linear
 
 _LARGEST_SCALE = 65504.0
 """FP16's largest number. No weight of a model is as large; a BF16 scale with a wrong bit may be."""

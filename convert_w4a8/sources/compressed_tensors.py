@@ -13,6 +13,7 @@ import torch
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.layout import pack_rows
+from convert_w4a8.linear import SYMMETRIC_ZERO, Packing, W4Linear
 from convert_w4a8.patterns import matches as matches_pattern
 from convert_w4a8.sources.base import (
     LayerSpec,
@@ -28,7 +29,6 @@ from convert_w4a8.sources.base import (
     setting,
     unpack_words,
 )
-from convert_w4a8.weights import SYMMETRIC_ZERO, Packing, W4Linear
 
 NAME = "compressed-tensors"
 

@@ -7,9 +7,9 @@ import torch
 
 from convert_w4a8.checkpoint import Checkpoint
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.safetensors_file import TensorSpec
-from convert_w4a8.weights import W4A8Linear
 
 
 class Target(Protocol):

@@ -4,7 +4,7 @@ vLLM finds `register` through the entry point group `vllm.general_plugins` and c
 this package needs neither vLLM nor CUDA nor Triton; the modules beside it import vLLM at their top.
 """
 
-from convert_w4a8.vllm_plugin.format import METHOD
+from convert_w4a8.lut_format import METHOD
 
 
 def register() -> None:

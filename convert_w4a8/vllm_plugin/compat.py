@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.vllm_plugin.format import METHOD, refusal
-from convert_w4a8.weights import GROUP_SIZE
+from convert_w4a8.linear import GROUP_SIZE
+from convert_w4a8.lut_format import METHOD, refusal
 
 TESTED = ("0.25.1", "0.33.0")
 """The oldest and the newest vLLM that this plugin was checked with."""

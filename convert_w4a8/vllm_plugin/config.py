@@ -9,8 +9,8 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFused
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from convert_w4a8.lut_format import METHOD, LutFormat
 from convert_w4a8.vllm_plugin import compat
-from convert_w4a8.vllm_plugin.format import METHOD, LutFormat
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers print only what is named vllm.*
 

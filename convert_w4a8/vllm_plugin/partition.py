@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from convert_w4a8.vllm_plugin.format import refusal
-from convert_w4a8.weights import TILE_N
+from convert_w4a8.lut_format import TILE_N, refusal
 
 DENSE_MULTIPLE = 128
 """`cutlass_w4a8_mm` takes K and N in multiples of this."""

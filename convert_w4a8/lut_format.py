@@ -9,12 +9,16 @@ from enum import StrEnum
 from typing import Any
 
 from convert_w4a8.errors import Refusal
-from convert_w4a8.weights import GROUP_SIZE
+from convert_w4a8.linear import GROUP_SIZE
 
 METHOD = "w4a8_lut"
 """`quant_method` in config.json."""
+
+
 VERSION = 1
 """The version of the format that is written, and the newest that is read."""
+
+
 LAYOUT = "cutlass_sm90_16x32"
 """The one order of `weight_packed` that the kernel takes."""
 
@@ -116,3 +120,19 @@ def _refuse_field(field: str, value: object, known: str) -> ValueError:
         f"{value!r} is not {known}",
         "convert the source checkpoint again, or upgrade the plugin: pip install -U w4a8-convert",
     )
+
+
+TILE_N = 16
+"""Output channels of one tile of the LUT layout (layout.py)."""
+
+
+TILE_K = 32
+"""Input channels of one tile of it."""
+
+
+def lut_shape(n: int, k: int) -> tuple[int, int]:
+    """Return the int32 shape (K/32, 4·N) of an [N, K] layer's LUT buffer; ValueError where tiles do not fit."""
+    for name, size, tile in (("N", n, TILE_N), ("K", k, TILE_K)):
+        if size <= 0 or size % tile:
+            raise ValueError(f"{name} = {size} is not a multiple of {tile}")
+    return k // TILE_K, 4 * n

@@ -11,14 +11,9 @@ import torch
 GROUP_SIZE = 128
 """Input channels that share one scale in vLLM's W4A8 kernels; nothing else is built."""
 
+
 SYMMETRIC_ZERO = 8
 """The zero-point that unsigned INT4 storage has when the quantization is symmetric."""
-
-
-TILE_N = 16
-"""Output channels of one tile of the LUT layout (layout.py)."""
-TILE_K = 32
-"""Input channels of one tile of it."""
 
 
 class Packing(StrEnum):
@@ -61,14 +56,6 @@ class Packing(StrEnum):
                 return packed[:, start // 8 : stop // 8]
             case Packing.ROWS:
                 return packed[start:stop]
-
-
-def lut_shape(n: int, k: int) -> tuple[int, int]:
-    """Return the int32 shape (K/32, 4·N) of an [N, K] layer's LUT buffer; ValueError where tiles do not fit."""
-    for name, size, tile in (("N", n, TILE_N), ("K", k, TILE_K)):
-        if size <= 0 or size % tile:
-            raise ValueError(f"{name} = {size} is not a multiple of {tile}")
-    return k // TILE_K, 4 * n
 
 
 @dataclass(frozen=True)
