@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from convert_w4a8.scales import CODE_MAX, E4M3, SCALE_MAX, to_e4m3
+from convert_w4a8.fp8 import CODE_MAX, E4M3, SCALE_MAX, to_e4m3
 
 _FINITE = 127
 """Bit patterns 0 … 126 are the non-negative finite E4M3 values, in increasing order."""

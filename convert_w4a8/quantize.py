@@ -10,8 +10,8 @@ from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.layout import code_histogram
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
+from convert_w4a8.quantization.baselines import check_finite
 from convert_w4a8.requantize import choose_codes, column_energies, expand_groups, refit
-from convert_w4a8.scales import check_finite
 from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
 
 _HISTOGRAM_WORDS = 1 << 13

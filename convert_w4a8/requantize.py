@@ -15,10 +15,10 @@ import torch
 
 from convert_w4a8 import codebook, compiled
 from convert_w4a8.dequantize import dequantize, output_blocks
+from convert_w4a8.fp8 import CODE_MAX
 from convert_w4a8.groups import Groups, gather, tree_sum
 from convert_w4a8.layout import to_rows
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4Linear
-from convert_w4a8.scales import CODE_MAX
 
 _CANDIDATES = 18
 _CANDIDATES_PER_OCTAVE = 16

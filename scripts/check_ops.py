@@ -19,9 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import vllm_engine
 
+from convert_w4a8.fp8 import SCALE_MAX
 from convert_w4a8.layout import pack_rows, repack, unpack_codes
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
-from convert_w4a8.scales import SCALE_MAX, quantize_reference
+from convert_w4a8.quantization.baselines import quantize_reference
 from convert_w4a8.tables import decode, expand_tables, multiply_tables, quantize_tokens
 
 DEVICE = torch.device("cuda")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from convert_w4a8.layout import repack
 from convert_w4a8.linear import GROUP_SIZE, Packing
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.scales import quantize_reference
+from convert_w4a8.quantization.baselines import quantize_reference
 from convert_w4a8.targets import lut as targets_lut
 
 FORMATS = ("w4a16", "stock", "lut")

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_w4a8 import codebook, compiled, layout, requantize
+from convert_w4a8.fp8 import E4M3, to_e4m3
 from convert_w4a8.linear import Packing
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantize import to_w4a8
-from convert_w4a8.scales import E4M3, to_e4m3
 
 numba = pytest.importorskip("numba", reason="numba is not installed")
 KERNELS = import_module("convert_w4a8.kernels.cpu_requantize")

@@ -15,10 +15,10 @@ from code_groups import KINDS, LAYERS, groups, layer, same, same_layer, switch_k
 from convert_w4a8 import codebook, compiled, requantize
 from convert_w4a8 import groups as code_groups
 from convert_w4a8.dequantize import dequantize
+from convert_w4a8.fp8 import E4M3, E4M3_MAX
 from convert_w4a8.linear import W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantize import to_w4a8
-from convert_w4a8.scales import E4M3, E4M3_MAX
 
 pytest.importorskip("triton", reason="Triton is not installed")
 KERNELS = importlib.import_module("convert_w4a8.kernels.requantize")

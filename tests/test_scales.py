@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from convert_w4a8.scales import E4M3, SCALE_MAX, quantize_naive, quantize_reference, to_e4m3
+from convert_w4a8.fp8 import E4M3, SCALE_MAX, to_e4m3
+from convert_w4a8.quantization.baselines import quantize_naive, quantize_reference
 
 DATA = Path(__file__).parent / "data"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

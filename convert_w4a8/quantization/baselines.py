@@ -6,19 +6,10 @@ Better choices of f and of the channel scale than vLLM's are in `search.py`.
 
 import torch
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-CODE_MAX = 8
-"""The largest magnitude of a code: that of minus eight."""
-SCALE_MAX = E4M3_MAX / CODE_MAX
-"""The largest FP8 group scale: 8·56 = 448."""
+from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX, SCALE_MAX, to_e4m3
+
 CHANNEL_FLOOR = 1 / (E4M3_MAX * 512)
 """vLLM's floor of c = amax/448. A channel whose largest group scale is below 1/512 loses range there."""
-
-
-def to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Round to the nearest float8_e4m3fn (ties to even), saturating at ±448."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def check_finite(scales: torch.Tensor) -> None:
