@@ -17,8 +17,8 @@ import torch
 from convert_w4a8 import __version__
 from convert_w4a8.card import model_card
 from convert_w4a8.checkpoint import CARD, CONFIG, Checkpoint
-from convert_w4a8.dequantize import dequantize, output_blocks
 from convert_w4a8.disk import check_destination, occupied
+from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.jobs import Job, run_jobs
 from convert_w4a8.linear import W4Linear

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from convert_w4a8 import compiled
-from convert_w4a8.dequantize import dequantize
-from convert_w4a8.layout import pack_rows, to_rows, unpack_codes
+from convert_w4a8 import devices
+from convert_w4a8.encoding.dequantize import dequantize
+from convert_w4a8.encoding.packing import pack_rows, to_rows, unpack_codes
 from convert_w4a8.linear import GROUP_SIZE, W4Linear
 
 _CODES = 16
@@ -33,7 +33,7 @@ class Groups:
 
     def rows(self, codes: torch.Tensor, n: int) -> torch.Tensor:
         """Return the codes of all weights in ROWS packing, int32 [n, K/8], from those of the values, uint8 [R, V]."""
-        kernels = compiled.kernels("requantize", codes.device)
+        kernels = devices.kernels("requantize", codes.device)
         if self.letters is None or kernels is None:
             return pack_rows(self._spell(codes).view(n, -1))
         words: torch.Tensor = kernels.spell(self.letters, codes)
@@ -60,7 +60,7 @@ def gather(w: W4Linear, importance: torch.Tensor | None) -> Groups:
         weights = counts if importance is None else importance.expand(n, k).reshape(values.shape)
         return Groups(values, counts, weights, None)
     zeros, scales = w.zeros.t().contiguous(), w.scales.t().float().contiguous()
-    kernels = compiled.kernels("requantize", w.packed.device)
+    kernels = devices.kernels("requantize", w.packed.device)
     if kernels is not None:
         shares = torch.ones(k, device=zeros.device) if importance is None else importance
         return Groups(*kernels.gather(to_rows(w.packed, w.packing), zeros, scales, shares))

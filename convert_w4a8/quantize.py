@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from convert_w4a8.dequantize import output_blocks
+from convert_w4a8.encoding.dequantize import output_blocks
+from convert_w4a8.encoding.packing import code_histogram
 from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
-from convert_w4a8.layout import code_histogram
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import check_finite

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from convert_w4a8 import tables
-from convert_w4a8.dequantize import dequantize, output_blocks
+from convert_w4a8.encoding import tables
+from convert_w4a8.encoding.dequantize import dequantize, output_blocks
+from convert_w4a8.encoding.packing import pack_rows, to_rows, unpack_codes
 from convert_w4a8.fp8 import CODE_MAX
-from convert_w4a8.layout import pack_rows, to_rows, unpack_codes
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4A8Linear, W4Linear
 from convert_w4a8.quantization.baselines import quantize_naive, quantize_reference
 from convert_w4a8.quantize import sqnr_db

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from convert_w4a8 import codebook, compiled
-from convert_w4a8.dequantize import dequantize, output_blocks
+from convert_w4a8 import codebook, devices
+from convert_w4a8.encoding.dequantize import dequantize, output_blocks
+from convert_w4a8.encoding.packing import to_rows
 from convert_w4a8.fp8 import CODE_MAX
 from convert_w4a8.groups import Groups, gather, tree_sum
-from convert_w4a8.layout import to_rows
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4Linear
 
 _CANDIDATES = 18
@@ -55,7 +55,7 @@ def column_energies(w: W4Linear) -> torch.Tensor:
     """
     n, k = w.shape_nk
     total = torch.zeros(k, dtype=torch.float64, device=w.packed.device)
-    kernels = compiled.kernels("requantize", w.packed.device)
+    kernels = devices.kernels("requantize", w.packed.device)
     for start, stop in output_blocks(n, k):
         part = w.outputs(start, stop)
         if kernels is None or part.zeros is None or part.g_idx is not None or part.group_size != GROUP_SIZE:
@@ -117,7 +117,7 @@ def choose_codes(w: W4Linear, importance: torch.Tensor | None, *, weighted: bool
     groups, kept = gather(w, importance), _kept(w).flatten()
     codes, scales = _kept_codes(w, groups)
     weights = groups.weights if weighted else groups.counts
-    kernels = compiled.kernels("requantize", kept.device)
+    kernels = devices.kernels("requantize", kept.device)
     if kernels is not None:
         kernels.fit_symmetric(groups.values, weights, kept, FACTORS, codes, scales)
     else:
@@ -138,7 +138,7 @@ def refit(
     values, counts, weights = groups.values, groups.counts, groups.weights
     table = tables.transpose(0, 1).flatten(0, 1)
     rounds = _REFITS if free else 0
-    kernels = compiled.kernels("requantize", codes.device)
+    kernels = devices.kernels("requantize", codes.device)
     if kernels is not None:
         signal, noise = kernels.refit(values, counts, weights, new.kept, channel_scale, codes, table, rounds)
     else:

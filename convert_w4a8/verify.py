@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from convert_w4a8 import tables
 from convert_w4a8.checkpoint import Checkpoint
-from convert_w4a8.dequantize import dequantize, output_blocks
+from convert_w4a8.encoding import tables
+from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
 from convert_w4a8.naming import output_name

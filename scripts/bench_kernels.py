@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 import triton
 
-from convert_w4a8 import layout, tables
+from convert_w4a8.encoding import lut_layout, tables
+from convert_w4a8.encoding import packing as packing_module
 from convert_w4a8.kernels.repack import DEFAULT_BLOCKS, ROWS_BLOCKS, Block, repack_by, to_rows
 from convert_w4a8.kernels.tables import expand_tables
 from convert_w4a8.linear import Packing
@@ -94,13 +95,13 @@ def measure(kernel: str, reference: Call, packing: Packing, n: int, k: int, call
 def measure_repack(packing: Packing, n: int, k: int, blocks: list[Block]) -> list[Row]:
     """Return the rows of `repack`."""
     calls: dict[Block, Call] = {block: partial(repack_by, packing=packing, block=block) for block in blocks}
-    return measure("repack", partial(layout.repack_reference, packing=packing), packing, n, k, calls)
+    return measure("repack", partial(lut_layout.repack_reference, packing=packing), packing, n, k, calls)
 
 
 def measure_rows(packing: Packing, n: int, k: int) -> list[Row]:
     """Return the row of `to_rows`, which `--format compressed-tensors` and new codes need."""
     calls: dict[Block, Call] = {ROWS_BLOCKS[packing]: partial(to_rows, packing=packing)}
-    return measure("to_rows", partial(layout.to_rows_reference, packing=packing), packing, n, k, calls)
+    return measure("to_rows", partial(packing_module.to_rows_reference, packing=packing), packing, n, k, calls)
 
 
 def measure_tables(n: int, k: int) -> Row:

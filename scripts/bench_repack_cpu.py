@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from convert_w4a8 import layout
+from convert_w4a8.encoding import lut_layout
+from convert_w4a8.encoding import packing as packing_module
 from convert_w4a8.linear import Packing
 
 
@@ -46,13 +47,13 @@ def main() -> None:
     print(f"{'':8}{'clone':>15}{'repack':>15}{'to_rows':>15}{'unpack_codes':>15}{'unpack':>15}")
     for packing in Packing:
         packed = random_packed(packing, n, k)
-        lut = layout.repack(packed, packing)
+        lut = lut_layout.repack(packed, packing)
         calls: list[Callable[[], object]] = [
             packed.clone,
-            lambda packed=packed, packing=packing: layout.repack(packed, packing),
-            lambda packed=packed, packing=packing: layout.to_rows(packed, packing),
-            lambda packed=packed, packing=packing: layout.unpack_codes(packed, packing),
-            lambda lut=lut: layout.unpack(lut),
+            lambda packed=packed, packing=packing: lut_layout.repack(packed, packing),
+            lambda packed=packed, packing=packing: packing_module.to_rows(packed, packing),
+            lambda packed=packed, packing=packing: packing_module.unpack_codes(packed, packing),
+            lambda lut=lut: lut_layout.unpack(lut),
         ]
         size = packed.numel() * packed.element_size()
         cells = [" / ".join(f"{rate(call, size, w, args.rounds):.2f}" for w in (1, 2)) for call in calls]

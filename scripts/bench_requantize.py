@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from convert_w4a8 import compiled
+from convert_w4a8 import devices
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantize import to_w4a8
@@ -41,12 +41,12 @@ def random_layer(n: int, k: int, device: torch.device) -> W4Linear:
 @contextmanager
 def torch_alone() -> Iterator[None]:
     """Switch the compiled kernels off."""
-    kernels = compiled.kernels
-    compiled.kernels = lambda _name, _device: None
+    kernels = devices.kernels
+    devices.kernels = lambda _name, _device: None
     try:
         yield
     finally:
-        compiled.kernels = kernels
+        devices.kernels = kernels
 
 
 def milliseconds(call: Callable[[], object], rounds: int) -> float:

@@ -19,11 +19,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import vllm_engine
 
+from convert_w4a8.encoding.lut_layout import repack
+from convert_w4a8.encoding.packing import pack_rows, unpack_codes
+from convert_w4a8.encoding.tables import decode, expand_tables, multiply_tables, quantize_tokens
 from convert_w4a8.fp8 import SCALE_MAX
-from convert_w4a8.layout import pack_rows, repack, unpack_codes
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.quantization.baselines import quantize_reference
-from convert_w4a8.tables import decode, expand_tables, multiply_tables, quantize_tokens
 
 DEVICE = torch.device("cuda")
 E4M3 = torch.float8_e4m3fn

@@ -24,14 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from convert_w4a8.checkpoint import Checkpoint, open_checkpoint
-from convert_w4a8.dequantize import dequantize
+from convert_w4a8.encoding.dequantize import dequantize
+from convert_w4a8.encoding.tables import decode, quantize_tokens
 from convert_w4a8.linear import W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_naive
 from convert_w4a8.quantize import sqnr_db, to_w4a8
 from convert_w4a8.requantize import requantize
 from convert_w4a8.sources import find_source
-from convert_w4a8.tables import decode, quantize_tokens
 
 WINDOW = 512
 BATCH = 4

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from convert_w4a8.layout import repack
+from convert_w4a8.encoding.lut_layout import repack
 from convert_w4a8.linear import GROUP_SIZE, Packing
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference

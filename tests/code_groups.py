@@ -5,8 +5,8 @@ from typing import TypedDict
 import pytest
 import torch
 
-from convert_w4a8 import compiled
-from convert_w4a8.layout import pack_rows
+from convert_w4a8 import devices
+from convert_w4a8.encoding.packing import pack_rows
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 
 KINDS = ["gauss", "few values", "one-sided", "tiny", "huge", "mostly zero", "constant"]
@@ -30,7 +30,7 @@ LAYERS: dict[str, Options] = {
 
 def switch_kernels_off(patch: pytest.MonkeyPatch) -> None:
     """Let torch's operations do all the work, on every device."""
-    patch.setattr(compiled, "kernels", lambda *_: None)
+    patch.setattr(devices, "kernels", lambda *_: None)
 
 
 def groups(kind: str, width: int, seed: int, rows: int = 40) -> torch.Tensor:

@@ -11,7 +11,8 @@ from code_groups import KINDS, LAYERS, groups, layer, same, same_layer, switch_k
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_w4a8 import codebook, compiled, layout, requantize
+from convert_w4a8 import codebook, devices, requantize
+from convert_w4a8.encoding import lut_layout
 from convert_w4a8.fp8 import E4M3, to_e4m3
 from convert_w4a8.linear import Packing
 from convert_w4a8.options import ScalesMode
@@ -96,9 +97,9 @@ def test_whole_layers(mode: ScalesMode, kind: str, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
     """Forget which kernels there are, before and after."""
-    compiled._cpu_kernels.cache_clear()
+    devices._cpu_kernels.cache_clear()
     yield
-    compiled._cpu_kernels.cache_clear()
+    devices._cpu_kernels.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -118,10 +119,10 @@ def test_without_kernels_torch_does_the_work(module: str, error: Exception, monk
             raise error
         return import_module(name)
 
-    monkeypatch.setattr(compiled, "import_module", failing)
-    assert compiled.kernels("repack", torch.device("cpu")) is None
+    monkeypatch.setattr(devices, "import_module", failing)
+    assert devices.kernels("repack", torch.device("cpu")) is None
     packed = torch.arange(64, dtype=torch.int32).view(4, 16)
-    assert torch.equal(layout.repack(packed, Packing.GPTQ), layout.repack_reference(packed, Packing.GPTQ))
+    assert torch.equal(lut_layout.repack(packed, Packing.GPTQ), lut_layout.repack_reference(packed, Packing.GPTQ))
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -132,7 +133,7 @@ def test_a_bug_in_a_kernel_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError(name)
 
     monkeypatch.setattr(
-        compiled, "import_module", lambda name: import_module(name) if name == "numba" else failing(name)
+        devices, "import_module", lambda name: import_module(name) if name == "numba" else failing(name)
     )
     with pytest.raises(RuntimeError, match="cpu_repack"):
-        compiled.kernels("repack", torch.device("cpu"))
+        devices.kernels("repack", torch.device("cpu"))

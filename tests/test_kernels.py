@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert_w4a8 import compiled, layout, tables
+from convert_w4a8 import devices
+from convert_w4a8.encoding import lut_layout, tables
+from convert_w4a8.encoding import packing as packing_module
 from convert_w4a8.linear import Packing
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -66,7 +68,7 @@ def test_repack_equals_its_reference(packing: Packing, n: int, k: int, guarded: 
     words = random_words(packing, n, k)
     found = repack.repack(words, packing)
     assert_untouched(guarded)
-    assert torch.equal(found.cpu(), layout.repack_reference(words.cpu(), packing))
+    assert torch.equal(found.cpu(), lut_layout.repack_reference(words.cpu(), packing))
 
 
 @PACKINGS
@@ -76,7 +78,7 @@ def test_every_block_gives_the_same_bytes(packing: Packing, block: object, guard
     words = random_words(packing, 80, 160)
     found = repack.repack_by(words, packing, block)
     assert_untouched(guarded)
-    assert torch.equal(found.cpu(), layout.repack_reference(words.cpu(), packing))
+    assert torch.equal(found.cpu(), lut_layout.repack_reference(words.cpu(), packing))
 
 
 @PACKINGS
@@ -87,7 +89,7 @@ def test_every_code_in_every_nibble(packing: Packing) -> None:
     for first in range(16):
         words = (((base + first) % 16) << shifts).sum(-1).to(torch.int32)
         found = repack.repack(words.to(DEVICE), packing)
-        assert torch.equal(found.cpu(), layout.repack_reference(words, packing))
+        assert torch.equal(found.cpu(), lut_layout.repack_reference(words, packing))
 
 
 @pytest.mark.parametrize("case", ["gauss", "edge"])
@@ -137,7 +139,7 @@ def test_rows_equal_their_reference(packing: Packing, n: int, k: int, guarded: l
     words = random_words(packing, n, k)
     found = repack.to_rows(words, packing)
     assert_untouched(guarded)
-    assert torch.equal(found.cpu(), layout.to_rows_reference(words.cpu(), packing))
+    assert torch.equal(found.cpu(), packing_module.to_rows_reference(words.cpu(), packing))
 
 
 @TRANSPOSED
@@ -146,9 +148,11 @@ def test_rows_of_some_output_channels(packing: Packing) -> None:
     words = random_words(packing, 96, 160)
     part = packing.slice_outputs(words, 16, 64)
     assert not part.is_contiguous()
-    assert torch.equal(repack.to_rows(part, packing).cpu(), layout.to_rows_reference(words.cpu(), packing)[16:64])
+    assert torch.equal(
+        repack.to_rows(part, packing).cpu(), packing_module.to_rows_reference(words.cpu(), packing)[16:64]
+    )
     turned = words.t().contiguous().t()
-    assert torch.equal(repack.to_rows(turned, packing).cpu(), layout.to_rows_reference(words.cpu(), packing))
+    assert torch.equal(repack.to_rows(turned, packing).cpu(), packing_module.to_rows_reference(words.cpu(), packing))
 
 
 def test_kernels_compile_for_hopper() -> None:
@@ -166,21 +170,21 @@ def test_kernels_compile_for_hopper() -> None:
 def test_cuda_tensors_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`layout.repack` and `tables.expand_tables` hand over; their references run on the device as well."""
     words = random_words(Packing.AWQ, 64, 128)
-    expected = layout.repack_reference(words, Packing.AWQ)
+    expected = lut_layout.repack_reference(words, Packing.AWQ)
     scale = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
     entries = tables.expand_tables_reference(scale)
-    for module, name in ((layout, "repack_reference"), (tables, "expand_tables_reference")):
+    for module, name in ((packing_module, "repack_reference"), (tables, "expand_tables_reference")):
         monkeypatch.delattr(module, name)
-    assert torch.equal(layout.repack(words, Packing.AWQ), expected)
+    assert torch.equal(lut_layout.repack(words, Packing.AWQ), expected)
     assert torch.equal(tables.expand_tables(scale).view(torch.uint8), entries.view(torch.uint8))
 
 
 @pytest.fixture
 def untried() -> Iterator[None]:
     """Forget whether Triton works, before and after."""
-    compiled._triton_works.cache_clear()
+    devices._triton_works.cache_clear()
     yield
-    compiled._triton_works.cache_clear()
+    devices._triton_works.cache_clear()
 
 
 @pytest.mark.usefixtures("untried")
@@ -188,31 +192,31 @@ def untried() -> Iterator[None]:
 def test_without_triton_torch_does_the_work(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU machine without a compiler, as container images are, still converts."""
     if lacks == "Triton":
-        monkeypatch.setattr(compiled, "find_spec", lambda _name: None)
+        monkeypatch.setattr(devices, "find_spec", lambda _name: None)
     else:
 
         def failing() -> None:
             raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
 
         driver = SimpleNamespace(active=SimpleNamespace(get_current_target=failing))
-        monkeypatch.setattr(compiled, "import_module", lambda _name: SimpleNamespace(driver=driver))
-    assert compiled.kernels("repack", torch.device("cuda")) is None
+        monkeypatch.setattr(devices, "import_module", lambda _name: SimpleNamespace(driver=driver))
+    assert devices.kernels("repack", torch.device("cuda")) is None
     words = random_words(Packing.GPTQ, 16, 32)
     if DEVICE == "cuda":
-        assert torch.equal(layout.repack(words, Packing.GPTQ), layout.repack_reference(words, Packing.GPTQ))
+        assert torch.equal(lut_layout.repack(words, Packing.GPTQ), lut_layout.repack_reference(words, Packing.GPTQ))
 
 
 @pytest.mark.usefixtures("untried")
 def test_triton_works_where_there_is_a_gpu() -> None:
     """Kernels are found on a GPU, and are not looked for where no driver is."""
-    found = compiled.kernels("repack", torch.device("cuda"))
+    found = devices.kernels("repack", torch.device("cuda"))
     assert found is (repack if DEVICE == "cuda" else None)
 
 
 def test_every_device_has_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's on CUDA, whichever GPU it is; none on other devices."""
-    monkeypatch.setattr(compiled, "_triton_works", lambda: True)
+    monkeypatch.setattr(devices, "_triton_works", lambda: True)
     for name in ("repack", "requantize", "tables"):
-        found = compiled.kernels(name, torch.device("cuda:1"))
+        found = devices.kernels(name, torch.device("cuda:1"))
         assert found is importlib.import_module(f"convert_w4a8.kernels.{name}")
-    assert compiled.kernels("repack", torch.device("meta")) is None
+    assert devices.kernels("repack", torch.device("meta")) is None

@@ -12,9 +12,9 @@ import pytest
 import torch
 from code_groups import KINDS, LAYERS, groups, layer, same, same_layer, switch_kernels_off
 
-from convert_w4a8 import codebook, compiled, requantize
+from convert_w4a8 import codebook, devices, requantize
 from convert_w4a8 import groups as code_groups
-from convert_w4a8.dequantize import dequantize
+from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.fp8 import E4M3, E4M3_MAX
 from convert_w4a8.linear import W4Linear
 from convert_w4a8.options import ScalesMode
@@ -46,7 +46,7 @@ def triton_everywhere() -> Iterator[None]:
         return importlib.import_module(f"convert_w4a8.kernels.{name}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "kernels", kernels)
+        patch.setattr(devices, "kernels", kernels)
         yield
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from convert_w4a8 import layout
+from convert_w4a8.encoding import lut_layout
+from convert_w4a8.encoding import packing as packing_module
 from convert_w4a8.linear import Packing
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
@@ -59,9 +60,9 @@ def lut_by_formula(codes: torch.Tensor) -> torch.Tensor:
 
 def assert_vllm_bytes(vectors: dict[str, torch.Tensor], case: str) -> None:
     packed, expected = vectors[f"{case}.weight_packed"], vectors[f"{case}.lut_weight_bytes"]
-    lut = layout.repack(packed, Packing.ROWS)
+    lut = lut_layout.repack(packed, Packing.ROWS)
     assert torch.equal(lut.view(torch.uint8).flatten(), expected)
-    assert torch.equal(layout.unpack(lut), packed)
+    assert torch.equal(lut_layout.unpack(lut), packed)
 
 
 @pytest.mark.parametrize("case", ["gauss", "edge"])
@@ -81,7 +82,7 @@ def test_repack_follows_the_golden_reorder_map(shared: Path, n: int, k: int) -> 
     """Entry i of the map is the element that CUTLASS put at nibble i."""
     element = load_file(shared / "golden/cutlass_reorder_map.safetensors")[f"{n}x{k}"].long()
     codes = random_codes(n, k)
-    data = layout.repack(pack(codes, Packing.ROWS), Packing.ROWS).view(torch.uint8).flatten()
+    data = lut_layout.repack(pack(codes, Packing.ROWS), Packing.ROWS).view(torch.uint8).flatten()
     nibbles = torch.stack((data & 15, data >> 4), dim=-1).flatten()
     assert nibbles.tolist() == [encode(u) for u in codes.flatten()[element].tolist()]
 
@@ -91,7 +92,7 @@ def test_repack_follows_the_golden_reorder_map(shared: Path, n: int, k: int) -> 
 def test_every_code_is_encoded_in_every_nibble(packing: Packing, first: int) -> None:
     """Over the 16 starts, each of the 512 positions of a tile holds each of the 16 codes."""
     codes = ((torch.arange(512) * 5 + torch.arange(512) // 16 + first) % 16).to(torch.uint8).view(16, 32)
-    lut = layout.repack(pack(codes, packing), packing)
+    lut = lut_layout.repack(pack(codes, packing), packing)
     assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
 
 
@@ -100,8 +101,8 @@ def test_every_code_is_encoded_in_every_nibble(packing: Packing, first: int) -> 
 def test_every_packing_repacks_by_the_formula(packing: Packing, n: int, k: int) -> None:
     """Odd sizes included; the buffer is shaped [K/32, 4·N]."""
     codes = random_codes(n, k)
-    lut = layout.repack(pack(codes, packing), packing)
-    assert lut.shape == layout.lut_shape(n, k) == (k // 32, 4 * n)
+    lut = lut_layout.repack(pack(codes, packing), packing)
+    assert lut.shape == packing_module.lut_shape(n, k) == (k // 32, 4 * n)
     assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
 
 
@@ -109,21 +110,21 @@ def test_every_packing_repacks_by_the_formula(packing: Packing, n: int, k: int) 
 @pytest.mark.parametrize("tiles", [1, 3, 8, 65])
 def test_blocks_cover_everything(packing: Packing, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that no block divides, in blocks so small that there are many."""
-    monkeypatch.setattr(layout, "_BLOCK_TILES", tiles)
-    monkeypatch.setattr(layout, "_BLOCK_WORDS", (tiles, tiles + 1))
+    monkeypatch.setattr(packing_module, "_BLOCK_TILES", tiles)
+    monkeypatch.setattr(packing_module, "_BLOCK_WORDS", (tiles, tiles + 1))
     codes = random_codes(176, 416)
     packed = pack(codes, packing)
-    lut = layout.repack(packed, packing)
+    lut = lut_layout.repack(packed, packing)
     assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
-    assert torch.equal(layout.unpack(lut), pack(codes, Packing.ROWS))
-    assert torch.equal(layout.to_rows(packed, packing), pack(codes, Packing.ROWS))
+    assert torch.equal(lut_layout.unpack(lut), pack(codes, Packing.ROWS))
+    assert torch.equal(packing_module.to_rows(packed, packing), pack(codes, Packing.ROWS))
 
 
 @PACKINGS
 def test_blocks_of_their_real_size_join(packing: Packing) -> None:
     """More than one real block along both axes."""
     codes = random_codes(16 * 70, 32 * 130)
-    lut = layout.repack(pack(codes, packing), packing)
+    lut = lut_layout.repack(pack(codes, packing), packing)
     assert torch.equal(lut.view(torch.uint8).flatten(), lut_by_formula(codes))
 
 
@@ -133,18 +134,18 @@ def test_round_trips(packing: Packing, tiles: tuple[int, int], seed: int) -> Non
     """Codes survive every way from one packing to another."""
     codes = random_codes(16 * tiles[0], 32 * tiles[1], seed)
     packed, rows = pack(codes, packing), pack(codes, Packing.ROWS)
-    assert torch.equal(layout.unpack_codes(packed, packing), codes)
-    assert torch.equal(layout.to_rows(packed, packing), rows)
-    assert torch.equal(layout.pack_rows(codes), rows)
-    assert torch.equal(layout.unpack(layout.repack(packed, packing)), rows)
+    assert torch.equal(packing_module.unpack_codes(packed, packing), codes)
+    assert torch.equal(packing_module.to_rows(packed, packing), rows)
+    assert torch.equal(packing_module.pack_rows(codes), rows)
+    assert torch.equal(lut_layout.unpack(lut_layout.repack(packed, packing)), rows)
 
 
 @PACKINGS
 def test_rows_need_no_tiles(packing: Packing) -> None:
     """`to_rows` and `unpack_codes` serve layers that the kernel cannot take too: N and K multiples of 8."""
     codes = random_codes(24, 40)
-    assert torch.equal(layout.to_rows(pack(codes, packing), packing), pack(codes, Packing.ROWS))
-    assert torch.equal(layout.unpack_codes(pack(codes, packing), packing), codes)
+    assert torch.equal(packing_module.to_rows(pack(codes, packing), packing), pack(codes, Packing.ROWS))
+    assert torch.equal(packing_module.unpack_codes(pack(codes, packing), packing), codes)
 
 
 @PACKINGS
@@ -153,7 +154,7 @@ def test_inputs_may_be_strided_and_stay_as_they_are(packing: Packing) -> None:
     whole = torch.cat([pack(random_codes(64, 128), packing)] * 2, dim=1)
     part = whole[:, : whole.shape[1] // 2]
     before = whole.clone()
-    for function in (layout.repack, layout.to_rows, layout.unpack_codes):
+    for function in (lut_layout.repack, packing_module.to_rows, packing_module.unpack_codes):
         assert torch.equal(function(part, packing), function(part.clone(), packing))
     assert torch.equal(whole, before)
 
@@ -162,21 +163,21 @@ def test_inputs_may_be_strided_and_stay_as_they_are(packing: Packing) -> None:
 def test_shards_are_slices_of_the_buffer(packing: Packing) -> None:
     """Tensor parallelism: 16 output channels are 64 columns, 32 input channels are one row."""
     codes = random_codes(96, 128)
-    lut = layout.repack(pack(codes, packing), packing)
-    assert torch.equal(layout.repack(pack(codes[32:80], packing), packing), lut[:, 32 * 4 : 80 * 4])
-    assert torch.equal(layout.repack(pack(codes[:, 32:96], packing), packing), lut[1:3])
+    lut = lut_layout.repack(pack(codes, packing), packing)
+    assert torch.equal(lut_layout.repack(pack(codes[32:80], packing), packing), lut[:, 32 * 4 : 80 * 4])
+    assert torch.equal(lut_layout.repack(pack(codes[:, 32:96], packing), packing), lut[1:3])
 
 
 @PACKINGS
 @pytest.mark.parametrize("codes_at_once", [1, 1000, 1 << 14, 1 << 22])
 def test_parts_follow_one_another(packing: Packing, codes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their size, parts are the rows of the whole, in order."""
-    monkeypatch.setattr(layout, "_PART_CODES", codes_at_once)
-    monkeypatch.setattr(layout, "_ROWS_PART_CODES", codes_at_once)
+    monkeypatch.setattr(packing_module, "_PART_CODES", codes_at_once)
+    monkeypatch.setattr(packing_module, "_ROWS_PART_CODES", codes_at_once)
     packed = pack(random_codes(208, 224), packing)
     for parts, whole in (
-        (list(layout.repack_parts(packed, packing)), layout.repack(packed, packing)),
-        (list(layout.to_rows_parts(packed, packing)), layout.to_rows(packed, packing)),
+        (list(lut_layout.repack_parts(packed, packing)), lut_layout.repack(packed, packing)),
+        (list(packing_module.to_rows_parts(packed, packing)), packing_module.to_rows(packed, packing)),
     ):
         assert torch.equal(torch.cat(parts), whole)
         assert (len(parts) == 1) == (codes_at_once == 1 << 22)
@@ -190,23 +191,26 @@ def test_compressed_tensors_packs_the_same_rows() -> None:
     codes = random_codes(48, 96)
     signed = codes.to(torch.int8) - 8
     theirs = pack_quantized.pack_to_int32(signed, 4)
-    assert torch.equal(layout.pack_rows(codes), theirs)
+    assert torch.equal(packing_module.pack_rows(codes), theirs)
     back = pack_quantized.unpack_from_int32(theirs, 4, torch.Size(codes.shape))
-    assert torch.equal(layout.unpack_codes(theirs, Packing.ROWS).to(torch.int8) - 8, back)
+    assert torch.equal(packing_module.unpack_codes(theirs, Packing.ROWS).to(torch.int8) - 8, back)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: layout.lut_shape(40, 64), "N = 40 is not a multiple of 16"),
-        (lambda: layout.lut_shape(16, 48), "K = 48 is not a multiple of 32"),
-        (lambda: layout.lut_shape(0, 32), "N = 0 is not"),
-        (lambda: layout.repack(torch.zeros(8, 40, dtype=torch.int32), Packing.GPTQ), "N = 40 is not"),
-        (lambda: layout.repack(torch.zeros(40, 2, dtype=torch.int32), Packing.AWQ), "K = 40 is not"),
-        (lambda: layout.repack(torch.zeros(16, 4, dtype=torch.int64), Packing.ROWS), "torch.int64"),
-        (lambda: layout.to_rows(torch.zeros(12, 2, dtype=torch.int32), Packing.AWQ), "K = 12 is not a multiple of 8"),
-        (lambda: layout.pack_rows(torch.zeros(16, 12, dtype=torch.uint8)), "K = 12 is not a multiple of 8"),
-        (lambda: layout.unpack(torch.zeros(1, 96, dtype=torch.int32)), "96 columns are not a multiple of 64"),
+        (lambda: packing_module.lut_shape(40, 64), "N = 40 is not a multiple of 16"),
+        (lambda: packing_module.lut_shape(16, 48), "K = 48 is not a multiple of 32"),
+        (lambda: packing_module.lut_shape(0, 32), "N = 0 is not"),
+        (lambda: lut_layout.repack(torch.zeros(8, 40, dtype=torch.int32), Packing.GPTQ), "N = 40 is not"),
+        (lambda: lut_layout.repack(torch.zeros(40, 2, dtype=torch.int32), Packing.AWQ), "K = 40 is not"),
+        (lambda: lut_layout.repack(torch.zeros(16, 4, dtype=torch.int64), Packing.ROWS), "torch.int64"),
+        (
+            lambda: packing_module.to_rows(torch.zeros(12, 2, dtype=torch.int32), Packing.AWQ),
+            "K = 12 is not a multiple of 8",
+        ),
+        (lambda: packing_module.pack_rows(torch.zeros(16, 12, dtype=torch.uint8)), "K = 12 is not a multiple of 8"),
+        (lambda: lut_layout.unpack(torch.zeros(1, 96, dtype=torch.int32)), "96 columns are not a multiple of 64"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(call: Callable[[], object], message: str) -> None:
@@ -220,7 +224,7 @@ def test_histogram_counts_codes(packing: Packing) -> None:
     """With room for every word the frequencies are exact, whatever the packing."""
     codes = random_codes(48, 96).clamp(min=3)
     expected = torch.bincount(codes.flatten(), minlength=16).double() / codes.numel()
-    histogram = layout.code_histogram(pack(codes, packing))
+    histogram = packing_module.code_histogram(pack(codes, packing))
     assert histogram.dtype == torch.float64
     torch.testing.assert_close(histogram, expected, rtol=0, atol=1e-15)
 
@@ -232,5 +236,5 @@ def test_histogram_samples_evenly(max_words: int) -> None:
     step = -(-4096 // max_words)
     looked_at = torch.arange(0, 4096, step)
     assert len(looked_at) <= max_words
-    expected = layout.code_histogram(looked_at.int().view(1, -1))
-    assert torch.equal(layout.code_histogram(words, max_words), expected)
+    expected = packing_module.code_histogram(looked_at.int().view(1, -1))
+    assert torch.equal(packing_module.code_histogram(words, max_words), expected)

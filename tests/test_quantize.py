@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert_w4a8 import dequantize as dequantize_module
 from convert_w4a8.checkpoint import open_checkpoint
-from convert_w4a8.dequantize import dequantize
-from convert_w4a8.layout import pack_rows
+from convert_w4a8.encoding import dequantize as dequantize_module
+from convert_w4a8.encoding.dequantize import dequantize
+from convert_w4a8.encoding.packing import pack_rows
+from convert_w4a8.encoding.tables import decode, entries
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference
 from convert_w4a8.quantize import LayerStats, sqnr_db, to_w4a8
 from convert_w4a8.requantize import requantize
 from convert_w4a8.sources import find_source
-from convert_w4a8.tables import decode, entries
 
 MODES = pytest.mark.parametrize("mode", ScalesMode, ids=str)
 

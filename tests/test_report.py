@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from convert_w4a8 import report_html
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.cli import convert, main
-from convert_w4a8.layout import pack_rows
+from convert_w4a8.encoding.packing import pack_rows
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.plan import make_plan
@@ -252,7 +252,7 @@ def test_blocks_of_output_channels_add_up(monkeypatch: pytest.MonkeyPatch) -> No
     w4a8 = W4A8Linear(w.packed, w.packing, f, None, torch.full((32,), 1e-3))
     whole, parts = Figures(), Figures()
     expected = measure_layer("a", w, w4a8, whole)
-    monkeypatch.setattr("convert_w4a8.dequantize._BLOCK_WEIGHTS", 16 * 512)
+    monkeypatch.setattr("convert_w4a8.encoding.dequantize._BLOCK_WEIGHTS", 16 * 512)
     measured = measure_layer("a", w, w4a8, parts)
     assert measured.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-9)
     assert torch.equal(parts.products.counts, whole.products.counts)

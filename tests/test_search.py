@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from convert_w4a8 import search
+from convert_w4a8.encoding.packing import code_histogram
 from convert_w4a8.envelope import ErrorTable, _lower_envelope, error_table, magnitude_weights
 from convert_w4a8.fp8 import E4M3, SCALE_MAX
-from convert_w4a8.layout import code_histogram
 from convert_w4a8.quantization.baselines import quantize_reference
 
 MAGNITUDES = torch.arange(1, 9, dtype=torch.float64)

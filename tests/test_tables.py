@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert_w4a8 import tables
-from convert_w4a8.layout import pack_rows, unpack_codes
+from convert_w4a8.encoding import tables
+from convert_w4a8.encoding.packing import pack_rows, unpack_codes
 from convert_w4a8.linear import Packing, W4A8Linear
 
 CUT = Path(__file__).parent / "data" / "vllm_w4a8_dense_cut.safetensors"

@@ -11,8 +11,9 @@ import pytest
 import torch
 from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors, write_case
 
-from convert_w4a8 import convert, dequantize, verify
+from convert_w4a8 import convert, verify
 from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.encoding import dequantize
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode, Unsupported

@@ -26,9 +26,9 @@ from vllm_layers import (
     part_of,
 )
 
+from convert_w4a8.encoding.tables import decode, expand_tables, gemm
 from convert_w4a8.lut_format import METHOD, LutFormat, Tables
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.tables import decode, expand_tables, gemm
 from convert_w4a8.targets import lut
 from convert_w4a8.vllm_plugin import compat, partition
 

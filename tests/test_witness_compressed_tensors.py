@@ -10,9 +10,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from safetensors.torch import load_file
 
-from convert_w4a8 import layout
 from convert_w4a8.checkpoint import open_checkpoint
 from convert_w4a8.cli import convert, main
+from convert_w4a8.encoding import packing
 from convert_w4a8.errors import Refusal
 from convert_w4a8.sources import awq
 
@@ -42,7 +42,7 @@ def test_awq_is_read_as_compressed_tensors_reads_it(directory: str, shared: Path
     }
     for spec in specs:
         w = awq.read_layer(checkpoint, spec)
-        assert torch.equal(layout.to_rows(w.packed, w.packing), theirs[f"{spec.name}.weight_packed"])
+        assert torch.equal(packing.to_rows(w.packed, w.packing), theirs[f"{spec.name}.weight_packed"])
         assert torch.equal(w.scales.T, theirs[f"{spec.name}.weight_scale"])
         assert w.zeros is not None
         packed = theirs[f"{spec.name}.weight_zero_point"]

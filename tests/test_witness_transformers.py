@@ -19,9 +19,9 @@ from factories.layers import dequantize, unpack_columns, unpack_rows
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from convert_w4a8 import tables
 from convert_w4a8.checkpoint import Checkpoint, open_checkpoint
 from convert_w4a8.cli import convert, main
+from convert_w4a8.encoding import tables
 from convert_w4a8.targets import Target, find_target
 
 MODELS = ("llama-31m-gptq", "llama-31m-awq-zp", "llama-31m-ct")

@@ -9,10 +9,11 @@ import pytest
 import torch
 import vllm_sources
 
-from convert_w4a8.layout import pack_rows, repack
+from convert_w4a8.encoding.lut_layout import repack
+from convert_w4a8.encoding.packing import pack_rows
+from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.lut_format import Tables
-from convert_w4a8.tables import expand_tables
 
 BLOCK: dict[str, Any] = {
     "quant_method": "w4a8_lut",

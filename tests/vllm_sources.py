@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from convert_w4a8.layout import unpack
+from convert_w4a8.encoding.lut_layout import unpack
+from convert_w4a8.encoding.tables import decode, quantize_tokens
 from convert_w4a8.linear import Packing, W4A8Linear
-from convert_w4a8.tables import decode, quantize_tokens
 
 VERSIONS = ("0.25.1", "0.33.0")
 SOURCES = Path(os.environ.get("W4A8_VLLM_SOURCES", Path.home() / ".cache" / "w4a8-convert" / "vllm"))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.encoding.packing import pack_rows
 from convert_w4a8.errors import ConvertError, Refusal
-from convert_w4a8.layout import pack_rows
 from convert_w4a8.linear import SYMMETRIC_ZERO, Packing, W4Linear
 from convert_w4a8.patterns import matches as matches_pattern
 from convert_w4a8.sources.base import (

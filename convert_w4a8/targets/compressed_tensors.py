@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from convert_w4a8 import layout
 from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.encoding import packing
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.options import ScalesMode
@@ -45,7 +45,7 @@ def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
     if w.source_scale is None:
         raise ValueError(f"{module} has no scales for vLLM to quantize")
     return {
-        f"{module}.weight_packed": layout.to_rows_parts(w.packed, w.packing),
+        f"{module}.weight_packed": packing.to_rows_parts(w.packed, w.packing),
         f"{module}.weight_scale": [w.source_scale.t().contiguous()],
         f"{module}.weight_shape": [torch.tensor(w.shape_nk, dtype=torch.int64)],
     }

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from convert_w4a8 import layout
 from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.encoding import lut_layout
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, VERSION, Tables, lut_shape
@@ -43,7 +43,7 @@ def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, 
 def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
     """Return a layer's tensors by name, in parts along their first dimension."""
     tensors: dict[str, Iterable[torch.Tensor]] = {
-        f"{module}.weight_packed": layout.repack_parts(w.packed, w.packing),
+        f"{module}.weight_packed": lut_layout.repack_parts(w.packed, w.packing),
         f"{module}.weight_chan_scale": [w.channel_scale],
     }
     if w.lut is not None:
@@ -73,7 +73,7 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
     check_outputs(checkpoint, outputs(module, n, k, ScalesMode.DIRECT if has_lut else ScalesMode.REFERENCE))
     tables = checkpoint.read(f"{module}.weight_lut").view(-1, n, 8) if has_lut else None
     return W4A8Linear(
-        packed=layout.unpack(checkpoint.read(f"{module}.weight_packed")),
+        packed=lut_layout.unpack(checkpoint.read(f"{module}.weight_packed")),
         packing=Packing.ROWS,
         group_scale=None if has_lut else checkpoint.read(f"{module}.weight_scale"),
         lut=tables,

@@ -23,9 +23,9 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
+from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import Tables, lut_shape, not_loaded, refusal
-from convert_w4a8.tables import multiply_tables
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 

@@ -10,9 +10,9 @@ from vllm.model_executor.layers.fused_moe.config import int4_w4afp8_moe_quant_co
 from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
+from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import Tables, lut_shape, not_loaded
-from convert_w4a8.tables import multiply_tables
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
 

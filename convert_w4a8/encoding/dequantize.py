@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from convert_w4a8.layout import channel_ranges, unpack_codes
+from convert_w4a8.encoding.packing import channel_ranges, unpack_codes
 from convert_w4a8.linear import SYMMETRIC_ZERO, W4Linear
 
 _BLOCK_WEIGHTS = 1 << 23

@@ -7,7 +7,6 @@
 import torch
 import triton
 import triton.language as tl
-
 from convert_w4a8.kernels.arithmetic import OPTIONS
 
 _BLOCK = 1024

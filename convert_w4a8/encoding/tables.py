@@ -4,8 +4,8 @@ from functools import cache
 
 import torch
 
-from convert_w4a8 import compiled
-from convert_w4a8.layout import to_rows, unpack_codes
+from convert_w4a8 import devices
+from convert_w4a8.encoding.packing import to_rows, unpack_codes
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 
 _E4M3_MAX = 448.0
@@ -23,7 +23,7 @@ def expand_tables(group_scale: torch.Tensor) -> torch.Tensor:
     Entry j is e4m3(f·(j − 8)), saturated at ±448; a NaN scale gives NaN (0x7F) entries. These are the bytes of
     CUTLASS's `cutlass_pack_scale_fp8`.
     """
-    kernels = compiled.kernels("tables", group_scale.device) if group_scale.is_cuda else None
+    kernels = devices.kernels("tables", group_scale.device) if group_scale.is_cuda else None
     expand = expand_tables_reference if kernels is None else kernels.expand_tables
     tables: torch.Tensor = expand(group_scale)
     return tables
