@@ -15,7 +15,7 @@ from convert_w4a8 import __version__
 from convert_w4a8.checkpoint import CARD, Checkpoint
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.plan import Plan
-from convert_w4a8.quantize import LayerStats
+from convert_w4a8.quantization.layer import LayerStats
 from convert_w4a8.text import counted, human_bytes, markdown_code
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)

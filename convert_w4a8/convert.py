@@ -23,7 +23,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.jobs import Job, run_jobs
 from convert_w4a8.linear import W4Linear
 from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
-from convert_w4a8.quantize import LayerStats, to_w4a8
+from convert_w4a8.quantization.layer import LayerStats, to_w4a8
 from convert_w4a8.resume import fingerprint, work_path
 from convert_w4a8.safetensors_file import TORCH_DTYPES, Arena, TensorInfo, read_into
 from convert_w4a8.writer import CheckpointWriter

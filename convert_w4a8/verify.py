@@ -15,8 +15,8 @@ from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
 from convert_w4a8.naming import output_name
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.plan import linear_modules, natural_key
-from convert_w4a8.quantize import sqnr_db
-from convert_w4a8.requantize import quantize_plain
+from convert_w4a8.quantization.baselines import quantize_plain
+from convert_w4a8.quantization.error import sqnr_db
 from convert_w4a8.safetensors_file import TensorInfo, read_into
 from convert_w4a8.sources import LayerSpec, find_source
 from convert_w4a8.targets import Target, find_target

@@ -25,7 +25,7 @@ import torch
 from convert_w4a8 import devices
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.quantize import to_w4a8
+from convert_w4a8.quantization.layer import to_w4a8
 
 SIZES = ("4096x4096", "14336x4096", "33792x12288")
 

@@ -29,8 +29,9 @@ from convert_w4a8.encoding.tables import decode, quantize_tokens
 from convert_w4a8.linear import W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_naive
-from convert_w4a8.quantize import sqnr_db, to_w4a8
-from convert_w4a8.requantize import requantize
+from convert_w4a8.quantization.codes import requantize
+from convert_w4a8.quantization.error import sqnr_db
+from convert_w4a8.quantization.layer import to_w4a8
 from convert_w4a8.sources import find_source
 
 WINDOW = 512

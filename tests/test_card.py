@@ -19,7 +19,7 @@ from convert_w4a8.cli import convert, main
 from convert_w4a8.convert import convert as run
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.plan import make_plan
-from convert_w4a8.quantize import LayerStats
+from convert_w4a8.quantization.layer import LayerStats
 
 SOURCE_CARD = """\
 ---

@@ -11,12 +11,14 @@ from code_groups import KINDS, LAYERS, groups, layer, same, same_layer, switch_k
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_w4a8 import codebook, devices, requantize
+from convert_w4a8 import devices
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.fp8 import E4M3, to_e4m3
 from convert_w4a8.linear import Packing
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.quantize import to_w4a8
+from convert_w4a8.quantization import codebook
+from convert_w4a8.quantization import codes as requantize
+from convert_w4a8.quantization.layer import to_w4a8
 
 numba = pytest.importorskip("numba", reason="numba is not installed")
 KERNELS = import_module("convert_w4a8.kernels.cpu_requantize")

@@ -12,13 +12,15 @@ import pytest
 import torch
 from code_groups import KINDS, LAYERS, groups, layer, same, same_layer, switch_kernels_off
 
-from convert_w4a8 import codebook, devices, requantize
-from convert_w4a8 import groups as code_groups
+from convert_w4a8 import devices
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.fp8 import E4M3, E4M3_MAX
 from convert_w4a8.linear import W4Linear
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.quantize import to_w4a8
+from convert_w4a8.quantization import codebook
+from convert_w4a8.quantization import codes as requantize
+from convert_w4a8.quantization import groups as code_groups
+from convert_w4a8.quantization.layer import to_w4a8
 
 pytest.importorskip("triton", reason="Triton is not installed")
 KERNELS = importlib.import_module("convert_w4a8.kernels.requantize")

@@ -15,8 +15,9 @@ from convert_w4a8.encoding.tables import decode, entries
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference
-from convert_w4a8.quantize import LayerStats, sqnr_db, to_w4a8
-from convert_w4a8.requantize import requantize
+from convert_w4a8.quantization.codes import requantize
+from convert_w4a8.quantization.error import sqnr_db
+from convert_w4a8.quantization.layer import LayerStats, to_w4a8
 from convert_w4a8.sources import find_source
 
 MODES = pytest.mark.parametrize("mode", ScalesMode, ids=str)

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_w4a8 import codebook
 from convert_w4a8.encoding import dequantize as dequantize_module
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.packing import pack_rows, unpack_codes
 from convert_w4a8.fp8 import E4M3
 from convert_w4a8.linear import Packing, W4Linear
-from convert_w4a8.requantize import column_energies, expand_groups, fit_symmetric, requantize
+from convert_w4a8.quantization import codebook
+from convert_w4a8.quantization.codes import column_energies, expand_groups, fit_symmetric, requantize
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
 

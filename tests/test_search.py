@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from convert_w4a8 import search
 from convert_w4a8.encoding.packing import code_histogram
-from convert_w4a8.envelope import ErrorTable, _lower_envelope, error_table, magnitude_weights
 from convert_w4a8.fp8 import E4M3, SCALE_MAX
+from convert_w4a8.quantization import scale_search
 from convert_w4a8.quantization.baselines import quantize_reference
+from convert_w4a8.quantization.envelope import ErrorTable, _lower_envelope, error_table, magnitude_weights
 
 MAGNITUDES = torch.arange(1, 9, dtype=torch.float64)
 FP8 = torch.arange(127, dtype=torch.uint8).view(E4M3).double()
@@ -43,7 +43,7 @@ def brute_error(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return ((x[:, None, None].double() * MAGNITUDES - entries(UP_TO_56)).square() * weights).sum(-1)
 
 
-def brute_noise(scales: torch.Tensor, tables: search.Tables, weights: torch.Tensor) -> torch.Tensor:
+def brute_noise(scales: torch.Tensor, tables: scale_search.Tables, weights: torch.Tensor) -> torch.Tensor:
     """Return the noise of each channel from the table entries themselves, float64 [N]."""
     if tables.lut is None:
         assert tables.group_scale is not None
@@ -54,10 +54,10 @@ def brute_noise(scales: torch.Tensor, tables: search.Tables, weights: torch.Tens
     return 128 * (difference.square() * weights).sum((0, 2))
 
 
-def reference_tables(source: torch.Tensor) -> search.Tables:
+def reference_tables(source: torch.Tensor) -> scale_search.Tables:
     """Return vLLM's choice."""
     group_scale, channel_scale = quantize_reference(source)
-    return search.Tables(group_scale, None, channel_scale, torch.empty(0))
+    return scale_search.Tables(group_scale, None, channel_scale, torch.empty(0))
 
 
 def assert_never_worse(scales: torch.Tensor, weights: torch.Tensor) -> None:
@@ -67,9 +67,9 @@ def assert_never_worse(scales: torch.Tensor, weights: torch.Tensor) -> None:
     stock_noise = brute_noise(scales, reference_tables(scales.bfloat16()), weights)
     # Float32 rounding of a group's error, against its energy.
     slack = 1e-6 * 128 * scales.double().square().sum(0) * (MAGNITUDES.square() * weights).sum()
-    chosen = search.quantize_search(scales, table)
-    direct = search.quantize_direct(scales, weights, table)
-    stock, source = search.quantize_stock(scales, table)
+    chosen = scale_search.quantize_search(scales, table)
+    direct = scale_search.quantize_direct(scales, weights, table)
+    stock, source = scale_search.quantize_stock(scales, table)
     for tables, bound in ((chosen, noise), (direct, noise), (stock, stock_noise)):
         found = brute_noise(scales, tables, weights)
         assert (found <= bound + slack).all()
@@ -83,7 +83,7 @@ def assert_never_worse(scales: torch.Tensor, weights: torch.Tensor) -> None:
     assert_vllm_computes(source, stock)
 
 
-def assert_vllm_computes(source: torch.Tensor, stock: search.Tables) -> None:
+def assert_vllm_computes(source: torch.Tensor, stock: scale_search.Tables) -> None:
     """Check that vLLM's arithmetic makes exactly these tables of these BF16 scales."""
     assert source.dtype == torch.bfloat16
     group_scale, channel_scale = quantize_reference(source)
@@ -166,7 +166,7 @@ def test_direct_falls_back_to_the_references_channel_scale() -> None:
     small = torch.rand(255, 64, generator=torch.Generator().manual_seed(0)) * 4e-4
     scales = torch.cat((torch.ones(1, 64), small))
     weights = HISTOGRAMS["only_1"]
-    direct = search.quantize_direct(scales, weights, error_table(weights))
+    direct = scale_search.quantize_direct(scales, weights, error_table(weights))
     reference = brute_noise(scales, reference_tables(scales), weights)
     assert (brute_noise(scales, direct, weights) <= reference * (1 + 1e-6)).all()
 
@@ -176,7 +176,7 @@ def test_channels_of_zeros_and_lone_groups_are_handled() -> None:
     scales = torch.zeros(6, 4)
     scales[2, 1], scales[0, 2], scales[:, 3] = 0.37, -5e-6, 1.0
     assert_never_worse(scales, GAUSS)
-    tables = search.quantize_search(scales, error_table(GAUSS))
+    tables = scale_search.quantize_search(scales, error_table(GAUSS))
     assert tables.group_scale is not None
     assert (tables.group_scale.float()[:, 0] == 0).all()
 
@@ -196,15 +196,15 @@ def test_the_channel_scale_is_nearly_the_best_of_all(groups: int) -> None:
         ideal = x[..., None].double() * MAGNITUDES
         direct = ((ideal.clamp(max=448).to(E4M3).double() - ideal).square() * GAUSS).sum((0, 2))
         best_direct = torch.minimum(best_direct, direct * channel.double().square())
-    assert 128 * best.sum() > 0.977 * search.quantize_search(scales, table).noise.sum()
-    assert 128 * best_direct.sum() > 0.977 * search.quantize_direct(scales, GAUSS, table).noise.sum()
+    assert 128 * best.sum() > 0.977 * scale_search.quantize_search(scales, table).noise.sum()
+    assert 128 * best_direct.sum() > 0.977 * scale_search.quantize_direct(scales, GAUSS, table).noise.sum()
 
 
 def test_a_channel_with_equal_scales_is_exact() -> None:
     """What a checkpoint with one scale a channel becomes: tables of 32 times the code, and nothing is lost."""
     scales = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(16, 64)
     table = error_table(GAUSS)
-    for tables in (search.quantize_search(scales, table), search.quantize_direct(scales, GAUSS, table)):
+    for tables in (scale_search.quantize_search(scales, table), scale_search.quantize_direct(scales, GAUSS, table)):
         assert (tables.noise == 0).all()
         assert (brute_noise(scales, tables, GAUSS) == 0).all()
 
@@ -212,7 +212,7 @@ def test_a_channel_with_equal_scales_is_exact() -> None:
 def test_direct_entries_are_the_nearest_fp8_values() -> None:
     """Every stored entry is scale·code/channel rounded once, in the kernel's order −8 … −1, signs kept."""
     scales = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    tables = search.quantize_direct(scales, GAUSS, error_table(GAUSS))
+    tables = scale_search.quantize_direct(scales, GAUSS, error_table(GAUSS))
     exact = scales[..., None] / tables.channel_scale[:, None] * torch.arange(-8, 0)
     assert tables.lut is not None
     assert tables.lut.shape == (6, 32, 8)
@@ -223,15 +223,17 @@ def test_stock_scales_use_vllms_floor_where_it_applies() -> None:
     """Below 1/512 vLLM's channel scale is fixed; the group scales are still chosen, and better than by rounding."""
     scales = (0.2 + 0.8 * torch.rand(32, 64, generator=torch.Generator().manual_seed(0))) / 4096
     table = error_table(GAUSS)
-    stock, source = search.quantize_stock(scales, table)
+    stock, source = scale_search.quantize_stock(scales, table)
     assert_vllm_computes(source, stock)
     assert len(stock.channel_scale.unique()) == 1
-    reference = search.reference_tables(scales, scales.bfloat16(), table)
+    reference = scale_search.reference_tables(scales, scales.bfloat16(), table)
     assert (stock.noise <= reference.noise).all()
     assert stock.noise.sum() < 0.99 * reference.noise.sum()
 
 
-@pytest.mark.parametrize("method", [search.quantize_search, search.quantize_stock], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "method", [scale_search.quantize_search, scale_search.quantize_stock], ids=lambda f: f.__name__
+)
 def test_scales_that_are_not_finite_are_refused(method: object) -> None:
     """NaN and infinity raise before anything is computed from them."""
     scales = torch.full((2, 2), torch.nan)
@@ -252,12 +254,12 @@ def test_every_layer_of_a_trained_model_gains(shared: Path) -> None:
         scales = tensors[f"{name}.scales"]
         weights = magnitude_weights(code_histogram(tensors[f"{name}.qweight"]))
         table = error_table(weights)
-        stock, source = search.quantize_stock(scales, table)
+        stock, source = scale_search.quantize_stock(scales, table)
         assert_vllm_computes(source, stock)
-        noise = search.reference_tables(scales, scales, table).noise
-        stock_noise = search.reference_tables(scales, scales.bfloat16(), table).noise
-        chosen = search.quantize_search(scales, table).noise
-        direct = search.quantize_direct(scales, weights, table).noise
+        noise = scale_search.reference_tables(scales, scales, table).noise
+        stock_noise = scale_search.reference_tables(scales, scales.bfloat16(), table).noise
+        chosen = scale_search.quantize_search(scales, table).noise
+        direct = scale_search.quantize_direct(scales, weights, table).noise
         assert (chosen <= noise).all()
         assert (direct <= noise).all()
         assert (stock.noise <= stock_noise).all()

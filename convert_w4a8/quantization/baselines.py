@@ -7,6 +7,7 @@ Better choices of f and of the channel scale than vLLM's are in `search.py`.
 import torch
 
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX, SCALE_MAX, to_e4m3
+from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO
 
 CHANNEL_FLOOR = 1 / (E4M3_MAX * 512)
 """vLLM's floor of c = amax/448. A channel whose largest group scale is below 1/512 loses range there."""
@@ -54,3 +55,16 @@ def quantize_naive(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check_finite(scales)
     f = scales.float().clamp(-SCALE_MAX, SCALE_MAX).to(E4M3)
     return f, torch.ones(scales.shape[1], dtype=torch.float32, device=scales.device)
+
+
+_PLAIN_RANGE = 7.5
+"""amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
+
+
+def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize float32 [n, K] in the plainest way: codes uint8 [n, K] and scales float32 [K/128, n]."""
+    groups = weights.view(len(weights), -1, GROUP_SIZE)
+    scales = groups.abs().amax(dim=-1) / _PLAIN_RANGE
+    steps = groups / torch.where(scales > 0, scales, 1.0)[..., None]
+    codes = steps.round_().clamp_(-CODE_MAX, CODE_MAX - 1) + SYMMETRIC_ZERO
+    return codes.to(torch.uint8).flatten(1), scales.t()

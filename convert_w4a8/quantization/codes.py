@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from convert_w4a8 import codebook, devices
+from convert_w4a8 import devices
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.encoding.packing import to_rows
 from convert_w4a8.fp8 import CODE_MAX
-from convert_w4a8.groups import Groups, gather, tree_sum
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4Linear
+from convert_w4a8.quantization import codebook
+from convert_w4a8.quantization.groups import Groups, gather, tree_sum
 
 _CANDIDATES = 18
 _CANDIDATES_PER_OCTAVE = 16
@@ -26,8 +27,6 @@ _FIRST_CANDIDATE = 8 / 7
 """In units of max|w|/8: the largest value becomes ∓7. The last candidate, 0.547, clips at little over half of it."""
 FACTORS = [2 ** (i / _CANDIDATES_PER_OCTAVE) / _FIRST_CANDIDATE for i in range(_CANDIDATES)]
 """What the values of a group, with max|w| = 8, are multiplied by before they are rounded to codes."""
-_PLAIN_RANGE = 7.5
-"""amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
 _VALUES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Values worked on together: 1 MiB of float32, which stays in a core's cache; on a GPU as many as there are."""
 _REFITS = 3
@@ -150,15 +149,6 @@ def refit(
         difference = codebook.values_of(table.float(), codes).mul_(channel).sub_(values)
         signal, noise = _energy(values, counts), _energy(difference, counts)
     return replace(new, codes=codes), table.view(-1, len(tables), CODE_MAX).transpose(0, 1), signal, noise
-
-
-def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize float32 [n, K] in the plainest way: codes uint8 [n, K] and scales float32 [K/128, n]."""
-    groups = weights.view(len(weights), -1, GROUP_SIZE)
-    scales = groups.abs().amax(dim=-1) / _PLAIN_RANGE
-    steps = groups / torch.where(scales > 0, scales, 1.0)[..., None]
-    codes = steps.round_().clamp_(-CODE_MAX, CODE_MAX - 1) + SYMMETRIC_ZERO
-    return codes.to(torch.uint8).flatten(1), scales.t()
 
 
 def fit_symmetric(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from convert_w4a8.encoding.tables import expand_tables
-from convert_w4a8.envelope import ErrorTable
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX, SCALE_MAX, to_e4m3
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.quantization.baselines import CHANNEL_FLOOR, column_unit, quantize_reference
+from convert_w4a8.quantization.envelope import ErrorTable
 
 _STEPS = 256
 """Positions of the channel scale in an octave."""

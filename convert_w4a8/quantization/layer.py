@@ -1,18 +1,24 @@
 """A linear layer as its checkpoint means it → as the W4A8 kernel takes it, and what that cost."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from convert_w4a8.encoding.dequantize import output_blocks
 from convert_w4a8.encoding.packing import code_histogram
-from convert_w4a8.envelope import ErrorTable, error_table, magnitude_weights
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import check_finite
-from convert_w4a8.requantize import choose_codes, column_energies, expand_groups, refit
-from convert_w4a8.search import Tables, quantize_direct, quantize_search, quantize_stock, reference_tables
+from convert_w4a8.quantization.codes import choose_codes, column_energies, expand_groups, refit
+from convert_w4a8.quantization.envelope import ErrorTable, error_table, magnitude_weights
+from convert_w4a8.quantization.error import sqnr_db
+from convert_w4a8.quantization.scale_search import (
+    Tables,
+    quantize_direct,
+    quantize_search,
+    quantize_stock,
+    reference_tables,
+)
 
 _HISTOGRAM_WORDS = 1 << 13
 """Words sampled for the code histogram: 65,536 codes, frequencies to within a hundredth of themselves."""
@@ -37,11 +43,6 @@ class LayerStats:
     def sqnr_db(self) -> float:
         """Signal over noise of the final weights against the dequantized source, in dB; inf where nothing was lost."""
         return sqnr_db(self.signal, self.noise)
-
-
-def sqnr_db(signal: float, noise: float) -> float:
-    """10·log10(signal/noise); inf without noise."""
-    return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
 def to_w4a8(w: W4Linear, mode: ScalesMode, *, stock: bool = False) -> tuple[W4A8Linear, LayerStats]:

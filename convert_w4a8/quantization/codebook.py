@@ -7,8 +7,8 @@ The kernel's table is a codebook: entry j = 0 … 7 is the value of code j − 8
 import torch
 
 from convert_w4a8.fp8 import CODE_MAX, to_e4m3
-from convert_w4a8.groups import tree_sum
 from convert_w4a8.linear import SYMMETRIC_ZERO
+from convert_w4a8.quantization.groups import tree_sum
 
 
 def fit(
