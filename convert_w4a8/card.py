@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from convert_w4a8 import __version__
-from convert_w4a8.checkpoint import CARD, Checkpoint
+from convert_w4a8.checkpoint.directory import CARD, Checkpoint
+from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.plan import Plan
 from convert_w4a8.quantization.layer import LayerStats
 from convert_w4a8.text import counted, human_bytes, markdown_code
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.checkpoint import Checkpoint, open_checkpoint, read_json
+from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint, read_json
+from convert_w4a8.checkpoint.names import is_expert, linear_modules, output_name
+from convert_w4a8.checkpoint.shards import plan_shards
+from convert_w4a8.conversion.plan import LayerPlan, Plan, make_plan
 from convert_w4a8.convert import convert
 from convert_w4a8.errors import ConvertError, PlanError, Refusal, W4A8Error
-from convert_w4a8.naming import is_expert, output_name
 from convert_w4a8.options import Options
-from convert_w4a8.plan import LayerPlan, Plan, linear_modules, make_plan
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
 from convert_w4a8.verify import Verification, verify
-from convert_w4a8.writer import plan_shards
 
 VERSION = 1
 UNKNOWN = "unknown"

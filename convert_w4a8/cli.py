@@ -50,11 +50,11 @@ def convert(
     at all. No GPU is needed.
     """
     from convert_w4a8 import render
-    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.conversion.plan import make_plan
     from convert_w4a8.convert import check_paths, resolve_device
     from convert_w4a8.convert import convert as run
     from convert_w4a8.hub import Repository, prepare_repository, resolve_input
-    from convert_w4a8.plan import make_plan
 
     torch_device = resolve_device(device)
     checkpoint = open_checkpoint(resolve_input(source))
@@ -81,7 +81,7 @@ def convert(
 
 def _verify_and_push(out: Path, source: str, repository: "Repository", *, private: bool, quiet: bool) -> None:
     """Upload OUT if it is right. Raises ConvertError if it is not, or if the upload fails."""
-    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import prepare_repository, resolve_input, upload
     from convert_w4a8.verify import verify as run
 
@@ -123,7 +123,7 @@ def inspect(source: str, as_json: bool) -> None:
     DIR is a local directory or a Hub id; a W4A16 checkpoint or one that this tool wrote.
     """
     from convert_w4a8 import inspection
-    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import resolve_input
 
     found = inspection.inspect(open_checkpoint(resolve_input(source)))
@@ -145,7 +145,7 @@ def inspect(source: str, as_json: bool) -> None:
 def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:
     """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right."""
     from convert_w4a8 import render
-    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import resolve_input
     from convert_w4a8.verify import verify as run
 
@@ -195,7 +195,7 @@ def report(out: str, source: str, html: Path | None, png_dir: Path | None, as_js
     """
     from convert_w4a8 import report as reports
     from convert_w4a8 import report_html, report_pictures
-    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import resolve_input
 
     if html is None and png_dir is None and not as_json:

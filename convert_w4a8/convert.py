@@ -16,17 +16,18 @@ import torch
 
 from convert_w4a8 import __version__
 from convert_w4a8.card import model_card
-from convert_w4a8.checkpoint import CARD, CONFIG, Checkpoint
-from convert_w4a8.disk import check_destination, occupied
+from convert_w4a8.checkpoint.directory import CARD, CONFIG, Checkpoint
+from convert_w4a8.checkpoint.disk import check_destination, occupied
+from convert_w4a8.checkpoint.journal import work_path
+from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, Arena, TensorInfo, read_into
+from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.conversion.fingerprint import fingerprint
+from convert_w4a8.conversion.plan import LayerPlan, Plan, TensorPlan, check_tensors
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.jobs import Job, run_jobs
 from convert_w4a8.linear import W4Linear
-from convert_w4a8.plan import LayerPlan, Plan, TensorPlan, check_tensors
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
-from convert_w4a8.resume import fingerprint, work_path
-from convert_w4a8.safetensors_file import TORCH_DTYPES, Arena, TensorInfo, read_into
-from convert_w4a8.writer import CheckpointWriter
 
 _CHUNK_BYTES = 8 << 20
 _LEAST_CAPABILITY = (8, 0)

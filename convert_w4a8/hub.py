@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert_w4a8 import __version__
-from convert_w4a8.checkpoint import CARD, CONFIG, INDEX, Checkpoint
+from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint
 from convert_w4a8.errors import ConvertError
 
 # Weights in other formats are never read, so they are not fetched.

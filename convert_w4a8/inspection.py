@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.errors import PlanError, Refusal
-from convert_w4a8.naming import is_expert
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import lut
 from convert_w4a8.text import human_bytes, table

@@ -136,3 +136,7 @@ def lut_shape(n: int, k: int) -> tuple[int, int]:
         if size <= 0 or size % tile:
             raise ValueError(f"{name} = {size} is not a multiple of {tile}")
     return k // TILE_K, 4 * n
+
+
+TABLE_BYTES = 8
+"""The kernel's memory for one group's scale: a table of eight FP8 entries."""

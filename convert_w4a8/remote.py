@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.checkpoint import CARD, CONFIG, INDEX, QUANTIZE_CONFIG, Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, QUANTIZE_CONFIG, Checkpoint, open_checkpoint
 from convert_w4a8.errors import ConvertError
 
 _PIECE = 64 << 20

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.plan import TABLE_BYTES
+from convert_w4a8.lut_format import TABLE_BYTES
 
 KV_BYTES = {"BF16": 2, "FP8": 1}
 """Bytes of one cached value; FP8's scales, one or two a layer, do not show."""

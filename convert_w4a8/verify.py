@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.names import linear_modules, natural_key, output_name
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_into
 from convert_w4a8.encoding import tables
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
-from convert_w4a8.naming import output_name
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.plan import linear_modules, natural_key
 from convert_w4a8.quantization.baselines import quantize_plain
 from convert_w4a8.quantization.error import sqnr_db
-from convert_w4a8.safetensors_file import TensorInfo, read_into
 from convert_w4a8.sources import LayerSpec, find_source
 from convert_w4a8.targets import Target, find_target
 

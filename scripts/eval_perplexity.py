@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from convert_w4a8.checkpoint import Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.tables import decode, quantize_tokens
 from convert_w4a8.linear import W4A8Linear, W4Linear

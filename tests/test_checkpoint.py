@@ -11,7 +11,7 @@ import torch
 from checkpoint_edits import REMOVE, edit_json, snapshot, write_case
 from safetensors.torch import load_file, save_file
 
-from convert_w4a8.checkpoint import INDEX, open_checkpoint, read_json
+from convert_w4a8.checkpoint.directory import INDEX, open_checkpoint, read_json
 from convert_w4a8.errors import ConvertError
 
 SHARDED = "awq-symmetric-fp16-sharded"

@@ -137,7 +137,7 @@ def test_default_shard_size_is_that_of_the_library() -> None:
 
 def test_options_reach_the_plan(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each option arrives under its own name: none is dropped or mixed up with another."""
-    from convert_w4a8 import plan
+    from convert_w4a8.conversion import plan
 
     seen: list[Options] = []
 
@@ -288,7 +288,7 @@ def test_one_refusal_is_in_the_singular(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "where"),
     [
-        (["convert", "in", "new"], "convert_w4a8.plan.make_plan"),
+        (["convert", "in", "new"], "convert_w4a8.conversion.plan.make_plan"),
         (["convert", "in", "new"], "convert_w4a8.convert.convert"),
         (["inspect", "in"], "convert_w4a8.inspection.inspect"),
         (["verify", "out", "--source", "in"], "convert_w4a8.verify.verify"),

@@ -13,12 +13,12 @@ from factories import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from convert_w4a8 import convert, jobs
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.convert import Result, check_paths, resolve_device
 from convert_w4a8.encoding import dequantize
 from convert_w4a8.errors import ConvertError, PlanError
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
-from convert_w4a8.plan import make_plan
 
 FORMATS = ("lut", "compressed-tensors")
 

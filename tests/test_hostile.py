@@ -13,7 +13,7 @@ from checkpoint_edits import edit_json, edit_tensors, snapshot, write_case
 from click.testing import CliRunner
 
 from convert_w4a8 import cli, patterns
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
 from convert_w4a8.patterns import matches
 

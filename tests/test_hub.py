@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from convert_w4a8 import cli
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.hub import resolve_input
 

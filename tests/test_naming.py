@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_w4a8.naming import fusion_key, is_expert, is_lm_head, merged_name, output_name
+from convert_w4a8.checkpoint.names import fusion_key, is_expert, is_lm_head, merged_name, output_name
 
 MIXTRAL = {"model_type": "mixtral"}
 LAYER = "model.layers.3"

@@ -14,11 +14,12 @@ from factories.formats import Awq, CompressedTensors, Gptq
 from factories.layers import Scheme
 from factories.models import Model, llama, qwen3_moe
 
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.names import natural_key
+from convert_w4a8.conversion.plan import Plan, check_tensors, kinds, make_plan
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
 from convert_w4a8.options import Options as PlanOptions
 from convert_w4a8.options import Policy, ScalesMode, Unsupported
-from convert_w4a8.plan import Plan, check_tensors, kinds, make_plan, natural_key
 from convert_w4a8.targets import TARGETS
 
 ALL_REQUANTIZED = PlanOptions(

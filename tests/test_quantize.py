@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.encoding import dequantize as dequantize_module
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.packing import pack_rows

@@ -251,7 +251,7 @@ def test_the_entry_of_minus_eight_is_free() -> None:
 
 def test_the_real_checkpoint_with_zero_points(shared: Path) -> None:
     """Three quarters of its groups are exact; what the others lose is far below the loss of 4-bit quantization."""
-    from convert_w4a8.checkpoint import open_checkpoint
+    from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.sources import find_source
 
     checkpoint = open_checkpoint(shared / "models" / "llama-31m-awq-zp")

@@ -16,9 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert_w4a8.convert
-from convert_w4a8 import cli, disk, resume
+from convert_w4a8 import cli
+from convert_w4a8.checkpoint.checksum import checksum, is_intact
+from convert_w4a8.checkpoint.directory import disk
+from convert_w4a8.checkpoint.directory import journal as resume
+from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.resume import checksum, is_intact, work_path
 
 CASE = "awq-symmetric-fp16-sharded"
 OPTIONS = ("--max-shard-size", "150kB", "--quiet", "--device", "cpu")
@@ -180,7 +183,7 @@ def test_an_old_output_returns_if_resumed_between_the_renames(
         out.rename(old)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert_w4a8.writer.replace_directory", killed)
+    monkeypatch.setattr("convert_w4a8.checkpoint.directory.writer.replace_directory", killed)
     assert run(source, tmp_path / "out", "--overwrite").exit_code == 130
     assert not (tmp_path / "out").exists()
     assert (work_path(tmp_path / "out") / "replaced" / "old").read_text() == "old"

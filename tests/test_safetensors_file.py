@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from convert_w4a8.errors import ConvertError
-from convert_w4a8.safetensors_file import (
+from convert_w4a8.checkpoint.safetensors_file import (
     TORCH_DTYPES,
     Arena,
     TensorSpec,
@@ -24,6 +23,7 @@ from convert_w4a8.safetensors_file import (
     read_tensor,
     tensor_nbytes,
 )
+from convert_w4a8.errors import ConvertError
 
 DTYPES = sorted(TORCH_DTYPES)
 SHAPES = [(), (0,), (1,), (3,), (0, 5), (2, 0, 3), (3, 5), (1, 1, 1), (2, 3, 4)]

@@ -12,7 +12,7 @@ from factories import CASES, Case
 from factories.layers import BORROW, nibbles, pack_columns
 from safetensors.torch import save_file
 
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
 from convert_w4a8.sources import SOURCES, LayerSpec, find_source, gptq

@@ -12,12 +12,12 @@ import torch
 from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors, write_case
 
 from convert_w4a8 import convert, verify
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.encoding import dequantize
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode, Unsupported
-from convert_w4a8.plan import make_plan
 from convert_w4a8.render import verification_dict, verification_text
 from convert_w4a8.verify import Verification, count_clipped
 

@@ -10,7 +10,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from safetensors.torch import load_file
 
-from convert_w4a8.checkpoint import open_checkpoint
+from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli import convert, main
 from convert_w4a8.encoding import packing
 from convert_w4a8.errors import Refusal

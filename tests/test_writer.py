@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from convert_w4a8 import writer
-from convert_w4a8.disk import check_destination
+from convert_w4a8.checkpoint.directory import writer
+from convert_w4a8.checkpoint.disk import check_destination
+from convert_w4a8.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec
+from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
+from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.errors import ConvertError, DiskError
-from convert_w4a8.safetensors_file import DTYPE_NAMES, TensorSpec
-from convert_w4a8.writer import CheckpointWriter, ShardPlan, plan_shards
 
 TENSORS = {
     "b.weight": torch.arange(12, dtype=torch.int32).view(3, 4),

@@ -1,6 +1,6 @@
 """Input formats, one module each. A new one is a module with the names of `base.Source`, listed here."""
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.sources import awq, compressed_tensors, gptq
 from convert_w4a8.sources.base import LayerSpec, Source

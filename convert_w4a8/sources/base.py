@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.linear import GROUP_SIZE, W4Linear
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.patterns import matches as matches_pattern

@@ -1,6 +1,6 @@
 """Output formats, one module each. A new one is a module with the names of `base.Target`, listed here."""
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.targets import compressed_tensors, lut
 from convert_w4a8.targets.base import Target

@@ -5,11 +5,11 @@ from typing import Any, Protocol
 
 import torch
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.safetensors_file import TensorSpec
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.safetensors_file import TensorSpec
 
 
 class Target(Protocol):

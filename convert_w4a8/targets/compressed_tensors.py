@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.safetensors_file import TensorSpec
 from convert_w4a8.encoding import packing
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference
-from convert_w4a8.safetensors_file import TensorSpec
 from convert_w4a8.targets.base import check_outputs, packed_shape
 
 NAME = "compressed-tensors"

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.safetensors_file import TensorSpec
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, VERSION, Tables, lut_shape
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.safetensors_file import TensorSpec
 from convert_w4a8.targets.base import check_outputs, packed_shape
 
 NAME = "lut"

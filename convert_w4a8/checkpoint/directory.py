@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from convert_w4a8.checkpoint.safetensors_file import Arena, TensorInfo, read_header, read_tensor
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.safetensors_file import Arena, TensorInfo, read_header, read_tensor
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"

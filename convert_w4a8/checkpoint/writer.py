@@ -14,46 +14,16 @@ from typing import Any, Self
 
 import torch
 
-from convert_w4a8.checkpoint import INDEX, SINGLE_FILE
-from convert_w4a8.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
+from convert_w4a8.checkpoint.checksum import Piece, checksum, is_intact
+from convert_w4a8.checkpoint.directory import INDEX
+from convert_w4a8.checkpoint.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
+from convert_w4a8.checkpoint.journal import REPLACED, Fingerprint, WorkDirectory, work_path
+from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, layout_file
+from convert_w4a8.checkpoint.shards import ShardPlan
 from convert_w4a8.errors import DiskError, W4A8Error
-from convert_w4a8.resume import REPLACED, Fingerprint, Piece, WorkDirectory, checksum, is_intact, work_path
-from convert_w4a8.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec, layout_file
 
 _COPY_BYTES = 16 << 20
 _FLUSH_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output file and the tensors it will hold."""
-
-    file_name: str
-    specs: tuple[TensorSpec, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(spec.nbytes for spec in self.specs)
-
-
-def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> tuple[ShardPlan, ...]:
-    """Fill shards in the given order up to `max_shard_size` bytes; a larger tensor gets a shard of its own."""
-    groups: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for spec in specs:
-        if groups[-1] and filled + spec.nbytes > max_shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(spec)
-        filled += spec.nbytes
-    if len(groups) == 1:
-        return (ShardPlan(SINGLE_FILE, tuple(groups[0])),)
-    total = len(groups)
-    return tuple(
-        ShardPlan(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(group))
-        for number, group in enumerate(groups, 1)
-    )
 
 
 @dataclass

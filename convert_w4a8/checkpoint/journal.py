@@ -13,61 +13,22 @@ A file is trusted if its line is in the journal and its bytes still have the che
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from convert_w4a8 import __version__
-from convert_w4a8.checkpoint import CARD, CONFIG, QUANTIZE_CONFIG, Checkpoint
-from convert_w4a8.disk import fsync
+from convert_w4a8.checkpoint.checksum import Piece
+from convert_w4a8.checkpoint.disk import fsync
 from convert_w4a8.errors import ConvertError
 
 LOCK, JOURNAL, CHECKPOINT, REPLACED = "lock", "journal", "checkpoint", "replaced"
-
 Fingerprint = Mapping[str, Any]
-Piece = tuple[int, int, int]
-"""Bytes of a file as they were written: offset, length, checksum."""
-
 _SUFFIX = ".w4a8-partial"
-_CHUNK_BYTES = 16 << 20
-_BLOCK_BYTES = 4096
-
-
-def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
-    """Describe a conversion by all that its output depends on, as JSON; `options` is a dataclass.
-
-    Weights count by size, time of change and header: reading them all would take as long as converting them. The
-    device is not part of it: all devices write the same bytes.
-    """
-    found: dict[str, Any] = {"version of w4a8-convert": __version__}
-    for key, value in asdict(options).items():
-        found[f"--{key.replace('_', '-')}"] = value
-    relatives = {info.path.relative_to(checkpoint.root) for info in checkpoint.tensors.values()}
-    relatives |= {*checkpoint.side_files, Path(CONFIG), Path(QUANTIZE_CONFIG), Path(CARD)}
-    for relative in sorted(relatives):
-        path = checkpoint.root / relative
-        if path.is_file():
-            status = path.stat()
-            found[str(relative)] = [status.st_size, status.st_mtime_ns]
-    infos = sorted(checkpoint.tensors.values(), key=lambda info: info.name)
-    headers = [(info.name, info.dtype, info.shape, info.path.name, info.start) for info in infos]
-    found["headers"] = _digest(headers)
-    found["configuration"] = _digest([checkpoint.config, checkpoint.quantization_config])
-    return found
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 class WorkDirectory:
@@ -223,50 +184,3 @@ def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
         entries.append(entry)
         size += len(line)
     return entries, size
-
-
-def checksum(data: memoryview, block: int = 0) -> int:
-    """Sum up 64-bit words, each block of 4 KiB times an odd number of its own, modulo 2⁶⁴.
-
-    A word that changed, a block that is lost, zeroed or in another place are found. It runs at the speed of memory,
-    10 times as fast as CRC-32; it is not meant against malice. Sums of pieces add up: `block` numbers the first one.
-    """
-    blocks = len(data) // _BLOCK_BYTES
-    whole = blocks * _BLOCK_BYTES
-    sums = np.zeros(blocks + 1, np.uint64)
-    if blocks:
-        sums[:blocks] = np.frombuffer(data[:whole], np.uint64).reshape(blocks, -1).sum(axis=1)
-    sums[blocks] = np.frombuffer(bytes(data[whole:]).ljust(_BLOCK_BYTES, b"\0"), np.uint64).sum()
-    numbers = np.arange(block, block + blocks + 1, dtype=np.uint64)
-    return int((sums * (2 * numbers + 1)).sum())
-
-
-def is_intact(path: Path, pieces: list[Piece], size: int) -> bool:
-    """Whether a file has this size, and exactly the bytes that were written to it. Reads all of it."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            position = 0
-            for offset, length, expected in pieces:
-                if offset != position or _checksum_of(file, length) != expected:
-                    return False
-                position += length
-            return position == size and not file.read(1)
-    except OSError:
-        return False
-
-
-def _checksum_of(file: FileIO, length: int) -> int:
-    """Return the checksum of the next bytes of a file, or of fewer where it ends."""
-    buffer = memoryview(bytearray(min(length, _CHUNK_BYTES)))
-    total = done = 0
-    while done < length:
-        part = buffer[: min(length - done, _CHUNK_BYTES)]
-        filled = 0
-        while filled < len(part):
-            count = file.readinto(part[filled:])
-            if not count:
-                return -1
-            filled += count
-        total += checksum(part, done // _BLOCK_BYTES)
-        done += len(part)
-    return total % 2**64

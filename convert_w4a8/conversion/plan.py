@@ -1,23 +1,27 @@
 """What a conversion will do, decided from headers and configuration alone: a Plan, or every refusal at once."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from convert_w4a8.checkpoint import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.names import (
+    fusion_key,
+    is_expert,
+    is_lm_head,
+    linear_modules,
+    merged_name,
+    natural_key,
+    output_name,
+)
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec
+from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
 from convert_w4a8.errors import PlanError, Refusal
 from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.lut_format import TILE_N
-from convert_w4a8.naming import fusion_key, is_expert, is_lm_head, merged_name, output_name
+from convert_w4a8.lut_format import TABLE_BYTES, TILE_N
 from convert_w4a8.options import Options, Policy, Unsupported
-from convert_w4a8.safetensors_file import TensorInfo, TensorSpec
 from convert_w4a8.sources import LayerSpec, Source, find_source
 from convert_w4a8.targets import Target, target_named
-from convert_w4a8.writer import ShardPlan, plan_shards
-
-TABLE_BYTES = 8
-"""The kernel's memory for one group's scale: a table of eight FP8 entries."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,6 @@ def check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
         raise PlanError(refusals)
 
 
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that orders layers.2 before layers.10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _orphans(checkpoint: Checkpoint, source: Source) -> Iterable[Refusal]:
     """Yield quantization tensors that belong to no layer: the tensor that makes one is missing."""
     for name in checkpoint.tensors:
@@ -237,17 +236,6 @@ def _requantize_reason(spec: LayerSpec) -> str | None:
 def _plan_tensor(checkpoint: Checkpoint, info: TensorInfo) -> TensorPlan:
     dtype = "BF16" if info.dtype == "F16" else info.dtype
     return TensorPlan(info, TensorSpec(output_name(info.name, checkpoint.config), dtype, info.shape))
-
-
-def linear_modules(tensors: Iterable[TensorInfo | TensorSpec]) -> set[str]:
-    """Return the modules with an unquantized matrix that vLLM holds in a linear layer; lm_head also if it is tied."""
-    modules = {"lm_head"}
-    for tensor in tensors:
-        module, _, role = tensor.name.rpartition(".")
-        leaf = module.rpartition(".")[2]
-        if role == "weight" and len(tensor.shape) == 2 and not re.search(r"embed|norm|wte|wpe", leaf):
-            modules.add(module)
-    return modules
 
 
 def _serving_nbytes(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> int:

@@ -4,10 +4,13 @@ Architectures are recognised by these names alone; no model code is run.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec
+
 _EXPERT = re.compile(r"^(?P<layer>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")
+
 
 # Shards that vLLM merges into one parallel linear layer (its models' packed_modules_mapping).
 _MERGED = {
@@ -19,6 +22,7 @@ _MERGED = {
     "w1": "w13",
     "w3": "w13",
 }
+
 
 # vLLM's Mixtral knows its experts by Mistral's names only; transformers 5 and GPTQModel write Llama's.
 _MIXTRAL_RENAMES = (
@@ -57,3 +61,19 @@ def output_name(name: str, config: Mapping[str, Any]) -> str:
         for pattern, replacement in _MIXTRAL_RENAMES:
             name = pattern.sub(replacement, name)
     return name
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that orders layers.2 before layers.10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def linear_modules(tensors: Iterable[TensorInfo | TensorSpec]) -> set[str]:
+    """Return the modules with an unquantized matrix that vLLM holds in a linear layer; lm_head also if it is tied."""
+    modules = {"lm_head"}
+    for tensor in tensors:
+        module, _, role = tensor.name.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        if role == "weight" and len(tensor.shape) == 2 and not re.search(r"embed|norm|wte|wpe", leaf):
+            modules.add(module)
+    return modules

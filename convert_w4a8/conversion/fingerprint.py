@@ -1,0 +1,37 @@
+"""What the output of a conversion depends on."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convert_w4a8 import __version__
+from convert_w4a8.checkpoint.directory import CARD, CONFIG, QUANTIZE_CONFIG, Checkpoint
+
+
+def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
+    """Describe a conversion by all that its output depends on, as JSON; `options` is a dataclass.
+
+    Weights count by size, time of change and header: reading them all would take as long as converting them. The
+    device is not part of it: all devices write the same bytes.
+    """
+    found: dict[str, Any] = {"version of w4a8-convert": __version__}
+    for key, value in asdict(options).items():
+        found[f"--{key.replace('_', '-')}"] = value
+    relatives = {info.path.relative_to(checkpoint.root) for info in checkpoint.tensors.values()}
+    relatives |= {*checkpoint.side_files, Path(CONFIG), Path(QUANTIZE_CONFIG), Path(CARD)}
+    for relative in sorted(relatives):
+        path = checkpoint.root / relative
+        if path.is_file():
+            status = path.stat()
+            found[str(relative)] = [status.st_size, status.st_mtime_ns]
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: info.name)
+    headers = [(info.name, info.dtype, info.shape, info.path.name, info.start) for info in infos]
+    found["headers"] = _digest(headers)
+    found["configuration"] = _digest([checkpoint.config, checkpoint.quantization_config])
+    return found
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
