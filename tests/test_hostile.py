@@ -12,10 +12,11 @@ import torch
 from checkpoint_edits import edit_json, edit_tensors, snapshot, write_case
 from click.testing import CliRunner
 
-from convert_w4a8 import cli, patterns
+from convert_w4a8 import cli
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
-from convert_w4a8.patterns import matches
+from convert_w4a8.sources import patterns
+from convert_w4a8.sources.patterns import matches
 
 OUTSIDE: dict[str, Callable[[Path], str]] = {
     "side-file": lambda root: link(root / "notes.txt", root.parent / "secret.txt"),

@@ -16,7 +16,7 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
 from convert_w4a8.sources import SOURCES, LayerSpec, find_source, gptq
-from convert_w4a8.sources.base import setting, unpack_words
+from convert_w4a8.sources.checks import setting, unpack_words
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"

@@ -14,9 +14,8 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.encoding.packing import pack_rows
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.linear import SYMMETRIC_ZERO, Packing, W4Linear
-from convert_w4a8.patterns import matches as matches_pattern
-from convert_w4a8.sources.base import (
-    LayerSpec,
+from convert_w4a8.sources.base import LayerSpec
+from convert_w4a8.sources.checks import (
     check_bits,
     check_content,
     check_rank_two,
@@ -29,6 +28,7 @@ from convert_w4a8.sources.base import (
     setting,
     unpack_words,
 )
+from convert_w4a8.sources.patterns import matches as matches_pattern
 
 NAME = "compressed-tensors"
 

@@ -13,9 +13,8 @@ import torch
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.linear import Packing, W4Linear
-from convert_w4a8.patterns import matches as matches_pattern
-from convert_w4a8.sources.base import (
-    LayerSpec,
+from convert_w4a8.sources.base import LayerSpec
+from convert_w4a8.sources.checks import (
     check_bits,
     check_content,
     check_rank_two,
@@ -28,6 +27,7 @@ from convert_w4a8.sources.base import (
     setting,
     unpack_words,
 )
+from convert_w4a8.sources.patterns import matches as matches_pattern
 
 NAME = "gptq"
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
