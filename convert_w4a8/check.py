@@ -16,7 +16,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint, read_
 from convert_w4a8.checkpoint.names import is_expert, linear_modules, output_name
 from convert_w4a8.checkpoint.shards import plan_shards
 from convert_w4a8.conversion.plan import LayerPlan, Plan, make_plan
-from convert_w4a8.convert import convert
+from convert_w4a8.conversion.run import convert
 from convert_w4a8.errors import ConvertError, PlanError, Refusal, W4A8Error
 from convert_w4a8.options import Options
 from convert_w4a8.sources import find_source

@@ -52,8 +52,9 @@ def convert(
     from convert_w4a8 import render
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.conversion.plan import make_plan
-    from convert_w4a8.convert import check_paths, resolve_device
-    from convert_w4a8.convert import convert as run
+    from convert_w4a8.conversion.run import check_paths
+    from convert_w4a8.conversion.run import convert as run
+    from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub import Repository, prepare_repository, resolve_input
 
     torch_device = resolve_device(device)

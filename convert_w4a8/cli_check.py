@@ -65,7 +65,7 @@ def check(
     from convert_w4a8 import check as checks
     from convert_w4a8 import check_text
     from convert_w4a8.checkpoint.directory import open_checkpoint
-    from convert_w4a8.convert import resolve_device
+    from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub import is_hub_id, resolve_input
     from convert_w4a8.remote import open_remote
 

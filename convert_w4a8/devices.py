@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from convert_w4a8.errors import ConvertError
+
 
 def kernels(name: str, device: torch.device) -> ModuleType | None:
     """Return `kernels/<name>.py` or `kernels/cpu_<name>.py`; None where what compiles them is not to be had."""
@@ -49,3 +51,30 @@ def _cpu_kernels(name: str) -> ModuleType | None:
         if "cannot cache function" not in str(error):
             raise
         return None  # no directory to keep it in: compiling every time would take longer than it saves
+
+
+_LEAST_CAPABILITY = (8, 0)
+"""Triton supports GPUs of compute capability 8.0 and higher (its README); on older ones torch itself may not run."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `--device` names; `auto` is CUDA where there is a GPU that Triton supports.
+
+    Raises:
+        ConvertError: there is no such device.
+
+    """
+    if name == "auto":
+        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _LEAST_CAPABILITY
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConvertError(f"--device {name}", "is not a device", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConvertError(
+            f"--device {name}", f"there are {torch.cuda.device_count()} CUDA devices", "use --device cpu"
+        )
+    return device

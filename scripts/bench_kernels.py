@@ -22,8 +22,8 @@ import triton
 
 from convert_w4a8.encoding import lut_layout, tables
 from convert_w4a8.encoding import packing as packing_module
-from convert_w4a8.kernels.repack import DEFAULT_BLOCKS, ROWS_BLOCKS, Block, repack_by, to_rows
-from convert_w4a8.kernels.tables import expand_tables
+from convert_w4a8.kernels.repack.gpu import DEFAULT_BLOCKS, ROWS_BLOCKS, Block, repack_by, to_rows
+from convert_w4a8.kernels.tables.gpu import expand_tables
 from convert_w4a8.linear import Packing
 
 SIZES = ("4096x4096", "28672x4096", "12288x33792", "67584x12288")

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import triton
-from convert_w4a8.kernels.arithmetic import OPTIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convert_w4a8.kernels import repack, requantize, tables
+from convert_w4a8.kernels.fp8 import OPTIONS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {

@@ -289,7 +289,7 @@ def test_one_refusal_is_in_the_singular(tmp_path: Path) -> None:
     ("words", "where"),
     [
         (["convert", "in", "new"], "convert_w4a8.conversion.plan.make_plan"),
-        (["convert", "in", "new"], "convert_w4a8.convert.convert"),
+        (["convert", "in", "new"], "convert_w4a8.conversion.run.convert"),
         (["inspect", "in"], "convert_w4a8.inspection.inspect"),
         (["verify", "out", "--source", "in"], "convert_w4a8.verify.verify"),
     ],
@@ -319,7 +319,7 @@ def test_interruption_says_that_nothing_was_written(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert_w4a8.convert._convert_layer", interrupted)
+    monkeypatch.setattr("convert_w4a8.conversion.run._convert_layer", interrupted)
     result = invoke(convert, source, tmp_path / "out", "--quiet")
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr

@@ -21,7 +21,7 @@ from convert_w4a8.quantization import codes as requantize
 from convert_w4a8.quantization.layer import to_w4a8
 
 numba = pytest.importorskip("numba", reason="numba is not installed")
-KERNELS = import_module("convert_w4a8.kernels.cpu_requantize")
+KERNELS = import_module("convert_w4a8.kernels.codes.cpu")
 WIDTHS = pytest.mark.parametrize("width", [16, 128])
 
 
@@ -109,7 +109,7 @@ def nothing_loaded() -> Iterator[None]:
     ("module", "error"),
     [
         ("numba", ImportError("Numba needs NumPy 2.4 or less")),
-        ("convert_w4a8.kernels.cpu_repack", RuntimeError("cannot cache function '_swap': no locator available")),
+        ("convert_w4a8.kernels.repack.cpu", RuntimeError("cannot cache function '_swap': no locator available")),
     ],
     ids=["numba refuses", "no place for its cache"],
 )

@@ -12,10 +12,13 @@ from checkpoint_edits import REMOVE, edit_json, edit_tensors, snapshot, write_ca
 from factories import Checkpoint
 from safetensors.torch import load_file, save_file
 
-from convert_w4a8 import convert, jobs
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.conversion import jobs
+from convert_w4a8.conversion import run as convert
 from convert_w4a8.conversion.plan import make_plan
-from convert_w4a8.convert import Result, check_paths, resolve_device
+from convert_w4a8.conversion.result import Result
+from convert_w4a8.conversion.run import check_paths
+from convert_w4a8.devices import resolve_device
 from convert_w4a8.encoding import dequantize
 from convert_w4a8.errors import ConvertError, PlanError
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported

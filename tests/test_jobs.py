@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from convert_w4a8 import jobs
-from convert_w4a8.jobs import Job, run_jobs
+from convert_w4a8.conversion import jobs
+from convert_w4a8.conversion.jobs import Job, run_jobs
 
 WORKERS = pytest.mark.parametrize("workers", [1, 2, 4])
 

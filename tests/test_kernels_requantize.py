@@ -23,7 +23,7 @@ from convert_w4a8.quantization import groups as code_groups
 from convert_w4a8.quantization.layer import to_w4a8
 
 pytest.importorskip("triton", reason="Triton is not installed")
-KERNELS = importlib.import_module("convert_w4a8.kernels.requantize")
+KERNELS = importlib.import_module("convert_w4a8.kernels.codes.gpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTHS = pytest.mark.parametrize("width", [16, 128])
 

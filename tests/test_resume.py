@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import convert_w4a8.convert
 import pytest
 import torch
 from checkpoint_edits import case_named, edit_json, snapshot
@@ -15,7 +16,6 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-import convert_w4a8.convert
 from convert_w4a8 import cli
 from convert_w4a8.checkpoint.checksum import checksum, is_intact
 from convert_w4a8.checkpoint.directory import disk

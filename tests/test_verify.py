@@ -11,8 +11,9 @@ import pytest
 import torch
 from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors, write_case
 
-from convert_w4a8 import convert, verify
+from convert_w4a8 import verify
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.conversion import run
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.encoding import dequantize
 from convert_w4a8.errors import ConvertError
@@ -32,7 +33,7 @@ def run_convert(source: Path, out: Path, **options: object) -> None:
     """Convert a checkpoint on the CPU."""
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, Options(**({"scales": ScalesMode.REFERENCE} | options)))  # type: ignore[arg-type]
-    convert.convert(checkpoint, plan, out, device=torch.device("cpu"))
+    run.convert(checkpoint, plan, out, device=torch.device("cpu"))
 
 
 def check(pair: Pair, min_sqnr_db: float | None = None) -> Verification:

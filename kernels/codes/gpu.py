@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from convert_w4a8.kernels.arithmetic import OPTIONS, from_e4m3, round_code, to_e4m3, tree_sum
+
+from convert_w4a8.kernels.fp8 import OPTIONS, from_e4m3, round_code, to_e4m3, tree_sum
 
 _GROUPS = 64
 """Groups of 16 values of a program."""

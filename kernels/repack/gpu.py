@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from convert_w4a8.kernels.arithmetic import OPTIONS
 
+from convert_w4a8.kernels.fp8 import OPTIONS
 from convert_w4a8.linear import Packing
 from convert_w4a8.lut_format import lut_shape
 

@@ -7,7 +7,8 @@
 import torch
 import triton
 import triton.language as tl
-from convert_w4a8.kernels.arithmetic import OPTIONS
+
+from convert_w4a8.kernels.fp8 import OPTIONS
 
 _BLOCK = 1024
 

@@ -1,10 +1,9 @@
 """The conversion itself: read a layer, quantize its scales, pack it, write it; several layers at a time."""
 
-import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,71 +13,25 @@ from typing import Any
 
 import torch
 
-from convert_w4a8 import __version__
-from convert_w4a8.card import model_card
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, Checkpoint
 from convert_w4a8.checkpoint.disk import check_destination, occupied
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, Arena, TensorInfo, read_into
 from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.conversion.config import output_config
 from convert_w4a8.conversion.fingerprint import fingerprint
+from convert_w4a8.conversion.jobs import Job, run_jobs
+from convert_w4a8.conversion.model_card import model_card
 from convert_w4a8.conversion.plan import LayerPlan, Plan, TensorPlan, check_tensors
+from convert_w4a8.conversion.result import LayerResult, Result
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.jobs import Job, run_jobs
 from convert_w4a8.linear import W4Linear
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
 
 _CHUNK_BYTES = 8 << 20
-_LEAST_CAPABILITY = (8, 0)
-"""Triton supports GPUs of compute capability 8.0 and higher (its README); on older ones torch itself may not run."""
 Progress = Callable[[int], None]
 """Called with the number of source bytes that are done with since the last call; from any thread."""
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What became of one quantized layer. `stats` is None where it was kept in BF16."""
-
-    plan: LayerPlan
-    stats: LayerStats | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished conversion: what was done to each layer, bytes read and written, seconds."""
-
-    plan: Plan
-    layers: tuple[LayerResult, ...]
-    seconds: float
-
-    @property
-    def converted(self) -> tuple[tuple[LayerPlan, LayerStats], ...]:
-        """The layers that became W4A8, with their statistics."""
-        return tuple((layer.plan, layer.stats) for layer in self.layers if layer.stats is not None)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `--device` names; `auto` is CUDA where there is a GPU that Triton supports.
-
-    Raises:
-        ConvertError: there is no such device.
-
-    """
-    if name == "auto":
-        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _LEAST_CAPABILITY
-        return torch.device("cuda" if usable else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ConvertError(f"--device {name}", "is not a device", "use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConvertError(
-            f"--device {name}", f"there are {torch.cuda.device_count()} CUDA devices", "use --device cpu"
-        )
-    return device
 
 
 def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool, resume: bool = False) -> None:
@@ -259,34 +212,3 @@ def _check_numbers(info: TensorInfo, piece: torch.Tensor) -> None:
     values = piece.view(TORCH_DTYPES[info.dtype])
     if values.is_floating_point() and values.itemsize > 1 and values.max().isnan():
         raise ConvertError(info.name, "holds NaN", "the checkpoint is damaged: download it again")
-
-
-def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult]) -> dict[str, Any]:
-    """Return the output's config.json: the source's, in bfloat16, with the new quantization_config."""
-    stats = [result.stats for result in results if result.stats is not None]
-    conversion = {
-        "tool": "w4a8-convert",
-        "tool_version": __version__,
-        "source": plan.source.NAME,
-        "scales": str(plan.options.scales),
-        "exact_layers": sum(s.exact for s in stats),
-        "requantized_layers": sum(not s.exact for s in stats),
-        "dequantized_layers": len(results) - len(stats),
-    }
-    config = _in_bfloat16(json.loads(json.dumps(checkpoint.config)))
-    if not {"dtype", "torch_dtype"} & set(config):
-        config["torch_dtype"] = "bfloat16"
-    config["quantization_config"] = plan.target.quantization_config(
-        checkpoint.quantization_config, plan.ignore, plan.options.scales, conversion
-    )
-    return config
-
-
-def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
-    """Set every dtype of a model configuration to bfloat16, those of its sub-models too."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            config[key] = _in_bfloat16(value)
-        elif key in ("dtype", "torch_dtype"):
-            config[key] = "bfloat16"
-    return config

@@ -1,0 +1,41 @@
+"""The output's config.json."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from convert_w4a8 import __version__
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.conversion.plan import Plan
+from convert_w4a8.conversion.result import LayerResult
+
+
+def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult]) -> dict[str, Any]:
+    """Return the output's config.json: the source's, in bfloat16, with the new quantization_config."""
+    stats = [result.stats for result in results if result.stats is not None]
+    conversion = {
+        "tool": "w4a8-convert",
+        "tool_version": __version__,
+        "source": plan.source.NAME,
+        "scales": str(plan.options.scales),
+        "exact_layers": sum(s.exact for s in stats),
+        "requantized_layers": sum(not s.exact for s in stats),
+        "dequantized_layers": len(results) - len(stats),
+    }
+    config = _in_bfloat16(json.loads(json.dumps(checkpoint.config)))
+    if not {"dtype", "torch_dtype"} & set(config):
+        config["torch_dtype"] = "bfloat16"
+    config["quantization_config"] = plan.target.quantization_config(
+        checkpoint.quantization_config, plan.ignore, plan.options.scales, conversion
+    )
+    return config
+
+
+def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
+    """Set every dtype of a model configuration to bfloat16, those of its sub-models too."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            config[key] = _in_bfloat16(value)
+        elif key in ("dtype", "torch_dtype"):
+            config[key] = "bfloat16"
+    return config
