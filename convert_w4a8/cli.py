@@ -84,7 +84,7 @@ def _verify_and_push(out: Path, source: str, repository: "Repository", *, privat
     """Upload OUT if it is right. Raises ConvertError if it is not, or if the upload fails."""
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import prepare_repository, resolve_input, upload
-    from convert_w4a8.verify import verify as run
+    from convert_w4a8.verification.proof import verify as run
 
     again = ["w4a8", "push", str(out), repository.id, "--source", source]
     again += ["--revision", repository.revision] if repository.revision else []
@@ -148,7 +148,7 @@ def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> N
     from convert_w4a8 import render
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import resolve_input
-    from convert_w4a8.verify import verify as run
+    from convert_w4a8.verification.proof import verify as run
 
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
     with progress(original.nbytes, "verify", quiet=as_json) as update:

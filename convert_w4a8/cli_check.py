@@ -62,11 +62,11 @@ def check(
     The conversion goes to the directory for temporary files (TMPDIR) and is removed again. Exit code 1 if anything is
     wrong. The summary is Markdown; in GitHub Actions it is appended to the job's summary too.
     """
-    from convert_w4a8 import check as checks
-    from convert_w4a8 import check_text
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub import is_hub_id, resolve_input
+    from convert_w4a8.regression import check as checks
+    from convert_w4a8.regression import text
     from convert_w4a8.remote import open_remote
 
     if sample and out is not None:
@@ -95,14 +95,14 @@ def check(
             device=torch_device,
             progress=update,
         )
-    summary = check_text.as_markdown(outcome)
+    summary = text.as_markdown(outcome)
     if write_baseline is not None and outcome.figures is not None and outcome.verified:
         write_files({write_baseline: (json.dumps(checks.baseline_dict(outcome.figures), indent=1) + "\n").encode()})
     if "GITHUB_STEP_SUMMARY" in os.environ:
         with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
             file.write(summary)
     if as_json:
-        echo_json(check_text.as_dict(outcome))
+        echo_json(text.as_dict(outcome))
     else:
         click.echo(summary, nl=False)
     if outcome.problems:

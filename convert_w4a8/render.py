@@ -10,7 +10,7 @@ from typing import Any
 from convert_w4a8.conversion.plan import Plan, kinds
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.text import counted, human_bytes, table
-from convert_w4a8.verify import LayerCheck, Verification
+from convert_w4a8.verification.proof import LayerCheck, Verification
 
 _LISTED = 6
 

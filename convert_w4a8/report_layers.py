@@ -15,11 +15,11 @@ import torch
 from convert_w4a8.encoding import tables
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.encoding.packing import pack_rows, to_rows, unpack_codes
+from convert_w4a8.encoding.tables import count_clipped
 from convert_w4a8.fp8 import CODE_MAX
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4A8Linear, W4Linear
 from convert_w4a8.quantization.baselines import quantize_naive, quantize_plain, quantize_reference
 from convert_w4a8.quantization.error import sqnr_db
-from convert_w4a8.verify import count_clipped
 
 LABELS = {"naive": "naive FP8 cast", "reference": "vLLM at load (reference)", "output": "this checkpoint"}
 SCHEMES = tuple(LABELS)

@@ -16,8 +16,8 @@ from checkpoint_edits import edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
 from hub_server import DROP, TOKEN, Hub, Repo, lead_client, serve
 
-from convert_w4a8 import verify
 from convert_w4a8.cli import main
+from convert_w4a8.verification import proof
 
 REPO = "org/model"
 
@@ -194,8 +194,8 @@ def test_names_that_the_hub_does_not_allow(hub: Hub, out: Path, source: Path) ->
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the verification for passed, which the tests above do not."""
-    passed = verify.Verification("lut", (), ())
-    monkeypatch.setattr(verify, "verify", lambda *_, **__: passed)
+    passed = proof.Verification("lut", (), ())
+    monkeypatch.setattr(proof, "verify", lambda *_, **__: passed)
 
 
 REMEDY = {

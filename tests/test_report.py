@@ -27,7 +27,7 @@ from convert_w4a8.report import Report, aggregate, as_dict, collect, short_kinds
 from convert_w4a8.report_layers import Figures, Histogram, LayerReport, measure_layer
 from convert_w4a8.report_memory import kv_cache, weight_memory
 from convert_w4a8.report_pictures import draw
-from convert_w4a8.verify import verify
+from convert_w4a8.verification.proof import verify
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DENSE, MOE = ("gptq-v1", "gptq-qwen3-moe-sharded")

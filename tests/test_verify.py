@@ -11,16 +11,17 @@ import pytest
 import torch
 from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors, write_case
 
-from convert_w4a8 import verify
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.conversion import run
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.encoding import dequantize
+from convert_w4a8.encoding.tables import count_clipped
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode, Unsupported
 from convert_w4a8.render import verification_dict, verification_text
-from convert_w4a8.verify import Verification, count_clipped
+from convert_w4a8.verification import proof
+from convert_w4a8.verification.proof import Verification
 
 MODULE, OTHER = "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -39,7 +40,7 @@ def run_convert(source: Path, out: Path, **options: object) -> None:
 def check(pair: Pair, min_sqnr_db: float | None = None) -> Verification:
     """Verify an output against its source."""
     source, out = pair
-    return verify.verify(open_checkpoint(out), open_checkpoint(source), min_sqnr_db=min_sqnr_db)
+    return proof.verify(open_checkpoint(out), open_checkpoint(source), min_sqnr_db=min_sqnr_db)
 
 
 def subjects(pair: Pair) -> set[str]:
@@ -127,7 +128,7 @@ def test_progress_counts_every_byte_of_the_source_once(pair: Pair) -> None:
     """The bar ends at the size of the source."""
     source, out = open_checkpoint(pair[0]), open_checkpoint(pair[1])
     seen: list[int] = []
-    verify.verify(out, source, progress=seen.append)
+    proof.verify(out, source, progress=seen.append)
     assert sum(seen) == source.nbytes
 
 
@@ -335,7 +336,7 @@ def test_every_missing_tensor_is_noticed(pair: Pair) -> None:
     original = open_checkpoint(source)
     for name in names:
         part = replace(whole, tensors={key: info for key, info in whole.tensors.items() if key != name})
-        found = verify.verify(part, original).problems
+        found = proof.verify(part, original).problems
         assert any(problem.subject.startswith(name.rpartition(".")[0]) for problem in found), name
 
 
@@ -381,7 +382,7 @@ def test_changed_dequantized_weights_fail(pair: Pair) -> None:
 
 def test_large_copies_are_compared_to_their_end(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are compared piece by piece: a change in the last byte of the last piece is found."""
-    monkeypatch.setattr(verify, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(proof, "_CHUNK_BYTES", 100)
     assert subjects(pair) == set()
     edit_tensors(pair[1], lambda t: t["model.embed_tokens.weight"].view(torch.uint8)[-1, -1:].bitwise_xor_(1))
     assert subjects(pair) == {"model.embed_tokens.weight"}

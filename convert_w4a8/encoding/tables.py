@@ -5,14 +5,21 @@ from functools import cache
 import torch
 
 from convert_w4a8 import devices
+from convert_w4a8.encoding import tables
 from convert_w4a8.encoding.packing import to_rows, unpack_codes
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 
 _E4M3_MAX = 448.0
+
+
 _MIN_TOKEN_SCALE = 1.0 / (448.0 * 512.0)
 """vLLM's floor for dynamic FP8 activation scales (csrc/quantization/w8a8/fp8, `min_scaling_factor`)."""
+
+
 _CHUNK_WEIGHTS = 1 << 18
 """Weights decoded at a time: their int64 indices are 2 MiB, and stay in the cache."""
+
+
 _GROUPS_AT_ONCE = 1 << 24
 """Groups whose tables are multiplied at a time: 256 MiB of products on a GPU, whatever the number of experts."""
 
@@ -106,3 +113,11 @@ def gemm(act: torch.Tensor, w: W4A8Linear) -> torch.Tensor:
     tokens, token_scale = quantize_tokens(act)
     accumulated = tokens.float() @ _decode_entries(w).t()
     return (token_scale * (w.channel_scale * accumulated)).bfloat16()
+
+
+def count_clipped(w: W4A8Linear) -> int:
+    """Count the table entries that are NaN, or that saturate because 8·|group scale| is beyond FP8's 448."""
+    clipped = int(tables.entries(w).float().isnan().sum())
+    if w.group_scale is not None:
+        clipped += int((w.group_scale.float().abs() * 8 > 448).sum())
+    return clipped

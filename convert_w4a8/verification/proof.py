@@ -12,6 +12,7 @@ from convert_w4a8.checkpoint.names import linear_modules, natural_key, output_na
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_into
 from convert_w4a8.encoding import tables
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
+from convert_w4a8.encoding.tables import count_clipped
 from convert_w4a8.errors import ConvertError, Refusal
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
@@ -27,7 +28,6 @@ MAX_LOSS_DB_REQUANTIZED = 2.0
 """New codes may lose this much against the plainest quantization of the source (`requantize.quantize_plain`): they are
 better than it, and lose less than 1 dB to the rounding of scales and tables. Codes that are not the source's at all,
 such as those of an ignored g_idx, lose 4 dB and more."""
-
 _CHUNK_BYTES = 8 << 20
 
 
@@ -166,14 +166,6 @@ def _check_layer(module: str, spec: LayerSpec, w: W4Linear, w4a8: W4A8Linear) ->
 
 def _energy(x: torch.Tensor) -> float:
     return float(x.square().sum(dtype=torch.float64))
-
-
-def count_clipped(w: W4A8Linear) -> int:
-    """Count the table entries that are NaN, or that saturate because 8·|group scale| is beyond FP8's 448."""
-    clipped = int(tables.entries(w).float().isnan().sum())
-    if w.group_scale is not None:
-        clipped += int((w.group_scale.float().abs() * 8 > 448).sum())
-    return clipped
 
 
 def _judge(check: LayerCheck, min_sqnr_db: float | None) -> list[Refusal]:

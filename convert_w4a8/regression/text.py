@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from convert_w4a8.check import Check, Figures, LayerFigures, baseline_dict
+from convert_w4a8.regression.check import Check, Figures, LayerFigures, baseline_dict
 from convert_w4a8.text import human_bytes, markdown_code
 
 _LISTED = 20

@@ -21,7 +21,7 @@ from convert_w4a8.errors import ConvertError, PlanError, Refusal, W4A8Error
 from convert_w4a8.options import Options
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
-from convert_w4a8.verify import Verification, verify
+from convert_w4a8.verification.proof import Verification, verify
 
 VERSION = 1
 UNKNOWN = "unknown"

@@ -1,0 +1,1 @@
+"""Does a checkpoint still convert as well as it did? For CI."""

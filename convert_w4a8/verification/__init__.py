@@ -1,0 +1,1 @@
+"""Prove it: an output compared with its source, from the bytes of both."""
