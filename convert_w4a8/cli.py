@@ -123,9 +123,9 @@ def inspect(source: str, as_json: bool) -> None:
 
     DIR is a local directory or a Hub id; a W4A16 checkpoint or one that this tool wrote.
     """
-    from convert_w4a8 import inspection
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import resolve_input
+    from convert_w4a8.report import inspection
 
     found = inspection.inspect(open_checkpoint(resolve_input(source)))
     if as_json:
@@ -194,10 +194,11 @@ def report(out: str, source: str, html: Path | None, png_dir: Path | None, as_js
 
     The pictures need matplotlib: pip install 'w4a8-convert[report]'.
     """
-    from convert_w4a8 import report as reports
-    from convert_w4a8 import report_html, report_pictures
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub import resolve_input
+    from convert_w4a8.report import collect as reports
+    from convert_w4a8.report import html as report_html
+    from convert_w4a8.report import pictures as report_pictures
 
     if html is None and png_dir is None and not as_json:
         raise click.UsageError("give --html, --png-dir or --json")

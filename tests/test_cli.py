@@ -290,7 +290,7 @@ def test_one_refusal_is_in_the_singular(tmp_path: Path) -> None:
     [
         (["convert", "in", "new"], "convert_w4a8.conversion.plan.make_plan"),
         (["convert", "in", "new"], "convert_w4a8.conversion.run.convert"),
-        (["inspect", "in"], "convert_w4a8.inspection.inspect"),
+        (["inspect", "in"], "convert_w4a8.report.inspection.inspect"),
         (["verify", "out", "--source", "in"], "convert_w4a8.verification.proof.verify"),
     ],
     ids=["plan", "convert", "inspect", "verify"],

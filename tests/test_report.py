@@ -16,17 +16,17 @@ from factories import CASES, Checkpoint
 from factories.layers import Layer
 from numpy.typing import NDArray
 
-from convert_w4a8 import report_html
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli import convert, main
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.encoding.packing import pack_rows
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import Options, ScalesMode
-from convert_w4a8.report import Report, aggregate, as_dict, collect, short_kinds
-from convert_w4a8.report_layers import Figures, Histogram, LayerReport, measure_layer
-from convert_w4a8.report_memory import kv_cache, weight_memory
-from convert_w4a8.report_pictures import draw
+from convert_w4a8.report import html as report_html
+from convert_w4a8.report.collect import Report, aggregate, as_dict, collect, short_kinds
+from convert_w4a8.report.layers import Figures, Histogram, LayerReport, measure_layer
+from convert_w4a8.report.memory import kv_cache, weight_memory
+from convert_w4a8.report.pictures import draw
 from convert_w4a8.verification.proof import verify
 
 PNG = b"\x89PNG\r\n\x1a\n"

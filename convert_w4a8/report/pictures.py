@@ -13,8 +13,8 @@ from typing import Any
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.fp8 import CODE_MAX, E4M3_MAX
-from convert_w4a8.report import Report, Spot, aggregate, fp8_values, short_kinds
-from convert_w4a8.report_layers import LABELS, SCHEMES, Histogram
+from convert_w4a8.report.collect import Report, Spot, aggregate, fp8_values, short_kinds
+from convert_w4a8.report.layers import LABELS, SCHEMES, Histogram
 
 COLORS = {"source": "#555555", "naive": "#D55E00", "reference": "#0072B2", "output": "#009E73"}
 _MARKERS = {"naive": "v", "reference": "s", "output": "o"}

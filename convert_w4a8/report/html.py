@@ -6,9 +6,9 @@ from html import escape
 from statistics import fmean
 
 from convert_w4a8.fp8 import CODE_MAX, E4M3_MAX
-from convert_w4a8.report import Report, aggregate, mean, short_kinds, worst
-from convert_w4a8.report_layers import LABELS, SCHEMES, LayerReport
-from convert_w4a8.report_memory import KV_BYTES
+from convert_w4a8.report.collect import Report, aggregate, mean, short_kinds, worst
+from convert_w4a8.report.layers import LABELS, SCHEMES, LayerReport
+from convert_w4a8.report.memory import KV_BYTES
 from convert_w4a8.text import human_bytes
 
 _WORST = 10

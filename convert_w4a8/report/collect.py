@@ -12,8 +12,8 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import natural_key, output_name
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX
-from convert_w4a8.report_layers import LABELS, SCHEMES, Figures, LayerReport, measure_layer
-from convert_w4a8.report_memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
+from convert_w4a8.report.layers import LABELS, SCHEMES, Figures, LayerReport, measure_layer
+from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
 from convert_w4a8.text import human_bytes, table
