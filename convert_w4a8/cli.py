@@ -14,7 +14,7 @@ from convert_w4a8.cli_options import Size, conversion_options, read_options
 from convert_w4a8.errors import ConvertError
 
 if TYPE_CHECKING:
-    from convert_w4a8.hub import Repository
+    from convert_w4a8.hub.repository import Repository
 
 
 @click.command("convert", cls=W4A8Command)
@@ -55,7 +55,7 @@ def convert(
     from convert_w4a8.conversion.run import check_paths
     from convert_w4a8.conversion.run import convert as run
     from convert_w4a8.devices import resolve_device
-    from convert_w4a8.hub import Repository, prepare_repository, resolve_input
+    from convert_w4a8.hub.repository import Repository, prepare_repository, resolve_input
 
     torch_device = resolve_device(device)
     checkpoint = open_checkpoint(resolve_input(source))
@@ -83,7 +83,7 @@ def convert(
 def _verify_and_push(out: Path, source: str, repository: "Repository", *, private: bool, quiet: bool) -> None:
     """Upload OUT if it is right. Raises ConvertError if it is not, or if the upload fails."""
     from convert_w4a8.checkpoint.directory import open_checkpoint
-    from convert_w4a8.hub import prepare_repository, resolve_input, upload
+    from convert_w4a8.hub.repository import prepare_repository, resolve_input, upload
     from convert_w4a8.verification.proof import verify as run
 
     again = ["w4a8", "push", str(out), repository.id, "--source", source]
@@ -124,7 +124,7 @@ def inspect(source: str, as_json: bool) -> None:
     DIR is a local directory or a Hub id; a W4A16 checkpoint or one that this tool wrote.
     """
     from convert_w4a8.checkpoint.directory import open_checkpoint
-    from convert_w4a8.hub import resolve_input
+    from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.report import inspection
 
     found = inspection.inspect(open_checkpoint(resolve_input(source)))
@@ -147,7 +147,7 @@ def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> N
     """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right."""
     from convert_w4a8 import render
     from convert_w4a8.checkpoint.directory import open_checkpoint
-    from convert_w4a8.hub import resolve_input
+    from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.verification.proof import verify as run
 
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
@@ -173,7 +173,7 @@ def push(out: Path, repository: str, source: str, private: bool, revision: str |
 
     Log in first: `hf auth login`, or HF_TOKEN. After a failure the same command continues.
     """
-    from convert_w4a8.hub import Repository
+    from convert_w4a8.hub.repository import Repository
 
     _verify_and_push(out, source, Repository.parse(repository, revision), private=private, quiet=quiet)
 
@@ -195,7 +195,7 @@ def report(out: str, source: str, html: Path | None, png_dir: Path | None, as_js
     The pictures need matplotlib: pip install 'w4a8-convert[report]'.
     """
     from convert_w4a8.checkpoint.directory import open_checkpoint
-    from convert_w4a8.hub import resolve_input
+    from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.report import collect as reports
     from convert_w4a8.report import html as report_html
     from convert_w4a8.report import pictures as report_pictures

@@ -64,10 +64,10 @@ def check(
     """
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.devices import resolve_device
-    from convert_w4a8.hub import is_hub_id, resolve_input
+    from convert_w4a8.hub.partial import open_remote
+    from convert_w4a8.hub.repository import is_hub_id, resolve_input
     from convert_w4a8.regression import check as checks
     from convert_w4a8.regression import text
-    from convert_w4a8.remote import open_remote
 
     if sample and out is not None:
         raise click.UsageError("--sample converts layers of its own, so it does not go with --out")

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from convert_w4a8 import cli
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.hub import resolve_input
+from convert_w4a8.hub.repository import resolve_input
 
 MAIN, OLD = "1" * 40, "2" * 40
 

@@ -11,8 +11,8 @@ from checkpoint_edits import snapshot, write_case
 from click.testing import CliRunner, Result
 from hub_server import DROP, TOKEN, Hub, Repo, lead_client, serve
 
-from convert_w4a8 import remote
 from convert_w4a8.cli import main
+from convert_w4a8.hub import partial
 
 REPO = "org/model"
 SMALL = ("config.json", "model.safetensors.index.json", "README.md")
@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_files_and_little_is_sent(
     hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     """The sample is that of a local directory; sent are configuration, index, headers and its tensors, no byte more."""
-    monkeypatch.setattr(remote, "_PIECE", piece)
+    monkeypatch.setattr(partial, "_PIECE", piece)
     here, there = (json.loads(run(name).stdout) for name in (source, f"{REPO}@v1"))
     assert there["name"] == f"{REPO}@v1"
     assert there["figures"] == here["figures"]
