@@ -32,9 +32,9 @@ import torch
 from faulty_disk import CALLS, Disk
 from sandbox import Outcome, digest, finish, run, start, table
 
-from convert_w4a8 import render as _render  # noqa: F401
 from convert_w4a8.checkpoint.journal import work_path
-from convert_w4a8.cli import convert as command
+from convert_w4a8.cli import render as _render  # noqa: F401
+from convert_w4a8.cli.main import convert as command
 from convert_w4a8.conversion import run as _convert  # noqa: F401  (imported once, for all children)
 
 from factories import CASES  # isort: skip  (sandbox makes it importable)

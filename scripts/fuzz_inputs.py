@@ -25,8 +25,8 @@ import fuzz_mutations as weights
 import torch
 from sandbox import Outcome, digest, run, table
 
-from convert_w4a8 import render as _render  # noqa: F401
-from convert_w4a8.cli import main as command
+from convert_w4a8.cli import render as _render  # noqa: F401
+from convert_w4a8.cli.main import main as command
 from convert_w4a8.conversion import run as _convert  # noqa: F401  (imported once, for all children)
 from convert_w4a8.report import inspection as _inspection  # noqa: F401
 

@@ -14,7 +14,7 @@ from checkpoint_edits import case_named, write_case
 from click.testing import CliRunner
 
 from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
-from convert_w4a8.cli import convert, main
+from convert_w4a8.cli.main import convert, main
 from convert_w4a8.conversion.model_card import hub_id, model_card
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.run import convert as run

@@ -16,8 +16,8 @@ from checkpoint_edits import case_named, edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.cli import convert, main
-from convert_w4a8.cli_options import read_options
+from convert_w4a8.cli.main import convert, main
+from convert_w4a8.cli.options import read_options
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.regression import check as checks
 from convert_w4a8.regression.check import Figures, LayerFigures, compare, read_baseline

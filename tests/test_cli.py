@@ -19,8 +19,9 @@ import pytest
 from checkpoint_edits import edit_quantization, edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
 
-from convert_w4a8 import __version__, cli
-from convert_w4a8.cli import Size, convert, main
+from convert_w4a8 import __version__
+from convert_w4a8.cli import main as cli
+from convert_w4a8.cli.main import Size, convert, main
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 from convert_w4a8.targets import TARGETS

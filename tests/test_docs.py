@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from convert_w4a8.cli import main
+from convert_w4a8.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

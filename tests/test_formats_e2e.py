@@ -22,7 +22,7 @@ from factories.layers import Layer
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from convert_w4a8.cli import convert, main
+from convert_w4a8.cli.main import convert, main
 
 FORMATS = ("lut", "compressed-tensors")
 EXACT_DB = 25.0

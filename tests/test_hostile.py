@@ -12,8 +12,8 @@ import torch
 from checkpoint_edits import edit_json, edit_tensors, snapshot, write_case
 from click.testing import CliRunner
 
-from convert_w4a8 import cli
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cli import main
 from convert_w4a8.errors import ConvertError, PlanError, Refusal
 from convert_w4a8.sources import patterns
 from convert_w4a8.sources.patterns import matches
@@ -101,7 +101,7 @@ def test_nan_in_a_copied_tensor_is_refused(dtype: torch.dtype, place: int, tmp_p
 
     edit_tensors(root, damage)
     before = snapshot(tmp_path)
-    result = CliRunner().invoke(cli.convert, [str(root), str(tmp_path / "out"), "--quiet"])
+    result = CliRunner().invoke(main.convert, [str(root), str(tmp_path / "out"), "--quiet"])
     assert result.exit_code == 1
     assert result.stderr == ("Error: model.norm.weight: holds NaN; the checkpoint is damaged: download it again\n")
     assert snapshot(tmp_path) == before

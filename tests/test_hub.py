@@ -10,8 +10,8 @@ from checkpoint_edits import snapshot, write_case
 from click.testing import CliRunner
 from huggingface_hub import constants
 
-from convert_w4a8 import cli
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cli import main
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.hub.repository import resolve_input
 
@@ -77,13 +77,13 @@ def test_cached_id_converts_and_verifies(offline: Path, tmp_path: Path) -> None:
     before = snapshot(offline)
     out = tmp_path / "out"
     runner = CliRunner()
-    result = runner.invoke(cli.convert, ["org/model", str(out), "--quiet"], catch_exceptions=False)
+    result = runner.invoke(main.convert, ["org/model", str(out), "--quiet"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert not any(path.is_symlink() for path in out.rglob("*"))
     assert all((out / name).read_bytes() == content for name, content in source.side_files.items())
-    verified = runner.invoke(cli.main, ["verify", str(out), "--source", "org/model"], catch_exceptions=False)
+    verified = runner.invoke(main.main, ["verify", str(out), "--source", "org/model"], catch_exceptions=False)
     assert verified.exit_code == 0, verified.output
-    assert runner.invoke(cli.main, ["inspect", "org/model"], catch_exceptions=False).exit_code == 0
+    assert runner.invoke(main.main, ["inspect", "org/model"], catch_exceptions=False).exit_code == 0
     assert snapshot(offline) == before
 
 
@@ -92,7 +92,7 @@ def test_what_is_not_cached_is_one_clear_line(name: str, offline: Path, tmp_path
     """An unknown id or revision says that it is neither in the cache nor to be had, and what to check."""
     source = write_case("gptq-v1", tmp_path / "in")
     cache_repository(offline, "org/model", source.path, {"main": MAIN})
-    result = CliRunner().invoke(cli.convert, [name, str(tmp_path / "out")], catch_exceptions=False)
+    result = CliRunner().invoke(main.convert, [name, str(tmp_path / "out")], catch_exceptions=False)
     assert result.exit_code == 1
     assert result.stderr == (
         f"Error: {name}: is not in the Hub's cache, and the Hub cannot be reached; check the id and the network\n"

@@ -16,7 +16,7 @@ from checkpoint_edits import edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
 from hub_server import DROP, TOKEN, Hub, Repo, lead_client, serve
 
-from convert_w4a8.cli import main
+from convert_w4a8.cli.main import main
 from convert_w4a8.verification import proof
 
 REPO = "org/model"

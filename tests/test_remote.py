@@ -11,7 +11,7 @@ from checkpoint_edits import snapshot, write_case
 from click.testing import CliRunner, Result
 from hub_server import DROP, TOKEN, Hub, Repo, lead_client, serve
 
-from convert_w4a8.cli import main
+from convert_w4a8.cli.main import main
 from convert_w4a8.hub import partial
 
 REPO = "org/model"

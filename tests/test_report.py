@@ -17,7 +17,7 @@ from factories.layers import Layer
 from numpy.typing import NDArray
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.cli import convert, main
+from convert_w4a8.cli.main import convert, main
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.encoding.packing import pack_rows
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear

@@ -16,11 +16,11 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_w4a8 import cli
 from convert_w4a8.checkpoint.checksum import checksum, is_intact
 from convert_w4a8.checkpoint.directory import disk
 from convert_w4a8.checkpoint.directory import journal as resume
 from convert_w4a8.checkpoint.journal import work_path
+from convert_w4a8.cli import main
 from convert_w4a8.errors import ConvertError
 
 CASE = "awq-symmetric-fp16-sharded"
@@ -29,7 +29,7 @@ OPTIONS = ("--max-shard-size", "150kB", "--quiet", "--device", "cpu")
 
 def run(source: Path, out: Path, *more: str) -> Result:
     """Convert on the command line."""
-    return CliRunner().invoke(cli.convert, [str(source), str(out), *OPTIONS, *more])
+    return CliRunner().invoke(main.convert, [str(source), str(out), *OPTIONS, *more])
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors, write_case
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cli.render import verification_dict, verification_text
 from convert_w4a8.conversion import run
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.encoding import dequantize
@@ -19,7 +20,6 @@ from convert_w4a8.encoding.tables import count_clipped
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode, Unsupported
-from convert_w4a8.render import verification_dict, verification_text
 from convert_w4a8.verification import proof
 from convert_w4a8.verification.proof import Verification
 

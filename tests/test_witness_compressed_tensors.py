@@ -11,7 +11,7 @@ from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQCon
 from safetensors.torch import load_file
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.cli import convert, main
+from convert_w4a8.cli.main import convert, main
 from convert_w4a8.encoding import packing
 from convert_w4a8.errors import Refusal
 from convert_w4a8.sources import awq

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
-from convert_w4a8.cli import convert, main
+from convert_w4a8.cli.main import convert, main
 from convert_w4a8.encoding import tables
 from convert_w4a8.targets import Target, find_target
 

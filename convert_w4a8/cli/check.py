@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from convert_w4a8.cli_base import W4A8Command, echo_json, progress, write_files
-from convert_w4a8.cli_options import conversion_options, read_options
+from convert_w4a8.cli.base import W4A8Command, echo_json, progress, write_files
+from convert_w4a8.cli.options import conversion_options, read_options
 
 
 @click.command(cls=W4A8Command)

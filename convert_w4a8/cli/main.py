@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from convert_w4a8 import __version__
-from convert_w4a8.cli_base import W4A8Command, echo_json, progress, write_files
-from convert_w4a8.cli_check import check
-from convert_w4a8.cli_options import Size, conversion_options, read_options
+from convert_w4a8.cli.base import W4A8Command, echo_json, progress, write_files
+from convert_w4a8.cli.check import check
+from convert_w4a8.cli.options import Size, conversion_options, read_options
 from convert_w4a8.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def convert(
     IN is a local directory or a Hub id, org/name[@revision]. OUT must not exist or be empty; it appears whole or not
     at all. No GPU is needed.
     """
-    from convert_w4a8 import render
     from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.cli import render
     from convert_w4a8.conversion.plan import make_plan
     from convert_w4a8.conversion.run import check_paths
     from convert_w4a8.conversion.run import convert as run
@@ -145,8 +145,8 @@ def inspect(source: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def verify(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:
     """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right."""
-    from convert_w4a8 import render
     from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.cli import render
     from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.verification.proof import verify as run
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from convert_w4a8.cli.startup import import_torch
 from convert_w4a8.errors import ConvertError, PlanError, W4A8Error
-from convert_w4a8.startup import import_torch
 
 
 class W4A8Command(click.Command):
