@@ -1,3 +1,50 @@
-"""Convert W4A16 checkpoints (AWQ, GPTQ, compressed-tensors) to W4A8 for vLLM on NVIDIA Hopper."""
+"""Convert W4A16 checkpoints (AWQ, GPTQ, compressed-tensors) to W4A8 for vLLM on NVIDIA Hopper.
 
-__version__ = "0.1.0"
+The public names are loaded when they are asked for: importing this package is cheap, and needs no GPU.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from convert_w4a8.version import __version__
+
+if TYPE_CHECKING:
+    from convert_w4a8.api import check, convert, inspect, make_plan, make_report, open_checkpoint, verify
+    from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error
+    from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
+
+__all__ = [
+    "ConvertError",
+    "Options",
+    "PlanError",
+    "Policy",
+    "Problem",
+    "ScalesMode",
+    "Unsupported",
+    "W4A8Error",
+    "__version__",
+    "check",
+    "convert",
+    "inspect",
+    "make_plan",
+    "make_report",
+    "open_checkpoint",
+    "verify",
+]
+
+_HOMES = {
+    "convert_w4a8.api": ("check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "verify"),
+    "convert_w4a8.errors": ("ConvertError", "PlanError", "Problem", "W4A8Error"),
+    "convert_w4a8.options": ("Options", "Policy", "ScalesMode", "Unsupported"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,60 +1,118 @@
-"""The compiled kernels: Triton's on a CUDA GPU, numba's on a CPU (`pip install 'w4a8-convert[fast]'`).
+"""Where the arithmetic runs: the devices of `--device`, and the one table of operations that kernels do.
 
-Each does what torch operations do beside its call, to the bit, many times as fast; without them these do the work.
-Either compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
+Each operation is a folder of `kernels/` with a file for each kind of device: `gpu.py` (Triton), `cpu.py` (numba) and
+`reference.py` (plain torch, on any device, many times slower). All of them give the same bytes. Where Triton or numba
+cannot work, the reference does the work. Either compiles a kernel when it is first called, some seconds for all, and
+keeps it for later processes.
 """
 
+import logging
+import os
+import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.linear import Packing
 
-
-def kernels(name: str, device: torch.device) -> ModuleType | None:
-    """Return `kernels/<name>.py` or `kernels/cpu_<name>.py`; None where what compiles them is not to be had."""
-    match device.type:
-        case "cuda":
-            return import_module(f"convert_w4a8.kernels.{name}") if _triton_works() else None
-        case "cpu":
-            return _cpu_kernels(name)
-        case _:
-            return None
-
-
-@cache
-def _triton_works() -> bool:
-    """Return whether Triton can launch kernels: it needs a C compiler and Python's headers, not only a GPU."""
-    if find_spec("triton") is None:
-        return False
-    try:
-        import_module("triton.runtime").driver.active.get_current_target()  # compiles, if it never has
-    except Exception:  # noqa: BLE001 - whatever it lacks, we can do without
-        return False
-    return True
-
-
-@cache
-def _cpu_kernels(name: str) -> ModuleType | None:
-    if find_spec("numba") is None:
-        return None
-    try:
-        import_module("numba")
-    except ImportError:  # it refuses a NumPy newer than it knows
-        return None
-    try:
-        return import_module(f"convert_w4a8.kernels.cpu_{name}")
-    except RuntimeError as error:
-        if "cannot cache function" not in str(error):
-            raise
-        return None  # no directory to keep it in: compiling every time would take longer than it saves
-
-
+_OPERATIONS: Mapping[str, Mapping[str, str]] = {
+    "repack": {"cuda": "gpu", "cpu": "cpu"},
+    "codes": {"cuda": "gpu", "cpu": "cpu"},
+    "tables": {"cuda": "gpu"},
+}
+"""Which file of an operation serves which kind of device; `reference` serves the others."""
 _LEAST_CAPABILITY = (8, 0)
 """Triton supports GPUs of compute capability 8.0 and higher (its README); on older ones torch itself may not run."""
+
+
+class Repack(Protocol):
+    """Codes from one packing into another."""
+
+    def reorder(self, packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Encode and reorder the codes of an [N, K] layer into the kernel's order, int32 [K/32, 4·N]."""
+
+    def restore(self, reordered: torch.Tensor) -> torch.Tensor:
+        """Invert `reorder`: int32 [N, K/8], as compressed-tensors packs codes."""
+
+    def to_pack_quantized(self, packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Return the codes of another packing as compressed-tensors packs them, int32 [N, K/8]."""
+
+
+class Codes(Protocol):
+    """New codes, scales and table entries for groups of values; `quantization/groups.py` describes these."""
+
+    def gather(
+        self, packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return values, counts, importances and letters of groups of 128.
+
+        packed: int32 [n, K/8]. zeros: uint8 [n, K/128]. scales: float32 [n, K/128]. importance: float32 [K].
+        """
+
+    def add_energies(
+        self, packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, energies: torch.Tensor
+    ) -> None:
+        """Add the squares of the weights of groups of 128 to `energies`, float64 [K]; arguments as for `gather`."""
+
+    def fit_symmetric(
+        self,
+        values: torch.Tensor,
+        importance: torch.Tensor,
+        kept: torch.Tensor,
+        candidates: list[float],
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> None:
+        """Choose symmetric codes uint8 [R, V] and scales float32 [R] for the groups that are not kept, in place."""
+
+    def refit(
+        self,
+        values: torch.Tensor,
+        counts: torch.Tensor,
+        importance: torch.Tensor,
+        kept: torch.Tensor,
+        channel_scale: torch.Tensor,
+        codes: torch.Tensor,
+        tables: torch.Tensor,
+        rounds: int,
+    ) -> tuple[float, float]:
+        """Fit codes uint8 [R, V] and tables float8_e4m3fn [R, 8] of the groups that are not kept, in place.
+
+        Returns the energy of the values, and that of their difference from what they became, of all groups.
+        """
+
+    def spell(self, letters: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Return the codes uint8 [R, 16] of the letters uint8 [R, 128], eight a word: int32 [R, 16]."""
+
+
+class Tables(Protocol):
+    """FP8 lookup tables."""
+
+    def expand_tables(self, group_scale: torch.Tensor) -> torch.Tensor:
+        """Expand group scales float8_e4m3fn [G, N] to tables float8_e4m3fn [G, N, 8]."""
+
+
+def repack(device: torch.device) -> Repack:
+    """Return what changes packings on a device."""
+    operations: Repack = _kernels("repack", device)
+    return operations
+
+
+def codes(device: torch.device) -> Codes:
+    """Return what chooses codes on a device."""
+    operations: Codes = _kernels("codes", device)
+    return operations
+
+
+def tables(device: torch.device) -> Tables:
+    """Return what makes tables on a device."""
+    operations: Tables = _kernels("tables", device)
+    return operations
 
 
 def resolve_device(name: str) -> torch.device:
@@ -78,3 +136,66 @@ def resolve_device(name: str) -> torch.device:
             f"--device {name}", f"there are {torch.cuda.device_count()} CUDA devices", "use --device cpu"
         )
     return device
+
+
+def _kernels(operation: str, device: torch.device) -> Any:
+    """Return the module of an operation that serves a device."""
+    file = _OPERATIONS[operation].get(device.type, "reference")
+    works = {"gpu": _triton_works, "cpu": _numba_works}.get(file)
+    return import_module(f"convert_w4a8.kernels.{operation}.{file if works is None or works() else 'reference'}")
+
+
+@cache
+def _triton_works() -> bool:
+    """Return whether Triton can launch kernels: it needs a C compiler and Python's headers, not only a GPU."""
+    if find_spec("triton") is None:
+        return _without("Triton", "it is not installed")
+    try:
+        import_module("triton.runtime").driver.active.get_current_target()  # compiles, if it never has
+    except Exception as error:  # noqa: BLE001 - whatever it lacks, torch can do without
+        return _without("Triton", next(iter(str(error).splitlines()), type(error).__name__))
+    return True
+
+
+@cache
+def _numba_works() -> bool:
+    """Return whether numba can compile kernels here and keep them."""
+    try:
+        _import_numba()
+    except ImportError as error:  # it is absent, or refuses a NumPy newer than it knows
+        return _without("numba", str(error))
+    try:
+        import_module("convert_w4a8.kernels.repack.cpu")
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        return _without("numba", "there is no directory to keep compiled kernels in; set NUMBA_CACHE_DIR")
+    return True
+
+
+def _without(compiler: str, reason: str) -> bool:
+    """Say once that a compiler cannot be used, and return False."""
+    logging.getLogger("convert_w4a8").warning(
+        "%s cannot be used (%s): torch does the same work, many times slower", compiler, reason
+    )
+    return False
+
+
+def _import_numba() -> None:
+    """Import numba without the settings that it looks for in the working directory, which may be a checkpoint's.
+
+    It reads `.numba_config.yaml` there when it is imported and whenever it compiles, and a cache directory named there
+    may hold pickles. What NUMBA_… variables say still holds.
+    """
+    if "numba" not in sys.modules:
+        import_module("yaml")  # so that no other thread imports it meanwhile
+        absent: Any = None
+        yaml, sys.modules["yaml"] = sys.modules["yaml"], absent  # without it, numba reads no file
+        try:
+            import_module("numba.core.config")
+        finally:
+            sys.modules["yaml"] = yaml
+    config = import_module("numba.core.config")
+    vars(config)["_config_fname"] = os.devnull  # it has no other switch
+    config._env_reloader.update(force=True)  # noqa: SLF001
+    import_module("numba")

@@ -14,7 +14,7 @@ def _readable(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Problem:
     """One thing that cannot be converted: its subject, the reason, and the remedy."""
 
     subject: str
@@ -38,8 +38,8 @@ class ConvertError(W4A8Error):
     """A single problem, shown to the user as one line."""
 
     def __init__(self, subject: str, reason: str, remedy: str) -> None:
-        self.refusal = Refusal(subject, reason, remedy)
-        super().__init__(str(self.refusal))
+        self.problem = Problem(subject, reason, remedy)
+        super().__init__(str(self.problem))
 
 
 class DiskError(ConvertError):
@@ -49,6 +49,6 @@ class DiskError(ConvertError):
 class PlanError(W4A8Error):
     """Everything in a checkpoint that cannot be converted, found before anything was written."""
 
-    def __init__(self, refusals: Sequence[Refusal]) -> None:
-        self.refusals = tuple(refusals)
-        super().__init__("\n".join(map(str, self.refusals)))
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))

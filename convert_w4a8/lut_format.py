@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from convert_w4a8.errors import Refusal
+from convert_w4a8.errors import Problem
 from convert_w4a8.linear import GROUP_SIZE
+from convert_w4a8.version import install_command
 
 METHOD = "w4a8_lut"
 """`quant_method` in config.json."""
@@ -23,7 +24,7 @@ LAYOUT = "cutlass_sm90_16x32"
 """The one order of `weight_packed` that the kernel takes."""
 
 
-class Tables(StrEnum):
+class TableForm(StrEnum):
     """Which tensor holds a layer's FP8 tables."""
 
     SCALE = "scale"
@@ -37,7 +38,7 @@ def refusal(subject: str, reason: str, remedy: str) -> ValueError:
 
     A ValueError, not a ConvertError: vLLM sends exceptions between its processes, and pydantic shows only these.
     """
-    return ValueError(f"{METHOD}: {Refusal(subject, reason, remedy)}")
+    return ValueError(f"{METHOD}: {Problem(subject, reason, remedy)}")
 
 
 def not_loaded(module: str) -> ValueError:
@@ -56,7 +57,7 @@ class LutFormat:
     ignore: exact names of the linear modules that are not quantized; every other one is.
     """
 
-    tables: Tables
+    tables: TableForm
     ignore: frozenset[str]
 
     @classmethod
@@ -69,15 +70,15 @@ class LutFormat:
             raise refusal(
                 "quantization_config.version",
                 f"the checkpoint has format version {version}, this plugin reads up to {VERSION}",
-                "upgrade it: pip install -U w4a8-convert",
+                f"upgrade it: {install_command()}",
             )
         for field, known in (("layout", LAYOUT), ("bits", 4), ("group_size", GROUP_SIZE)):
             if block.get(field) != known:
                 raise _refuse_field(field, block.get(field), repr(known))
         tables = block.get("tables")
-        if tables not in tuple(Tables):
-            raise _refuse_field("tables", tables, " or ".join(repr(str(known)) for known in Tables))
-        return cls(Tables(tables), frozenset(block.get("ignore") or ()))
+        if tables not in tuple(TableForm):
+            raise _refuse_field("tables", tables, " or ".join(repr(str(known)) for known in TableForm))
+        return cls(TableForm(tables), frozenset(block.get("ignore") or ()))
 
     def renamed(self, rename: Callable[[list[str]], list[str]]) -> "LutFormat":
         """Apply a renaming of tensors (`WeightsMapper.apply_list`) to the module names.
@@ -118,7 +119,7 @@ def _refuse_field(field: str, value: object, known: str) -> ValueError:
     return refusal(
         f"quantization_config.{field}",
         f"{value!r} is not {known}",
-        "convert the source checkpoint again, or upgrade the plugin: pip install -U w4a8-convert",
+        f"convert the source checkpoint again, or upgrade the plugin: {install_command()}",
     )
 
 
@@ -130,7 +131,7 @@ TILE_K = 32
 """Input channels of one tile of it."""
 
 
-def lut_shape(n: int, k: int) -> tuple[int, int]:
+def reordered_shape(n: int, k: int) -> tuple[int, int]:
     """Return the int32 shape (K/32, 4·N) of an [N, K] layer's LUT buffer; ValueError where tiles do not fit."""
     for name, size, tile in (("N", n, TILE_N), ("K", k, TILE_K)):
         if size <= 0 or size % tile:

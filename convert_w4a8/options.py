@@ -42,3 +42,14 @@ class Options:
     group_size: Policy = Policy.ERROR
     unsupported: Unsupported = Unsupported.ERROR
     max_shard_size: int = DEFAULT_SHARD_SIZE
+
+    def __post_init__(self) -> None:
+        """Take the values of choices as strings too. Raises ValueError for a choice that there is not."""
+        for name, kind in (
+            ("scales", ScalesMode),
+            ("asymmetric", Policy),
+            ("act_order", Policy),
+            ("group_size", Policy),
+            ("unsupported", Unsupported),
+        ):
+            object.__setattr__(self, name, kind(getattr(self, name)))

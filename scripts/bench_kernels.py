@@ -22,7 +22,7 @@ import triton
 
 from convert_w4a8.encoding import lut_layout, tables
 from convert_w4a8.encoding import packing as packing_module
-from convert_w4a8.kernels.repack.gpu import DEFAULT_BLOCKS, ROWS_BLOCKS, Block, repack_by, to_rows
+from convert_w4a8.kernels.repack.gpu import DEFAULT_BLOCKS, ROWS_BLOCKS, Block, repack_by, to_pack_quantized
 from convert_w4a8.kernels.tables.gpu import expand_tables
 from convert_w4a8.linear import Packing
 
@@ -35,7 +35,7 @@ Row = dict[str, object]
 
 def rotation(packing: Packing, n: int, k: int) -> list[torch.Tensor]:
     """Return random inputs, at least two, which exceed the L2 four times."""
-    shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.ROWS: (n, k // 8)}[packing]
+    shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.PACK_QUANTIZED: (n, k // 8)}[packing]
     count = max(2, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / (n * k // 2)))
     return [torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda") for _ in range(count)]
 
@@ -99,9 +99,11 @@ def measure_repack(packing: Packing, n: int, k: int, blocks: list[Block]) -> lis
 
 
 def measure_rows(packing: Packing, n: int, k: int) -> list[Row]:
-    """Return the row of `to_rows`, which `--format compressed-tensors` and new codes need."""
-    calls: dict[Block, Call] = {ROWS_BLOCKS[packing]: partial(to_rows, packing=packing)}
-    return measure("to_rows", partial(packing_module.to_rows_reference, packing=packing), packing, n, k, calls)
+    """Return the row of `to_pack_quantized`, which `--format compressed-tensors` and new codes need."""
+    calls: dict[Block, Call] = {ROWS_BLOCKS[packing]: partial(to_pack_quantized, packing=packing)}
+    return measure(
+        "to_pack_quantized", partial(packing_module.to_rows_reference, packing=packing), packing, n, k, calls
+    )
 
 
 def measure_tables(n: int, k: int) -> Row:

@@ -19,7 +19,7 @@ from convert_w4a8.linear import Packing
 
 def random_packed(packing: Packing, n: int, k: int) -> torch.Tensor:
     """Return random codes of an [N, K] layer."""
-    shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.ROWS: (n, k // 8)}[packing]
+    shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.PACK_QUANTIZED: (n, k // 8)}[packing]
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
 
 
@@ -44,20 +44,20 @@ def main() -> None:
     n, k = map(int, args.size.split("x"))
     torch.set_num_threads(1)
     print(f"{n} x {k}, torch {torch.__version__}, GB/s of packed bytes: 1 thread / 2 threads")
-    print(f"{'':8}{'clone':>15}{'repack':>15}{'to_rows':>15}{'unpack_codes':>15}{'unpack':>15}")
+    print(f"{'':8}{'clone':>15}{'repack':>15}{'to_pack_quantized':>15}{'unpack_codes':>15}{'unpack':>15}")
     for packing in Packing:
         packed = random_packed(packing, n, k)
-        lut = lut_layout.repack(packed, packing)
+        lut = lut_layout.reorder(packed, packing)
         calls: list[Callable[[], object]] = [
             packed.clone,
-            lambda packed=packed, packing=packing: lut_layout.repack(packed, packing),
-            lambda packed=packed, packing=packing: packing_module.to_rows(packed, packing),
+            lambda packed=packed, packing=packing: lut_layout.reorder(packed, packing),
+            lambda packed=packed, packing=packing: packing_module.to_pack_quantized(packed, packing),
             lambda packed=packed, packing=packing: packing_module.unpack_codes(packed, packing),
-            lambda lut=lut: lut_layout.unpack(lut),
+            lambda lut=lut: lut_layout.restore(lut),
         ]
         size = packed.numel() * packed.element_size()
         cells = [" / ".join(f"{rate(call, size, w, args.rounds):.2f}" for w in (1, 2)) for call in calls]
-        cells[2] = "-" if packing is Packing.ROWS else cells[2]  # returns its argument
+        cells[2] = "-" if packing is Packing.PACK_QUANTIZED else cells[2]  # returns its argument
         print(f"{packing:8}" + "".join(f"{cell:>15}" for cell in cells))
 
 

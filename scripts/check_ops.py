@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import vllm_engine
 
 from convert_w4a8.encoding.lut_layout import repack
-from convert_w4a8.encoding.packing import pack_rows, unpack_codes
+from convert_w4a8.encoding.packing import pack_codes, unpack_codes
 from convert_w4a8.encoding.tables import decode, expand_tables, multiply_tables, quantize_tokens
 from convert_w4a8.fp8 import SCALE_MAX
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
@@ -78,7 +78,7 @@ def memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def packed_like(packing: Packing, n: int, k: int) -> torch.Tensor:
     """Return random words of the shape that an [N, K] layer has in a packing."""
-    shapes = {Packing.ROWS: (n, k // 8), Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8)}
+    shapes = {Packing.PACK_QUANTIZED: (n, k // 8), Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8)}
     return random_words(*shapes[packing])
 
 
@@ -94,13 +94,13 @@ def signed_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     for first in range(0, n, step):
         part = slice(first, first + step)
         match packing:
-            case Packing.ROWS:
+            case Packing.PACK_QUANTIZED:
                 rows[part] = packed[part]
             case Packing.GPTQ:
-                rows[part] = pack_rows(unpack_codes(packed[:, part].contiguous(), packing))
+                rows[part] = pack_codes(unpack_codes(packed[:, part].contiguous(), packing))
             case Packing.AWQ:
                 words = slice(first // 8, first // 8 + step // 8)
-                rows[part] = pack_rows(unpack_codes(packed[:, words].contiguous(), packing))
+                rows[part] = pack_codes(unpack_codes(packed[:, words].contiguous(), packing))
     signed: torch.Tensor = convert_packed_uint4b8_to_signed_int4_inplace(rows)
     return signed
 
@@ -202,10 +202,10 @@ def check_tables(sizes: list[tuple[int, int]]) -> Iterator[Row]:
 
 def random_layer(n: int, k: int) -> tuple[W4A8Linear, torch.Tensor]:
     """Return a layer with a table of random bytes per group and channel, and its LUT buffer."""
-    packed = packed_like(Packing.ROWS, n, k)
+    packed = packed_like(Packing.PACK_QUANTIZED, n, k)
     channel = torch.rand(n, device=DEVICE) + 0.5
-    layer = W4A8Linear(packed, Packing.ROWS, None, random_bytes(k // GROUP_SIZE, n, 8), channel)
-    return layer, repack(packed, Packing.ROWS)
+    layer = W4A8Linear(packed, Packing.PACK_QUANTIZED, None, random_bytes(k // GROUP_SIZE, n, 8), channel)
+    return layer, repack(packed, Packing.PACK_QUANTIZED)
 
 
 def dense(tokens: torch.Tensor, token_scale: torch.Tensor, layer: W4A8Linear, buffer: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def random_linear(name: str, n: int, k: int, lut: bool, stock: bool) -> tuple[di
     if lut:
         group, channel = quantize_reference(scales.t().contiguous())
         ours = {
-            f"{name}.weight_packed": repack(words, Packing.ROWS).cpu(),
+            f"{name}.weight_packed": repack(words, Packing.PACK_QUANTIZED).cpu(),
             f"{name}.weight_scale": group.contiguous().cpu(),
             f"{name}.weight_chan_scale": channel.cpu(),
         }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convert_w4a8 import devices
-from convert_w4a8.encoding.packing import pack_rows
+from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 
 KINDS = ["gauss", "few values", "one-sided", "tiny", "huge", "mostly zero", "constant"]
@@ -63,7 +63,7 @@ def layer(
     scales = torch.rand(k // group_size, n, generator=generator).mul_(0.01).half()
     points = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=generator) if zeros else None
     g_idx = torch.arange(k, dtype=torch.int32)[torch.randperm(k, generator=generator)] // group_size
-    return W4Linear(pack_rows(codes), Packing.ROWS, scales, points, g_idx if act_order else None, group_size)
+    return W4Linear(pack_codes(codes), Packing.PACK_QUANTIZED, scales, points, g_idx if act_order else None, group_size)
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

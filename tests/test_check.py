@@ -20,7 +20,7 @@ from convert_w4a8.cli.main import convert, main
 from convert_w4a8.cli.options import read_options
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.regression import check as checks
-from convert_w4a8.regression.check import Figures, LayerFigures, compare, read_baseline
+from convert_w4a8.regression.baseline import Figures, LayerFigures, compare, read_baseline
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYER, OTHER = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"

@@ -124,7 +124,7 @@ def test_without_kernels_torch_does_the_work(module: str, error: Exception, monk
     monkeypatch.setattr(devices, "import_module", failing)
     assert devices.kernels("repack", torch.device("cpu")) is None
     packed = torch.arange(64, dtype=torch.int32).view(4, 16)
-    assert torch.equal(lut_layout.repack(packed, Packing.GPTQ), lut_layout.repack_reference(packed, Packing.GPTQ))
+    assert torch.equal(lut_layout.reorder(packed, Packing.GPTQ), lut_layout.repack_reference(packed, Packing.GPTQ))
 
 
 @pytest.mark.usefixtures("nothing_loaded")

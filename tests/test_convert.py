@@ -283,7 +283,7 @@ def test_policy_error_refuses_before_anything_is_written(case: str, policy: str,
     source = write_case(case, tmp_path / "in")
     with pytest.raises(PlanError) as caught:
         run(source.path, tmp_path / "sub" / "out", **{policy: Policy.ERROR})
-    assert {refusal.subject for refusal in caught.value.refusals} == source.layers.keys()
+    assert {refusal.subject for refusal in caught.value.problems} == source.layers.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -20,9 +20,9 @@ from factories.formats import Awq, CompressedTensors, Format, Gptq
 from factories.layers import (
     Scheme,
     dequantize,
+    pack_codes,
     pack_columns,
     pack_columns_awq,
-    pack_rows,
     quantize,
     unpack_columns,
     unpack_columns_awq,
@@ -60,9 +60,9 @@ def test_packing_is_that_of_compressed_tensors(codes: NDArray[np.uint8]) -> None
     """compressed-tensors packs the same codes into the same words, along either dimension."""
     signed = torch.from_numpy((codes.astype(np.int16) - 8).astype(np.int8))
     assert np.array_equal(pack_columns(codes), pack_to_int32(signed, 4).numpy())
-    assert np.array_equal(pack_rows(codes), pack_to_int32(signed, 4, packed_dim=0).numpy())
+    assert np.array_equal(pack_codes(codes), pack_to_int32(signed, 4, packed_dim=0).numpy())
     assert np.array_equal(unpack_columns(pack_columns(codes)), codes)
-    assert np.array_equal(unpack_rows(pack_rows(codes)), codes)
+    assert np.array_equal(unpack_rows(pack_codes(codes)), codes)
 
 
 @given(matrices)

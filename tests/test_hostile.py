@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli import main
-from convert_w4a8.errors import ConvertError, PlanError, Refusal
+from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.sources import patterns
 from convert_w4a8.sources.patterns import matches
 
@@ -110,7 +110,7 @@ def test_nan_in_a_copied_tensor_is_refused(dtype: torch.dtype, place: int, tmp_p
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "\u202egnp", "x" * 10**6, "\ud800"])
 def test_an_error_is_one_printable_line(name: str) -> None:
     """Whatever a file calls its tensors, a message does not break the line, the terminal or the patience."""
-    line = str(Refusal(name, f"is {name}", "mend it"))
+    line = str(Problem(name, f"is {name}", "mend it"))
     assert line.isprintable()
     assert line.endswith("; mend it")
     assert len(line) < 1500

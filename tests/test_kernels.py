@@ -18,8 +18,8 @@ from convert_w4a8.encoding import packing as packing_module
 from convert_w4a8.linear import Packing
 
 pytest.importorskip("triton", reason="Triton is not installed")
-repack = importlib.import_module("convert_w4a8.kernels.repack")
-expand = importlib.import_module("convert_w4a8.kernels.tables")
+repack = importlib.import_module("convert_w4a8.kernels.repack.gpu")
+expand = importlib.import_module("convert_w4a8.kernels.tables.gpu")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUT = Path(__file__).parent / "data" / "vllm_w4a8_dense_cut.safetensors"
@@ -35,7 +35,7 @@ BLOCKS = [
 
 def random_words(packing: Packing, n: int, k: int) -> torch.Tensor:
     """Return random codes of an [N, K] layer; every int32 is eight codes."""
-    shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.ROWS: (n, k // 8)}[packing]
+    shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.PACK_QUANTIZED: (n, k // 8)}[packing]
     generator = torch.Generator().manual_seed(n * k)
     words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
     return words.to(DEVICE)
@@ -96,7 +96,7 @@ def test_every_code_in_every_nibble(packing: Packing) -> None:
 def test_kernels_give_the_bytes_of_vllm(case: str) -> None:
     """The same vectors that pin the references."""
     vectors = load_file(CUT)
-    lut = repack.repack(vectors[f"{case}.weight_packed"].to(DEVICE), Packing.ROWS)
+    lut = repack.repack(vectors[f"{case}.weight_packed"].to(DEVICE), Packing.PACK_QUANTIZED)
     assert torch.equal(lut.cpu().view(torch.uint8).flatten(), vectors[f"{case}.lut_weight_bytes"])
     scale = vectors[f"{case}.fp8_group_scale"].t().contiguous().view(torch.float8_e4m3fn)
     entries = expand.expand_tables(scale.to(DEVICE))
@@ -135,9 +135,9 @@ TRANSPOSED = pytest.mark.parametrize("packing", [Packing.GPTQ, Packing.AWQ], ids
 @TRANSPOSED
 @pytest.mark.parametrize(("n", "k"), [*SIZES, (520, 72), (72, 520)], ids=str)
 def test_rows_equal_their_reference(packing: Packing, n: int, k: int, guarded: list[torch.Tensor]) -> None:
-    """`to_rows`, which takes any multiple of 8."""
+    """`to_pack_quantized`, which takes any multiple of 8."""
     words = random_words(packing, n, k)
-    found = repack.to_rows(words, packing)
+    found = repack.to_pack_quantized(words, packing)
     assert_untouched(guarded)
     assert torch.equal(found.cpu(), packing_module.to_rows_reference(words.cpu(), packing))
 
@@ -149,10 +149,12 @@ def test_rows_of_some_output_channels(packing: Packing) -> None:
     part = packing.slice_outputs(words, 16, 64)
     assert not part.is_contiguous()
     assert torch.equal(
-        repack.to_rows(part, packing).cpu(), packing_module.to_rows_reference(words.cpu(), packing)[16:64]
+        repack.to_pack_quantized(part, packing).cpu(), packing_module.to_rows_reference(words.cpu(), packing)[16:64]
     )
     turned = words.t().contiguous().t()
-    assert torch.equal(repack.to_rows(turned, packing).cpu(), packing_module.to_rows_reference(words.cpu(), packing))
+    assert torch.equal(
+        repack.to_pack_quantized(turned, packing).cpu(), packing_module.to_rows_reference(words.cpu(), packing)
+    )
 
 
 def test_kernels_compile_for_hopper() -> None:
@@ -175,7 +177,7 @@ def test_cuda_tensors_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     entries = tables.expand_tables_reference(scale)
     for module, name in ((packing_module, "repack_reference"), (tables, "expand_tables_reference")):
         monkeypatch.delattr(module, name)
-    assert torch.equal(lut_layout.repack(words, Packing.AWQ), expected)
+    assert torch.equal(lut_layout.reorder(words, Packing.AWQ), expected)
     assert torch.equal(tables.expand_tables(scale).view(torch.uint8), entries.view(torch.uint8))
 
 
@@ -203,7 +205,7 @@ def test_without_triton_torch_does_the_work(lacks: str, monkeypatch: pytest.Monk
     assert devices.kernels("repack", torch.device("cuda")) is None
     words = random_words(Packing.GPTQ, 16, 32)
     if DEVICE == "cuda":
-        assert torch.equal(lut_layout.repack(words, Packing.GPTQ), lut_layout.repack_reference(words, Packing.GPTQ))
+        assert torch.equal(lut_layout.reorder(words, Packing.GPTQ), lut_layout.repack_reference(words, Packing.GPTQ))
 
 
 @pytest.mark.usefixtures("untried")

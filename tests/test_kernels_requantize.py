@@ -140,7 +140,7 @@ def test_groups_by_their_codes() -> None:
     energies = torch.full((384,), 2.5, dtype=torch.float64, device=DEVICE)
     KERNELS.add_energies(rows, zeros, scales, energies)
     relative = ((energies - 2.5) / (energies - 2.5).mean()).float()
-    torch.testing.assert_close(relative.cpu(), requantize.column_energies(w), rtol=1e-6, atol=0)
+    torch.testing.assert_close(relative.cpu(), requantize.input_energies(w), rtol=1e-6, atol=0)
 
 
 @pytest.mark.usefixtures("plain")

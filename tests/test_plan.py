@@ -1,4 +1,4 @@
-"""The plan: from headers alone, all refusals at once, and figures that hold."""
+"""The plan: from headers alone, all problems at once, and figures that hold."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from factories.models import Model, llama, qwen3_moe
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.names import natural_key
 from convert_w4a8.conversion.plan import Plan, check_tensors, kinds, make_plan
-from convert_w4a8.errors import ConvertError, PlanError, Refusal
+from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.options import Options as PlanOptions
 from convert_w4a8.options import Policy, ScalesMode, Unsupported
 from convert_w4a8.targets import TARGETS
@@ -33,11 +33,11 @@ def plan(source: Checkpoint | Path, options: PlanOptions = ALL_REQUANTIZED) -> P
     return make_plan(open_checkpoint(source if isinstance(source, Path) else source.path), options)
 
 
-def refusals(source: Checkpoint | Path, **options: Any) -> list[Refusal]:
+def problems(source: Checkpoint | Path, **options: Any) -> list[Problem]:
     """Return what the plan refuses."""
     with pytest.raises(PlanError) as caught:
         plan(source, PlanOptions(**options))
-    return list(caught.value.refusals)
+    return list(caught.value.problems)
 
 
 def written_as(form: Any, model: Model, path: Path, options: Options | None = None) -> Checkpoint:
@@ -91,7 +91,7 @@ def test_all_refusals_come_together(tmp_path: Path) -> None:
     )
     source = written_as(form, llama(kv_dim=136), tmp_path / "in")
     edit_quantization(source.path, kv_cache_scheme={"num_bits": 8}, transform_config={"x": 1})
-    found = refusals(source, scales=ScalesMode.REFERENCE)
+    found = problems(source, scales=ScalesMode.REFERENCE)
     reasons = {refusal.subject: refusal.reason for refusal in found}
     for layer in (0, 1):
         prefix = f"model.layers.{layer}"
@@ -116,7 +116,7 @@ def test_all_refusals_come_together(tmp_path: Path) -> None:
 def test_the_remedy_helps(case: str, option: dict[str, Any], remedy: str, tmp_path: Path) -> None:
     """The option that a refusal names makes the plan pass."""
     source = write_case(case, tmp_path / "in")
-    found = refusals(source)
+    found = problems(source)
     assert found
     assert all(remedy in refusal.remedy for refusal in found)
     assert plan(source, PlanOptions(**option)).layers
@@ -125,7 +125,7 @@ def test_the_remedy_helps(case: str, option: dict[str, Any], remedy: str, tmp_pa
 def test_direct_scales_need_the_lut_format(tmp_path: Path) -> None:
     """Tables that are no multiples of a scale cannot be stored for stock vLLM."""
     source = write_case("gptq-v1", tmp_path / "in")
-    (found,) = refusals(source, format="compressed-tensors", scales=ScalesMode.DIRECT)
+    (found,) = problems(source, format="compressed-tensors", scales=ScalesMode.DIRECT)
     assert str(found) == "--scales direct: cannot be stored by --format compressed-tensors; use --format lut"
     assert plan(source, PlanOptions(format="lut", scales=ScalesMode.DIRECT)).layers
 
@@ -133,7 +133,7 @@ def test_direct_scales_need_the_lut_format(tmp_path: Path) -> None:
 def test_a_checkpoint_without_quantized_layers_is_refused(tmp_path: Path) -> None:
     """A quantization_config over plain weights converts nothing, which is said rather than done."""
     source = written_as(Awq(skip=("proj",)), llama(), tmp_path / "in")
-    (found,) = refusals(source)
+    (found,) = problems(source)
     assert found.reason == "has no awq layers"
 
 
@@ -156,7 +156,7 @@ def test_parts_without_their_layer_are_refused(case: str, lost: str, tmp_path: P
         left.extend(name for name in t if name.startswith(f"{module}."))
 
     edit_tensors(source.path, damage)
-    found = refusals(source)
+    found = problems(source)
     assert sorted(refusal.subject for refusal in found) == sorted(left)
     assert {refusal.reason for refusal in found} == {"belongs to no quantized layer"}
 
@@ -166,7 +166,7 @@ def test_a_packed_layer_with_a_plain_weight_beside_it_is_refused(tmp_path: Path)
     source = write_case("ct-w4a16", tmp_path / "in")
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(source.path, lambda t: t.update({name: torch.ones(512, 256)}))
-    (found,) = refusals(source)
+    (found,) = problems(source)
     assert str(found).startswith(f"{name}: stands beside a packed weight")
 
 
@@ -184,21 +184,21 @@ def test_one_wrong_setting_is_one_refusal(case: str, changes: dict[str, Any], su
     """A setting that is wrong for all layers is said once, and does not make their tensors orphans."""
     source = write_case(case, tmp_path / "in")
     edit_quantization(source.path, **changes)
-    assert [refusal.subject for refusal in refusals(source)] == [subject]
+    assert [refusal.subject for refusal in problems(source)] == [subject]
 
 
 def test_a_damaged_layer_is_not_also_an_orphan(tmp_path: Path) -> None:
     """A layer that is refused for its scales is not refused again for each of its other tensors."""
     source = write_case("gptq-v1", tmp_path / "in")
     edit_tensors(source.path, lambda t: t.pop("model.layers.0.mlp.up_proj.scales"))
-    assert [refusal.subject for refusal in refusals(source)] == ["model.layers.0.mlp.up_proj.scales"]
+    assert [refusal.subject for refusal in problems(source)] == ["model.layers.0.mlp.up_proj.scales"]
 
 
 def test_two_tensors_of_one_output_name_are_refused(tmp_path: Path) -> None:
     """A module with quantized and plain weights at once would be written twice when it is kept in BF16."""
     source = write_case("gptq-lm-head", tmp_path / "in")
     edit_tensors(source.path, lambda t: t.update({"lm_head.weight": torch.ones(64, 256)}))
-    (found,) = refusals(source)
+    (found,) = problems(source)
     assert found.subject == "lm_head.weight"
     assert found.reason == "is claimed by 2 tensors of the checkpoint"
 
@@ -208,7 +208,7 @@ def test_a_layer_with_a_plain_weight_beside_it_is_refused(tmp_path: Path) -> Non
     source = write_case("gptq-v1", tmp_path / "in")
     module = "model.layers.0.mlp.up_proj"
     edit_tensors(source.path, lambda t: t.update({f"{module}.weight": torch.ones(512, 256)}))
-    (found,) = refusals(source)
+    (found,) = problems(source)
     assert str(found).startswith(f"{module}.weight: is claimed by 2 tensors")
 
 
@@ -217,7 +217,7 @@ def test_names_that_collide_after_renaming_are_refused(tmp_path: Path) -> None:
     source = write_case("gptq-mixtral", tmp_path / "in")
     name = "model.layers.0.block_sparse_moe.gate.weight"
     edit_tensors(source.path, lambda t: t.update({name: torch.ones(4, 256)}))
-    (found,) = refusals(source)
+    (found,) = problems(source)
     assert found.subject == name
     assert found.reason == "is claimed by 2 tensors of the checkpoint"
 
@@ -420,9 +420,9 @@ def test_policies_go_by_the_tensors(case: str, policy: str, refused: bool, tmp_p
         return
     with pytest.raises(PlanError) as caught:
         check_tensors(checkpoint, p)
-    assert {refusal.subject for refusal in caught.value.refusals} == source.layers.keys()
+    assert {refusal.subject for refusal in caught.value.problems} == source.layers.keys()
     option = "--act-order" if policy == "act_order" else "--asymmetric"
-    assert all(f"pass {option} requantize" in refusal.remedy for refusal in caught.value.refusals)
+    assert all(f"pass {option} requantize" in refusal.remedy for refusal in caught.value.problems)
     check_tensors(checkpoint, plan(source, PlanOptions(**{policy: Policy.REQUANTIZE})))
 
 

@@ -10,7 +10,7 @@ import torch
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.encoding import dequantize as dequantize_module
 from convert_w4a8.encoding.dequantize import dequantize
-from convert_w4a8.encoding.packing import pack_rows
+from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.encoding.tables import decode, entries
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
@@ -29,8 +29,8 @@ def gaussian(n: int, k: int, *, zero: int = 8, seed: int = 0) -> W4Linear:
     scales = weights.abs().amax(-1) / 7.5
     codes = (weights / scales[..., None]).round().clamp(-8, 7) + 8
     zeros = None if zero == 8 else torch.full((k // 128, n), zero, dtype=torch.uint8)
-    packed = pack_rows(codes.to(torch.uint8).flatten(1))
-    return W4Linear(packed, Packing.ROWS, scales.t().contiguous(), zeros, None, 128)
+    packed = pack_codes(codes.to(torch.uint8).flatten(1))
+    return W4Linear(packed, Packing.PACK_QUANTIZED, scales.t().contiguous(), zeros, None, 128)
 
 
 def real_sqnr_db(w: W4Linear, w4a8: W4A8Linear) -> float:
@@ -134,7 +134,7 @@ def test_large_input_channels_count_more() -> None:
     codes = torch.randint(3, 9, (64, 512), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     codes[:, ::128] = 15  # value 10 of −5 … 10
     zeros = torch.full((4, 64), 5, dtype=torch.uint8)
-    w = W4Linear(pack_rows(codes), Packing.ROWS, torch.full((4, 64), 0.01), zeros, None, 128)
+    w = W4Linear(pack_codes(codes), Packing.PACK_QUANTIZED, torch.full((4, 64), 0.01), zeros, None, 128)
     source = dequantize(w)
     weighted, plain = (decode(to_w4a8(x, ScalesMode.SEARCH)[0]) for x in (w, requantize(w)[0]))
     large = [float((decoded - source)[:, ::128].square().mean()) for decoded in (weighted, plain)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli.main import convert, main
 from convert_w4a8.conversion.plan import make_plan
-from convert_w4a8.encoding.packing import pack_rows
+from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.report import html as report_html
@@ -183,7 +183,9 @@ def random_layer(*, group_size: int = 128, zeros: bool = False, g_idx: bool = Fa
     index = torch.arange(k) // group_size
     if g_idx:
         index = index[torch.randperm(k, generator=generator)]
-    layer = W4Linear(pack_rows(codes), Packing.ROWS, scales, points, index.int() if g_idx else None, group_size)
+    layer = W4Linear(
+        pack_codes(codes), Packing.PACK_QUANTIZED, scales, points, index.int() if g_idx else None, group_size
+    )
     offset = torch.full((groups, n), 8.0) if points is None else points.float()
     weights = (codes.double() - offset.double()[index].t()) * scales.double()[index].t()
     return layer, weights.numpy()
@@ -200,13 +202,13 @@ def test_any_layer_is_measured_against_its_own_weights(kind: str, *, stored_tabl
     channel = torch.rand(n, generator=generator) * 1e-3
     if stored_tables:
         table = e4m3(-torch.rand(k // 128, n, 8, generator=generator) * 400)
-        w4a8 = W4A8Linear(pack_rows(codes), Packing.ROWS, None, table.to(torch.float8_e4m3fn), channel)
+        w4a8 = W4A8Linear(pack_codes(codes), Packing.PACK_QUANTIZED, None, table.to(torch.float8_e4m3fn), channel)
         by_code = torch.cat((table, torch.zeros(k // 128, n, 1), -table[..., 1:].flip(-1)), dim=-1).transpose(0, 1)
         entries = by_code.gather(-1, codes.view(n, -1, 128).long()).flatten(1)
         output = (entries.double() * channel.double()[:, None]).numpy()
     else:
         f = e4m3(torch.rand(k // 128, n, generator=generator) * 56)
-        w4a8 = W4A8Linear(pack_rows(codes), Packing.ROWS, f.to(torch.float8_e4m3fn), None, channel)
+        w4a8 = W4A8Linear(pack_codes(codes), Packing.PACK_QUANTIZED, f.to(torch.float8_e4m3fn), None, channel)
         output = dense_weights(codes, f, channel)
     measured = measure_layer("model.layers.3.mlp.experts.7.up_proj", w, w4a8, Figures())
     assert measured.sqnr_db["output"] == pytest.approx(decibels(weights, output), abs=1e-4)
@@ -441,9 +443,13 @@ def test_html_escapes_names(dense: Report) -> None:
 def test_pictures_are_drawn_of_a_layer_without_loss() -> None:
     """Infinite SQNR, a single layer and a single scale can be drawn; JSON has no infinity."""
     codes = torch.full((16, 128), 9, dtype=torch.uint8)
-    w = W4Linear(pack_rows(codes), Packing.ROWS, torch.full((1, 16), 0.5).half(), None, None, 128)
+    w = W4Linear(pack_codes(codes), Packing.PACK_QUANTIZED, torch.full((1, 16), 0.5).half(), None, None, 128)
     w4a8 = W4A8Linear(
-        pack_rows(codes), Packing.ROWS, torch.full((1, 16), 0.5).to(torch.float8_e4m3fn), None, torch.ones(16)
+        pack_codes(codes),
+        Packing.PACK_QUANTIZED,
+        torch.full((1, 16), 0.5).to(torch.float8_e4m3fn),
+        None,
+        torch.ones(16),
     )
     figures = Figures()
     layer: LayerReport = measure_layer("proj", w, w4a8, figures)

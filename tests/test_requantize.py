@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from convert_w4a8.encoding import dequantize as dequantize_module
 from convert_w4a8.encoding.dequantize import dequantize
-from convert_w4a8.encoding.packing import pack_rows, unpack_codes
+from convert_w4a8.encoding.packing import pack_codes, unpack_codes
 from convert_w4a8.fp8 import E4M3
 from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.quantization import codebook
-from convert_w4a8.quantization.codes import column_energies, expand_groups, fit_symmetric, requantize
+from convert_w4a8.quantization.codes import expand_groups, fit_symmetric, input_energies, requantize
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
 
@@ -35,7 +35,7 @@ def layer(
     scales = 0.001 + 0.01 * torch.rand(groups, N, generator=generator(seed + 1)).half()
     if isinstance(zeros, int):
         zeros = torch.full((groups, N), zeros, dtype=torch.uint8)
-    return W4Linear(pack_rows(codes), Packing.ROWS, scales, zeros, g_idx, group_size)
+    return W4Linear(pack_codes(codes), Packing.PACK_QUANTIZED, scales, zeros, g_idx, group_size)
 
 
 def as_awq(w: W4Linear) -> W4Linear:
@@ -112,13 +112,13 @@ def test_each_group_is_judged_by_itself() -> None:
     assert 0 < (new - source).square().sum() < 0.02 * source.square().sum()
 
 
-@pytest.mark.parametrize("packing", [Packing.ROWS, Packing.AWQ], ids=str)
+@pytest.mark.parametrize("packing", [Packing.PACK_QUANTIZED, Packing.AWQ], ids=str)
 def test_values_that_fit_are_found_exactly(packing: Packing) -> None:
     """A zero-point of 5 whose upper codes are not used has values that symmetric codes can hold."""
     w = layer(5)
     codes = unpack_codes(w.packed, w.packing).clamp(max=12)
     codes[:, ::128] = 12  # the largest value, 7
-    w = W4Linear(pack_rows(codes), Packing.ROWS, w.scales, w.zeros, None, 128)
+    w = W4Linear(pack_codes(codes), Packing.PACK_QUANTIZED, w.scales, w.zeros, None, 128)
     result, exact = requantize(as_awq(w) if packing is Packing.AWQ else w)
     assert not exact
     assert relative_error(w, result) < 1e-12
@@ -150,7 +150,7 @@ def test_any_layer_becomes_kernel_ready_in_blocks(w: W4Linear, monkeypatch: pyte
 def test_a_k_that_is_not_a_multiple_of_128_is_refused() -> None:
     """There is no group to put the rest into."""
     packed = torch.zeros(16, 96 // 8, dtype=torch.int32)
-    w = W4Linear(packed, Packing.ROWS, torch.ones(3, 16), None, None, 32)
+    w = W4Linear(packed, Packing.PACK_QUANTIZED, torch.ones(3, 16), None, None, 32)
     with pytest.raises(ValueError, match="K = 96 is not a multiple of 128"):
         requantize(w)
 
@@ -199,13 +199,13 @@ def test_the_scale_heeds_the_weights() -> None:
 def test_column_energies_are_relative_to_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Energies of the dequantized columns, mean 1; a layer of zeros gives zeros; blocks make no difference."""
     w = layer(6)
-    energies = column_energies(w)
+    energies = input_energies(w)
     expected = dequantize(w).square().sum(0)
     torch.testing.assert_close(energies, expected / expected.mean())
     monkeypatch.setattr(dequantize_module, "_BLOCK_WEIGHTS", 16 * K)
-    torch.testing.assert_close(column_energies(w), energies)
+    torch.testing.assert_close(input_energies(w), energies)
     zero = W4Linear(w.packed, w.packing, torch.zeros_like(w.scales), w.zeros, None, 128)
-    assert (column_energies(zero) == 0).all()
+    assert (input_energies(zero) == 0).all()
 
 
 tables = st.lists(st.integers(0, 255).filter(lambda b: b & 0x7F != 0x7F), min_size=8, max_size=8).map(

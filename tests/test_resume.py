@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import convert_w4a8.convert
 import pytest
 import torch
 from checkpoint_edits import case_named, edit_json, snapshot
@@ -21,6 +20,7 @@ from convert_w4a8.checkpoint.directory import disk
 from convert_w4a8.checkpoint.directory import journal as resume
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.cli import main
+from convert_w4a8.conversion import run as conversion
 from convert_w4a8.errors import ConvertError
 
 CASE = "awq-symmetric-fp16-sharded"
@@ -51,17 +51,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, BaseEx
     """Return what lets the n-th layer of the next conversion raise an exception."""
 
     def after(layers: int, error: BaseException) -> None:
-        whole, count = convert_w4a8.convert.to_w4a8, 0
+        whole, count = conversion.to_w4a8, 0
 
         def failing(*args: object, **kwargs: object) -> object:
             nonlocal count
             count += 1
             if count == layers:
-                monkeypatch.setattr(convert_w4a8.convert, "to_w4a8", whole)
+                monkeypatch.setattr(conversion, "to_w4a8", whole)
                 raise error
             return whole(*args, **kwargs)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(convert_w4a8.convert, "to_w4a8", failing)
+        monkeypatch.setattr(conversion, "to_w4a8", failing)
 
     return after
 

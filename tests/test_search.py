@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from convert_w4a8.encoding.packing import code_histogram
+from convert_w4a8.encoding.packing import code_frequencies
 from convert_w4a8.fp8 import E4M3, SCALE_MAX
 from convert_w4a8.quantization import scale_search
 from convert_w4a8.quantization.baselines import quantize_reference
-from convert_w4a8.quantization.envelope import ErrorTable, _lower_envelope, error_table, magnitude_weights
+from convert_w4a8.quantization.envelope import ErrorTable, _lower_envelope, error_table, magnitude_frequencies
 
 MAGNITUDES = torch.arange(1, 9, dtype=torch.float64)
 FP8 = torch.arange(127, dtype=torch.uint8).view(E4M3).double()
@@ -140,7 +140,16 @@ def test_the_lower_envelope_of_any_lines(lines: list[tuple[int, int]]) -> None:
 
 def test_magnitudes_are_folded_from_unsigned_codes() -> None:
     """The codes u = 8 ± m count together, u = 0 is minus eight, and u = 8 is nothing."""
-    assert magnitude_weights(torch.arange(16.0)).tolist() == [7 + 9, 6 + 10, 5 + 11, 4 + 12, 3 + 13, 2 + 14, 1 + 15, 0]
+    assert magnitude_frequencies(torch.arange(16.0)).tolist() == [
+        7 + 9,
+        6 + 10,
+        5 + 11,
+        4 + 12,
+        3 + 13,
+        2 + 14,
+        1 + 15,
+        0,
+    ]
 
 
 @given(data=st.data())
@@ -252,7 +261,7 @@ def test_every_layer_of_a_trained_model_gains(shared: Path) -> None:
     gains = []
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         scales = tensors[f"{name}.scales"]
-        weights = magnitude_weights(code_histogram(tensors[f"{name}.qweight"]))
+        weights = magnitude_frequencies(code_frequencies(tensors[f"{name}.qweight"]))
         table = error_table(weights)
         stock, source = scale_search.quantize_stock(scales, table)
         assert_vllm_computes(source, stock)

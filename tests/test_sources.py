@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
-from convert_w4a8.errors import ConvertError, PlanError, Refusal
+from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.sources import SOURCES, LayerSpec, find_source, gptq
 from convert_w4a8.sources.checks import setting, unpack_words
 
@@ -27,20 +27,20 @@ DOWN = "model.layers.1.mlp.down_proj"
 READABLE = [pytest.param(case, id=case.id) for case in CASES if not case.refused and not case.id.endswith("-odd-k")]
 
 
-def find_layers(path: Path) -> tuple[list[LayerSpec], list[Refusal]]:
+def find_layers(path: Path) -> tuple[list[LayerSpec], list[Problem]]:
     """Return what the format of a checkpoint finds in it."""
     checkpoint = open_checkpoint(path)
-    refusals: list[Refusal] = []
-    return find_source(checkpoint).find_layers(checkpoint, refusals), refusals
+    problems: list[Problem] = []
+    return find_source(checkpoint).find_layers(checkpoint, problems), problems
 
 
 def read_all(path: Path) -> None:
     """Read every layer of a checkpoint whose headers are in order."""
     checkpoint = open_checkpoint(path)
     source = find_source(checkpoint)
-    refusals: list[Refusal] = []
-    specs = source.find_layers(checkpoint, refusals)
-    assert not refusals
+    problems: list[Problem] = []
+    specs = source.find_layers(checkpoint, problems)
+    assert not problems
     for spec in specs:
         source.read_layer(checkpoint, spec)
 
@@ -52,9 +52,9 @@ def test_contract(case: Case, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(written.path)
     source = find_source(checkpoint)
     assert [s.NAME for s in SOURCES if s.matches(checkpoint.quantization_config)] == [written.format]
-    refusals: list[Refusal] = []
-    specs = source.find_layers(checkpoint, refusals)
-    assert not refusals
+    problems: list[Problem] = []
+    specs = source.find_layers(checkpoint, problems)
+    assert not problems
     assert [spec.name for spec in specs] == sorted(written.layers)
     parts = [name for spec in specs for name in spec.parts.values()]
     assert len(parts) == len(set(parts))
@@ -199,12 +199,12 @@ def test_dynamic_overrides(dynamic: dict[str, Any], group_sizes: tuple[int, int]
     edit_tensors(written.path, regroup)
     edit_tensors(written.path, keep_two)
     edit_quantization(written.path, dynamic=dynamic)
-    specs, refusals = find_layers(written.path)
-    assert not refusals
+    specs, problems = find_layers(written.path)
+    assert not problems
     assert {spec.name: spec.group_size for spec in specs} == dict(zip((Q_PROJ, K_PROJ), group_sizes, strict=True))
 
 
-# Configurations that lie. Every one must be a Refusal or a ConvertError, never another exception.
+# Configurations that lie. Every one must be a Problem or a ConvertError, never another exception.
 
 
 LIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
@@ -321,7 +321,7 @@ def assert_refused(path: Path, subject: str, reason: str) -> None:
     try:
         found = find_layers(path)[1]
     except ConvertError as error:
-        found = [error.refusal]
+        found = [error.problem]
     hits = [refusal for refusal in found if refusal.subject.endswith(subject)]
     assert hits, found
     assert reason in hits[0].reason
@@ -365,9 +365,9 @@ def test_the_most_specific_target_wins(tmp_path: Path) -> None:
         "c": {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 3}},
     }
     edit_quantization(written.path, config_groups=groups)
-    specs, refusals = find_layers(written.path)
+    specs, problems = find_layers(written.path)
     assert [spec.name for spec in specs] == [Q_PROJ]
-    reasons = {refusal.subject: refusal.reason for refusal in refusals}
+    reasons = {refusal.subject: refusal.reason for refusal in problems}
     assert reasons[K_PROJ].startswith("has 3 bits")
     assert reasons[DOWN].startswith("has 8 bits")
 
@@ -393,8 +393,8 @@ def test_all_refusals_are_found_at_once(tmp_path: Path) -> None:
         t[f"{DOWN}.g_idx"] = t[f"{DOWN}.g_idx"][:-1]
 
     edit_tensors(written.path, damage)
-    specs, refusals = find_layers(written.path)
-    assert [str(refusal) for refusal in refusals] == [
+    specs, problems = find_layers(written.path)
+    assert [str(refusal) for refusal in problems] == [
         f"{K_PROJ}.scales: is F64 [2, 128], not F16 or BF16 or F32 [2, 128] = [K/group_size, N]; "
         "check that the configuration belongs to this checkpoint",
         f"{Q_PROJ}.qzeros: is missing; download or write the checkpoint again",
@@ -468,10 +468,10 @@ def test_tensor_of_the_wrong_form_is_refused(
             tensors[name] = change(tensor)
 
     edit_tensors(written.path, damage)
-    specs, refusals = find_layers(written.path)
-    assert len(refusals) == 1
-    assert refusals[0].subject.startswith(Q_PROJ)
-    assert reason in refusals[0].reason
+    specs, problems = find_layers(written.path)
+    assert len(problems) == 1
+    assert problems[0].subject.startswith(Q_PROJ)
+    assert reason in problems[0].reason
     assert Q_PROJ not in {spec.name for spec in specs}
 
 

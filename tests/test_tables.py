@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from convert_w4a8.encoding import tables
-from convert_w4a8.encoding.packing import pack_rows, unpack_codes
+from convert_w4a8.encoding.packing import pack_codes, unpack_codes
 from convert_w4a8.linear import Packing, W4A8Linear
 
 CUT = Path(__file__).parent / "data" / "vllm_w4a8_dense_cut.safetensors"
@@ -20,7 +20,9 @@ TOKENS = pytest.mark.parametrize("tokens", ["m1", "m17", "m64"])
 def layer(vectors: dict[str, torch.Tensor], case: str) -> W4A8Linear:
     """Return a golden layer, with vLLM's own scales."""
     scale = vectors[f"{case}.fp8_group_scale"].t().contiguous().view(torch.float8_e4m3fn)
-    return W4A8Linear(vectors[f"{case}.weight_packed"], Packing.ROWS, scale, None, vectors[f"{case}.channel_scale"])
+    return W4A8Linear(
+        vectors[f"{case}.weight_packed"], Packing.PACK_QUANTIZED, scale, None, vectors[f"{case}.channel_scale"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,9 @@ def test_decode_looks_each_code_up(direct: bool, chunk: int, monkeypatch: pytest
     channel = torch.rand(n, generator=generator) + 0.5
     shape = (k // 128, n, 8) if direct else (k // 128, n)
     data = finite[torch.randint(0, len(finite), shape, generator=generator)].view(torch.float8_e4m3fn)
-    w = W4A8Linear(pack_rows(codes), Packing.ROWS, None if direct else data, data if direct else None, channel)
+    w = W4A8Linear(
+        pack_codes(codes), Packing.PACK_QUANTIZED, None if direct else data, data if direct else None, channel
+    )
     lut = (data if direct else tables.expand_tables(data)).float()
     expected = torch.empty(n, k)
     for i in range(n):
@@ -172,7 +176,7 @@ def test_a_layer_without_tables_is_refused() -> None:
     """Neither scales nor entries: nothing to multiply by."""
     packed = torch.zeros(16, 16, dtype=torch.int32)
     with pytest.raises(ValueError, match="group_scale or lut"):
-        tables.decode(W4A8Linear(packed, Packing.ROWS, None, None, torch.ones(16)))
+        tables.decode(W4A8Linear(packed, Packing.PACK_QUANTIZED, None, None, torch.ones(16)))
 
 
 def test_tokens_are_quantized_by_their_own_maximum() -> None:

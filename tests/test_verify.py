@@ -252,7 +252,7 @@ def test_every_fp8_scale_clips_exactly_beyond_56() -> None:
     scale = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     for byte in range(256):
         part = scale[byte : byte + 1].expand(1, 16).contiguous()
-        w = W4A8Linear(torch.zeros(16, 16, dtype=torch.int32), Packing.ROWS, part, None, torch.ones(16))
+        w = W4A8Linear(torch.zeros(16, 16, dtype=torch.int32), Packing.PACK_QUANTIZED, part, None, torch.ones(16))
         value = float(scale[byte])
         assert (count_clipped(w) > 0) == (math.isnan(value) or abs(value) > 56)
 

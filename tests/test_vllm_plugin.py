@@ -1,4 +1,4 @@
-"""The vLLM plugin on CPU: the format's refusals, and loading through vLLM's own layers and loaders, in isolation."""
+"""The vLLM plugin on CPU: the format's problems, and loading through vLLM's own layers and loaders, in isolation."""
 
 import importlib
 import subprocess

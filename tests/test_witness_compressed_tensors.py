@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli.main import convert, main
 from convert_w4a8.encoding import packing
-from convert_w4a8.errors import Refusal
+from convert_w4a8.errors import Problem
 from convert_w4a8.sources import awq
 
 REAL = (
@@ -34,15 +34,15 @@ def test_awq_is_read_as_compressed_tensors_reads_it(directory: str, shared: Path
     converter = AutoAWQConverter.from_autoawq_config(block)
     theirs = converter.process(load_file(path / "model.safetensors"))
     checkpoint = open_checkpoint(path)
-    refusals: list[Refusal] = []
-    specs = awq.find_layers(checkpoint, refusals)
-    assert not refusals
+    problems: list[Problem] = []
+    specs = awq.find_layers(checkpoint, problems)
+    assert not problems
     assert {spec.name for spec in specs} == {
         name.removesuffix(".weight_packed") for name in theirs if name.endswith(".weight_packed")
     }
     for spec in specs:
         w = awq.read_layer(checkpoint, spec)
-        assert torch.equal(packing.to_rows(w.packed, w.packing), theirs[f"{spec.name}.weight_packed"])
+        assert torch.equal(packing.to_pack_quantized(w.packed, w.packing), theirs[f"{spec.name}.weight_packed"])
         assert torch.equal(w.scales.T, theirs[f"{spec.name}.weight_scale"])
         assert w.zeros is not None
         packed = theirs[f"{spec.name}.weight_zero_point"]

@@ -10,7 +10,7 @@ import torch
 import vllm_sources
 
 from convert_w4a8.encoding.lut_layout import repack
-from convert_w4a8.encoding.packing import pack_rows
+from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.lut_format import Tables
@@ -56,14 +56,17 @@ class Weight:
         scale = self.scale[:, rows]
         first, last, _ = columns.indices(self.codes.shape[1])
         scale = scale[first // 128 : last // 128].contiguous()
-        tensors = {"weight_packed": repack(pack_rows(codes), Packing.ROWS), "weight_chan_scale": self.channel[rows]}
+        tensors = {
+            "weight_packed": repack(pack_codes(codes), Packing.PACK_QUANTIZED),
+            "weight_chan_scale": self.channel[rows],
+        }
         if self.tables is Tables.SCALE:
             return tensors | {"weight_scale": scale}
         return tensors | {"weight_lut": expand_tables(scale).flatten(1)}
 
     def layer(self) -> W4A8Linear:
         """Return the layer for the reference arithmetic."""
-        return W4A8Linear(pack_rows(self.codes), Packing.ROWS, self.scale, None, self.channel)
+        return W4A8Linear(pack_codes(self.codes), Packing.PACK_QUANTIZED, self.scale, None, self.channel)
 
 
 def load(layer: Any, weight: Weight, *shard: object) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from convert_w4a8.encoding.lut_layout import unpack
 from convert_w4a8.encoding.tables import decode, quantize_tokens
 from convert_w4a8.linear import Packing, W4A8Linear
 
@@ -170,7 +169,7 @@ class _Ops:
         k, n = a.shape[1], b_q.shape[1]
         assert (b_q.shape[0] * 8, b_group_size) == (k, 128)
         codes = unpack(b_q.view(k // 32, 4 * n))
-        layer = W4A8Linear(codes, Packing.ROWS, None, b_group_scales.view(k // 128, n, 8), b_channel_scales)
+        layer = W4A8Linear(codes, Packing.PACK_QUANTIZED, None, b_group_scales.view(k // 128, n, 8), b_channel_scales)
         return (a_token_scales * (a.float() @ decode(layer).t())).bfloat16()
 
     @staticmethod

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from convert_w4a8.checkpoint.safetensors_file import Arena, TensorInfo, read_header, read_tensor
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_header
 from convert_w4a8.errors import ConvertError
 
 CONFIG = "config.json"
@@ -25,7 +23,10 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: the parsed config.json, every tensor's header entry, and the files beside them."""
+    """An opened checkpoint: the parsed config.json, every tensor's header entry, and the files beside them.
+
+    quantization_config: empty where the checkpoint has none.
+    """
 
     root: Path
     config: Mapping[str, Any]
@@ -33,12 +34,6 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     side_files: tuple[Path, ...]
     """Relative to `root`: what is copied as it is (tokenizer, templates, custom code, …)."""
-    arena: Arena | None = None
-    """Where tensors are read to, by whoever converts one layer after another."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor into fresh memory, or into the arena, where there is one."""
-        return read_tensor(self.tensors[name], self.arena)
 
     def modules_with(self, role: str) -> list[str]:
         """Return the modules that have a tensor called `module.role`, sorted."""
@@ -64,15 +59,9 @@ def open_checkpoint(root: Path) -> Checkpoint:
     quantization = config.get("quantization_config")
     if quantization is None and (root / QUANTIZE_CONFIG).is_file():
         quantization = {"quant_method": "gptq", **read_json(root / QUANTIZE_CONFIG)}
-    if quantization is None:
-        raise ConvertError(
-            str(root),
-            f"is not quantized: no quantization_config in {CONFIG} and no {QUANTIZE_CONFIG}",
-            "give a W4A16 checkpoint (AWQ, GPTQ or compressed-tensors)",
-        )
-    if not isinstance(quantization, dict):
+    if not isinstance(quantization, dict | None):
         raise ConvertError(f"{root / CONFIG}: quantization_config", "is not a JSON object", "repair the file")
-    return Checkpoint(root, config, quantization, _read_headers(root), _find_side_files(root))
+    return Checkpoint(root, config, quantization or {}, _read_headers(root), _find_side_files(root))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 The work directory `.OUT.w4a8-partial` holds
 
     lock         held (flock) by the process that converts
-    journal      JSON lines: the fingerprint of the conversion, a line for each converted layer, one for each finished
-                 file. A file's line is written when its bytes are on the disk, and is on the disk before anything else
+    journal      JSON lines: the fingerprint of the conversion, then a line for each finished file: the fingerprint of
+                 its shard, the checksums of its pieces, what became of its layers. It is written when the file's bytes
+                 are on the disk, and is on the disk before anything else
     checkpoint/  the output so far, which becomes OUT by one rename when all of it is on the disk
     replaced/    the old OUT, while the new one takes its place
 
@@ -17,8 +18,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ from convert_w4a8.errors import ConvertError
 LOCK, JOURNAL, CHECKPOINT, REPLACED = "lock", "journal", "checkpoint", "replaced"
 Fingerprint = Mapping[str, Any]
 _SUFFIX = ".w4a8-partial"
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """A finished file of an output: the fingerprint of its shard, its checksums, and a JSON note for each layer."""
+
+    shard: str
+    pieces: list[Piece]
+    layers: Mapping[str, Any]
 
 
 class WorkDirectory:
@@ -49,16 +60,17 @@ class WorkDirectory:
             raise
         self._writing = threading.Lock()
         self._fingerprint: Fingerprint = {}
-        self.layers: dict[str, Any] = {}
-        self.files: dict[str, list[Piece]] = {}
+        self.files: dict[str, FinishedFile] = {}
         for entry in entries:
             match entry:
                 case {"fingerprint": dict(found)}:
                     self._fingerprint = found
-                case {"layer": str(name), "note": note}:
-                    self.layers[name] = note
-                case {"file": str(name), "pieces": list(pieces)} if self.checkpoint.is_dir():
-                    self.files[name] = [(offset, length, checksum) for offset, length, checksum in pieces]
+                case {"file": str(name), "shard": str(shard), "pieces": list(pieces), "layers": dict(layers)} if (
+                    self.checkpoint.is_dir()
+                ):
+                    self.files[name] = FinishedFile(
+                        shard, [(start, size, sum_) for start, size, sum_ in pieces], layers
+                    )
 
     def _acquire(self, out: Path) -> int:
         while True:
@@ -88,7 +100,7 @@ class WorkDirectory:
             os.close(descriptor)
 
     def begin(self, fingerprint: Fingerprint, *, resume: bool, overwrite: bool) -> None:
-        """Begin a conversion; with `resume`, go on with `files` and `layers` of the one that was interrupted, if any.
+        """Begin a conversion; with `resume`, go on with the `files` of the one that was interrupted, if any.
 
         Raises:
             ConvertError: there is one, and it is not to be resumed or it is another conversion.
@@ -113,7 +125,7 @@ class WorkDirectory:
             )
         os.truncate(self._journal, 0)
         self._remove_directories()
-        self.files, self.layers = {}, {}
+        self.files = {}
         self.checkpoint.mkdir()
         self._append({"fingerprint": dict(fingerprint)}, durable=True)
         fsync(self.path)
@@ -122,16 +134,12 @@ class WorkDirectory:
         for name in (CHECKPOINT, REPLACED):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def note_layer(self, module: str, note: Any) -> None:
-        """Note what became of a layer, before its last tensor is written."""
-        self._append({"layer": module, "note": note})
-        self.layers[module] = note
-
-    def note_file(self, name: str, pieces: Iterable[Piece]) -> None:
+    def note_file(self, name: str, finished: "FinishedFile") -> None:
         """Note a finished file, whose bytes are on the disk already."""
         fsync(self.checkpoint)
-        self._append({"file": name, "pieces": sorted(pieces)}, durable=True)
-        self.files[name] = sorted(pieces)
+        entry = {"file": name, "shard": finished.shard, "pieces": finished.pieces, "layers": dict(finished.layers)}
+        self._append(entry, durable=True)
+        self.files[name] = finished
 
     def _append(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
         line = memoryview(json.dumps(entry).encode() + b"\n")

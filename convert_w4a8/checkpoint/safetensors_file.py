@@ -8,14 +8,15 @@ header, then the tensors without gaps).
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from convert_w4a8.checkpoint.arena import Arena
 from convert_w4a8.errors import ConvertError, DiskError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -40,19 +41,33 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_D
 # The safetensors library refuses longer headers, so a file that has one was not written by it.
 _MAX_HEADER_BYTES = 100_000_000
 _DOWNLOAD_AGAIN = "download or write the file again"
-_ALIGNMENT = 64
-"""Bytes: a cache line, and more than any dtype needs."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes at `start` (from the beginning of the file at `path`)."""
+    """Where one tensor lies: `nbytes` bytes at `start` (from the beginning of the file at `path`).
+
+    whole: the tensor of which this one is a part, if it is not all of it.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     path: Path
     start: int
+    whole: "TensorInfo | None" = None
+
+    def part(self, start: int, stop: int | None = None) -> "TensorInfo":
+        """Return the tensor's rows start … stop along its first dimension, or without `stop` row `start` alone.
+
+        Raises IndexError where there are no such rows.
+        """
+        end = start + 1 if stop is None else stop
+        if not (self.shape and 0 <= start < end <= self.shape[0]):
+            raise IndexError(f"{self.name} {list(self.shape)} has no rows {start} … {end}")
+        shape = self.shape[1:] if stop is None else (end - start, *self.shape[1:])
+        offset = start * tensor_nbytes(self.dtype, self.shape[1:])
+        return replace(self, shape=shape, start=self.start + offset, whole=self.whole or self)
 
     @property
     def nbytes(self) -> int:
@@ -161,32 +176,8 @@ def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, si
         raise _damaged(path, f"{what}: its header asks for {position} bytes, the file has {size}")
 
 
-class Arena:
-    """Memory for one layer's tensors after another's: pages that are mapped already cost a tenth of fresh ones.
-
-    `clear` ends the life of everything that was taken before. For one thread.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def __len__(self) -> int:
-        return len(self._memory)
-
-    def clear(self) -> None:
-        """Make all memory free again, and enough of it for as much as was taken since the last time."""
-        if self._used > len(self._memory):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # free before asking for more
-            self._memory = torch.empty(self._used, dtype=torch.uint8)
-        self._used = 0
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        """Return uninitialized memory, uint8 [nbytes]."""
-        start = self._used
-        self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        inside = self._used <= len(self._memory)
-        return self._memory[start : start + nbytes] if inside else torch.empty(nbytes, dtype=torch.uint8)
+Reader = Callable[[TensorInfo], torch.Tensor]
+"""Reads a tensor, or a part of one."""
 
 
 def read_tensor(info: TensorInfo, arena: Arena | None = None) -> torch.Tensor:

@@ -1,10 +1,20 @@
-"""Which tensors lie in which file of an output."""
+"""The files of an output: which tensors lie in which, and writing one of them, tensors in any order, from any thread."""
 
-from collections.abc import Iterable
+import os
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from convert_w4a8.checkpoint.checksum import Piece, checksum
 from convert_w4a8.checkpoint.directory import SINGLE_FILE
-from convert_w4a8.checkpoint.safetensors_file import TensorSpec
+from convert_w4a8.checkpoint.disk import disk_errors
+from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorSpec, layout_file
+
+_COPY_BYTES = 16 << 20
+_FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -37,3 +47,96 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> tuple[Shard
         ShardPlan(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(group))
         for number, group in enumerate(groups, 1)
     )
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
+
+
+class ShardWriter:
+    """Writes one file of an output. `write` may be called from several threads, in any order of tensors.
+
+    in_background: runs what waits for the disk, beside the work; by default at once.
+    """
+
+    def __init__(
+        self, directory: Path, plan: ShardPlan, in_background: Callable[[Callable[[], None]], None] = _at_once
+    ) -> None:
+        self.path = directory / plan.file_name
+        self.pieces: list[Piece] = []
+        """What was written where, and its checksums."""
+        self._head, self._infos = layout_file(self.path, plan.specs)
+        self.size = len(self._head) + plan.nbytes
+        self._pending = set(self._infos)
+        self._in_background = in_background
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+        self._unflushed = 0
+
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> bool:
+        """Write one tensor, in parts along its first dimension or flat ones; together they have the planned size.
+
+        Returns whether it was the last one of the file.
+        """
+        info = self._infos[name]
+        offset = 0
+        for part in parts:
+            if part.dtype != TORCH_DTYPES[info.dtype] or (part.dim() > 1 and part.shape[1:] != info.shape[1:]):
+                raise ValueError(f"{name} is {part.dtype} {tuple(part.shape)}, planned {info.dtype} {info.shape}")
+            flat = part.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            if offset + len(flat) > info.nbytes:
+                raise ValueError(f"{name} is longer than planned {info.dtype} {info.shape}")
+            self._write_at(flat.numpy().data, info.start + offset)
+            offset += len(flat)
+        if offset != info.nbytes:
+            raise ValueError(f"{name} is shorter than planned {info.dtype} {info.shape}")
+        with self._lock:
+            self._pending.remove(name)
+            return not self._pending
+
+    def _write_at(self, data: memoryview, start: int) -> None:
+        with disk_errors(self.path):
+            with self._lock:
+                descriptor = self._descriptor if self._descriptor is not None else self._create()
+            self._put(descriptor, data, start)
+        self._unflushed += len(data)  # threads may lose an addition to one another: a flush comes later then
+        if self._unflushed >= _FLUSH_BYTES:
+            self._unflushed = 0
+            self._in_background(self._flush)
+
+    def _create(self) -> int:
+        """Create the file with its header and its final size, and return the descriptor."""
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._descriptor = descriptor
+        self._put(descriptor, memoryview(self._head), 0)
+        os.truncate(descriptor, self.size)
+        return descriptor
+
+    def _put(self, descriptor: int, data: memoryview, start: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done : done + _COPY_BYTES], start + done)
+        self.pieces.append((start, len(data), checksum(data)))
+
+    def _flush(self) -> None:
+        with disk_errors(self.path):
+            if self._descriptor is not None:
+                os.fdatasync(self._descriptor)
+
+    def finish(self) -> list[Piece]:
+        """Wait until all of the file is on the disk, close it, and return the checksums of its pieces in order."""
+        if self._pending:
+            raise ValueError(f"never written: {sorted(self._pending)[:3]}")
+        with disk_errors(self.path):
+            if self._descriptor is None:  # a checkpoint without tensors
+                self._create()
+            assert self._descriptor is not None
+            os.fsync(self._descriptor)
+        self.close()
+        return sorted(self.pieces)
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

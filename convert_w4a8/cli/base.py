@@ -22,9 +22,9 @@ class W4A8Command(click.Command):
             import_torch()
             return super().invoke(ctx)
         except PlanError as error:
-            count = len(error.refusals)
+            count = len(error.problems)
             click.echo(f"Error: {count} obstacle{'s' * (count != 1)}; nothing was written.", err=True)
-            for refusal in error.refusals:
+            for refusal in error.problems:
                 click.echo(f"  {refusal}", err=True)
         except W4A8Error as error:
             click.echo("; ".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)

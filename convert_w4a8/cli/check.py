@@ -1,4 +1,4 @@
-"""The command `check`: whether a checkpoint still converts as well as it did."""
+"""`w4a8 check`: whether a checkpoint still converts as well as it did."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from convert_w4a8.cli.base import W4A8Command, echo_json, progress, write_files
 from convert_w4a8.cli.options import conversion_options, read_options
 
 
-@click.command(cls=W4A8Command)
+@click.command("check", cls=W4A8Command)
 @click.argument("source", metavar="IN")
 @conversion_options
 @click.option("--out", metavar="OUT", type=click.Path(path_type=Path), help="Check this conversion; make none.")
@@ -45,7 +45,7 @@ from convert_w4a8.cli.options import conversion_options, read_options
     help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of Markdown.")
-def check(
+def check_command(
     source: str,
     out: Path | None,
     sample: bool,
@@ -66,13 +66,14 @@ def check(
     from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub.partial import open_remote
     from convert_w4a8.hub.repository import is_hub_id, resolve_input
-    from convert_w4a8.regression import check as checks
+    from convert_w4a8.regression import baseline as baseline_module
+    from convert_w4a8.regression import check as check_module
     from convert_w4a8.regression import text
 
     if sample and out is not None:
         raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
     torch_device = resolve_device(device)
-    known = None if baseline is None else checks.read_baseline(baseline)
+    known = None if baseline is None else baseline_module.read_baseline(baseline)
     with ExitStack() as stack:
         fetch: Callable[[Iterable[str]], None] = lambda _names: None  # noqa: E731
         if sample and is_hub_id(source):
@@ -82,7 +83,7 @@ def check(
             checkpoint = open_checkpoint(resolve_input(source))
         total = checkpoint.nbytes * (1 if out else 2)
         update = stack.enter_context(progress(total, "check", quiet=as_json or sample))
-        outcome = checks.check(
+        outcome = check_module.check(
             checkpoint,
             read_options(choices),
             out=out,
@@ -97,7 +98,9 @@ def check(
         )
     summary = text.as_markdown(outcome)
     if write_baseline is not None and outcome.figures is not None and outcome.verified:
-        write_files({write_baseline: (json.dumps(checks.baseline_dict(outcome.figures), indent=1) + "\n").encode()})
+        write_files(
+            {write_baseline: (json.dumps(baseline_module.baseline_dict(outcome.figures), indent=1) + "\n").encode()}
+        )
     if "GITHUB_STEP_SUMMARY" in os.environ:
         with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
             file.write(summary)

@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 import click
 
 from convert_w4a8.options import DEFAULT_SHARD_SIZE, Options, Policy, ScalesMode, Unsupported
+from convert_w4a8.targets import target_names
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
+_SIZE_PATTERN = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
-class Size(click.ParamType[int]):
+class _Size(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
     """A number of bytes, such as 5GB (powers of 1000) or 512MiB (powers of 1024)."""
 
     name = "size"
@@ -23,18 +24,19 @@ class Size(click.ParamType[int]):
         """Return the number of bytes; a usage error if the value is none."""
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(value.strip())
+        match = _SIZE_PATTERN.fullmatch(value.strip())
         if match is None or float(match["number"]) <= 0:
             self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
         base = 1024 if "i" in value.lower() else 1000
         return int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])
 
 
+SIZE = _Size()
 _CONVERSION_OPTIONS = (
     click.option(
         "--format",
         "output_format",
-        type=click.Choice(["lut", "compressed-tensors"]),
+        type=click.Choice(target_names()),
         default="lut",
         show_default=True,
         help="lut: prepacked for our vLLM plugin, nothing is done at start-up."

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from convert_w4a8.conversion.plan import Plan, kinds
+from convert_w4a8.conversion.plan import LayerPlan, Plan, kinds
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.text import counted, human_bytes, table
 from convert_w4a8.verification.proof import LayerCheck, Verification
@@ -25,11 +25,9 @@ def plan_text(plan: Plan) -> str:
         f" scales: {options.scales}",
         f"convert    {counted(counts['dense'] + counts['expert'], 'layer')}"
         f" ({counts['dense']} dense, {counts['expert']} expert)",
-        f"exact      {counted(counts['exact'], 'layer')} keep their INT4 codes",
     ]
     lines += [
-        f"new codes  {counted(count, 'layer')}: {reason}"
-        for reason, count in _tally(layer.requantize for layer in plan.converted).items()
+        f"codes      {counted(count, 'layer')}: {fate}" for fate, count in _tally(map(_codes, plan.converted)).items()
     ]
     lines += [
         f"to BF16    {counted(count, 'layer')}: {reason}"
@@ -56,7 +54,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "target": plan.target.NAME,
         "scales": str(plan.options.scales),
         "layers": dict(kinds(plan)),
-        "requantize": _tally(layer.requantize for layer in plan.converted),
+        "codes": _tally(map(_codes, plan.converted)),
         "dequantize": {layer.module: layer.dequantize for layer in plan.layers if layer.dequantize is not None},
         "copied_tensors": len(plan.tensors),
         "ignore": list(plan.ignore),
@@ -72,7 +70,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 def result_text(result: Result, source: str, out: Path) -> str:
     """Render a finished conversion for people; `source` is the input as they named it."""
     plan = result.plan
-    new = [(layer, stats) for layer, stats in result.converted if not stats.exact]
+    new = [(layer, stats) for layer, stats in result.converted if not stats.codes_kept]
     rate = plan.nbytes_in / 1e6 / result.seconds
     lines = [
         f"converted  {counted(len(result.converted), 'layer')}, {human_bytes(plan.nbytes_in)} →"
@@ -89,14 +87,8 @@ def result_text(result: Result, source: str, out: Path) -> str:
         worst, stats = min(result.converted, key=lambda pair: pair[1].sqnr_db)
         lines.append(f"worst      {worst.module}: SQNR {stats.sqnr_db:.1f} dB against the source (estimated)")
     lines.append(f"verify     w4a8 verify {out} --source {source}")
-    lines.append(_serve_hint(plan, out))
+    lines.append(f"serve      {plan.target.serve_command(str(out))}")
     return "\n".join(lines)
-
-
-def _serve_hint(plan: Plan, out: Path) -> str:
-    if plan.target.STOCK:
-        return f"serve      vllm serve {out}"
-    return f"serve      vllm serve {out}, with this package installed beside vLLM"
 
 
 def result_dict(result: Result, out: Path) -> dict[str, Any]:
@@ -111,7 +103,7 @@ def result_dict(result: Result, out: Path) -> dict[str, Any]:
                 "module": layer.module,
                 "out_features": layer.spec.out_features,
                 "in_features": layer.spec.in_features,
-                "exact": stats.exact,
+                "codes_kept": stats.codes_kept,
                 "estimated_sqnr_db": _finite(stats.sqnr_db),
             }
             for layer, stats in result.converted
@@ -125,7 +117,7 @@ def verification_text(verification: Verification) -> str:
         (
             check.module,
             f"{check.out_features}×{check.in_features}",
-            "exact" if check.exact else "new",
+            "kept" if check.codes_kept else "new",
             f"{check.sqnr_db:.2f}",
             f"{check.max_error:.2e}",
             str(check.clipped),
@@ -166,6 +158,11 @@ def _worst(checks: Sequence[LayerCheck]) -> LayerCheck:
 def _finite(value: float) -> float | None:
     """Return None for what JSON cannot hold: infinity (nothing was lost, or all), NaN."""
     return value if math.isfinite(value) else None
+
+
+def _codes(layer: LayerPlan) -> str:
+    """Say what becomes of a layer's codes, and why."""
+    return str(layer.codes) if layer.why is None else f"{layer.codes} ({layer.why})"
 
 
 def _tally(reasons: Iterable[str | None]) -> dict[str, int]:

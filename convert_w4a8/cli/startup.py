@@ -13,7 +13,7 @@ def import_torch() -> None:
         return
     gc.disable()
     try:
-        import torch  # noqa: F401, PLC0415
+        import torch  # noqa: F401
     finally:
         gc.enable()
     gc.freeze()

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from convert_w4a8 import __version__
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import LayerResult
+from convert_w4a8.version import __version__
 
 
 def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult]) -> dict[str, Any]:
@@ -18,9 +18,9 @@ def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerRes
         "tool_version": __version__,
         "source": plan.source.NAME,
         "scales": str(plan.options.scales),
-        "exact_layers": sum(s.exact for s in stats),
-        "requantized_layers": sum(not s.exact for s in stats),
-        "dequantized_layers": len(results) - len(stats),
+        "layers_with_codes_kept": sum(s.codes_kept for s in stats),
+        "layers_with_new_codes": sum(not s.codes_kept for s in stats),
+        "layers_in_bf16": len(results) - len(stats),
     }
     config = _in_bfloat16(json.loads(json.dumps(checkpoint.config)))
     if not {"dtype", "torch_dtype"} & set(config):

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8 import __version__
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, QUANTIZE_CONFIG, Checkpoint
+from convert_w4a8.version import __version__
 
 
 def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from convert_w4a8 import __version__
 from convert_w4a8.checkpoint.directory import CARD, Checkpoint
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.layer import LayerStats
 from convert_w4a8.text import counted, human_bytes, markdown_code
+from convert_w4a8.version import __version__
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _FRONT_MATTER_CHARS = 1 << 16
@@ -39,7 +39,7 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: Sequence[LayerStats | 
     """
     metadata, body = _source_card(checkpoint)
     front = yaml.safe_dump(_metadata(checkpoint, metadata), sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{front}---", _introduction(checkpoint, plan), _figures(plan, stats), _serving(plan)]
+    parts = [f"---\n{front}---", _introduction(checkpoint, plan), _figures(plan, stats), plan.target.card_section()]
     if body:
         parts += ["---\n\n*What follows is the model card of the source.*", body]
     return "\n\n".join(parts) + "\n"
@@ -108,7 +108,7 @@ def _introduction(checkpoint: Checkpoint, plan: Plan) -> str:
 
 def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
     converted = [(layer, s) for layer, s in zip(plan.layers, stats, strict=True) if s is not None]
-    exact = sum(s.exact for _, s in converted)
+    exact = sum(s.codes_kept for _, s in converted)
     new = len(converted) - exact
     rows = [
         ("layers converted", counted(len(converted), "layer")),
@@ -116,7 +116,10 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
     ]
     if new:
         rows.append(
-            ("new INT4 codes", f"{counted(new, 'layer')}; error {_error([s for _, s in converted if not s.exact])}")
+            (
+                "new INT4 codes",
+                f"{counted(new, 'layer')}; error {_error([s for _, s in converted if not s.codes_kept])}",
+            )
         )
     kept = [layer for layer, s in zip(plan.layers, stats, strict=True) if s is None]
     if kept:
@@ -151,24 +154,3 @@ def _decibels(value: float) -> str:
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _serving(plan: Plan) -> str:
-    if plan.target.STOCK:
-        return (
-            "## Serve it\n\n"
-            "```\nvllm serve ORG/NAME    # this repository, or a directory with its files\n```\n\n"
-            "No plugin is needed: this is the compressed-tensors format, which vLLM repacks for its W4A8 kernel at"
-            " every start. `w4a8-convert --format lut` writes the kernel's own layout, which saves that, and needs"
-            " a plugin."
-        )
-    return (
-        "## Serve it\n\n"
-        "```\n"
-        "pip install w4a8-convert    # into vLLM's own environment: it brings the plugin that reads this format\n"
-        "vllm serve ORG/NAME         # this repository, or a directory with its files\n"
-        "```\n\n"
-        "Without the plugin vLLM stops with `Unknown quantization method: w4a8_lut`. To serve without it, convert the"
-        " source with `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the"
-        " weights at every start."
-    )

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import (
@@ -14,29 +15,40 @@ from convert_w4a8.checkpoint.names import (
     natural_key,
     output_name,
 )
-from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
-from convert_w4a8.errors import PlanError, Refusal
-from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.lut_format import TABLE_BYTES, TILE_N
-from convert_w4a8.options import Options, Policy, Unsupported
+from convert_w4a8.errors import PlanError, Problem
+from convert_w4a8.linear import GROUP_SIZE, kept_zeros
+from convert_w4a8.lut_format import TABLE_BYTES
+from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 from convert_w4a8.sources import LayerSpec, Source, find_source
-from convert_w4a8.targets import Target, target_named
+from convert_w4a8.targets import target_named, targets
+from convert_w4a8.targets.base import Target
+
+
+class Codes(StrEnum):
+    """What becomes of a layer's INT4 codes, as far as headers tell (`linear.kept_groups` says what kept means)."""
+
+    KEPT = "kept"
+    NEW = "new"
+    UNDECIDED = "decided when read"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One quantized layer and what becomes of it under its name in the output.
+    """One layer and what becomes of it under its name in the output. Plain data, which can be pickled.
 
     dequantize: why the layer is kept in BF16, or None where it is converted.
-    requantize: why its codes will be chosen anew, as far as the configuration tells; None where they are kept.
+    codes, why: what becomes of its codes, and why they are new or not decided yet.
+    specs: the tensors of the output that it becomes.
     """
 
     spec: LayerSpec
     module: str
     dequantize: str | None
-    requantize: str | None
-    outputs: tuple[TensorSpec, ...]
+    codes: Codes
+    why: str | None
+    specs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -84,29 +96,28 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """
     source = find_source(checkpoint)
     target = target_named(options.format)
-    refusals: list[Refusal] = []
-    specs = source.find_layers(checkpoint, refusals)
-    if not specs and not refusals:
-        refusals.append(Refusal(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config"))
+    problems: list[Problem] = []
+    specs = source.find_layers(checkpoint, problems)
+    if not specs and not problems:
+        problems.append(Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config"))
     if options.scales not in target.MODES:
-        refusals.append(
-            Refusal(f"--scales {options.scales}", f"cannot be stored by --format {target.NAME}", "use --format lut")
-        )
-    if target.NAME == "lut" and checkpoint.quantization_config.get("kv_cache_scheme"):
-        refusals.append(
-            Refusal(
-                "quantization_config: kv_cache_scheme", "is not part of --format lut", "use --format compressed-tensors"
+        problems.append(
+            Problem(
+                f"--scales {options.scales}",
+                f"cannot be stored by --format {target.NAME}",
+                _formats_with(options.scales),
             )
         )
-    refusals.extend(_orphans(checkpoint, source))
-    layers = _plan_layers(checkpoint, specs, target, options, refusals)
-    consumed = {name for spec in specs for name in spec.parts.values()}
+    problems.extend(target.find_problems(checkpoint.quantization_config))
+    problems.extend(_orphans(checkpoint, source))
+    layers = _plan_layers(checkpoint, specs, target, options, problems)
+    consumed = {part.name for spec in specs for part in spec.parts.values()}
     tensors = tuple(_plan_tensor(checkpoint, info) for name, info in checkpoint.tensors.items() if name not in consumed)
-    refusals.extend(_collisions(layers, tensors))
-    if refusals:
-        raise PlanError(tuple(dict.fromkeys(refusals)))  # a wrong setting is refused by every layer
+    problems.extend(_collisions(layers, tensors))
+    if problems:
+        raise PlanError(tuple(dict.fromkeys(problems)))  # a wrong setting is refused by every layer
 
-    outputs = [spec for layer in layers for spec in layer.outputs] + [tensor.output for tensor in tensors]
+    outputs = [spec for layer in layers for spec in layer.specs] + [tensor.output for tensor in tensors]
     outputs.sort(key=lambda spec: natural_key(spec.name))
     ignore = tuple(sorted(linear_modules(outputs), key=natural_key))
     nbytes_out = sum(spec.nbytes for spec in outputs)
@@ -127,7 +138,11 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     )
 
 
-def check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
+def _formats_with(mode: ScalesMode) -> str:
+    return "use --format " + " or ".join(target.NAME for target in targets() if mode in target.MODES)
+
+
+def check_tensors(plan: Plan) -> None:
     """Read the small tensors that decide whether codes can be kept, where the options refuse what cannot.
 
     A configuration may claim desc_act or zero-points that its tensors do not have; the tensors count.
@@ -136,57 +151,58 @@ def check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
         PlanError: every layer that `--asymmetric error` or `--act-order error` refuses.
 
     """
-    refusals = []
+    problems = []
     for layer in plan.converted:
         spec, source = layer.spec, plan.source
-        if plan.options.act_order is Policy.ERROR and source.read_g_idx(checkpoint, spec) is not None:
-            refusals.append(
-                Refusal(
+        if plan.options.act_order is Policy.ERROR and source.read_g_idx(spec, read_tensor) is not None:
+            problems.append(
+                Problem(
                     spec.name,
                     "g_idx reorders the input channels, which the kernel cannot follow",
                     "pass --act-order requantize to choose new codes (with a loss that is reported)",
                 )
             )
-        if plan.options.asymmetric is Policy.ERROR and source.read_zeros(checkpoint, spec) is not None:
-            refusals.append(
-                Refusal(
+        zeros = source.read_zeros(spec, read_tensor) if plan.options.asymmetric is Policy.ERROR else None
+        if zeros is not None and not bool(kept_zeros(zeros).all()):
+            problems.append(
+                Problem(
                     spec.name,
-                    "has zero-points other than 8, which the kernel does not know",
+                    "has zero-points other than 8 and 7, which the kernel does not know",
                     "pass --asymmetric requantize to choose new codes (with a loss that is reported)",
                 )
             )
-    if refusals:
-        raise PlanError(refusals)
+    if problems:
+        raise PlanError(problems)
 
 
-def _orphans(checkpoint: Checkpoint, source: Source) -> Iterable[Refusal]:
+def _orphans(checkpoint: Checkpoint, source: Source) -> Iterable[Problem]:
     """Yield quantization tensors that belong to no layer: the tensor that makes one is missing."""
     for name in checkpoint.tensors:
         module, _, role = name.rpartition(".")
         if role in source.ROLES and role != "weight" and f"{module}.{source.ANCHOR}" not in checkpoint.tensors:
-            yield Refusal(name, "belongs to no quantized layer", "download or write the checkpoint again")
+            yield Problem(name, "belongs to no quantized layer", "download or write the checkpoint again")
 
 
-def _collisions(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> Iterable[Refusal]:
+def _collisions(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> Iterable[Problem]:
     """Yield output names that stand for two tensors of the input, such as a plain weight beside a quantized one."""
     claims = Counter(tensor.output.name for tensor in tensors)
     for layer in layers:
-        claims.update({f"{layer.module}.weight", *(spec.name for spec in layer.outputs)})
+        claims.update({f"{layer.module}.weight", *(spec.name for spec in layer.specs)})
     for name, count in claims.items():
         if count > 1:
-            yield Refusal(name, f"is claimed by {count} tensors of the checkpoint", "remove all but one of them")
+            yield Problem(name, f"is claimed by {count} tensors of the checkpoint", "remove all but one of them")
 
 
 def _plan_layers(
-    checkpoint: Checkpoint, specs: Sequence[LayerSpec], target: Target, options: Options, refusals: list[Refusal]
+    checkpoint: Checkpoint, specs: Sequence[LayerSpec], target: Target, options: Options, problems: list[Problem]
 ) -> tuple[LayerPlan, ...]:
     kept: dict[str, str] = {}
     for spec in specs:
-        reason = _unsupported_reason(spec)
+        reason = _unsupported_reason(spec, target)
         if reason is None:
             if spec.group_size % GROUP_SIZE and options.group_size is Policy.ERROR:
-                refusals.append(
-                    Refusal(
+                problems.append(
+                    Problem(
                         spec.name,
                         f"group_size {spec.group_size} is not a multiple of the kernel's {GROUP_SIZE}",
                         "pass --group-size requantize to choose new codes (with a loss that is reported)",
@@ -195,7 +211,7 @@ def _plan_layers(
         elif options.unsupported is Unsupported.DEQUANTIZE or is_lm_head(spec.name):
             kept[spec.name] = reason
         else:
-            refusals.append(Refusal(spec.name, reason, "pass --unsupported dequantize to keep it in BF16"))
+            problems.append(Problem(spec.name, reason, "pass --unsupported dequantize to keep it in BF16"))
     # vLLM quantizes merged layers, and the experts of a layer, all or none.
     fused = {fusion_key(name): name for name in kept}
     layers = []
@@ -205,32 +221,33 @@ def _plan_layers(
             reason = f"served together with {fused[fusion_key(spec.name)]}"
         module = output_name(spec.name, checkpoint.config)
         n, k = spec.out_features, spec.in_features
-        if reason is None and not _unsupported_reason(spec):
-            outputs = target.outputs(module, n, k, options.scales)
+        if reason is None and not _unsupported_reason(spec, target):
+            outputs = target.tensor_specs(module, n, k, options.scales)
         else:
             outputs = (TensorSpec(f"{module}.weight", "BF16", (n, k)),)
-        layers.append(LayerPlan(spec, module, reason, _requantize_reason(spec), outputs))
+        layers.append(LayerPlan(spec, module, reason, *_codes(spec), outputs))
     return tuple(layers)
 
 
-def _unsupported_reason(spec: LayerSpec) -> str | None:
+def _unsupported_reason(spec: LayerSpec, target: Target) -> str | None:
     if is_lm_head(spec.name):
         return "the kernel does not serve lm_head"
-    if spec.out_features % TILE_N:
-        return f"N = {spec.out_features} is not a multiple of {TILE_N}"
-    if spec.in_features % GROUP_SIZE:
-        return f"K = {spec.in_features} is not a multiple of {GROUP_SIZE}"
-    return None
+    return target.unsupported_size(spec.out_features, spec.in_features)
 
 
-def _requantize_reason(spec: LayerSpec) -> str | None:
-    if spec.act_order:
-        return "activation order, if g_idx permutes"
+def _codes(spec: LayerSpec) -> tuple[Codes, str | None]:
+    """Return what headers tell about a layer's codes, and why they are not kept for sure."""
+    if spec.dense:
+        return Codes.NEW, "not quantized in the source"
     if spec.group_size % GROUP_SIZE:
-        return f"group size {spec.group_size}"
+        return Codes.NEW, f"group size {spec.group_size}"
+    if spec.act_order:
+        return Codes.UNDECIDED, "activation order: new, unless g_idx is trivial"
     if not spec.symmetric:
-        return "zero-points, where they are not 8"
-    return None
+        return Codes.UNDECIDED, "zero-points: kept where all are 8 or 7"
+    if spec.has_zeros or spec.has_g_idx:
+        return Codes.UNDECIDED, "kept, if the layer is symmetric as the configuration says"
+    return Codes.KEPT, None
 
 
 def _plan_tensor(checkpoint: Checkpoint, info: TensorInfo) -> TensorPlan:
@@ -271,13 +288,13 @@ def _warnings(layers: Sequence[LayerPlan]) -> Iterable[str]:
 
 def kinds(plan: Plan) -> Mapping[str, int]:
     """Count the layers by what becomes of them."""
-    converted = plan.converted
-    experts = sum(is_expert(layer.module) for layer in converted)
-    requantized = sum(layer.requantize is not None for layer in converted)
+    experts = sum(is_expert(layer.module) for layer in plan.converted)
+    codes = Counter(layer.codes for layer in plan.converted)
     return {
-        "dense": len(converted) - experts,
+        "dense": len(plan.converted) - experts,
         "expert": experts,
-        "exact": len(converted) - requantized,
-        "requantized": requantized,
-        "dequantized": len(plan.layers) - len(converted),
+        "codes_kept": codes[Codes.KEPT],
+        "codes_new": codes[Codes.NEW],
+        "codes_decided_when_read": codes[Codes.UNDECIDED],
+        "in_bf16": len(plan.layers) - len(plan.converted),
     }

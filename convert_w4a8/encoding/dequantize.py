@@ -1,17 +1,19 @@
-"""The weights that a W4A16 layer stands for: what every conversion is compared with."""
+"""The weights that a source's layer stands for: what every conversion is compared with."""
 
 from collections.abc import Iterator
 
 import torch
 
 from convert_w4a8.encoding.packing import channel_ranges, unpack_codes
-from convert_w4a8.linear import SYMMETRIC_ZERO, W4Linear
+from convert_w4a8.linear import SYMMETRIC_ZERO, DenseLinear, W4Linear
 
 _BLOCK_WEIGHTS = 1 << 23
 
 
-def dequantize(w: W4Linear) -> torch.Tensor:
-    """Return (code − zero)·scale, float32 [N, K]."""
+def dequantize(w: W4Linear | DenseLinear) -> torch.Tensor:
+    """Return (code − zero)·scale, or the weights of a dense layer, float32 [N, K]."""
+    if isinstance(w, DenseLinear):
+        return w.weight.to(torch.float32, copy=True)
     codes = unpack_codes(w.packed, w.packing)
     scales = w.scales.float().t()
     zeros = torch.full_like(scales, SYMMETRIC_ZERO) if w.zeros is None else w.zeros.t().float()

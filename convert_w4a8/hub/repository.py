@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert_w4a8 import __version__
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.version import __version__
 
 # Weights in other formats are never read, so they are not fetched.
 _NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]

@@ -21,7 +21,7 @@ def check_finite(scales: torch.Tensor) -> None:
         raise ValueError(f"{bad} of {scales.numel()} group scales are not finite")
 
 
-def column_unit(amax: torch.Tensor) -> torch.Tensor:
+def channel_unit(amax: torch.Tensor) -> torch.Tensor:
     """Return vLLM's c = max(amax / 448, 1 / (448·512)) for the largest group scales of channels, float32 [N].
 
     The divisor is a tensor on purpose: on CUDA, torch turns division by a Python number into multiplication by its
@@ -41,7 +41,7 @@ def quantize_reference(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """
     check_finite(scales)
     s = scales.float()
-    c = column_unit(s.abs().amax(dim=0))
+    c = channel_unit(s.abs().amax(dim=0))
     f = to_e4m3(to_e4m3(s / c).float() / CODE_MAX)
     return f, c * CODE_MAX
 
@@ -61,7 +61,7 @@ _PLAIN_RANGE = 7.5
 """amax/7.5 uses the codes −8 … 7 to both ends with the same error."""
 
 
-def quantize_plain(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def round_to_nearest(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize float32 [n, K] in the plainest way: codes uint8 [n, K] and scales float32 [K/128, n]."""
     groups = weights.view(len(weights), -1, GROUP_SIZE)
     scales = groups.abs().amax(dim=-1) / _PLAIN_RANGE

@@ -25,19 +25,19 @@ _CELLS = (int(torch.tensor(2 * SCALE_MAX).view(torch.int32)) >> _CELL_SHIFT) + 1
 """Cells up to 112, well beyond the last threshold, which lies below 56."""
 
 
-def magnitude_weights(histogram: torch.Tensor) -> torch.Tensor:
+def magnitude_frequencies(frequencies: torch.Tensor) -> torch.Tensor:
     """Fold frequencies of the unsigned codes u = 0 … 15, [..., 16], into those of the magnitudes 1 … 8, [..., 8].
 
     The value of a code is u − 8; zeros cost nothing, whatever the scale.
     """
-    weights = histogram[..., :CODE_MAX].flip(-1).clone()
-    weights[..., : CODE_MAX - 1] += histogram[..., CODE_MAX + 1 :]
-    return weights
+    magnitudes = frequencies[..., :CODE_MAX].flip(-1).clone()
+    magnitudes[..., : CODE_MAX - 1] += frequencies[..., CODE_MAX + 1 :]
+    return magnitudes
 
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """What the error of a group needs to know of each FP8 scale f, for one set of magnitude weights.
+    """What the error of a group needs to know of each FP8 scale f, for one set of magnitude frequencies.
 
     The form is (x − f)²·H − 2·(x − f)·D1[f] + D2[f] with the entries' own rounding d = q(f·m) − f·m,
     D1 = Σ h·m·d, D2 = Σ h·d²: the same polynomial, without the cancellation that float32 would not survive.
@@ -73,10 +73,10 @@ class ErrorTable:
         return d * (d * self.energy - 2 * self.d1.take(bits)) + self.d2.take(bits)
 
 
-def error_table(weights: torch.Tensor) -> ErrorTable:
-    """Build the error table of magnitude weights [8], on the CPU. Cheap: 127 × 8 entries, 103 lines."""
+def error_table(frequencies: torch.Tensor) -> ErrorTable:
+    """Build the error table of magnitude frequencies [8], on the CPU. Cheap: 127 × 8 entries, 103 lines."""
     m = torch.arange(1, CODE_MAX + 1, dtype=torch.float64)
-    h = weights.to("cpu", torch.float64)
+    h = frequencies.to("cpu", torch.float64)
     values = torch.arange(_FINITE, dtype=torch.uint8).view(E4M3).double()
     entries = to_e4m3(values[:, None] * m).double()
     d = entries - values[:, None] * m
@@ -103,7 +103,7 @@ def _lower_envelope(a: list[float], b: list[float]) -> tuple[list[int], list[flo
     for i in range(1, len(a)):
         while lines:
             j = lines[-1]
-            # Equal slopes (no weight on the entries that differ): only the lower line can win; the first if both are.
+            # Equal slopes (the entries that differ never occur): only the lower line can win; the first if both are.
             start = (a[i] - a[j]) / (2 * (b[i] - b[j])) if b[i] > b[j] else (float("inf") if a[i] >= a[j] else -1.0)
             if start > starts[-1]:
                 break

@@ -15,7 +15,7 @@ import torch
 from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX, SCALE_MAX, to_e4m3
 from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.quantization.baselines import CHANNEL_FLOOR, column_unit, quantize_reference
+from convert_w4a8.quantization.baselines import CHANNEL_FLOOR, channel_unit, quantize_reference
 from convert_w4a8.quantization.envelope import ErrorTable
 
 _STEPS = 256
@@ -33,33 +33,33 @@ _SCALE_MAX_BITS = int(torch.tensor(SCALE_MAX).to(E4M3).view(torch.uint8))
 
 
 @dataclass(frozen=True)
-class Tables:
+class ScaleChoice:
     """FP8 tables for scales [G, N], as `W4A8Linear` has them, and what they cost.
 
-    group_scale: float8_e4m3fn [G, N], or None where `lut` is given.
-    lut: float8_e4m3fn [G, N, 8], or None.
+    group_scale: float8_e4m3fn [G, N], or None where `entries` is given.
+    entries: float8_e4m3fn [G, N, 8], or None.
     channel_scale: float32 [N].
     noise: float64 [N], sum over all weights of a channel of the squared difference from scale·code.
     """
 
     group_scale: torch.Tensor | None
-    lut: torch.Tensor | None
+    entries: torch.Tensor | None
     channel_scale: torch.Tensor
     noise: torch.Tensor
 
-    def to(self, device: torch.device) -> "Tables":
+    def to(self, device: torch.device) -> "ScaleChoice":
         """Return the same on another device."""
         group_scale = None if self.group_scale is None else self.group_scale.to(device)
-        lut = None if self.lut is None else self.lut.to(device)
-        return Tables(group_scale, lut, self.channel_scale.to(device), self.noise)
+        entries = None if self.entries is None else self.entries.to(device)
+        return ScaleChoice(group_scale, entries, self.channel_scale.to(device), self.noise)
 
-    def entries(self) -> torch.Tensor:
-        """Return the table entries, float8_e4m3fn [G, N, 8]."""
+    def tables(self) -> torch.Tensor:
+        """Return the table entries, stored or expanded, float8_e4m3fn [G, N, 8]."""
         if self.group_scale is not None:
             return expand_tables(self.group_scale)
-        if self.lut is None:
-            raise ValueError("tables need group_scale or lut")
-        return self.lut
+        if self.entries is None:
+            raise ValueError("a choice needs group_scale or entries")
+        return self.entries
 
 
 def table_noise(
@@ -73,28 +73,28 @@ def table_noise(
     return _noise(scales.float().abs() / channel_scale, bits, channel_scale, table)
 
 
-def reference_tables(scales: torch.Tensor, source: torch.Tensor, table: ErrorTable) -> Tables:
+def reference_tables(scales: torch.Tensor, source: torch.Tensor, table: ErrorTable) -> ScaleChoice:
     """Return `quantize_reference` of `source`, and its noise as a stand-in for `scales`, both [G, N]."""
     group_scale, channel = quantize_reference(source)
-    return Tables(group_scale, None, channel, table_noise(scales, group_scale, channel, table))
+    return ScaleChoice(group_scale, None, channel, table_noise(scales, group_scale, channel, table))
 
 
-def quantize_search(scales: torch.Tensor, table: ErrorTable) -> Tables:
+def quantize_search(scales: torch.Tensor, table: ErrorTable) -> ScaleChoice:
     """Choose FP8 group scales and channel scales; never worse for any channel than `quantize_reference`.
 
-    scales: float16, bfloat16 or float32 [G, N]. table: of the layer's code histogram.
+    scales: float16, bfloat16 or float32 [G, N]. table: of the layer's code frequencies.
     Raises ValueError on a scale that is not finite.
     """
     reference = reference_tables(scales, scales, table)
     s = scales.float().abs()
-    x = _position_grid(_TOP, _STEPS, s.device)
+    x = _scale_candidates(_TOP, _STEPS, s.device)
     channel = _best_position(s, x, table.error(x, table.best(x)) / x.square())
     x = s / channel
     bits = table.best(x)
-    return _merge(Tables(_signed(bits, scales), None, channel, _noise(x, bits, channel, table)), reference)
+    return _merge(ScaleChoice(_signed(bits, scales), None, channel, _noise(x, bits, channel, table)), reference)
 
 
-def quantize_stock(scales: torch.Tensor, table: ErrorTable) -> tuple[Tables, torch.Tensor]:
+def quantize_stock(scales: torch.Tensor, table: ErrorTable) -> tuple[ScaleChoice, torch.Tensor]:
     """Choose among what stock vLLM computes at load from BF16 scales; returns those scales too, bfloat16 [G, N].
 
     vLLM takes c = amax/448, so the channel's largest group always gets f = 56 and its scale is a BF16 number; the
@@ -104,53 +104,53 @@ def quantize_stock(scales: torch.Tensor, table: ErrorTable) -> tuple[Tables, tor
     rounded = scales.bfloat16()
     reference = reference_tables(scales, rounded, table)
     s = scales.float().abs()
-    x = _position_grid(_STOCK_TOP, _STOCK_POSITIONS, s.device)
+    x = _scale_candidates(_STOCK_TOP, _STOCK_POSITIONS, s.device)
     relative = table.error(x, table.best(x)) / x.square()
     first = x[:_STOCK_POSITIONS]
     forced = table.error(first, torch.full_like(first, _SCALE_MAX_BITS, dtype=torch.int64)) / first.square()
     top = _best_position(s, x, relative, forced - relative[:_STOCK_POSITIONS]).mul_(SCALE_MAX).bfloat16().float()
-    channel = column_unit(top) * CODE_MAX
+    channel = channel_unit(top) * CODE_MAX
     is_top = (s == s.amax(dim=0)) & (top > E4M3_MAX * CHANNEL_FLOOR)
     bits = torch.where(is_top, _SCALE_MAX_BITS, table.best(s / channel))
     source = (_signed(bits, scales).float() * channel).bfloat16()
     # vLLM's own arithmetic has the last word on what these scales become.
     group_scale, channel = quantize_reference(source)
-    chosen = Tables(group_scale, None, channel, table_noise(scales, group_scale, channel, table))
+    chosen = ScaleChoice(group_scale, None, channel, table_noise(scales, group_scale, channel, table))
     return _merge(chosen, reference), torch.where(chosen.noise < reference.noise, source, rounded)
 
 
-def quantize_direct(scales: torch.Tensor, weights: torch.Tensor, table: ErrorTable) -> Tables:
+def quantize_direct(scales: torch.Tensor, frequencies: torch.Tensor, table: ErrorTable) -> ScaleChoice:
     """Choose channel scales for tables whose entries are the nearest E4M3 values to s·v/C, each by itself.
 
-    Same guarantee and errors as `quantize_search`. weights: of the code magnitudes 1 … 8, float64 [8].
+    Same guarantee and errors as `quantize_search`. frequencies: of the code magnitudes 1 … 8, float64 [8].
     """
     reference = reference_tables(scales, scales, table)
     s = scales.float()
-    x = _position_grid(_TOP, _STEPS, s.device)
-    channel = _best_position(s.abs(), x, _nearest_entries(x, weights)[1] / x.square())
-    lut, error = _nearest_entries(s / channel, weights)
+    x = _scale_candidates(_TOP, _STEPS, s.device)
+    channel = _best_position(s.abs(), x, _nearest_entries(x, frequencies)[1] / x.square())
+    chosen, error = _nearest_entries(s / channel, frequencies)
     noise = _sum_up(error, channel)
     # At the reference's channel scale, free entries are never worse than the reference's own.
     worse = (~(noise < reference.noise)).nonzero()[:, 0]
     channel[worse] = reference.channel_scale[worse]
-    entries, error = _nearest_entries(s[:, worse] / channel[worse], weights)
-    lut.view(torch.uint8)[:, worse] = entries.view(torch.uint8)  # torch does not index FP8 on every device
+    entries, error = _nearest_entries(s[:, worse] / channel[worse], frequencies)
+    chosen.view(torch.uint8)[:, worse] = entries.view(torch.uint8)  # torch does not index FP8 on every device
     noise[worse] = _sum_up(error, channel[worse])
-    return Tables(None, lut, channel, noise)
+    return ScaleChoice(None, chosen, channel, noise)
 
 
-def _nearest_entries(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest_entries(x: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the entries nearest to x·v for v = −8 … −1, E4M3 [..., 8], and their squared error a weight, like x.
 
     x: scales in units of C, float32. The error is in units of C².
     """
     entries = torch.empty(*x.shape, CODE_MAX, dtype=E4M3, device=x.device)
     total = torch.zeros_like(x)
-    for m, weight in enumerate(weights.tolist(), start=1):
+    for m, frequency in enumerate(frequencies.tolist(), start=1):
         ideal = x * -m
         entry = to_e4m3(ideal)
         entries[..., CODE_MAX - m] = entry
-        total.add_(entry.float().sub_(ideal).square_(), alpha=weight)
+        total.add_(entry.float().sub_(ideal).square_(), alpha=frequency)
     return entries, total
 
 
@@ -163,13 +163,13 @@ def _sum_up(error: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
     return error.sum(dim=0, dtype=torch.float64) * channel.double().square() * GROUP_SIZE
 
 
-def _merge(chosen: Tables, reference: Tables) -> Tables:
+def _merge(chosen: ScaleChoice, reference: ScaleChoice) -> ScaleChoice:
     """Take each channel from `chosen` where that has less noise, else from `reference`; both have group scales."""
     better = chosen.noise < reference.noise  # false for NaN
     assert chosen.group_scale is not None
     assert reference.group_scale is not None
     bits = torch.where(better, chosen.group_scale.view(torch.uint8), reference.group_scale.view(torch.uint8))
-    return Tables(
+    return ScaleChoice(
         bits.view(E4M3),
         None,
         torch.where(better, chosen.channel_scale, reference.channel_scale),
@@ -182,7 +182,7 @@ def _signed(bits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (bits.to(torch.uint8) | (scales < 0).to(torch.uint8) << 7).view(E4M3)
 
 
-def _position_grid(top: float, positions: int, device: torch.device) -> torch.Tensor:
+def _scale_candidates(top: float, positions: int, device: torch.device) -> torch.Tensor:
     """Return every |s|/C that the search looks up, float32: falling from the top, an octave in _STEPS steps."""
     steps = torch.arange(_ROWS * _STRIDE + positions, dtype=torch.float64, device=device)
     return (top * torch.exp2(-steps / _STEPS)).float()
@@ -193,7 +193,7 @@ def _best_position(
 ) -> torch.Tensor:
     """Return the channel scales amax/x[p], float32 [N], with the smallest total error.
 
-    s: |scales| float32 [G, N]. x: from `_position_grid`, p being its leading positions.
+    s: |scales| float32 [G, N]. x: from `_scale_candidates`, p being its leading positions.
     relative_error: a group's error over s² at each x. largest: what the largest group pays more, at each position.
     """
     amax = s.amax(dim=0)

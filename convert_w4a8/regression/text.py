@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from convert_w4a8.regression.check import Check, Figures, LayerFigures, baseline_dict
+from convert_w4a8.regression.baseline import Figures, LayerFigures, baseline_dict
+from convert_w4a8.regression.check import Check
 from convert_w4a8.text import human_bytes, markdown_code
 
 _LISTED = 20
@@ -58,11 +59,11 @@ def _more(title: str, count: int) -> str:
 
 def _summary(figures: Figures) -> dict[str, str]:
     layers = figures.layers
-    exact = sum(layer.exact for layer in layers.values())
+    kept = sum(layer.codes_kept for layer in layers.values())
     return {
         "layers converted": f"{len(layers):,}",
-        "of these with the source's INT4 codes": f"{exact:,}",
-        "of these with new INT4 codes": f"{len(layers) - exact:,}",
+        "of these with the source's INT4 codes": f"{kept:,}",
+        "of these with new INT4 codes": f"{len(layers) - kept:,}",
         "layers kept in BF16": f"{len(figures.dequantized):,}",
         "mean SQNR": _decibels(_mean(layers.values())),
         "worst SQNR": _decibels(_worst(layers.values())),
@@ -76,7 +77,7 @@ def _kinds(layers: Mapping[str, LayerFigures], baseline: Mapping[str, LayerFigur
     kinds: dict[tuple[str, str, str], list[str]] = {}
     for module, layer in layers.items():
         shape = f"{layer.out_features}×{layer.in_features}"
-        key = (module.rpartition(".")[2], shape, "kept" if layer.exact else "new")
+        key = (module.rpartition(".")[2], shape, "kept" if layer.codes_kept else "new")
         kinds.setdefault(key, []).append(module)
     rows = []
     for (projection, shape, codes), modules in kinds.items():

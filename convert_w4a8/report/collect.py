@@ -10,9 +10,10 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import natural_key, output_name
-from convert_w4a8.errors import ConvertError, PlanError, Refusal
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX
-from convert_w4a8.report.layers import LABELS, SCHEMES, Figures, LayerReport, measure_layer
+from convert_w4a8.report.layers import LABELS, SCHEMES, Distributions, LayerReport, measure_layer
 from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
@@ -31,7 +32,7 @@ class Report:
     scales_mode: str | None
     layers: tuple[LayerReport, ...]
     dequantized: tuple[str, ...]
-    figures: Figures
+    distributions: Distributions
     stored_tables: bool
     weights: WeightMemory
     kv: KvCache
@@ -50,34 +51,34 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
 
     """
     reader, target = find_source(source), find_target(out)
-    refusals: list[Refusal] = []
-    specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, refusals)}
-    if refusals:
-        raise PlanError(refusals)
+    problems: list[Problem] = []
+    specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
+    if problems:
+        raise PlanError(problems)
     converted = set(target.find_layers(out))
-    figures = Figures()
+    distributions = Distributions()
     layers, dequantized = [], []
     stored_tables = False
     for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):
         if module in converted:
-            w4a8 = target.decode(out, module)
-            stored_tables |= w4a8.lut is not None
-            w = reader.read_layer(source, spec)
+            w4a8 = target.decode(out, module, read_tensor)
+            stored_tables |= w4a8.entries is not None
+            w = reader.read_layer(spec, read_tensor)
             if w4a8.shape_nk != w.shape_nk:
                 raise _foreign(module, f"is {w4a8.shape_nk} in OUT, but {w.shape_nk} in the source")
-            layers.append(measure_layer(module, w, w4a8, figures))
+            layers.append(measure_layer(module, w, w4a8, distributions))
         elif f"{module}.weight" in out.tensors:
             dequantized.append(module)
         else:
             raise _foreign(module, "is a quantized layer of the source, but is not in OUT")
-        progress(sum(source.tensors[name].nbytes for name in spec.parts.values()))
+        progress(spec.nbytes)
     strange = sorted(converted - {layer.module for layer in layers})
     if strange:
         raise _foreign(strange[0], "is a layer of OUT, but not of the source")
     if not layers:
         raise _foreign(str(out.root), "holds no converted layer")
     shapes = [(layer.module, layer.out_features, layer.in_features) for layer in layers]
-    names = {part.name for mode in target.MODES for shape in shapes for part in target.outputs(*shape, mode)}
+    names = {part.name for mode in target.MODES for shape in shapes for part in target.tensor_specs(*shape, mode)}
     conversion = out.quantization_config.get("conversion")
     mode = conversion.get("scales") if isinstance(conversion, Mapping) else None
     return Report(
@@ -87,7 +88,7 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
         scales_mode=None if mode is None else str(mode),
         layers=tuple(layers),
         dequantized=tuple(dequantized),
-        figures=figures,
+        distributions=distributions,
         stored_tables=stored_tables,
         weights=weight_memory(
             [(n, k) for _, n, k in shapes],
@@ -155,8 +156,8 @@ def fp8_values(counts: torch.Tensor) -> list[tuple[float, int]]:
 
 def as_dict(report: Report) -> dict[str, Any]:
     """Return the report for programs. Infinite SQNRs (nothing was lost) are null."""
-    figures = report.figures
-    products = figures.products
+    distributions = report.distributions
+    products = distributions.products
     return {
         "name": report.name,
         "source": report.source_format,
@@ -174,9 +175,10 @@ def as_dict(report: Report) -> dict[str, Any]:
         ],
         "dequantized": list(report.dequantized),
         "group_scales": {
-            name: {"bins": histogram.bins(), "zeros": histogram.zeros} for name, histogram in figures.scales.items()
+            name: {"bins": histogram.bins(), "zeros": histogram.zeros}
+            for name, histogram in distributions.scales.items()
         },
-        "fp8_scales": {name: fp8_values(counts) for name, counts in figures.fp8.items()},
+        "fp8_scales": {name: fp8_values(counts) for name, counts in distributions.fp8.items()},
         "stored_tables": report.stored_tables,
         "products": {
             "bins": products.bins(),
@@ -184,7 +186,7 @@ def as_dict(report: Report) -> dict[str, Any]:
             "clipped_without_eighth": products.share_above(E4M3_MAX),
             "clipped_with_eighth": products.share_above(CODE_MAX * E4M3_MAX),
         },
-        "clipped_table_entries": figures.clipped,
+        "clipped_table_entries": distributions.clipped,
         "weight_bytes": asdict(report.weights),
         "kv_cache": {
             "unknown": report.kv.unknown,

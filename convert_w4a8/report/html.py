@@ -85,7 +85,7 @@ def _note(text: str) -> str:
 
 
 def _lead(report: Report) -> str:
-    kept = sum(layer.symmetric for layer in report.layers)
+    kept = sum(layer.codes_kept for layer in report.layers)
     new = len(report.layers) - kept
     parts = [f"{kept:,} with the source's INT4 codes"] if kept else []
     parts += [f"{new:,} with new INT4 codes (zero-points, activation order or small groups)"] if new else []
@@ -104,7 +104,7 @@ def _summary(report: Report) -> str:
         for scheme in SCHEMES
         for least in (worst(report, scheme),)
     ]
-    clipped = report.figures.clipped
+    clipped = report.distributions.clipped
     text = "No table entry clips." if not clipped else f"{clipped:,} table entries clip or are no numbers!"
     return _table(("SQNR in dB", "mean", "least", "in layer"), rows, len(rows) - 1) + _note(
         "SQNR: energy of the source's dequantized weights over that of the difference from what the tensor core"
@@ -114,9 +114,9 @@ def _summary(report: Report) -> str:
 
 def _sqnr_caption(report: Report) -> str:
     text = "Naive: group scales cast to FP8 as they are. Reference: vLLM's FP8 group scales with an FP32 channel scale."
-    if any(not layer.symmetric for layer in report.layers):
+    if any(not layer.codes_kept for layer in report.layers):
         text += (
-            " Where codes cannot be kept, these two start from the plainest symmetric quantization of the source"
+            " Where codes are new, these two start from round to nearest of the source"
             " (groups of 128, scale = amax/7.5, nearest code), and the SQNR contains the loss of the new codes."
         )
     if len(aggregate(report.layers)) < len(report.layers):
@@ -131,7 +131,7 @@ def _worst_layers(report: Report) -> str:
 
 def _layer_row(layer: LayerReport) -> tuple[str, ...]:
     shape = f"{layer.out_features} × {layer.in_features}"
-    codes = "kept" if layer.symmetric else "new"
+    codes = "kept" if layer.codes_kept else "new"
     return (layer.module, shape, codes, *(_db(layer.sqnr_db[scheme]) for scheme in SCHEMES))
 
 
@@ -139,7 +139,7 @@ def _scales_caption(report: Report) -> str:
     source, naive, output = (
         fmean(layer.distinct[name] for layer in report.layers) for name in ("source", "naive", "output")
     )
-    zeros = int(report.figures.fp8["naive"][0]) / int(report.figures.fp8["naive"].sum())
+    zeros = int(report.distributions.fp8["naive"][0]) / int(report.distributions.fp8["naive"].sum())
     text = (
         f"A layer has {source:,.0f} distinct group scales on average. A naive cast leaves {naive:,.0f} of them, because"
         " FP8 has few values among small numbers: below 1/64 only the multiples of 1/512"
@@ -154,7 +154,7 @@ def _scales_caption(report: Report) -> str:
 
 
 def _products_caption(report: Report) -> str:
-    products = report.figures.products
+    products = report.distributions.products
     without, within = (products.share_above(edge) for edge in (E4M3_MAX, CODE_MAX * E4M3_MAX))
     text = (
         "What a table entry would be before it is rounded to FP8, with the channel's largest scale at 448, FP8's"
@@ -162,8 +162,8 @@ def _products_caption(report: Report) -> str:
         f" scale {100 * within:.3g}%. The code 0, {100 * products.zeros / products.total:.3g}% of the weights, is"
         " counted, but has no place on a logarithmic axis."
     )
-    if any(not layer.symmetric for layer in report.layers):
-        text += " Layers with new codes are shown as the plainest symmetric quantization (scale = amax/7.5) has them."
+    if any(not layer.codes_kept for layer in report.layers):
+        text += " Layers with new codes are shown as round to nearest (scale = amax/7.5) has them."
     return text
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert
-from convert_w4a8.errors import PlanError, Refusal
-from convert_w4a8.sources import find_source
-from convert_w4a8.targets import lut
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.errors import PlanError, Problem
+from convert_w4a8.linear import GROUP_SIZE
+from convert_w4a8.sources import find_source, sources
+from convert_w4a8.targets import targets
+from convert_w4a8.targets.base import Target
 from convert_w4a8.text import human_bytes, table
 
 
@@ -48,28 +51,31 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     """
     config = checkpoint.quantization_config
     kinds: dict[LayerKind, int] = {}
-    if lut.matches(config):
-        name = lut.QUANT_METHOD
-        for module in lut.find_layers(checkpoint):
-            w = lut.decode(checkpoint, module)
-            _count(kinds, LayerKind(module.rpartition(".")[2], is_expert(module), *w.shape_nk, 128, False, False))
+    source = next((source for source in sources() if source.matches(checkpoint)), None)
+    if source is None:
+        target = _target_of(checkpoint)
+        name = str(config["quant_method"])
+        for module in target.find_layers(checkpoint):
+            w = target.decode(checkpoint, module, read_tensor)
+            _count(
+                kinds, LayerKind(module.rpartition(".")[2], is_expert(module), *w.shape_nk, GROUP_SIZE, False, False)
+            )
     else:
-        source = find_source(checkpoint)
         name = source.NAME
-        refusals: list[Refusal] = []
-        for spec in source.find_layers(checkpoint, refusals):
+        problems: list[Problem] = []
+        for spec in source.find_layers(checkpoint, problems):
             kind = LayerKind(
                 projection=spec.name.rpartition(".")[2],
                 expert=is_expert(spec.name),
                 out_features=spec.out_features,
                 in_features=spec.in_features,
                 group_size=spec.group_size,
-                zero_points=source.read_zeros(checkpoint, spec) is not None,
-                act_order=source.read_g_idx(checkpoint, spec) is not None,
+                zero_points=source.read_zeros(spec, read_tensor) is not None,
+                act_order=source.read_g_idx(spec, read_tensor) is not None,
             )
             _count(kinds, kind)
-        if refusals:
-            raise PlanError(refusals)
+        if problems:
+            raise PlanError(problems)
     return Inspection(
         format=name,
         architectures=tuple(checkpoint.config.get("architectures") or ()),
@@ -79,6 +85,15 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         kinds=kinds,
         settings={key: value for key, value in config.items() if isinstance(value, str | int | float | bool)},
     )
+
+
+def _target_of(checkpoint: Checkpoint) -> Target:
+    """Return the output format of a checkpoint that is in none of the input formats."""
+    for target in targets():
+        if target.matches(checkpoint.quantization_config):
+            return target
+    find_source(checkpoint)  # says what is wrong
+    raise AssertionError
 
 
 def _count(kinds: dict[LayerKind, int], kind: LayerKind) -> None:

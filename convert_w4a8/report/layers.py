@@ -1,9 +1,8 @@
 """One layer of a conversion in numbers: three ways to put its group scales into FP8, every weight counted.
 
 `naive` casts the scales as they are, `reference` is vLLM's own path, `output` is what OUT holds. A layer whose codes
-can be kept is measured with its own codes and scales. Where they cannot be (zero-points, activation order, small
-groups) the two baselines start from the plainest symmetric quantization of the source's weights: groups of 128,
-scale = amax/7.5, nearest code.
+are kept is measured with its own codes and scales. Where they are new, the two baselines start from round to nearest of
+the source's weights: groups of 128, scale = amax/7.5, nearest code.
 """
 
 import math
@@ -12,13 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from convert_w4a8.encoding import tables
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
-from convert_w4a8.encoding.packing import pack_rows, to_rows, unpack_codes
-from convert_w4a8.encoding.tables import count_clipped
+from convert_w4a8.encoding.packing import pack_codes, to_pack_quantized, unpack_codes
+from convert_w4a8.encoding.tables import count_clipped, table_entries
 from convert_w4a8.fp8 import CODE_MAX
-from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, Packing, W4A8Linear, W4Linear
-from convert_w4a8.quantization.baselines import quantize_naive, quantize_plain, quantize_reference
+from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, DenseLinear, Packing, W4A8Linear, W4Linear, keeps_codes
+from convert_w4a8.quantization.baselines import quantize_naive, quantize_reference, round_to_nearest
+from convert_w4a8.quantization.codes import to_symmetric
 from convert_w4a8.quantization.error import sqnr_db
 
 LABELS = {"naive": "naive FP8 cast", "reference": "vLLM at load (reference)", "output": "this checkpoint"}
@@ -82,7 +81,7 @@ class Histogram:
 class LayerReport:
     """One layer. kind is its name without numbers, block the first number in it (its place in the model).
 
-    symmetric: the source's codes can be kept. sqnr_db: by scheme, of the weights that the tensor core would see.
+    codes_kept: all codes of the source keep their values (`linear.kept_groups`). sqnr_db: by scheme, of the weights that the tensor core would see.
     distinct: different values of the scales of the source, of their naive FP8 cast, and of OUT's (FP8 times FP32).
     """
 
@@ -91,13 +90,13 @@ class LayerReport:
     block: int
     out_features: int
     in_features: int
-    symmetric: bool
+    codes_kept: bool
     sqnr_db: Mapping[str, float]
     distinct: Mapping[str, int]
 
 
 @dataclass
-class Figures:
+class Distributions:
     """Sums over the whole model behind the pictures; counts of weights, scales or FP8 bytes.
 
     scales: histograms of the source's group scales and of OUT's (FP8 times FP32; where tables are stored, the scale
@@ -148,54 +147,56 @@ class CodeSums:
 
     def noise(self, w: W4A8Linear) -> float:
         """Sum of squared differences of the weights from what the tables of `w` make of the codes."""
-        t = tables.entries(w).float().transpose(0, 1)
+        t = table_entries(w).float().transpose(0, 1)
         values = torch.cat((t, torch.zeros_like(t[..., :1]), -t[..., 1:].flip(-1)), dim=-1)
         values.mul_(w.channel_scale[:, None, None])
         return _total(values.sub_(self.mean).square_().mul_(self.count)) + self.spread
 
 
-def measure_layer(module: str, w: W4Linear, w4a8: W4A8Linear, figures: Figures) -> LayerReport:
-    """Measure one layer of OUT against the source's, and add what the pictures need to `figures`.
+def measure_layer(
+    module: str, w: W4Linear | DenseLinear, w4a8: W4A8Linear, distributions: Distributions
+) -> LayerReport:
+    """Measure one layer of OUT against the source's, and add what the pictures need to `distributions`.
 
     Memory beyond the two layers is bounded by a block of output channels.
     """
     n, k = w.shape_nk
-    symmetric = w.zeros is None and w.g_idx is None and w.group_size % GROUP_SIZE == 0
+    kept = keeps_codes(w)
     signal = 0.0
     noise = dict.fromkeys(SCHEMES, 0.0)
     for start, stop in output_blocks(n, k):
-        part, result = w.outputs(start, stop), w4a8.outputs(start, stop)
-        if symmetric:
-            codes = unpack_codes(part.packed, part.packing)
-            scales = part.scales.repeat_interleave(part.group_size // GROUP_SIZE, dim=0)
+        part, result = w.output_channels(start, stop), w4a8.output_channels(start, stop)
+        if kept:
+            same, _ = to_symmetric(part)
+            codes, scales = unpack_codes(same.packed, same.packing), same.scales
             sums = CodeSums.of_scales(codes, scales)
         else:
             weights = dequantize(part)
-            codes, scales = quantize_plain(weights)
+            codes, scales = round_to_nearest(weights)
             sums = CodeSums.of_weights(codes, weights)
         signal += sums.signal
-        packed = pack_rows(codes)
+        packed = pack_codes(codes)
         reference = quantize_reference(scales)
         for scheme, (group_scale, channel) in (("naive", quantize_naive(scales)), ("reference", reference)):
-            noise[scheme] += sums.noise(W4A8Linear(packed, Packing.ROWS, group_scale, None, channel))
+            noise[scheme] += sums.noise(W4A8Linear(packed, Packing.PACK_QUANTIZED, group_scale, None, channel))
         c = reference[1] / CODE_MAX
         products = (scales.float().abs() / c).t()[..., None] * _VALUES.abs()
-        figures.products.add(products, sums.count)
-        if not (symmetric and torch.equal(packed, to_rows(result.packed, result.packing))):
+        distributions.products.add(products, sums.count)
+        if not (kept and torch.equal(packed, to_pack_quantized(result.packed, result.packing))):
             sums = CodeSums.of_weights(unpack_codes(result.packed, result.packing), dequantize(part))
         noise["output"] += sums.noise(result)
-        figures.clipped += count_clipped(result)
+        distributions.clipped += count_clipped(result)
     return LayerReport(
         module=module,
         kind=".".join(part for part in module.split(".") if not part.isdigit()),
         block=next((int(part) for part in module.split(".") if part.isdigit()), 0),
         out_features=n,
         in_features=k,
-        symmetric=symmetric,
+        codes_kept=kept,
         sqnr_db={
             scheme: sqnr_db(signal, noise[scheme]) if math.isfinite(noise[scheme]) else -math.inf for scheme in SCHEMES
         },
-        distinct=_add_scales(figures, w, w4a8),
+        distinct=_add_scales(distributions, w, w4a8),
     )
 
 
@@ -213,23 +214,23 @@ def _count(codes: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Te
     return torch.bincount(_index(codes), w, minlength=n * groups * _CODES).view(n, groups, _CODES).double()
 
 
-def _add_scales(figures: Figures, w: W4Linear, w4a8: W4A8Linear) -> dict[str, int]:
+def _add_scales(distributions: Distributions, w: W4Linear | DenseLinear, w4a8: W4A8Linear) -> dict[str, int]:
     """Add a layer's scales; return how many different values there are of each kind."""
-    source = w.scales.float().abs()
+    source = (round_to_nearest(dequantize(w))[1] if isinstance(w, DenseLinear) else w.scales).float().abs()
     naive = quantize_naive(source)[0]
-    if w4a8.lut is None:
+    if w4a8.entries is None:
         assert w4a8.group_scale is not None
         output = w4a8.group_scale
         effective = output.float().abs() * w4a8.channel_scale
     else:
-        output = w4a8.lut
+        output = w4a8.entries
         v = _VALUES[:CODE_MAX].float()
         effective = (output.float() @ (v / v.square().sum())).abs() * w4a8.channel_scale
-    figures.scales["source"].add(source)
-    figures.scales["output"].add(effective)
+    distributions.scales["source"].add(source)
+    distributions.scales["output"].add(effective)
     for name, values in (("naive", naive), ("output", output)):
         magnitudes = values.contiguous().view(torch.uint8) & 0x7F
-        figures.fp8[name] += torch.bincount(magnitudes.flatten(), minlength=128)
+        distributions.fp8[name] += torch.bincount(magnitudes.flatten(), minlength=128)
     return {
         "source": len(torch.unique(source)),
         "naive": len(torch.unique(naive.view(torch.uint8))),

@@ -15,6 +15,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.fp8 import CODE_MAX, E4M3_MAX
 from convert_w4a8.report.collect import Report, Spot, aggregate, fp8_values, short_kinds
 from convert_w4a8.report.layers import LABELS, SCHEMES, Histogram
+from convert_w4a8.version import install_command
 
 COLORS = {"source": "#555555", "naive": "#D55E00", "reference": "#0072B2", "output": "#009E73"}
 _MARKERS = {"naive": "v", "reference": "s", "output": "o"}
@@ -42,7 +43,7 @@ _MANY_BLOCKS = 24
 def require_matplotlib() -> None:
     """Raise ConvertError unless matplotlib can be imported."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConvertError("w4a8 report", "its pictures need matplotlib", "pip install 'w4a8-convert[report]'")
+        raise ConvertError("w4a8 report", "its pictures need matplotlib", install_command("report"))
 
 
 def draw(report: Report) -> dict[str, bytes]:
@@ -76,7 +77,7 @@ def _figure(height: float) -> Any:
 
 
 def _draw_scales(report: Report) -> Any:
-    figures = report.figures
+    figures = report.distributions
     distinct = {name: fmean(layer.distinct[name] for layer in report.layers) for name in ("source", "naive", "output")}
     figure = _figure(8.6)
     source, naive, output, stored = figure.subplots(4, 1)
@@ -120,7 +121,7 @@ def _values(counts: Any, noun: str = "") -> str:
 
 
 def _draw_products(report: Report) -> Any:
-    products = report.figures.products
+    products = report.distributions.products
     figure = _figure(4.4)
     axes = figure.subplots()
     axes.axvspan(E4M3_MAX, CODE_MAX * E4M3_MAX, color="#eeeeee", zorder=0, linewidth=0)

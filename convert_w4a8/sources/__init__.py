@@ -1,13 +1,29 @@
-"""Input formats, one module each. A new one is a module with the names of `base.Source`, listed here."""
+"""Whose format: input formats, a module each. A module here with the names of `base.Source` is one; that is all."""
 
-from convert_w4a8.checkpoint.directory import Checkpoint
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import cast
+
+from convert_w4a8.checkpoint.directory import CONFIG, QUANTIZE_CONFIG, Checkpoint
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.sources import awq, compressed_tensors, gptq
 from convert_w4a8.sources.base import LayerSpec, Source
 
-__all__ = ["SOURCES", "LayerSpec", "Source", "find_source"]
+__all__ = ["LayerSpec", "Source", "find_source", "source_named", "sources"]
 
-SOURCES: tuple[Source, ...] = (awq, gptq, compressed_tensors)
+_NOT_FORMATS = ("base", "checks", "patterns")
+
+
+@cache
+def sources() -> tuple[Source, ...]:
+    """Return all input formats, in the order of their names."""
+    names = sorted(module.name for module in iter_modules(__path__) if module.name not in _NOT_FORMATS)
+    return tuple(cast("Source", import_module(f"{__name__}.{name}")) for name in names)
+
+
+def source_named(name: str) -> Source:
+    """Return the format called `name`; KeyError if there is none."""
+    return {source.NAME: source for source in sources()}[name]
 
 
 def find_source(checkpoint: Checkpoint) -> Source:
@@ -17,11 +33,17 @@ def find_source(checkpoint: Checkpoint) -> Source:
         ConvertError: it is none that is known.
 
     """
-    for source in SOURCES:
-        if source.matches(checkpoint.quantization_config):
+    for source in sources():
+        if source.matches(checkpoint):
             return source
+    known = ", ".join(source.NAME for source in sources())
+    if not checkpoint.quantization_config:
+        raise ConvertError(
+            str(checkpoint.root),
+            f"is not quantized: no quantization_config in {CONFIG} and no {QUANTIZE_CONFIG}",
+            f"give a W4A16 checkpoint ({known})",
+        )
     method = checkpoint.quantization_config.get("quant_method")
-    known = ", ".join(source.NAME for source in SOURCES)
     raise ConvertError(
         f"{checkpoint.root}: quant_method", f"{method!r} is not supported", f"supported are {known}, with 4-bit weights"
     )

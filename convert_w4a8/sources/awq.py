@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.checkpoint.safetensors_file import Reader
+from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.sources.base import LayerSpec
 from convert_w4a8.sources.checks import (
@@ -35,18 +36,18 @@ ANCHOR = "qweight"
 _NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def matches(quantization_config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is of this format."""
-    return quantization_config.get("quant_method") == "awq"
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's quantization_config is of this format."""
+    return checkpoint.quantization_config.get("quant_method") == "awq"
 
 
-def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
-    """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
+    """Return the quantized layers, from headers alone; what cannot be read is appended to `problems`."""
     config = checkpoint.quantization_config
     version = str(config.get("version") or config.get("checkpoint_format") or "gemm").lower()
     if version != "gemm":
-        refusals.append(
-            Refusal("quantization_config: version", f"is {version!r}", "save the model in AWQ's GEMM version")
+        problems.append(
+            Problem("quantization_config: version", f"is {version!r}", "save the model in AWQ's GEMM version")
         )
         return []
     layers = []
@@ -54,46 +55,49 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
         try:
             layers.append(_describe(checkpoint, module, config))
         except ConvertError as error:
-            refusals.append(error.refusal)
+            problems.append(error.problem)
     return layers
 
 
 def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any]) -> LayerSpec:
+    parts = collect_parts(checkpoint, module, ROLES)
     check_bits(module, config.get("bits", config.get("w_bit", 4)))
-    in_features, words = check_rank_two(checkpoint, f"{module}.qweight", "I32")
+    in_features, words = check_rank_two(parts["qweight"], "I32")
     out_features = words * 8
     stored = setting(config, "group_size", int, setting(config, "q_group_size", int, 128))
     group_size, groups = resolve_groups(module, stored, in_features)
-    check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, words), "[K/group_size, N/8]")
-    check_tensor(checkpoint, f"{module}.scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
+    check_tensor(module, parts, "qzeros", ("I32",), (groups, words), "[K/group_size, N/8]")
+    check_tensor(module, parts, "scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
     return LayerSpec(
         name=module,
+        source=NAME,
         out_features=out_features,
         in_features=in_features,
         group_size=group_size,
         symmetric=not setting(config, "zero_point", bool, default=True),
         act_order=False,
-        parts=collect_parts(checkpoint, module, ROLES),
+        parts=parts,
+        has_zeros=True,
     )
 
 
-def read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+def read_zeros(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
     """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
-    qzeros = checkpoint.read(spec.parts["qzeros"])
+    qzeros = read(spec.parts["qzeros"])
     return real_zeros(unpack_words(qzeros).view(*qzeros.shape, 8)[..., _NIBBLE_OF_COLUMN].flatten(-2))
 
 
-def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> None:
+def read_g_idx(spec: LayerSpec, read: Reader) -> None:
     """Return None: AWQ has no activation order."""
 
 
-def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
     """Read one layer's tensors."""
     w = W4Linear(
-        packed=checkpoint.read(spec.parts["qweight"]),
+        packed=read(spec.parts["qweight"]),
         packing=Packing.AWQ,
-        scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
-        zeros=read_zeros(checkpoint, spec),
+        scales=check_scales(spec.parts["scales"], read(spec.parts["scales"])),
+        zeros=read_zeros(spec, read),
         g_idx=None,
         group_size=spec.group_size,
     )

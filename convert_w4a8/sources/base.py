@@ -1,38 +1,52 @@
-"""What every input format offers, and the header checks that all of them share."""
+"""What every input format offers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.errors import Refusal
-from convert_w4a8.linear import W4Linear
+from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
+from convert_w4a8.errors import Problem
+from convert_w4a8.linear import DenseLinear, W4Linear
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One quantized linear layer, as headers and configuration describe it.
+    """One linear layer that is to be converted, as headers and configuration describe it.
 
+    source: name of the input format, whose module reads the layer.
     group_size: input channels a group, already resolved (−1 in a configuration is all of K).
     symmetric, act_order: what the configuration says. The tensors decide when they are read.
-    parts: role (qweight, scales, …) → tensor name.
+    parts: role (qweight, scales, …) → where that tensor lies; it may be part of a larger one (experts in one tensor).
+    dense: whether the layer is not quantized yet.
+    has_zeros: whether there are stored zero-points, which decide when they are read.
+    has_g_idx: the same of a g_idx.
     zero_offset: what the stored zero-points lack (1 for GPTQ v1).
     """
 
     name: str
+    source: str
     out_features: int
     in_features: int
     group_size: int
     symmetric: bool
     act_order: bool
-    parts: Mapping[str, str]
+    parts: Mapping[str, TensorInfo]
+    dense: bool = False
+    has_zeros: bool = False
+    has_g_idx: bool = False
     zero_offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(part.nbytes for part in self.parts.values())
 
 
 class Source(Protocol):
-    """An input format: a module with these names. `sources/__init__.py` lists them."""
+    """An input format: a module of `sources/` with these names."""
 
     @property
     def NAME(self) -> str:  # noqa: N802  (a module constant where it is implemented)
@@ -46,17 +60,17 @@ class Source(Protocol):
     def ANCHOR(self) -> str:  # noqa: N802
         """The one of them by which layers are found; the others cannot stand without it."""
 
-    def matches(self, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
+    def matches(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is of this format, by its configuration and the names of its tensors."""
 
-    def find_layers(self, checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
-        """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+    def find_layers(self, checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
+        """Return the layers to be converted, from headers alone; what cannot be read is appended to `problems`."""
 
-    def read_zeros(self, checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+    def read_zeros(self, spec: LayerSpec, read: Reader) -> torch.Tensor | None:
         """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
 
-    def read_g_idx(self, checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+    def read_g_idx(self, spec: LayerSpec, read: Reader) -> torch.Tensor | None:
         """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
 
-    def read_layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+    def read_layer(self, spec: LayerSpec, read: Reader) -> W4Linear | DenseLinear:
         """Read one layer's tensors."""

@@ -1,12 +1,12 @@
 """Checks of headers, settings and contents that input formats share."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import GROUP_SIZE, W4Linear
 from convert_w4a8.sources.base import LayerSpec
@@ -39,10 +39,10 @@ def setting(
     return value
 
 
-def collect_parts(checkpoint: Checkpoint, module: str, roles: tuple[str, ...]) -> Mapping[str, str]:
-    """Return role → tensor name for the roles that a module has."""
-    names = {role: f"{module}.{role}" for role in roles}
-    return MappingProxyType({role: name for role, name in names.items() if name in checkpoint.tensors})
+def collect_parts(checkpoint: Checkpoint, module: str, roles: tuple[str, ...]) -> Mapping[str, TensorInfo]:
+    """Return role → tensor for the roles that a module has."""
+    tensors = checkpoint.tensors
+    return {role: tensors[name] for role in roles if (name := f"{module}.{role}") in tensors}
 
 
 def check_bits(module: str, bits: object) -> None:
@@ -74,35 +74,41 @@ def resolve_groups(module: str, group_size: int, in_features: int) -> tuple[int,
 
 
 def check_tensor(
-    checkpoint: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], formula: str
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    role: str,
+    dtypes: tuple[str, ...],
+    shape: tuple[int, ...],
+    formula: str,
 ) -> None:
-    """Raise ConvertError unless a tensor is present with one of these dtypes and this shape (`formula` says why)."""
-    info = checkpoint.tensors.get(name)
+    """Raise ConvertError unless a layer has this tensor with one of these dtypes and this shape (`formula` says why)."""
+    info = parts.get(role)
     if info is None:
-        raise ConvertError(name, "is missing", "download or write the checkpoint again")
+        raise ConvertError(f"{module}.{role}", "is missing", "download or write the checkpoint again")
     if info.dtype not in dtypes or info.shape != shape:
         raise ConvertError(
-            name,
+            info.name,
             f"is {info.dtype} {list(info.shape)}, not {' or '.join(dtypes)} {list(shape)} = {formula}",
             "check that the configuration belongs to this checkpoint",
         )
 
 
-def check_rank_two(checkpoint: Checkpoint, name: str, dtype: str) -> tuple[int, int]:
+def check_rank_two(info: TensorInfo, dtype: str) -> tuple[int, int]:
     """Return the shape of a matrix.
 
     Raises:
         ConvertError: the tensor is not a non-empty matrix of this dtype.
 
     """
-    info = checkpoint.tensors[name]
     if info.dtype != dtype or len(info.shape) != 2 or 0 in info.shape:
-        raise ConvertError(name, f"is {info.dtype} {list(info.shape)}, not a {dtype} matrix", "check the checkpoint")
+        raise ConvertError(
+            info.name, f"is {info.dtype} {list(info.shape)}, not a {dtype} matrix", "check the checkpoint"
+        )
     return info.shape[0], info.shape[1]
 
 
-def check_content(codes: str, scales: str, w: W4Linear) -> W4Linear:
-    """Return a layer unchanged; `codes` and `scales` are the names of two of its tensors.
+def check_content(codes: TensorInfo, scales: TensorInfo, w: W4Linear) -> W4Linear:
+    """Return a layer unchanged; `codes` and `scales` are two of its tensors.
 
     Raises:
         ConvertError: one of them is all 0 without meaning a layer of zeros, as a download leaves it that reserved its
@@ -111,13 +117,13 @@ def check_content(codes: str, scales: str, w: W4Linear) -> W4Linear:
     """
     few = w.packed.flatten()[:1024]
     if not bool(few.any()) and not bool(w.packed.any()) and (w.zeros is None or bool(w.zeros.any())):
-        raise ConvertError(codes, "holds nothing but zeros", _DOWNLOAD_AGAIN)
+        raise ConvertError(codes.name, "holds nothing but zeros", _DOWNLOAD_AGAIN)
     if not bool(w.scales.any()) and not bool((few == few[0]).all()):
-        raise ConvertError(scales, "holds nothing but zeros, for codes that mean something", _DOWNLOAD_AGAIN)
+        raise ConvertError(scales.name, "holds nothing but zeros, for codes that mean something", _DOWNLOAD_AGAIN)
     return w
 
 
-def check_scales(name: str, scales: torch.Tensor, *, signed: bool = False) -> torch.Tensor:
+def check_scales(info: TensorInfo, scales: torch.Tensor, *, signed: bool = False) -> torch.Tensor:
     """Return the scales unchanged.
 
     signed: whether the format's tools may write negative scales, as this one does (a negated scale turns the values
@@ -128,11 +134,11 @@ def check_scales(name: str, scales: torch.Tensor, *, signed: bool = False) -> to
 
     """
     if not bool(torch.isfinite(scales).all()):
-        raise ConvertError(name, "holds NaN or infinite scales", _DOWNLOAD_AGAIN)
+        raise ConvertError(info.name, "holds NaN or infinite scales", _DOWNLOAD_AGAIN)
     if float(scales.abs().max()) > _LARGEST_SCALE:
-        raise ConvertError(name, f"holds a scale of {float(scales.abs().max()):.3g}", _DOWNLOAD_AGAIN)
+        raise ConvertError(info.name, f"holds a scale of {float(scales.abs().max()):.3g}", _DOWNLOAD_AGAIN)
     if not signed and bool((scales < 0).any()):
-        raise ConvertError(name, "holds negative scales", _DOWNLOAD_AGAIN)
+        raise ConvertError(info.name, "holds negative scales", _DOWNLOAD_AGAIN)
     return scales
 
 
@@ -141,7 +147,7 @@ def real_zeros(zeros: torch.Tensor) -> torch.Tensor | None:
     return None if bool((zeros == 8).all()) else zeros.contiguous()
 
 
-def real_g_idx(name: str, g_idx: torch.Tensor, spec: LayerSpec) -> torch.Tensor | None:
+def real_g_idx(info: TensorInfo, g_idx: torch.Tensor, spec: LayerSpec) -> torch.Tensor | None:
     """Return g_idx int32 [K], or None where it says only k // group_size.
 
     Raises:
@@ -154,9 +160,9 @@ def real_g_idx(name: str, g_idx: torch.Tensor, spec: LayerSpec) -> torch.Tensor 
     groups = -(-spec.in_features // spec.group_size)
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
-        raise ConvertError(name, f"names groups {low} … {high}, but there are {groups}", _DOWNLOAD_AGAIN)
+        raise ConvertError(info.name, f"names groups {low} … {high}, but there are {groups}", _DOWNLOAD_AGAIN)
     if not torch.equal(g_idx.sort().values, contiguous):
-        raise ConvertError(name, f"does not name each group {spec.group_size} times", _DOWNLOAD_AGAIN)
+        raise ConvertError(info.name, f"does not name each group {spec.group_size} times", _DOWNLOAD_AGAIN)
     return g_idx
 
 

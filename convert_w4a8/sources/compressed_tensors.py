@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.encoding.packing import pack_rows
-from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
+from convert_w4a8.encoding.packing import pack_codes
+from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import SYMMETRIC_ZERO, Packing, W4Linear
 from convert_w4a8.sources.base import LayerSpec
 from convert_w4a8.sources.checks import (
@@ -36,36 +37,36 @@ ROLES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight
 ANCHOR = "weight_scale"
 
 
-def matches(quantization_config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is of this format."""
-    return quantization_config.get("quant_method") in ("compressed-tensors", "compressed_tensors")
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's quantization_config is of this format."""
+    return checkpoint.quantization_config.get("quant_method") in ("compressed-tensors", "compressed_tensors")
 
 
-def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
-    """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
+    """Return the quantized layers, from headers alone; what cannot be read is appended to `problems`."""
     config = checkpoint.quantization_config
-    refusals.extend(_unsupported_features(config))
+    problems.extend(_unsupported_features(config))
     layers = []
     for module in checkpoint.modules_with(ANCHOR):
         try:
             layers.append(_describe(checkpoint, module, _scheme_of(config, module)))
         except ConvertError as error:
-            refusals.append(error.refusal)
+            problems.append(error.problem)
     for name, info in checkpoint.tensors.items():
         if name.endswith(".weight") and info.dtype == "I8" and f"{name}_scale" not in checkpoint.tensors:
-            refusals.append(Refusal(f"{name}_scale", "is missing", "download or write the checkpoint again"))
+            problems.append(Problem(f"{name}_scale", "is missing", "download or write the checkpoint again"))
     return layers
 
 
-def _unsupported_features(config: Mapping[str, Any]) -> Iterable[Refusal]:
+def _unsupported_features(config: Mapping[str, Any]) -> Iterable[Problem]:
     remedy = "save the model without it"
     if config.get("transform_config"):
-        yield Refusal(
+        yield Problem(
             "quantization_config: transform_config", "online rotations cannot be served by this kernel", remedy
         )
     sparsity = config.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        yield Refusal("quantization_config: sparsity_config", "sparse weights are not supported", remedy)
+        yield Problem("quantization_config: sparsity_config", "sparse weights are not supported", remedy)
 
 
 def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -102,35 +103,40 @@ def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) ->
     parts = collect_parts(checkpoint, module, ROLES)
     packed = "weight_packed" in parts
     if packed and "weight" in parts:
-        raise ConvertError(parts["weight"], "stands beside a packed weight of the same layer", "remove one of the two")
+        raise ConvertError(
+            parts["weight"].name, "stands beside a packed weight of the same layer", "remove one of the two"
+        )
     if packed:
-        out_features, words = check_rank_two(checkpoint, parts["weight_packed"], "I32")
+        out_features, words = check_rank_two(parts["weight_packed"], "I32")
         in_features = words * 8
     elif "weight" in parts:
-        out_features, in_features = check_rank_two(checkpoint, parts["weight"], "I8")
+        out_features, in_features = check_rank_two(parts["weight"], "I8")
     else:
         raise ConvertError(module, "has a weight_scale but no weight", "download or write the checkpoint again")
     group_size, groups = _groups(module, scheme, in_features)
-    check_tensor(checkpoint, parts["weight_scale"], ("F16", "BF16", "F32"), (out_features, groups), "[N, K/group_size]")
+    check_tensor(module, parts, "weight_scale", ("F16", "BF16", "F32"), (out_features, groups), "[N, K/group_size]")
     if "weight_zero_point" in parts:
         if packed:
-            check_tensor(checkpoint, parts["weight_zero_point"], ("I32",), (-(-out_features // 8), groups), "[N/8, G]")
+            check_tensor(module, parts, "weight_zero_point", ("I32",), (-(-out_features // 8), groups), "[N/8, G]")
         else:
-            check_tensor(checkpoint, parts["weight_zero_point"], ("I8",), (out_features, groups), "[N, G]")
+            check_tensor(module, parts, "weight_zero_point", ("I8",), (out_features, groups), "[N, G]")
     elif not scheme.get("symmetric", True):
         raise ConvertError(f"{module}.weight_zero_point", "is missing", "download or write the checkpoint again")
     if "weight_g_idx" in parts:
-        check_tensor(checkpoint, parts["weight_g_idx"], ("I32",), (in_features,), "[K]")
+        check_tensor(module, parts, "weight_g_idx", ("I32",), (in_features,), "[K]")
     if "weight_shape" in parts:
-        check_tensor(checkpoint, parts["weight_shape"], ("I64", "I32"), (2,), "[N, K]")
+        check_tensor(module, parts, "weight_shape", ("I64", "I32"), (2,), "[N, K]")
     return LayerSpec(
         name=module,
+        source=NAME,
         out_features=out_features,
         in_features=in_features,
         group_size=group_size,
         symmetric="weight_zero_point" not in parts,
         act_order="weight_g_idx" in parts,
         parts=parts,
+        has_zeros="weight_zero_point" in parts,
+        has_g_idx="weight_g_idx" in parts,
     )
 
 
@@ -144,24 +150,24 @@ def _groups(module: str, scheme: Mapping[str, Any], in_features: int) -> tuple[i
             raise ConvertError(module, f"strategy {strategy!r} is not supported", "use strategy group or channel")
 
 
-def read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+def read_zeros(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
     """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
-    name = spec.parts.get("weight_zero_point")
-    if name is None:
+    info = spec.parts.get("weight_zero_point")
+    if info is None:
         return None
-    stored = checkpoint.read(name)
+    stored = read(info)
     if stored.dtype == torch.int8:
-        return real_zeros(_unsigned(name, stored).t())
+        return real_zeros(_unsigned(info, stored).t())
     return real_zeros(unpack_words(stored.t())[:, : spec.out_features])
 
 
-def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+def read_g_idx(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
     """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
-    name = spec.parts.get("weight_g_idx")
-    return None if name is None else real_g_idx(name, checkpoint.read(name), spec)
+    info = spec.parts.get("weight_g_idx")
+    return None if info is None else real_g_idx(info, read(info), spec)
 
 
-def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
     """Read one layer's tensors.
 
     Raises:
@@ -170,30 +176,30 @@ def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
     """
     parts = spec.parts
     if "weight_shape" in parts:
-        shape = tuple(checkpoint.read(parts["weight_shape"]).tolist())
+        shape = tuple(read(parts["weight_shape"]).tolist())
         if shape != (spec.out_features, spec.in_features):
             raise ConvertError(
-                parts["weight_shape"],
+                parts["weight_shape"].name,
                 f"says {list(shape)}, the packed weight has {[spec.out_features, spec.in_features]}",
                 "the checkpoint is damaged: download it again",
             )
     if "weight_packed" in parts:
-        packed = checkpoint.read(parts["weight_packed"])
+        packed = read(parts["weight_packed"])
     else:
-        packed = pack_rows(_unsigned(parts["weight"], checkpoint.read(parts["weight"])))
-    name = parts["weight_scale"]
+        packed = pack_codes(_unsigned(parts["weight"], read(parts["weight"])))
+    scale = parts["weight_scale"]
     w = W4Linear(
         packed=packed,
-        packing=Packing.ROWS,
-        scales=check_scales(name, checkpoint.read(name), signed=True).t().contiguous(),
-        zeros=read_zeros(checkpoint, spec),
-        g_idx=read_g_idx(checkpoint, spec),
+        packing=Packing.PACK_QUANTIZED,
+        scales=check_scales(scale, read(scale), signed=True).t().contiguous(),
+        zeros=read_zeros(spec, read),
+        g_idx=read_g_idx(spec, read),
         group_size=spec.group_size,
     )
-    return check_content(parts["weight_packed" if "weight_packed" in parts else "weight"], parts["weight_scale"], w)
+    return check_content(parts["weight_packed" if "weight_packed" in parts else "weight"], scale, w)
 
 
-def _unsigned(name: str, values: torch.Tensor) -> torch.Tensor:
+def _unsigned(info: TensorInfo, values: torch.Tensor) -> torch.Tensor:
     """Return signed 4-bit values as unsigned codes, uint8.
 
     Raises:
@@ -202,5 +208,5 @@ def _unsigned(name: str, values: torch.Tensor) -> torch.Tensor:
     """
     codes = (values + SYMMETRIC_ZERO).view(torch.uint8)
     if bool((codes > 15).any()):
-        raise ConvertError(name, "holds values outside −8 … 7", "the layer is not quantized to 4 bits")
+        raise ConvertError(info.name, "holds values outside −8 … 7", "the layer is not quantized to 4 bits")
     return codes

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.errors import ConvertError, Refusal
+from convert_w4a8.checkpoint.safetensors_file import Reader
+from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.sources.base import LayerSpec
 from convert_w4a8.sources.checks import (
@@ -37,18 +38,18 @@ _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 _ONE_IN_EVERY_NIBBLE = 0x11111111
 
 
-def matches(quantization_config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is of this format."""
-    return quantization_config.get("quant_method") == "gptq"
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's quantization_config is of this format."""
+    return checkpoint.quantization_config.get("quant_method") == "gptq"
 
 
-def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSpec]:
-    """Return the quantized layers, from headers alone; what cannot be read is appended to `refusals`."""
+def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
+    """Return the quantized layers, from headers alone; what cannot be read is appended to `problems`."""
     config = checkpoint.quantization_config
     stored_format = config.get("checkpoint_format") or config.get("format") or "gptq"
     if not isinstance(stored_format, str) or stored_format not in _ZERO_OFFSETS:
-        refusals.append(
-            Refusal(
+        problems.append(
+            Problem(
                 "quantization_config: checkpoint_format",
                 f"is {stored_format!r}",
                 "save the model in one of " + ", ".join(_ZERO_OFFSETS),
@@ -60,7 +61,7 @@ def find_layers(checkpoint: Checkpoint, refusals: list[Refusal]) -> list[LayerSp
         try:
             layers.append(_describe(checkpoint, module, _overridden(config, module), _ZERO_OFFSETS[stored_format]))
         except ConvertError as error:
-            refusals.append(error.refusal)
+            problems.append(error.problem)
     return layers
 
 
@@ -79,50 +80,53 @@ def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 
 def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], zero_offset: int) -> LayerSpec:
+    parts = collect_parts(checkpoint, module, ROLES)
     check_bits(module, config.get("bits", 4))
-    words, out_features = check_rank_two(checkpoint, f"{module}.qweight", "I32")
+    words, out_features = check_rank_two(parts["qweight"], "I32")
     in_features = words * 8
     group_size, groups = resolve_groups(module, setting(config, "group_size", int, 128), in_features)
     if out_features % 8:
         raise ConvertError(module, f"out_features = {out_features} is not a multiple of 8", "check the checkpoint")
-    check_tensor(checkpoint, f"{module}.qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
-    check_tensor(checkpoint, f"{module}.scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
-    parts = collect_parts(checkpoint, module, ROLES)
+    check_tensor(module, parts, "qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
+    check_tensor(module, parts, "scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
     act_order = setting(config, "desc_act", bool, default=False)
     if "g_idx" in parts or (act_order and not setting(config, "static_groups", bool, default=False)):
-        check_tensor(checkpoint, f"{module}.g_idx", ("I32",), (in_features,), "[K]")
+        check_tensor(module, parts, "g_idx", ("I32",), (in_features,), "[K]")
     return LayerSpec(
         name=module,
+        source=NAME,
         out_features=out_features,
         in_features=in_features,
         group_size=group_size,
         symmetric=setting(config, "sym", bool, default=True),
         act_order=act_order and "g_idx" in parts,
         parts=parts,
+        has_zeros=True,
+        has_g_idx="g_idx" in parts,
         zero_offset=zero_offset,
     )
 
 
-def read_zeros(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+def read_zeros(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
     """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
-    qzeros = checkpoint.read(spec.parts["qzeros"])
+    qzeros = read(spec.parts["qzeros"])
     return real_zeros(unpack_words(qzeros + spec.zero_offset * _ONE_IN_EVERY_NIBBLE))  # int32 addition wraps around
 
 
-def read_g_idx(checkpoint: Checkpoint, spec: LayerSpec) -> torch.Tensor | None:
+def read_g_idx(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
     """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
-    name = spec.parts.get("g_idx")
-    return None if name is None else real_g_idx(name, checkpoint.read(name), spec)
+    info = spec.parts.get("g_idx")
+    return None if info is None else real_g_idx(info, read(info), spec)
 
 
-def read_layer(checkpoint: Checkpoint, spec: LayerSpec) -> W4Linear:
+def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
     """Read one layer's tensors."""
     w = W4Linear(
-        packed=checkpoint.read(spec.parts["qweight"]),
+        packed=read(spec.parts["qweight"]),
         packing=Packing.GPTQ,
-        scales=check_scales(spec.parts["scales"], checkpoint.read(spec.parts["scales"])),
-        zeros=read_zeros(checkpoint, spec),
-        g_idx=read_g_idx(checkpoint, spec),
+        scales=check_scales(spec.parts["scales"], read(spec.parts["scales"])),
+        zeros=read_zeros(spec, read),
+        g_idx=read_g_idx(spec, read),
         group_size=spec.group_size,
     )
     return check_content(spec.parts["qweight"], spec.parts["scales"], w)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from convert_w4a8.errors import ConvertError, PlanError, Refusal
+from convert_w4a8.errors import ConvertError, PlanError, Problem
 
 _SECONDS = 0.5
 
@@ -28,7 +28,7 @@ def matches(pattern: str, text: str, setting: str) -> bool:
         raise ConvertError(f"quantization_config: {setting}", reason, "repair the pattern") from error
     except TimeoutError as error:
         reason = f"{pattern!r} takes too long to match {text!r}"
-        raise PlanError([Refusal(f"quantization_config: {setting}", reason, "repair the pattern")]) from error
+        raise PlanError([Problem(f"quantization_config: {setting}", reason, "repair the pattern")]) from error
 
 
 @contextmanager

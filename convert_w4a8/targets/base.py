@@ -6,21 +6,22 @@ from typing import Any, Protocol
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.safetensors_file import TensorSpec
-from convert_w4a8.errors import ConvertError
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
+from convert_w4a8.errors import ConvertError, Problem
+from convert_w4a8.linear import GROUP_SIZE, W4A8Linear
+from convert_w4a8.lut_format import TILE_N
 from convert_w4a8.options import ScalesMode
 
 
 class Target(Protocol):
-    """An output format: a module with these names. `targets/__init__.py` lists them."""
+    """An output format: a module of `targets/` with these names. All that depends on the format is said here."""
 
     @property
     def NAME(self) -> str:  # noqa: N802  (a module constant where it is implemented)
-        """Short name: the value of --format."""
+        """Short name: the value of --format, and the name of its file with dashes."""
 
     @property
-    def STOCK(self) -> bool:  # noqa: N802
+    def SCALES_AT_LOAD(self) -> bool:  # noqa: N802
         """Whether vLLM itself quantizes the scales at load, so that only what it reproduces may be chosen."""
 
     @property
@@ -30,7 +31,13 @@ class Target(Protocol):
     def matches(self, quantization_config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint with this quantization_config is of this format."""
 
-    def outputs(self, module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
+    def find_problems(self, source_config: Mapping[str, Any]) -> Iterable[Problem]:
+        """Yield what in a source's quantization_config the format cannot express."""
+
+    def unsupported_size(self, n: int, k: int) -> str | None:
+        """Return why a layer with N = n and K = k cannot be in this format; None if it can."""
+
+    def tensor_specs(self, module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
         """Return the tensors that a layer with N = n and K = k becomes."""
 
     def encode(self, module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
@@ -39,16 +46,34 @@ class Target(Protocol):
     def find_layers(self, checkpoint: Checkpoint) -> list[str]:
         """Return the converted modules of a checkpoint of this format."""
 
-    def decode(self, checkpoint: Checkpoint, module: str) -> W4A8Linear:
+    def decode(self, checkpoint: Checkpoint, module: str, read: Reader) -> W4A8Linear:
         """Read a layer back, from the bytes of the checkpoint alone."""
+
+    def stored_mode(self, checkpoint: Checkpoint) -> ScalesMode:
+        """Return a mode whose tensors a checkpoint of this format holds."""
 
     def quantization_config(
         self, source_config: Mapping[str, Any], ignore: Sequence[str], mode: ScalesMode, conversion: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the quantization_config block of the output's config.json."""
 
+    def serve_command(self, name: str) -> str:
+        """Return how to serve a checkpoint, in one line."""
 
-def check_outputs(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> None:
+    def card_section(self) -> str:
+        """Return what the model card says of serving, in Markdown."""
+
+
+def kernel_problem(n: int, k: int) -> str | None:
+    """Return why vLLM's W4A8 kernels cannot take a layer with N = n and K = k; None if they can."""
+    if n % TILE_N:
+        return f"N = {n} is not a multiple of {TILE_N}"
+    if k % GROUP_SIZE:
+        return f"K = {k} is not a multiple of {GROUP_SIZE}"
+    return None
+
+
+def check_tensors(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> None:
     """Raise ConvertError unless a checkpoint has tensors of these names, dtypes and shapes."""
     for spec in specs:
         info = checkpoint.tensors.get(spec.name)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.safetensors_file import TensorSpec
+from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.encoding import packing
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference
-from convert_w4a8.targets.base import check_outputs, packed_shape
+from convert_w4a8.targets.base import check_tensors, kernel_problem, packed_shape
 
 NAME = "compressed-tensors"
-STOCK = True
+SCALES_AT_LOAD = True
+unsupported_size = kernel_problem
 MODES = (ScalesMode.REFERENCE, ScalesMode.SEARCH)
 
 
@@ -28,13 +29,18 @@ def matches(quantization_config: Mapping[str, Any]) -> bool:
     return quantization_config.get("quant_method") == "compressed-tensors"
 
 
-def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:  # noqa: ARG001
+def tensor_specs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:  # noqa: ARG001
     """Return the tensors that a layer with N = n and K = k becomes."""
     return (
         TensorSpec(f"{module}.weight_packed", "I32", (n, k // 8)),
         TensorSpec(f"{module}.weight_scale", "BF16", (n, k // GROUP_SIZE)),
         TensorSpec(f"{module}.weight_shape", "I64", (2,)),
     )
+
+
+def find_problems(source_config: Mapping[str, Any]) -> Iterable[Problem]:  # noqa: ARG001
+    """Yield nothing: what a source's quantization_config may hold besides the weights, this format can express."""
+    return ()
 
 
 def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
@@ -45,7 +51,7 @@ def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
     if w.source_scale is None:
         raise ValueError(f"{module} has no scales for vLLM to quantize")
     return {
-        f"{module}.weight_packed": packing.to_rows_parts(w.packed, w.packing),
+        f"{module}.weight_packed": packing.to_pack_quantized_parts(w.packed, w.packing),
         f"{module}.weight_scale": [w.source_scale.t().contiguous()],
         f"{module}.weight_shape": [torch.tensor(w.shape_nk, dtype=torch.int64)],
     }
@@ -56,7 +62,7 @@ def find_layers(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.modules_with("weight_packed")
 
 
-def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
+def decode(checkpoint: Checkpoint, module: str, read: Reader) -> W4A8Linear:
     """Read a layer back as vLLM loads it: the FP8 scales are those that vLLM computes from the stored ones.
 
     Raises:
@@ -64,22 +70,27 @@ def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
 
     """
     n, words = packed_shape(checkpoint, module, "[N, K/8]")
-    check_outputs(checkpoint, outputs(module, n, words * 8, ScalesMode.REFERENCE))
-    shape = checkpoint.read(f"{module}.weight_shape").tolist()
+    check_tensors(checkpoint, tensor_specs(module, n, words * 8, ScalesMode.REFERENCE))
+    shape = read(checkpoint.tensors[f"{module}.weight_shape"]).tolist()
     if shape != [n, words * 8]:
         raise ConvertError(f"{module}.weight_shape", f"says {shape}, not {[n, words * 8]}", "convert it again")
-    source_scale = checkpoint.read(f"{module}.weight_scale").t().contiguous()
+    source_scale = read(checkpoint.tensors[f"{module}.weight_scale"]).t().contiguous()
     if not bool(torch.isfinite(source_scale).all()):
         raise ConvertError(f"{module}.weight_scale", "holds NaN or infinite scales", "convert the checkpoint again")
     group_scale, channel_scale = quantize_reference(source_scale)
     return W4A8Linear(
-        packed=checkpoint.read(f"{module}.weight_packed"),
-        packing=Packing.ROWS,
+        packed=read(checkpoint.tensors[f"{module}.weight_packed"]),
+        packing=Packing.PACK_QUANTIZED,
         group_scale=group_scale,
-        lut=None,
+        entries=None,
         channel_scale=channel_scale,
         source_scale=source_scale,
     )
+
+
+def stored_mode(checkpoint: Checkpoint) -> ScalesMode:  # noqa: ARG001
+    """Return a mode whose tensors a checkpoint of this format holds: all modes have the same."""
+    return ScalesMode.SEARCH
 
 
 def quantization_config(
@@ -118,3 +129,21 @@ def quantization_config(
             }
         },
     }
+
+
+def serve_command(name: str) -> str:
+    """Return how to serve a checkpoint, in one line."""
+    return f"vllm serve {name}"
+
+
+def card_section() -> str:
+    """Return what the model card says of serving, in Markdown."""
+    return """\
+## Serve it
+
+```
+vllm serve ORG/NAME    # this repository, or a directory with its files
+```
+
+No plugin is needed: this is the compressed-tensors format, which vLLM repacks for its W4A8 kernel at every start.\
+ `w4a8-convert --format lut` writes the kernel's own layout, which saves that, and needs a plugin."""

@@ -6,27 +6,27 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.safetensors_file import TensorSpec
+from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.encoding import lut_layout
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
-from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, VERSION, Tables, lut_shape
+from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, VERSION, TableForm, reordered_shape
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.targets.base import check_outputs, packed_shape
+from convert_w4a8.targets.base import check_tensors, kernel_problem, packed_shape
+from convert_w4a8.version import INSTALL_NOTE, install_command
 
 NAME = "lut"
-STOCK = False
+SCALES_AT_LOAD = False
+unsupported_size = kernel_problem
 MODES = tuple(ScalesMode)
-
-QUANT_METHOD = METHOD
 
 
 def matches(quantization_config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with this quantization_config is of this format."""
-    return quantization_config.get("quant_method") == QUANT_METHOD
+    return quantization_config.get("quant_method") == METHOD
 
 
-def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
+def tensor_specs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
     """Return the tensors that a layer with N = n and K = k becomes."""
     groups = k // GROUP_SIZE
     if mode is ScalesMode.DIRECT:
@@ -34,20 +34,28 @@ def outputs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, 
     else:
         tables = TensorSpec(f"{module}.weight_scale", "F8_E4M3", (groups, n))
     return (
-        TensorSpec(f"{module}.weight_packed", "I32", lut_shape(n, k)),
+        TensorSpec(f"{module}.weight_packed", "I32", reordered_shape(n, k)),
         tables,
         TensorSpec(f"{module}.weight_chan_scale", "F32", (n,)),
     )
 
 
+def find_problems(source_config: Mapping[str, Any]) -> Iterable[Problem]:
+    """Yield what in a source's quantization_config the format cannot express."""
+    if source_config.get("kv_cache_scheme"):
+        yield Problem(
+            "quantization_config: kv_cache_scheme", "is not part of --format lut", "use --format compressed-tensors"
+        )
+
+
 def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
     """Return a layer's tensors by name, in parts along their first dimension."""
     tensors: dict[str, Iterable[torch.Tensor]] = {
-        f"{module}.weight_packed": lut_layout.repack_parts(w.packed, w.packing),
+        f"{module}.weight_packed": lut_layout.reorder_parts(w.packed, w.packing),
         f"{module}.weight_chan_scale": [w.channel_scale],
     }
-    if w.lut is not None:
-        tensors[f"{module}.weight_lut"] = [w.lut.flatten(1)]
+    if w.entries is not None:
+        tensors[f"{module}.weight_lut"] = [w.entries.flatten(1)]
     elif w.group_scale is not None:
         tensors[f"{module}.weight_scale"] = [w.group_scale]
     return tensors
@@ -58,27 +66,33 @@ def find_layers(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.modules_with("weight_packed")
 
 
-def decode(checkpoint: Checkpoint, module: str) -> W4A8Linear:
+def decode(checkpoint: Checkpoint, module: str, read: Reader) -> W4A8Linear:
     """Read a layer back, from the bytes of the checkpoint alone.
 
     Raises:
         ConvertError: a tensor is missing or has another shape than the format prescribes.
 
     """
-    has_lut = f"{module}.weight_lut" in checkpoint.tensors
+    has_entries = f"{module}.weight_lut" in checkpoint.tensors
     rows, columns = packed_shape(checkpoint, module, "[K/32, 4·N]")
     n, k = columns // 4, rows * TILE_K
     if n % TILE_N or columns % 4:
         raise ConvertError(f"{module}.weight_packed", f"has {columns} columns, not 4·N", "convert the checkpoint again")
-    check_outputs(checkpoint, outputs(module, n, k, ScalesMode.DIRECT if has_lut else ScalesMode.REFERENCE))
-    tables = checkpoint.read(f"{module}.weight_lut").view(-1, n, 8) if has_lut else None
+    check_tensors(checkpoint, tensor_specs(module, n, k, ScalesMode.DIRECT if has_entries else ScalesMode.REFERENCE))
+    entries = read(checkpoint.tensors[f"{module}.weight_lut"]).view(-1, n, 8) if has_entries else None
     return W4A8Linear(
-        packed=lut_layout.unpack(checkpoint.read(f"{module}.weight_packed")),
-        packing=Packing.ROWS,
-        group_scale=None if has_lut else checkpoint.read(f"{module}.weight_scale"),
-        lut=tables,
-        channel_scale=checkpoint.read(f"{module}.weight_chan_scale"),
+        packed=lut_layout.restore(read(checkpoint.tensors[f"{module}.weight_packed"])),
+        packing=Packing.PACK_QUANTIZED,
+        group_scale=None if has_entries else read(checkpoint.tensors[f"{module}.weight_scale"]),
+        entries=entries,
+        channel_scale=read(checkpoint.tensors[f"{module}.weight_chan_scale"]),
     )
+
+
+def stored_mode(checkpoint: Checkpoint) -> ScalesMode:
+    """Return a mode whose tensors a checkpoint of this format holds."""
+    has_entries = any(name.endswith(".weight_lut") for name in checkpoint.tensors)
+    return ScalesMode.DIRECT if has_entries else ScalesMode.SEARCH
 
 
 def quantization_config(
@@ -89,13 +103,34 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Return the quantization_config block of the output's config.json."""
     return {
-        "quant_method": QUANT_METHOD,
+        "quant_method": METHOD,
         "version": VERSION,
         "layout": LAYOUT,
         "bits": 4,
         "group_size": GROUP_SIZE,
-        "tables": str(Tables.ENTRIES if mode is ScalesMode.DIRECT else Tables.SCALE),
+        "tables": str(TableForm.ENTRIES if mode is ScalesMode.DIRECT else TableForm.SCALE),
         "activations": {"type": "float8_e4m3fn", "strategy": "token", "dynamic": True},
         "ignore": list(ignore),
         "conversion": dict(conversion),
     }
+
+
+def serve_command(name: str) -> str:
+    """Return how to serve a checkpoint, in one line."""
+    return f"vllm serve {name}, with this package installed beside vLLM"
+
+
+def card_section() -> str:
+    """Return what the model card says of serving, in Markdown."""
+    return f"""\
+## Serve it
+
+```
+{install_command()}    # into vLLM's own environment: it brings the plugin that reads this format
+vllm serve ORG/NAME    # this repository, or a directory with its files
+```
+
+{INSTALL_NOTE}.
+
+Without the plugin vLLM stops with `Unknown quantization method: {METHOD}`. To serve without it, convert the source with\
+ `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the weights at every start."""

@@ -9,23 +9,24 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import linear_modules, natural_key, output_name
-from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_into
+from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
 from convert_w4a8.encoding import tables
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.encoding.tables import count_clipped
-from convert_w4a8.errors import ConvertError, Refusal
-from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, W4A8Linear, W4Linear
-from convert_w4a8.options import ScalesMode
-from convert_w4a8.quantization.baselines import quantize_plain
-from convert_w4a8.quantization.error import sqnr_db
+from convert_w4a8.errors import ConvertError, Problem
+from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, DenseLinear, W4A8Linear, W4Linear, keeps_codes
+from convert_w4a8.quantization.baselines import round_to_nearest
+from convert_w4a8.quantization.error import energy, sqnr_db
 from convert_w4a8.sources import LayerSpec, find_source
-from convert_w4a8.targets import Target, find_target
+from convert_w4a8.targets import find_target
+from convert_w4a8.targets.base import Target
+from convert_w4a8.verification.reading import LibraryReader
 
-MIN_SQNR_DB_EXACT = 25.0
+MIN_SQNR_DB_KEPT = 25.0
 """Layers whose codes are kept lose only the rounding of scales and tables: 29 dB and more are usual. A wrong nibble
 order or zero-point rule leaves less than 10 dB."""
-MAX_LOSS_DB_REQUANTIZED = 2.0
-"""New codes may lose this much against the plainest quantization of the source (`requantize.quantize_plain`): they are
+MAX_LOSS_DB_NEW = 2.0
+"""New codes may lose this much against the plainest quantization of the source (`requantize.round_to_nearest`): they are
 better than it, and lose less than 1 dB to the rounding of scales and tables. Codes that are not the source's at all,
 such as those of an ignored g_idx, lose 4 dB and more."""
 _CHUNK_BYTES = 8 << 20
@@ -35,7 +36,7 @@ _CHUNK_BYTES = 8 << 20
 class LayerCheck:
     """One layer of the output against the dequantized source layer.
 
-    exact: the source's codes can be kept (symmetric, contiguous groups of a multiple of 128).
+    codes_kept: all codes of the source keep their values (`linear.kept_groups`).
     sqnr_db: signal-to-noise ratio of the weights that the tensor core sees. max_error: largest absolute difference.
     clipped: table entries that are NaN, or that saturate.
     distinct_scales: different FP8 group scales; None where the tables are stored.
@@ -45,7 +46,7 @@ class LayerCheck:
     module: str
     out_features: int
     in_features: int
-    exact: bool
+    codes_kept: bool
     sqnr_db: float
     max_error: float
     clipped: int
@@ -59,7 +60,7 @@ class Verification:
 
     target: str
     layers: tuple[LayerCheck, ...]
-    problems: tuple[Refusal, ...]
+    problems: tuple[Problem, ...]
 
 
 def verify(
@@ -79,34 +80,34 @@ def verify(
         ConvertError: one of the two cannot be read.
 
     """
-    target, reader = find_target(out), find_source(source)
-    problems: list[Refusal] = []
+    target, reader, read = find_target(out), find_source(source), LibraryReader()
+    problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     converted = set(target.find_layers(out))
     expected: set[str] = set()
     checks = []
     for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):
-        w = reader.read_layer(source, spec)
+        w = reader.read_layer(spec, read)
         if module in converted:
-            w4a8 = _decode(target, out, module, w.shape_nk, problems)
+            w4a8 = _decode(target, out, module, read, w.shape_nk, problems)
             if w4a8 is None:
                 expected.update(name for name in out.tensors if name.rpartition(".")[0] == module)
             else:
                 for mode in target.MODES:
-                    expected.update(part.name for part in target.outputs(module, *w4a8.shape_nk, mode))
+                    expected.update(part.name for part in target.tensor_specs(module, *w4a8.shape_nk, mode))
                 check = _check_layer(module, spec, w, w4a8)
                 checks.append(check)
                 problems.extend(_judge(check, min_sqnr_db))
         else:
             expected.add(f"{module}.weight")
-            problems.extend(_check_dequantized(out, f"{module}.weight", w))
-        progress(sum(source.tensors[name].nbytes for name in spec.parts.values()))
-    consumed = {name for spec in specs.values() for name in spec.parts.values()}
+            problems.extend(_check_dequantized(out, f"{module}.weight", read, w))
+        progress(spec.nbytes)
+    consumed = {part.name for spec in specs.values() for part in spec.parts.values()}
     for info in source.tensors.values():
         if info.name not in consumed:
             name = output_name(info.name, source.config)
             expected.add(name)
-            problems.extend(_check_copy(info, out.tensors.get(name), name))
+            problems.extend(_check_copy(info, out.tensors.get(name), name, read))
             progress(info.nbytes)
     problems.extend(
         _problem(name, "is in the output, but not in the source") for name in out.tensors if name not in expected
@@ -116,18 +117,23 @@ def verify(
     return Verification(target.NAME, tuple(checks), tuple(problems))
 
 
-def _problem(subject: str, reason: str) -> Refusal:
-    return Refusal(subject, reason, "convert the checkpoint again")
+def _problem(subject: str, reason: str) -> Problem:
+    return Problem(subject, reason, "convert the checkpoint again")
 
 
 def _decode(
-    target: Target, out: Checkpoint, module: str, shape_nk: tuple[int, int], problems: list[Refusal]
+    target: Target,
+    out: Checkpoint,
+    module: str,
+    read: Reader,
+    shape_nk: tuple[int, int],
+    problems: list[Problem],
 ) -> W4A8Linear | None:
     """Read a layer of the output; None, and a problem, where it is not of the format or the source's shape."""
     try:
-        w4a8 = target.decode(out, module)
+        w4a8 = target.decode(out, module, read)
     except ConvertError as error:
-        problems.append(error.refusal)
+        problems.append(error.problem)
         return None
     if w4a8.shape_nk != shape_nk:
         problems.append(_problem(module, f"is {list(w4a8.shape_nk)}, the source is {list(shape_nk)}"))
@@ -135,40 +141,36 @@ def _decode(
     return w4a8
 
 
-def _check_layer(module: str, spec: LayerSpec, w: W4Linear, w4a8: W4A8Linear) -> LayerCheck:
+def _check_layer(module: str, spec: LayerSpec, w: W4Linear | DenseLinear, w4a8: W4A8Linear) -> LayerCheck:
     n, k = w.shape_nk
-    exact = w.zeros is None and w.g_idx is None and w.group_size % GROUP_SIZE == 0
+    kept = keeps_codes(w)
     signal = noise = plain_noise = max_error = 0.0
     clipped = 0
     for start, stop in output_blocks(n, k):
-        source = dequantize(w.outputs(start, stop))
-        result = tables.decode(w4a8.outputs(start, stop))
-        signal += _energy(source)
-        noise += _energy(result - source)
+        source = dequantize(w.output_channels(start, stop))
+        result = tables.decode(w4a8.output_channels(start, stop))
+        signal += energy(source)
+        noise += energy(result - source)
         max_error = max(max_error, float((result - source).abs().max()))
-        clipped += count_clipped(w4a8.outputs(start, stop))
-        if not exact:
-            codes, scales = quantize_plain(source)
+        clipped += count_clipped(w4a8.output_channels(start, stop))
+        if not kept:
+            codes, scales = round_to_nearest(source)
             plain = (codes.view(-1, k // GROUP_SIZE, GROUP_SIZE).float() - SYMMETRIC_ZERO) * scales.t()[..., None]
-            plain_noise += _energy(plain.flatten(1) - source)
+            plain_noise += energy(plain.flatten(1) - source)
     return LayerCheck(
         module=module,
         out_features=spec.out_features,
         in_features=spec.in_features,
-        exact=exact,
+        codes_kept=kept,
         sqnr_db=sqnr_db(signal, noise) if math.isfinite(noise) else -math.inf,
         max_error=max_error,
         clipped=clipped,
         distinct_scales=None if w4a8.group_scale is None else len(torch.unique(w4a8.group_scale.view(torch.uint8))),
-        expected_sqnr_db=MIN_SQNR_DB_EXACT if exact else sqnr_db(signal, plain_noise) - MAX_LOSS_DB_REQUANTIZED,
+        expected_sqnr_db=MIN_SQNR_DB_KEPT if kept else sqnr_db(signal, plain_noise) - MAX_LOSS_DB_NEW,
     )
 
 
-def _energy(x: torch.Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64))
-
-
-def _judge(check: LayerCheck, min_sqnr_db: float | None) -> list[Refusal]:
+def _judge(check: LayerCheck, min_sqnr_db: float | None) -> list[Problem]:
     found = []
     least = check.expected_sqnr_db if min_sqnr_db is None else min_sqnr_db
     if not check.sqnr_db >= least:
@@ -178,38 +180,35 @@ def _judge(check: LayerCheck, min_sqnr_db: float | None) -> list[Refusal]:
     return found
 
 
-def _check_dequantized(out: Checkpoint, name: str, w: W4Linear) -> list[Refusal]:
+def _check_dequantized(out: Checkpoint, name: str, read: Reader, w: W4Linear | DenseLinear) -> list[Problem]:
     info = out.tensors.get(name)
     n, k = w.shape_nk
     if info is None or (info.dtype, info.shape) != ("BF16", (n, k)):
         return [_problem(name, f"is not in the output as BF16 {[n, k]}")]
+    stored = read(info)
     for start, stop in output_blocks(n, k):
-        stored = torch.empty((stop - start) * k * 2, dtype=torch.uint8)
-        read_into(info, stored, start * k * 2)
-        if not torch.equal(stored.view(torch.bfloat16).view(-1, k), dequantize(w.outputs(start, stop)).bfloat16()):
+        if not torch.equal(stored[start:stop], dequantize(w.output_channels(start, stop)).bfloat16()):
             return [_problem(name, "is not the dequantized weight of the source")]
     return []
 
 
-def _check_copy(source: TensorInfo, copy: TensorInfo | None, name: str) -> list[Refusal]:
+def _check_copy(source: TensorInfo, copy: TensorInfo | None, name: str, read: LibraryReader) -> list[Problem]:
     if copy is None:
         return [_problem(name, "is not in the output")]
     dtype = "BF16" if source.dtype == "F16" else source.dtype
     if (copy.dtype, copy.shape) != (dtype, source.shape):
         return [_problem(name, f"is {copy.dtype} {list(copy.shape)}, not {dtype} {list(source.shape)}")]
-    for offset in range(0, source.nbytes, _CHUNK_BYTES):
-        size = min(_CHUNK_BYTES, source.nbytes - offset)
-        ours, theirs = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
-        read_into(copy, ours, offset)
-        read_into(source, theirs, offset)
+    ours, theirs = read.flat_bytes(copy), read.flat_bytes(source)
+    for start in range(0, source.nbytes, _CHUNK_BYTES):
+        part = theirs[start : start + _CHUNK_BYTES]
         if source.dtype == "F16":
-            theirs = theirs.view(torch.float16).bfloat16().view(torch.uint8)
-        if not torch.equal(ours, theirs):
+            part = part.view(torch.float16).bfloat16().view(torch.uint8)
+        if not torch.equal(ours[start : start + _CHUNK_BYTES], part):
             return [_problem(name, "differs from the source")]
     return []
 
 
-def _check_config(out: Checkpoint, source: Checkpoint, target: Target, converted: set[str]) -> list[Refusal]:
+def _check_config(out: Checkpoint, source: Checkpoint, target: Target, converted: set[str]) -> list[Problem]:
     """Check what config.json tells vLLM: bfloat16, the block of the format, and which modules are not quantized."""
     found = []
     dtypes = {out.config[key] for key in ("dtype", "torch_dtype") if key in out.config}
@@ -218,9 +217,10 @@ def _check_config(out: Checkpoint, source: Checkpoint, target: Target, converted
             _problem("config.json: dtype", f"is {', '.join(sorted(map(str, dtypes))) or 'absent'}, not bfloat16")
         )
     ignore = out.quantization_config.get("ignore")
-    mode = ScalesMode.DIRECT if any(name.endswith(".weight_lut") for name in out.tensors) else ScalesMode.REFERENCE
     modules = linear_modules(out.tensors.values()) - converted
-    expected = target.quantization_config(source.quantization_config, sorted(modules, key=natural_key), mode, {})
+    expected = target.quantization_config(
+        source.quantization_config, sorted(modules, key=natural_key), target.stored_mode(out), {}
+    )
     if not isinstance(ignore, list) or not modules <= set(map(str, ignore)) or converted & set(map(str, ignore)):
         found.append(_problem("quantization_config: ignore", "does not list the modules that are not quantized"))
     for key, value in expected.items():
@@ -231,7 +231,7 @@ def _check_config(out: Checkpoint, source: Checkpoint, target: Target, converted
     return found
 
 
-def _check_side_files(out: Checkpoint, source: Checkpoint) -> list[Refusal]:
+def _check_side_files(out: Checkpoint, source: Checkpoint) -> list[Problem]:
     found = []
     for relative in source.side_files:
         copy = out.root / relative

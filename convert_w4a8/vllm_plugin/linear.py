@@ -25,7 +25,7 @@ from vllm.model_executor.parameter import (
 
 from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.lut_format import Tables, lut_shape, not_loaded, refusal
+from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 
@@ -33,10 +33,10 @@ from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads and runs one linear layer of a `w4a8_lut` checkpoint."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: TableForm) -> None:
         compat.require_hopper()
         self.tables = tables
-        self.table_name = "weight_scale" if tables is Tables.SCALE else "weight_lut"
+        self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.quant_fp8 = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
 
     def create_weights(
@@ -58,8 +58,10 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         k, n = part.k, sum(part.shards)
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
-        layer.register_parameter("weight_packed", _packed(torch.empty(lut_shape(n, k), dtype=torch.int32), 4, loader))
-        if self.tables is Tables.SCALE:
+        layer.register_parameter(
+            "weight_packed", _packed(torch.empty(reordered_shape(n, k), dtype=torch.int32), 4, loader)
+        )
+        if self.tables is TableForm.SCALE:
             scale = torch.empty(k // GROUP_SIZE, n, dtype=torch.float8_e4m3fn)
             parameter = GroupQuantScaleParameter(data=scale, input_dim=0, output_dim=1, weight_loader=loader)
         else:
@@ -83,7 +85,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if not is_filled(layer.weight_chan_scale, self.shards) and channel.isnan().any():
             raise not_loaded(layer.prefix)
         compat.require_op_dtypes(packed, table, channel)
-        if self.tables is Tables.SCALE:
+        if self.tables is TableForm.SCALE:
             table = multiply_tables(table)
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         shown = {

@@ -12,7 +12,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.lut_format import Tables, lut_shape, not_loaded
+from convert_w4a8.lut_format import TableForm, not_loaded, reordered_shape
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
 
@@ -26,12 +26,12 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     The loader looks at this class's name: it must contain neither "ModelOpt" nor "compressed".
     """
 
-    def __init__(self, moe: Any, tables: Tables, name: str) -> None:
+    def __init__(self, moe: Any, tables: TableForm, name: str) -> None:
         super().__init__(moe)
         compat.require_hopper()
         compat.require_moe_support(moe, name)
         self.tables = tables
-        self.table_name = "weight_scale" if tables is Tables.SCALE else "weight_lut"
+        self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.experts_cls = CutlassExpertsW4A8Fp8
 
     def create_weights(
@@ -64,9 +64,9 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             "w2": (hidden_size, intermediate_size_per_partition),
         }
         for w, (n, k) in sizes.items():
-            columns = n if self.tables is Tables.SCALE else 8 * n
+            columns = n if self.tables is TableForm.SCALE else 8 * n
             tensors = {
-                "weight_packed": (lut_shape(n, k), torch.int32, {"is_transposed": True}),
+                "weight_packed": (reordered_shape(n, k), torch.int32, {"is_transposed": True}),
                 self.table_name: (
                     (k // GROUP_SIZE, columns),
                     torch.float8_e4m3fn,
@@ -99,7 +99,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 raise not_loaded(layer.layer_name)
             # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
             replace_parameter(layer, f"{w}_weight_packed", packed.view(experts, n, k // 8))
-            if self.tables is Tables.SCALE:
+            if self.tables is TableForm.SCALE:
                 table = multiply_tables(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
             layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)

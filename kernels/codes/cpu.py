@@ -1,4 +1,4 @@
-"""New codes, scales and table entries on a CPU, compiled by numba: what groups.py, requantize.py and codebook.py do.
+"""New codes, scales and table entries on a CPU, compiled by numba: the same as reference.py.
 
 Every operation is rounded as torch rounds it, and sums run in the same order: the bytes are those of the references.
 Groups are rows [R, V] of V = 16 values (one a code) or 128 (one a weight).
@@ -25,54 +25,56 @@ _E4M3_VALUES: npt.NDArray[np.float32] = torch.arange(256).byte().view(torch.floa
 
 
 def gather(
-    rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor
+    packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Count the codes of groups of 128: see `groups.Groups` for what is returned.
+    """Count the codes of groups of 128: see `quantization/groups.py` for what is returned.
 
-    rows: int32 [n, K/8]. zeros: uint8 [n, K/128]. scales: float32 [n, K/128]. importance: float32 [K].
+    packed: int32 [n, K/8]. zeros: uint8 [n, K/128]. scales: float32 [n, K/128]. importance: float32 [K].
     """
     count = zeros.numel()
-    values, counts, weights = torch.empty(3, count, 16).unbind()
+    values, counts, importances = torch.empty(3, count, 16).unbind()
     letters = torch.empty(count, 128, dtype=torch.uint8)
-    _gather(_words(rows), _array(zeros), _array(scales), _array(importance), *map(_array, (values, counts, weights)))
-    _unpack(_words(rows).reshape(-1), letters.numpy().reshape(-1))
-    return values, counts, weights, letters
+    _gather(
+        _words(packed), _array(zeros), _array(scales), _array(importance), *map(_array, (values, counts, importances))
+    )
+    _unpack(_words(packed).reshape(-1), letters.numpy().reshape(-1))
+    return values, counts, importances, letters
 
 
-def add_energies(rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, energies: torch.Tensor) -> None:
+def add_energies(packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, energies: torch.Tensor) -> None:
     """Add the squares of the weights of groups of 128 to `energies`, float64 [K]; arguments as for `gather`."""
-    _add_energies(_words(rows), _array(zeros), _array(scales), energies.numpy())
+    _add_energies(_words(packed), _array(zeros), _array(scales), energies.numpy())
 
 
 def fit_symmetric(
     values: torch.Tensor,
-    weights: torch.Tensor,
+    importance: torch.Tensor,
     kept: torch.Tensor,
-    factors: list[float],
+    candidates: list[float],
     codes: torch.Tensor,
     scales: torch.Tensor,
 ) -> None:
-    """Put what `requantize.fit_symmetric` returns into `codes` and `scales`, for the groups that are not kept."""
-    candidates = np.array(factors, np.float32)
-    _fit_symmetric(_array(values), _array(weights), _array(kept), candidates, codes.numpy(), scales.numpy())
+    """Put what `reference.fit_symmetric` returns into `codes` and `scales`, for the groups that are not kept."""
+    factors = np.array(candidates, np.float32)
+    _fit_symmetric(_array(values), _array(importance), _array(kept), factors, codes.numpy(), scales.numpy())
 
 
 def refit(
     values: torch.Tensor,
     counts: torch.Tensor,
-    weights: torch.Tensor,
+    importance: torch.Tensor,
     kept: torch.Tensor,
     channel_scale: torch.Tensor,
     codes: torch.Tensor,
     tables: torch.Tensor,
     rounds: int,
 ) -> tuple[float, float]:
-    """Put what `codebook.fit` returns into `codes` and `tables`, for the groups that are not kept.
+    """Put what `reference.fit` returns into `codes` and `tables`, for the groups that are not kept.
 
     channel_scale: float32 [n]; the groups are in the order [n, K/128]. tables: float8_e4m3fn [R, 8].
     Returns the energy of the values, and that of their difference from what they became, of all groups.
     """
-    arrays = map(_array, (values, counts, weights, kept, channel_scale))
+    arrays = map(_array, (values, counts, importance, kept, channel_scale))
     energies: tuple[float, float] = _refit(
         tuple(arrays), codes.numpy(), tables.view(torch.uint8).numpy(), rounds, _E4M3_VALUES
     )
@@ -90,8 +92,8 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return tensor.contiguous().numpy()
 
 
-def _words(rows: torch.Tensor) -> npt.NDArray[np.uint32]:
-    words: npt.NDArray[np.uint32] = rows.contiguous().numpy().view(np.uint32)
+def _words(packed: torch.Tensor) -> npt.NDArray[np.uint32]:
+    words: npt.NDArray[np.uint32] = packed.contiguous().numpy().view(np.uint32)
     return words
 
 
@@ -148,7 +150,7 @@ def _round_code(x):
 
 @njit(cache=True, inline="always")
 def _tree_sum(terms):
-    """Sum up each column as `groups.tree_sum` does, overwriting the terms; the sums are in the first row."""
+    """Sum up each column as `reference.tree_sum` does, overwriting the terms; the sums are in the first row."""
     half = len(terms) // 2
     while half:
         for v in range(half):
@@ -269,7 +271,7 @@ def _refit(groups, codes, tables, rounds, e4m3_values):
 
 @njit(cache=True, inline="always")
 def _best_entries(value, weight, code, up, down):
-    """Leave the numerators and denominators of `codebook.best_entries` in the first rows of `up` and `down`."""
+    """Leave the numerators and denominators of `reference.best_entries` in the first rows of `up` and `down`."""
     up[:] = _ZERO
     down[:] = _ZERO
     for v in range(len(value)):

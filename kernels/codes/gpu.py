@@ -1,4 +1,4 @@
-"""New codes, scales and table entries on a GPU: what groups.py, requantize.py and codebook.py do.
+"""New codes, scales and table entries on a GPU: the same as reference.py.
 
 Every operation is rounded as torch rounds it on a CPU (no fused multiply-add, divisions to the nearest), and sums run
 in the same order: the bytes are those of the references. Groups are rows [R, V] of V = 16 values (one a code) or 128
@@ -30,27 +30,27 @@ _CHANNELS, _CHANNELS_AT_ONCE = 256, 16
 
 
 def gather(
-    rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor
+    packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Count the codes of groups of 128: see `groups.Groups` for what is returned.
+    """Count the codes of groups of 128: see `quantization/groups.py` for what is returned.
 
-    rows: int32 [n, K/8]. zeros: uint8 [n, K/128]. scales: float32 [n, K/128]. importance: float32 [K].
+    packed: int32 [n, K/8]. zeros: uint8 [n, K/128]. scales: float32 [n, K/128]. importance: float32 [K].
     """
     count, device = zeros.numel(), zeros.device
-    values, counts, weights = torch.empty(3, count, 16, device=device).unbind()
+    values, counts, importances = torch.empty(3, count, 16, device=device).unbind()
     letters = torch.empty(count, 128, dtype=torch.uint8, device=device)
-    inputs = (tensor.contiguous() for tensor in (rows, zeros, scales, importance))
-    _launch(_gather, count, _GROUPS, *inputs, values, counts, weights, letters, zeros.shape[1], count)
-    return values, counts, weights, letters
+    inputs = (tensor.contiguous() for tensor in (packed, zeros, scales, importance))
+    _launch(_gather, count, _GROUPS, *inputs, values, counts, importances, letters, zeros.shape[1], count)
+    return values, counts, importances, letters
 
 
-def add_energies(rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, energies: torch.Tensor) -> None:
+def add_energies(packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, energies: torch.Tensor) -> None:
     """Add the squares of the weights of groups of 128 to `energies`, float64 [K]; arguments as for `gather`."""
     n, groups = zeros.shape
     parts = triton.cdiv(n, _CHANNELS)
-    partial = torch.empty(parts, groups * 128, dtype=torch.float64, device=rows.device)
-    inputs = (tensor.contiguous() for tensor in (rows, zeros, scales))
-    with torch.cuda.device_of(rows):
+    partial = torch.empty(parts, groups * 128, dtype=torch.float64, device=packed.device)
+    inputs = (tensor.contiguous() for tensor in (packed, zeros, scales))
+    with torch.cuda.device_of(packed):
         _add_energies[(groups, parts)](
             *inputs, partial, n, groups, CHANNELS=_CHANNELS, STEP=_CHANNELS_AT_ONCE, **OPTIONS
         )
@@ -59,31 +59,31 @@ def add_energies(rows: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, 
 
 def fit_symmetric(
     values: torch.Tensor,
-    weights: torch.Tensor,
+    importance: torch.Tensor,
     kept: torch.Tensor,
-    factors: list[float],
+    candidates: list[float],
     codes: torch.Tensor,
     scales: torch.Tensor,
 ) -> None:
-    """Put what `requantize.fit_symmetric` returns into `codes` and `scales`, for the groups that are not kept."""
+    """Put what `reference.fit_symmetric` returns into `codes` and `scales`, for the groups that are not kept."""
     count, width = values.shape
-    candidates = torch.tensor(factors, dtype=torch.float32, device=values.device)
-    inputs = (tensor.contiguous() for tensor in (values, weights, kept.view(torch.uint8), candidates))
+    factors = torch.tensor(candidates, dtype=torch.float32, device=values.device)
+    inputs = (tensor.contiguous() for tensor in (values, importance, kept.view(torch.uint8), factors))
     block = _GROUPS * 16 // width
-    _launch(_fit_symmetric, count, block, *inputs, codes, scales, len(factors), count, WIDTH=width)
+    _launch(_fit_symmetric, count, block, *inputs, codes, scales, len(candidates), count, WIDTH=width)
 
 
 def refit(
     values: torch.Tensor,
     counts: torch.Tensor,
-    weights: torch.Tensor,
+    importance: torch.Tensor,
     kept: torch.Tensor,
     channel_scale: torch.Tensor,
     codes: torch.Tensor,
     tables: torch.Tensor,
     rounds: int,
 ) -> tuple[float, float]:
-    """Put what `codebook.fit` returns into `codes` and `tables`, for the groups that are not kept.
+    """Put what `reference.fit` returns into `codes` and `tables`, for the groups that are not kept.
 
     channel_scale: float32 [n]; the groups are in the order [n, K/128]. tables: float8_e4m3fn [R, 8].
     Returns the energy of the values, and that of their difference from what they became, of all groups.
@@ -91,7 +91,7 @@ def refit(
     count, width = values.shape
     block = _ELEMENTS // (16 * width)
     energies = torch.empty(2, triton.cdiv(count, block), dtype=torch.float64, device=values.device)
-    tensors = (values, counts, weights, kept.view(torch.uint8), channel_scale)
+    tensors = (values, counts, importance, kept.view(torch.uint8), channel_scale)
     inputs = (tensor.contiguous() for tensor in tensors)
     outputs = (codes, tables.view(torch.uint8), energies)
     groups = count // len(channel_scale)
@@ -246,7 +246,7 @@ def _spell(letters, codes, rows, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nearest(values, entries):
-    """Return for values [R, V] the codes, int32, whose entries [R, 16] are nearest, as `codebook.nearest_codes` does.
+    """Return for values [R, V] the codes, int32, whose entries [R, 16] are nearest, as `reference.nearest_codes` does.
 
     A code's rank is its place among the entries in a stable sort; a value has the rank of the first entry behind whose
     middle to the next it does not lie.
@@ -264,7 +264,7 @@ def _nearest(values, entries):
 
 @triton.jit
 def _best_entries(values, weights, codes, entries):
-    """Return the entries by code, float32 [R, 16], that `codebook.best_entries` finds, rounded to E4M3."""
+    """Return the entries by code, float32 [R, 16], that `reference.best_entries` finds, rounded to E4M3."""
     code = tl.arange(0, 16)[None, :]
     entry = tl.where(code < 8, code, 16 - code)
     used = (codes[:, :, None] == entry[:, None, :]) | (codes[:, :, None] == 16 - entry[:, None, :])

@@ -1,7 +1,9 @@
-"""INT4 codes from one packing into another on a CPU, compiled by numba; layout.py defines the LUT layout.
+"""INT4 codes from one packing into another on a CPU, compiled by numba.
+
+`encoding/lut_layout.py` has the bit diagram of the reordered layout and the names of its axes.
 
 Each kernel takes the words of a packed matrix as one array, uint32, with the distance from one row to the next. Those
-that make the LUT layout fill whole tiles of it: 64 words in the order (rl, cq, ch), each with rh = 0 in its low half.
+that reorder fill whole tiles: 64 words in the order (rl, cq, ch), each with rh = 0 in its low half.
 """
 
 # numba's decorator and its functions have no Python types.
@@ -13,8 +15,9 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
+from convert_w4a8.kernels.repack import reference
 from convert_w4a8.linear import Packing
-from convert_w4a8.lut_format import lut_shape
+from convert_w4a8.lut_format import reordered_shape
 
 _LOW = np.uint32(0xFFFF)
 _HIGH = np.uint32(0xFFFF0000)
@@ -25,20 +28,32 @@ _S3, _S4, _S7, _S8, _S16 = (np.uint32(shift) for shift in (3, 4, 7, 8, 16))
 _EVEN_4, _EVEN_8 = np.uint32(0x0F0F0F0F), np.uint32(0x00FF00FF)
 
 
-def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Do what `layout.repack_reference` does."""
-    lut = torch.empty(lut_shape(*packing.shape_nk(packed.shape)), dtype=torch.int32)
-    kernel = {Packing.GPTQ: _from_gptq, Packing.AWQ: _from_awq, Packing.ROWS: _from_rows}[packing]
-    kernel(*_words(packed), lut.numpy().view(np.uint32))
-    return lut
+def reorder(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Do what `reference.reorder` does."""
+    kernels = {Packing.GPTQ: _from_gptq, Packing.AWQ: _from_awq, Packing.PACK_QUANTIZED: _from_pack_quantized}
+    if packing not in kernels:
+        return reference.reorder(packed, packing)
+    reordered = torch.empty(reordered_shape(*packing.shape_nk(packed.shape)), dtype=torch.int32)
+    kernels[packing](*_words(packed), reordered.numpy().view(np.uint32))
+    return reordered
 
 
-def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Do what `layout.to_rows_reference` does, for GPTQ and AWQ."""
+def restore(reordered: torch.Tensor) -> torch.Tensor:
+    """Do what `reference.restore` does."""
+    tiles_k, columns = reordered.shape
+    packed = torch.empty(columns // 4, 4 * tiles_k, dtype=torch.int32)
+    _to_pack_quantized(reordered.contiguous().numpy().view(np.uint32), packed.numpy().view(np.uint32))
+    return packed
+
+
+def to_pack_quantized(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Do what `reference.to_pack_quantized` does."""
+    kernels = {Packing.GPTQ: _transpose_gptq, Packing.AWQ: _transpose_awq}
+    if packing not in kernels:
+        return reference.to_pack_quantized(packed, packing)
     n, k = packing.shape_nk(packed.shape)
     rows = torch.empty(n, k // 8, dtype=torch.int32)
-    kernel = {Packing.GPTQ: _gptq_to_rows, Packing.AWQ: _awq_to_rows}[packing]
-    kernel(*_words(packed), rows.numpy().view(np.uint32))
+    kernels[packing](*_words(packed), rows.numpy().view(np.uint32))
     return rows
 
 
@@ -53,9 +68,15 @@ def _words(packed: torch.Tensor) -> tuple[npt.NDArray[np.uint32], int]:
 
 @njit(cache=True, inline="always")
 def _encode(word):
-    """Turn eight unsigned codes u = v + 8 into the unified encoding, as `layout._encode_` does."""
+    """Turn eight unsigned codes u = v + 8 into the unified encoding, as `reference.reorder` does."""
     h = (word >> _S3) & _EVERY_1  # 1 where v ≥ 0
     return ((word ^ (_EVERY_8 + h * _S7)) + h) & (_ALL - (h << _S3))
+
+
+@njit(cache=True, inline="always")
+def _decode(word):
+    """Invert `_encode`: flipping the top bits before and after makes the encoding its own inverse."""
+    return _encode(word ^ _EVERY_8) ^ _EVERY_8
 
 
 @njit(cache=True, inline="always")
@@ -66,16 +87,16 @@ def _swap(low, high, shift, even):
 
 
 @njit(cache=True, nogil=True)
-def _from_gptq(words, stride, lut):
+def _from_gptq(words, stride, reordered):
     """Split words [kt, ch, cq1][nt, rh, rl], which hold cq0 and c % 4: each half goes beside one of the other rh."""
-    tiles_k, columns = lut.shape
+    tiles_k, columns = reordered.shape
     width = columns // 4
     for kt in range(tiles_k):
         first = 4 * kt * stride
         row0, row1 = words[first : first + width], words[first + stride : first + stride + width]
         first += 2 * stride
         row2, row3 = words[first : first + width], words[first + stride : first + stride + width]
-        out = lut[kt]
+        out = reordered[kt]
         for nt in range(columns // 64):
             for rl in range(8):
                 n = 16 * nt + rl
@@ -94,16 +115,16 @@ def _from_gptq(words, stride, lut):
 
 
 @njit(cache=True, nogil=True)
-def _from_rows(words, stride, lut):
+def _from_pack_quantized(words, stride, reordered):
     """Split words [nt, rh, rl][kt, ch, cq1], which hold cq0 and c % 4 as GPTQ's do; four of them are a tile's row."""
-    tiles_k, columns = lut.shape
+    tiles_k, columns = reordered.shape
     length = 4 * tiles_k
     for nt in range(columns // 64):
         for rl in range(8):
             first = (16 * nt + rl) * stride
             row_a, row_b = words[first : first + length], words[first + 8 * stride : first + 8 * stride + length]
             for kt in range(tiles_k):
-                out = lut[kt]
+                out = reordered[kt]
                 for c in range(4):  # ch, cq1
                     a, b = _encode(row_a[4 * kt + c]), _encode(row_b[4 * kt + c])
                     i = 64 * nt + 8 * rl + 4 * (c & 1) + (c >> 1)
@@ -112,12 +133,12 @@ def _from_rows(words, stride, lut):
 
 
 @njit(cache=True, nogil=True)
-def _from_awq(words, stride, lut):
+def _from_awq(words, stride, reordered):
     """Trade k1, k0 and rh, which number eight words [kt, ch, cq, k1, k0][nt, rh], for the rl that they hold."""
-    tiles_k, columns = lut.shape
+    tiles_k, columns = reordered.shape
     tiles_n = columns // 64
     for kt in range(tiles_k):
-        out = lut[kt]
+        out = reordered[kt]
         for c in range(8):  # ch, cq
             first = (32 * kt + 4 * c) * stride
             row0 = words[first : first + 2 * tiles_n]
@@ -154,7 +175,22 @@ def _from_awq(words, stride, lut):
 
 
 @njit(cache=True, nogil=True)
-def _gptq_to_rows(words, stride, rows):
+def _to_pack_quantized(reordered, rows):
+    """Join the halves that `_from_pack_quantized` splits, four words of a tile's row at a time."""
+    tiles_k, columns = reordered.shape
+    for nt in range(columns // 64):
+        for rl in range(8):
+            row_a, row_b = rows[16 * nt + rl], rows[16 * nt + rl + 8]
+            for kt in range(tiles_k):
+                tile = reordered[kt]
+                for c in range(4):  # ch, cq1
+                    i = 64 * nt + 8 * rl + 4 * (c & 1) + (c >> 1)
+                    row_a[4 * kt + c] = _decode((tile[i] & _LOW) | (tile[i + 2] << _S16))
+                    row_b[4 * kt + c] = _decode((tile[i] >> _S16) | (tile[i + 2] & _HIGH))
+
+
+@njit(cache=True, nogil=True)
+def _transpose_gptq(words, stride, rows):
     """Transpose, 16 columns at a time: a cache line of the source."""
     channels, columns = rows.shape
     for first_n in range(0, channels, 16):
@@ -164,7 +200,7 @@ def _gptq_to_rows(words, stride, rows):
 
 
 @njit(cache=True, nogil=True)
-def _awq_to_rows(words, stride, rows):
+def _transpose_awq(words, stride, rows):
     """Trade k2, k1 and k0, which number eight words, for the (n0, n2, n1) that they hold."""
     channels, columns = rows.shape
     for first_k in range(0, columns, 16):  # 16 words of a row are a cache line

@@ -1,11 +1,11 @@
-"""AWQ, GPTQ or compressed-tensors codes to the LUT layout, or to rows, in one pass over memory on a GPU.
+"""AWQ, GPTQ or compressed-tensors codes into the kernel's order, or compressed-tensors', in one pass on a GPU.
 
 A program takes a block of BLOCK_N x BLOCK_K codes. It loads words along the input's contiguous axis, with the partners
 of every bit trade in the same lane and register slot of separate loads: so the trades and the encoding are plain
 arithmetic on registers. Then one permutation of whole words, which Triton takes through shared memory, puts the words
 into the order of the output, where the n-tiles of a block are contiguous.
 
-`layout.py` has the bit diagram, the names of the axes (kt, nt, rl, rh, ch, cq) and the torch reference.
+`encoding/lut_layout.py` has the bit diagram and the names of the axes (kt, nt, rl, rh, ch, cq).
 """
 
 # Arguments of Triton functions have no Python types.
@@ -19,8 +19,12 @@ import triton
 import triton.language as tl
 
 from convert_w4a8.kernels.fp8 import OPTIONS
+from convert_w4a8.kernels.repack import reference
+from convert_w4a8.kernels.repack.reference import restore
 from convert_w4a8.linear import Packing
-from convert_w4a8.lut_format import lut_shape
+from convert_w4a8.lut_format import reordered_shape
+
+__all__ = ["reorder", "restore", "to_pack_quantized"]
 
 
 @dataclass(frozen=True)
@@ -37,35 +41,36 @@ class Block:
 DEFAULT_BLOCKS = {
     Packing.GPTQ: Block(n=128, k=128, warps=4),
     Packing.AWQ: Block(n=256, k=64, warps=4),
-    Packing.ROWS: Block(n=64, k=256, warps=4, k_first=True),
+    Packing.PACK_QUANTIZED: Block(n=64, k=256, warps=4, k_first=True),
 }
 """128 contiguous bytes or more a read, 64 bytes a thread in flight."""
-ROWS_BLOCKS = {Packing.GPTQ: Block(n=64, k=256, warps=4), Packing.AWQ: Block(n=256, k=128, warps=4)}
-"""The same for `to_rows`; 64 contiguous bytes or more a write."""
+PACK_QUANTIZED_BLOCKS = {Packing.GPTQ: Block(n=64, k=256, warps=4), Packing.AWQ: Block(n=256, k=128, warps=4)}
+"""The same for `to_pack_quantized`; 64 contiguous bytes or more a write."""
 
 
-def repack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Encode and reorder the int32 codes of an [N, K] layer, in any packing, into its LUT buffer int32 [K/32, 4·N].
+def reorder(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Encode and reorder the int32 codes of an [N, K] layer, in any packing, into the kernel's order [K/32, 4·N].
 
     Raises ValueError unless N % 16 == 0 and K % 32 == 0.
     """
-    return repack_by(packed, packing, DEFAULT_BLOCKS[packing])
+    block = DEFAULT_BLOCKS.get(packing)
+    return reference.reorder(packed, packing) if block is None else reorder_by(packed, packing, block)
 
 
-def repack_by(packed: torch.Tensor, packing: Packing, block: Block) -> torch.Tensor:
-    """Do what `repack` does, with the work cut in a given way."""
+def reorder_by(packed: torch.Tensor, packing: Packing, block: Block) -> torch.Tensor:
+    """Do what `reorder` does, with the work cut in a given way."""
     n, k = packing.shape_nk(packed.shape)
-    lut = torch.empty(lut_shape(n, k), dtype=torch.int32, device=packed.device)
+    lut = torch.empty(reordered_shape(n, k), dtype=torch.int32, device=packed.device)
     packed = packed.contiguous()
     grid = (triton.cdiv(n, block.n), triton.cdiv(k, block.k))
     with torch.cuda.device_of(packed):
-        _repack_kernel[grid[::-1] if block.k_first else grid](
+        _reorder_kernel[grid[::-1] if block.k_first else grid](
             packed,
             lut,
             n,
             k,
             packed.shape[1],
-            PACKING=packing.value,
+            PACKING=packing.name,
             K_FIRST=block.k_first,
             BLOCK_N=block.n,
             BLOCK_K=block.k,
@@ -75,21 +80,23 @@ def repack_by(packed: torch.Tensor, packing: Packing, block: Block) -> torch.Ten
     return lut
 
 
-def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Return GPTQ's or AWQ's codes of an [N, K] layer in ROWS packing, int32 [N, K/8]."""
+def to_pack_quantized(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Return the codes of an [N, K] layer in another packing as compressed-tensors packs them, int32 [N, K/8]."""
+    if packing not in PACK_QUANTIZED_BLOCKS:
+        return reference.to_pack_quantized(packed, packing)
     n, k = packing.shape_nk(packed.shape)
     rows = torch.empty(n, k // 8, dtype=torch.int32, device=packed.device)
     if packed.stride(1) != 1:
         packed = packed.contiguous()
-    block = ROWS_BLOCKS[packing]
+    block = PACK_QUANTIZED_BLOCKS[packing]
     with torch.cuda.device_of(packed):
-        _to_rows_kernel[(triton.cdiv(n, block.n), triton.cdiv(k, block.k))](
+        _pack_kernel[(triton.cdiv(n, block.n), triton.cdiv(k, block.k))](
             packed,
             rows,
             n,
             k,
             packed.stride(0),
-            PACKING=packing.value,
+            PACKING=packing.name,
             BLOCK_N=block.n,
             BLOCK_K=block.k,
             num_warps=block.warps,
@@ -99,7 +106,7 @@ def to_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 
 @triton.jit
-def _repack_kernel(
+def _reorder_kernel(
     packed,
     lut,
     N,
@@ -180,7 +187,7 @@ def _from_awq(packed, K, stride, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.cons
 
 
 @triton.jit
-def _to_rows_kernel(packed, rows, N, K, stride, PACKING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _pack_kernel(packed, rows, N, K, stride, PACKING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
     k0 = tl.program_id(1).to(tl.int64) * BLOCK_K
     kw = tl.arange(0, BLOCK_K // 8)

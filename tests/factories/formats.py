@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from factories.layers import BORROW, Layer, Scheme, pack_columns, pack_columns_awq, pack_rows
+from factories.layers import BORROW, Layer, Scheme, pack_codes, pack_columns, pack_columns_awq
 
 Tensors = dict[str, torch.Tensor]
 
@@ -124,7 +124,7 @@ class Gptq:
         return {
             f"{module}.g_idx": torch.from_numpy(layer.groups),
             f"{module}.scales": layer.scales,
-            f"{module}.qweight": torch.from_numpy(pack_rows(np.ascontiguousarray(layer.codes.T), bits)),
+            f"{module}.qweight": torch.from_numpy(pack_codes(np.ascontiguousarray(layer.codes.T), bits)),
             f"{module}.qzeros": torch.from_numpy(qzeros.view(np.int32)),
         }
 
@@ -187,7 +187,7 @@ class CompressedTensors:
         if not layer.scheme.claims_symmetric:
             zeros = np.ascontiguousarray(layer.zeros.T)  # [N, G], packed along N
             signed = (zeros.astype(np.int16) - middle).astype(np.int8)
-            tensors[f"{module}.weight_zero_point"] = torch.from_numpy(signed if self.int8 else pack_rows(zeros, bits))
+            tensors[f"{module}.weight_zero_point"] = torch.from_numpy(signed if self.int8 else pack_codes(zeros, bits))
         if self.weight_g_idx:
             tensors[f"{module}.weight_g_idx"] = torch.from_numpy(layer.groups)
         return tensors

@@ -122,7 +122,7 @@ def pack_columns(matrix: NDArray[np.uint8], bits: int = 4) -> NDArray[np.int32]:
     return words(matrix.reshape(rows, columns * bits // 32, 32 // bits), bits)
 
 
-def pack_rows(matrix: NDArray[np.uint8], bits: int = 4) -> NDArray[np.int32]:
+def pack_codes(matrix: NDArray[np.uint8], bits: int = 4) -> NDArray[np.int32]:
     """Pack [rows, columns] along its rows, in order: [rows·bits/32, columns]."""
     return np.ascontiguousarray(pack_columns(np.ascontiguousarray(matrix.T), bits).T)
 
@@ -139,7 +139,7 @@ def unpack_columns(packed: NDArray[np.int32]) -> NDArray[np.uint8]:
 
 
 def unpack_rows(packed: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Invert `pack_rows`: [rows/8, columns] → [rows, columns]."""
+    """Invert `pack_codes`: [rows/8, columns] → [rows, columns]."""
     return np.ascontiguousarray(unpack_columns(np.ascontiguousarray(packed.T)).T)
 
 

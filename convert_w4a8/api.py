@@ -1,0 +1,144 @@
+"""The Python interface: what the commands do, for scripts and notebooks.
+
+Paths are strings or `Path`s; a source may also be a Hub id, `org/name[@revision]`. What a caller can mend raises
+`W4A8Error`: a `ConvertError` for one problem, a `PlanError` for all that cannot be converted.
+"""
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert_w4a8.checkpoint import directory
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.conversion import plan as planning
+from convert_w4a8.conversion.plan import Plan
+from convert_w4a8.conversion.result import Result
+from convert_w4a8.conversion.run import carry_out
+from convert_w4a8.devices import resolve_device
+from convert_w4a8.hub.repository import resolve_input
+from convert_w4a8.options import Options
+from convert_w4a8.regression import check as regression
+from convert_w4a8.report import collect, inspection
+from convert_w4a8.verification import proof
+
+if TYPE_CHECKING:
+    from convert_w4a8.regression.baseline import Figures
+
+__all__ = ["check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "verify"]
+
+PathOrId = str | PathLike[str]
+_DEFAULTS = Options()
+
+
+def _ignore(_nbytes: int) -> None:
+    """Take no notice of progress."""
+
+
+def open_checkpoint(source: PathOrId) -> Checkpoint:
+    """Open a checkpoint, reading its JSON files and safetensors headers only.
+
+    Raises:
+        ConvertError: it is absent, damaged or inconsistent.
+
+    """
+    return directory.open_checkpoint(resolve_input(str(source)))
+
+
+def make_plan(source: PathOrId, options: Options = _DEFAULTS) -> Plan:
+    """Return what a conversion would do, from headers and configuration alone.
+
+    Raises:
+        ConvertError: the checkpoint is of no known format.
+        PlanError: something cannot be converted; every such thing is listed.
+
+    """
+    return planning.make_plan(open_checkpoint(source), options)
+
+
+def convert(
+    source: PathOrId,
+    out: PathOrId,
+    options: Options = _DEFAULTS,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[int], None] = _ignore,
+) -> Result:
+    """Convert a checkpoint; `out` appears whole, at the end, or not at all.
+
+    device: "auto", "cpu" or "cuda[:N]". overwrite: replace `out`. resume: continue a conversion that was interrupted.
+    progress: called with the number of source bytes that are done with since the last call, from any thread.
+
+    Raises:
+        ConvertError, PlanError: the input, the output path, the options or the device do not allow it.
+
+    """
+    checkpoint = open_checkpoint(source)
+    return carry_out(
+        checkpoint,
+        planning.make_plan(checkpoint, options),
+        Path(out),
+        device=resolve_device(device),
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def verify(
+    out: PathOrId,
+    source: PathOrId,
+    *,
+    min_sqnr_db: float | None = None,
+    progress: Callable[[int], None] = _ignore,
+) -> proof.Verification:
+    """Compare a converted checkpoint with its source; without `problems` in the result the conversion is right.
+
+    min_sqnr_db: least SQNR of a layer in dB, instead of the bounds that `w4a8 verify` uses.
+    Raises ConvertError if one of the two cannot be read.
+    """
+    return proof.verify(open_checkpoint(out), open_checkpoint(source), min_sqnr_db=min_sqnr_db, progress=progress)
+
+
+def inspect(source: PathOrId) -> inspection.Inspection:
+    """Describe a checkpoint, source or converted, at a glance.
+
+    Raises ConvertError or PlanError if it cannot be read.
+    """
+    return inspection.inspect(open_checkpoint(source))
+
+
+def make_report(out: PathOrId, source: PathOrId, *, progress: Callable[[int], None] = _ignore) -> collect.Report:
+    """Measure a conversion: error by layer, distributions of scales, memory.
+
+    Raises ConvertError or PlanError if one of the two cannot be read, or `out` was not converted from `source`.
+    """
+    return collect.collect(open_checkpoint(out), open_checkpoint(source), progress=progress)
+
+
+def check(
+    source: PathOrId,
+    options: Options = _DEFAULTS,
+    *,
+    out: PathOrId | None = None,
+    sample: bool = False,
+    baseline: "Figures | None" = None,
+    tolerance_db: float = 0.1,
+    device: str = "auto",
+) -> regression.Check:
+    """Convert, verify and compare with a baseline, as `w4a8 check` does; without `problems` all is as it was.
+
+    out: a conversion that exists, to be checked instead of making one. sample: convert one layer of each kind only.
+    Raises ConvertError if `source` or `out` cannot be read.
+    """
+    return regression.check(
+        open_checkpoint(source),
+        options,
+        out=None if out is None else Path(out),
+        sample=sample,
+        baseline=baseline,
+        tolerance_db=tolerance_db,
+        device=resolve_device(device),
+    )

@@ -1,0 +1,74 @@
+"""`w4a8-convert` and `w4a8 convert`: the conversion itself."""
+
+from pathlib import Path
+
+import click
+
+from convert_w4a8.cli.base import W4A8Command, echo_json, progress
+from convert_w4a8.cli.options import SIZE, conversion_options, read_options
+from convert_w4a8.cli.push import verify_and_push
+from convert_w4a8.version import __version__
+
+
+@click.command("convert", cls=W4A8Command)
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@conversion_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Largest output file.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--resume", is_flag=True, help="Continue a conversion to OUT that was interrupted, if there is one.")
+@click.option("--push-to", metavar="ORG/NAME[@BRANCH]", help="Verify OUT, then upload it to the Hub.")
+@click.option("--private", is_flag=True, help="With --push-to: if the repository is new, make it private.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
+@click.version_option(__version__, package_name="w4a8-convert")
+def convert_command(
+    source: str,
+    out: Path,
+    device: str,
+    dry_run: bool,
+    max_shard_size: int,
+    overwrite: bool,
+    resume: bool,
+    push_to: str | None,
+    private: bool,
+    quiet: bool,
+    as_json: bool,
+    **choices: str,
+) -> None:
+    """Convert a W4A16 checkpoint (AWQ, GPTQ, compressed-tensors) to W4A8 for vLLM on Hopper.
+
+    IN is a local directory or a Hub id, org/name[@revision]. OUT must not exist or be empty; it appears whole or not
+    at all. No GPU is needed.
+    """
+    from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.cli import render
+    from convert_w4a8.conversion.plan import make_plan
+    from convert_w4a8.conversion.run import carry_out, check_paths
+    from convert_w4a8.devices import resolve_device
+    from convert_w4a8.hub.repository import Repository, prepare_repository, resolve_input
+
+    torch_device = resolve_device(device)
+    checkpoint = open_checkpoint(resolve_input(source))
+    plan = make_plan(checkpoint, read_options(choices, max_shard_size))
+    if not (quiet or as_json):
+        click.echo(render.plan_text(plan))
+    if dry_run:
+        if as_json:
+            echo_json(render.plan_dict(plan))
+        return
+    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
+    repository = Repository.parse(push_to) if push_to else None
+    if repository is not None:  # before the work, so that a wrong token is found now
+        prepare_repository(repository, private=private, again="the same command")
+    with progress(plan.nbytes_in, "convert", quiet=quiet) as update:
+        result = carry_out(
+            checkpoint, plan, out, device=torch_device, overwrite=overwrite, resume=resume, progress=update
+        )
+    if as_json:
+        echo_json(render.result_dict(result, out))
+    elif not quiet:
+        click.echo(render.result_text(result, source, out))
+    if repository is not None:
+        verify_and_push(out, source, repository, private=private, quiet=quiet or as_json)

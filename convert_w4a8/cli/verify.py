@@ -1,0 +1,32 @@
+"""`w4a8 verify`: prove a conversion from the bytes of both directories."""
+
+import click
+
+from convert_w4a8.cli.base import W4A8Command, echo_json, progress
+
+
+@click.command("verify", cls=W4A8Command)
+@click.argument("out", metavar="OUT")
+@click.option("--source", required=True, metavar="IN", help="The checkpoint that OUT was converted from.")
+@click.option(
+    "--min-sqnr-db",
+    type=float,
+    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def verify_command(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:
+    """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right."""
+    from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.cli import render
+    from convert_w4a8.hub.repository import resolve_input
+    from convert_w4a8.verification.proof import verify as run
+
+    converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
+    with progress(original.nbytes, "verify", quiet=as_json) as update:
+        verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
+    if as_json:
+        echo_json(render.verification_dict(verification))
+    else:
+        click.echo(render.verification_text(verification))
+    if verification.problems:
+        click.get_current_context().exit(1)

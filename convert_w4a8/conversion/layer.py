@@ -1,0 +1,78 @@
+"""One layer or one other tensor of a conversion: from what a reader reads to the tensors of the output.
+
+Nothing here writes, locks or knows of files.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, Reader, TensorInfo
+from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
+from convert_w4a8.encoding.dequantize import dequantize, output_blocks
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.linear import DenseLinear, W4Linear
+from convert_w4a8.options import Options
+from convert_w4a8.quantization.layer import LayerStats, to_w4a8
+from convert_w4a8.sources import source_named
+from convert_w4a8.targets import target_named
+
+CHUNK_BYTES = 8 << 20
+"""Of a tensor that is copied, as much at a time."""
+
+
+def convert_layer(
+    layer: LayerPlan, read: Reader, options: Options, device: torch.device
+) -> tuple[Mapping[str, Iterable[torch.Tensor]], LayerStats | None]:
+    """Read one layer and return the tensors of the output that it becomes, and what that did to it.
+
+    Tensors come in parts along their first dimension, some of which are made when they are asked for. The statistics
+    are None where the layer is kept in BF16.
+
+    Raises:
+        ConvertError: the layer is damaged, or the GPU's memory is too small for it.
+
+    """
+    w = source_named(layer.spec.source).read_layer(layer.spec, read)
+    if layer.dequantize is not None:
+        (spec,) = layer.specs
+        return {spec.name: _in_bfloat16(w)}, None
+    target = target_named(options.format)
+    try:
+        w4a8, stats = to_w4a8(w if device.type == "cpu" else w.to(device), options.scales, stock=target.SCALES_AT_LOAD)
+        return target.encode(layer.module, w4a8), stats
+    except torch.OutOfMemoryError as error:  # a GPU's; others work on it too
+        raise ConvertError(
+            layer.module, f"does not fit into the free memory of {device}", "use --device cpu"
+        ) from error
+
+
+def layer_memory(layer: LayerPlan) -> int:
+    """Return the bytes that converting a layer takes at most: three times its codes, read, chosen anew and joined."""
+    n, k = layer.spec.out_features, layer.spec.in_features
+    return n * k * 3 // 2
+
+
+def _in_bfloat16(w: W4Linear | DenseLinear) -> Iterator[torch.Tensor]:
+    for start, stop in output_blocks(*w.shape_nk):
+        yield dequantize(w.output_channels(start, stop)).bfloat16()
+
+
+def copy_tensor(
+    tensor: TensorPlan, read_into: Callable[[TensorInfo, torch.Tensor, int], None]
+) -> Iterator[torch.Tensor]:
+    """Yield a tensor of the output in flat parts, so that an embedding of gigabytes needs no gigabytes.
+
+    Raises:
+        ConvertError: it holds NaN, or cannot be read.
+
+    """
+    info = tensor.info
+    for offset in range(0, info.nbytes, CHUNK_BYTES):
+        piece = torch.empty(min(CHUNK_BYTES, info.nbytes - offset), dtype=torch.uint8)
+        read_into(info, piece, offset)
+        values = piece.view(TORCH_DTYPES[info.dtype])
+        # A maximum is NaN where a value is, and costs no time.
+        if values.is_floating_point() and values.itemsize > 1 and values.max().isnan():
+            raise ConvertError(info.name, "holds NaN", "the checkpoint is damaged: download it again")
+        yield values.bfloat16() if tensor.output.dtype != info.dtype else values  # FP16 → BF16, or as it is
