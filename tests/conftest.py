@@ -9,9 +9,7 @@ import hypothesis
 import pytest
 import torch
 from code_groups import switch_kernels_off
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+from paths import SHARED
 
 # Triton decides between interpreter and compiler when `@triton.jit` runs, so this stands before any kernel
 # is imported. It holds in xdist workers too: each of them imports this file.

@@ -1,0 +1,130 @@
+"""Time the conversion of one layer whose codes cannot be kept: compiled kernels beside torch operations, in one run.
+
+    python scripts/bench/bench_requantize.py [--device cuda] [--sizes 14336x4096 ...] [--rounds 5] [--json FILE]
+
+On a CUDA GPU the kernels are Triton's, on a CPU numba's. Weights are random, and so are the zero-points, so every group
+gets new codes. Times are medians of `to_w4a8`, from tensors on the device to tensors on the device; FP8 scales are
+chosen on the CPU in between, by one thread, as inside the converter, whose workers are Python threads. Results are
+compared with torch's, byte for byte, before they are timed. Beside each time stand that of the same layer with codes
+that are kept, and that of copying its codes from the device, there again, and back.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from convert_w4a8 import devices
+from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
+from convert_w4a8.options import ScalesMode
+from convert_w4a8.quantization.layer import to_w4a8
+
+SIZES = ("4096x4096", "14336x4096", "33792x12288")
+
+
+def random_layer(n: int, k: int, device: torch.device) -> W4Linear:
+    """Return an AWQ layer with random zero-points."""
+    packed = torch.randint(-(2**31), 2**31, (k, n // 8), dtype=torch.int32)
+    scales = torch.rand(k // GROUP_SIZE, n).mul_(0.01).add_(0.002).half()
+    zeros = torch.randint(0, 16, (k // GROUP_SIZE, n), dtype=torch.uint8)
+    return W4Linear(packed.to(device), Packing.AWQ, scales.to(device), zeros.to(device), None, GROUP_SIZE)
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Switch the compiled kernels off."""
+    kernels = devices.kernels
+    devices.kernels = lambda _name, _device: None
+    try:
+        yield
+    finally:
+        devices.kernels = kernels
+
+
+def milliseconds(call: Callable[[], object], rounds: int) -> float:
+    """Return the median time of a call, which ends by waiting for the GPU or does not use one."""
+    times = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[1:])
+
+
+def same(a: W4A8Linear, b: W4A8Linear) -> bool:
+    """Return whether two layers have the same bytes."""
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("packed", "group_scale", "lut", "channel_scale")]
+    return all(x is y or torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+
+
+def measure(n: int, k: int, device: torch.device, rounds: int) -> Iterator[dict[str, object]]:
+    """Yield one row for each way of choosing scales."""
+    torch.manual_seed(0)
+    w = random_layer(n, k, device)
+    kept = replace(w, zeros=None)
+
+    def convert(layer: W4Linear, mode: ScalesMode) -> W4A8Linear:
+        found, _ = to_w4a8(layer, mode)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return found
+
+    copy = milliseconds(lambda: w.packed.cpu().to(device).cpu(), rounds)  # the last waits for what was before
+    for mode in ScalesMode:
+        found = convert(w, mode)
+        with torch_alone():
+            equal = same(found, convert(w, mode))
+            plain = milliseconds(partial(convert, w, mode), min(rounds, 2))
+        yield {
+            "n": n,
+            "k": k,
+            "scales": mode.value,
+            "equal": equal,
+            "ms": milliseconds(partial(convert, w, mode), rounds),
+            "torch_ms": plain,
+            "codes_kept_ms": milliseconds(partial(convert, kept, mode), rounds),
+            "copies_ms": copy,
+        }
+
+
+def main() -> None:
+    """Measure, print one table; exit with 1 where bytes differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="NxK (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.set_num_threads(1)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    print("| N × K | scales | kernels ms | ns a weight | torch ms | times as fast | codes kept ms | copies ms |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    rows = []
+    for size in args.sizes:
+        n, k = map(int, size.split("x"))
+        for row in measure(n, k, device, args.rounds):
+            rows.append(row)
+            ms, plain = float(str(row["ms"])), float(str(row["torch_ms"]))
+            cells = f"{ms:.1f} | {ms * 1e6 / (n * k):.3f} | {plain:.1f} | {plain / ms:.1f}"
+            kept = f"{row['codes_kept_ms']:.1f} | {row['copies_ms']:.1f}"
+            print(
+                f"| {n} × {k} | {row['scales']} | {cells} | {kept} |", "" if row["equal"] else "NOT EQUAL", flush=True
+            )
+    if args.json:
+        args.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+    if not all(row["equal"] for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Compare what vLLM computes from a `w4a8_lut` checkpoint and from the stock checkpoint of the same conversion.
+
+    check_equivalence.py LUT_DIR STOCK_DIR [--tp 2] [--text-file F | --tokens-file F] [--json OUT] [--quick]
+
+Both must have been converted with `--scales reference`. At tensor-parallel size 1, greedy tokens and the
+log-probabilities of all prompt tokens must be identical wherever vLLM quantizes the stock checkpoint's scales with the
+arithmetic that the `w4a8_lut` checkpoint has. There are two, because `QuantFP8` has two forms (docs/serving.md):
+
+    compiled        vLLM as it comes: c = amax · fl(1/448)
+    eager           enforce_eager, without the CUDA kernel: the same
+    compiled-kernel compiled, with the CUDA kernel (`custom_ops: ["+quant_fp8"]`): c = amax / 448
+    eager-default   enforce_eager as it comes: the same
+
+Which arithmetic the checkpoint has is found by doing both, and its two modes are what runs unless `--modes` says
+otherwise; a mode of the other arithmetic is reported, not demanded. Where outputs differ that must not, the stock
+checkpoint runs once more, to show what an engine differs from itself.
+
+Each engine runs in a process of its own, which schedules by itself (no engine-core process whose batches depend on
+when requests arrive: other batch sizes are other kernels and other roundings).
+
+At a larger size, stock vLLM computes channel scales from each rank's part of the input channels, we store those of
+the whole row. The mean deviation of plugin and stock at that size must not exceed 1.5 times (two independent
+deviations add up to √2) that of stock from stock at size 1.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import vllm_engine
+
+BATCH = 16
+MAX_LENGTH = 1024
+GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, BATCH]}
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "compiled": ("reciprocal", {"compilation_config": GRAPHS}),
+    "eager": ("reciprocal", {"enforce_eager": True, "compilation_config": {"custom_ops": ["-quant_fp8"]}}),
+    "compiled-kernel": ("division", {"compilation_config": {"custom_ops": ["+quant_fp8"], **GRAPHS}}),
+    "eager-default": ("division", {"enforce_eager": True}),
+}
+"""Mode → how vLLM quantizes scales in it, and its options."""
+
+
+def worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Run one engine over all prompts, in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests are there before the first step
+    # Inductor picks among its kernels by timing them: "stock again" must be compiled again to show what that does.
+    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    llm = LLM(**payload["llm"])
+    started = time.perf_counter() - start
+    greedy = SamplingParams(
+        temperature=0.0, max_tokens=payload["new_tokens"], ignore_eos=True, prompt_logprobs=1, logprobs=1
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in payload["prompts"]]
+    outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    found = []
+    for prompt, output in zip(payload["prompts"], outputs, strict=True):
+        completion = output.outputs[0]
+        # The first prompt token has no log-probability.
+        scored = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        found.append(
+            {
+                "tokens": list(completion.token_ids),
+                "prompt": [entry[token].logprob for token, entry in scored],
+                "new": [
+                    entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
+                ],
+            }
+        )
+    return {"outputs": found, "start_s": round(started, 1)}
+
+
+def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how far two engines' outputs for the same prompts are apart."""
+    pairs = list(zip(a, b, strict=True))
+    gaps = [abs(x - y) for left, right in pairs for x, y in zip(left["prompt"], right["prompt"], strict=True)]
+    new = [(x, y) for left, right in pairs for x, y in zip(left["tokens"], right["tokens"], strict=True)]
+    return {
+        "identical": a == b,
+        "prompt_logprobs": len(gaps),
+        "prompt_logprobs_equal": sum(gap == 0 for gap in gaps),
+        "mean_gap": statistics.fmean(gaps),
+        "max_gap": max(gaps),
+        "tokens": len(new),
+        "tokens_equal": sum(x == y for x, y in new),
+    }
+
+
+def scale_pairs(lut: Path, stock: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield of each layer in both checkpoints the stock scales [N, G], our group scales [G, N] and channel scales."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+
+        def tensors(directory: Path) -> dict[str, Any]:
+            files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
+            return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+        ours, theirs = tensors(lut), tensors(stock)
+        for name, file in ours.items():
+            module, _, leaf = name.rpartition(".")
+            scale = f"{module}.weight_scale"
+            if leaf == "weight_chan_scale" and scale in theirs and scale in ours:
+                yield theirs[scale].get_tensor(scale), ours[scale].get_tensor(scale), file.get_tensor(name)
+
+
+def find_arithmetics(lut: Path, stock: Path) -> set[str]:
+    """Return with which arithmetics vLLM makes the checkpoint's scales, all of them, from the stock checkpoint's."""
+    found, layers = {"division", "reciprocal"}, 0
+    for scales, group, channel in scale_pairs(lut, stock):
+        layers += 1
+        for arithmetic in tuple(found):
+            fp8, expected = vllm_engine.quantize_scales(scales, arithmetic)
+            if not (expected.equal(channel) and fp8.float().equal(group.t().float())):
+                found.remove(arithmetic)
+    return found if layers else set()
+
+
+def make_prompts(args: argparse.Namespace) -> list[list[int]]:
+    """Return token ids: given ones, those of NUL-separated documents, or random ones."""
+    if args.tokens_file:
+        prompts: list[list[int]] = json.loads(args.tokens_file.read_text())
+        return prompts[: args.prompts]
+    if args.text_file:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.stock)
+        documents = [text for text in args.text_file.read_text().split("\0") if len(text) > 4 * args.prompt_tokens]
+        return [tokenizer(text)["input_ids"][: args.prompt_tokens] for text in documents[: args.prompts]]
+    config = json.loads((args.stock / "config.json").read_text())
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    generator = random.Random(0)
+    lengths = [generator.randrange(2, args.prompt_tokens + 1) for _ in range(args.prompts)]
+    return [[generator.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments; ends with an error where there is nothing to compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("lut", type=Path)
+    parser.add_argument("stock", type=Path)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: the checkpoint's; one of them at --tp > 1")
+    parser.add_argument("--prompts", type=int, default=BATCH)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--text-file", type=Path)
+    parser.add_argument("--tokens-file", type=Path)
+    parser.add_argument("--kv-cache-gib", type=float, default=2.0)
+    parser.add_argument("--jobs", type=int, default=4, help="engines of size 1 at a time, on the same GPU")
+    parser.add_argument("--disable-custom-all-reduce", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="one mode, without compilation, 4 prompts")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    for directory in (args.entries, args.stock):
+        if not (directory / "config.json").is_file():
+            parser.error(f"{directory} is not a checkpoint")
+    args.arithmetics = find_arithmetics(args.entries, args.stock)
+    if not args.arithmetics:
+        parser.error(
+            "vLLM does not make the one checkpoint's scales of the other's: convert the source to the stock one with"
+            " --scales reference, and that one to LUT_DIR"
+        )
+    print(f"scales of {args.entries.name}: by {' and by '.join(sorted(args.arithmetics))}", flush=True)
+    if args.modes is None:
+        args.modes = [mode for mode, (arithmetic, _) in MODES.items() if arithmetic in args.arithmetics][:2]
+        if args.quick or args.tp > 1:
+            args.modes = args.modes[-1:] if args.quick else args.modes[:1]
+    if args.quick:
+        args.prompts = min(args.prompts, 4)
+    return args
+
+
+def main() -> int:
+    """Run the engines, print the table, return 1 if a demand is not met."""
+    args = parse()
+    prompts = make_prompts(args)
+
+    def run(directory: Path, mode: str, tp: int) -> Any:
+        llm = {
+            "model": str(directory),
+            "tensor_parallel_size": tp,
+            "skip_tokenizer_init": True,
+            # Not less than max_num_batched_tokens / max_num_seqs: vLLM warms up with requests of that many tokens, and
+            # attention reads beyond the block tables of a shorter max_model_len (vllm-project/vllm#49751).
+            "max_model_len": MAX_LENGTH,
+            "max_num_seqs": BATCH,
+            "max_num_batched_tokens": 8 * MAX_LENGTH,
+            # Not profiled, so that engines can start side by side; the utilization is only checked to be free.
+            "kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30),
+            "gpu_memory_utilization": 0.1,
+            "enable_prefix_caching": False,
+            "async_scheduling": False,
+            "generation_config": "vllm",
+            "disable_custom_all_reduce": args.disable_custom_all_reduce,
+            "seed": 0,
+            **MODES[mode][1],
+        }
+        result = vllm_engine.run_worker(__file__, {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens})
+        print(f"{directory.name} {mode} TP {tp}: start {result['start_s']} s, all {result['wall_s']} s", flush=True)
+        return result["outputs"]
+
+    rows: list[dict[str, Any]] = []
+
+    def note(mode: str, what: str, a: Any, b: Any) -> dict[str, Any]:
+        row = {"mode": mode, "what": what, **compare(a, b)}
+        rows.append(row)
+        return row
+
+    engines = sorted({(args.stock, args.tp), (args.entries, args.tp), (args.stock, 1)})
+    # Engines on several GPUs run one at a time (their ranks wait for each other on the GPU), beside those on one.
+    with ThreadPoolExecutor(args.jobs) as single, ThreadPoolExecutor(1) as several:
+        runs = {
+            (path, mode, tp): (single if tp == 1 else several).submit(run, path, mode, tp)
+            for mode in args.modes
+            for path, tp in engines
+        }
+    outputs = {key: future.result() for key, future in runs.items()}
+
+    met, is_floor_known = True, False
+    for mode in args.modes:
+        one, stock, lut = (
+            outputs[path, mode, tp] for path, tp in ((args.stock, 1), (args.stock, args.tp), (args.entries, args.tp))
+        )
+        if args.tp > 1:
+            own = note(mode, f"stock TP {args.tp}, stock TP 1", stock, one)
+            note(mode, f"plugin TP {args.tp}, stock TP 1", lut, one)
+            both = note(mode, f"plugin TP {args.tp}, stock TP {args.tp}", lut, stock)
+            met &= both["mean_gap"] <= 1.5 * own["mean_gap"]
+            continue
+        demanded = MODES[mode][0] in args.arithmetics
+        row = note(mode, "plugin, stock" if demanded else "plugin, stock (other arithmetic)", lut, one)
+        if demanded and not row["identical"]:
+            met = False
+            if not is_floor_known:
+                is_floor_known = True
+                note(mode, "stock, stock again", run(args.stock, mode, 1), one)
+    text = vllm_engine.table(
+        ("mode", "compared", "prompt log-probs equal", "mean |gap|", "max |gap|", "greedy tokens equal"),
+        [
+            (
+                row["mode"],
+                row["what"],
+                f"{row['prompt_logprobs_equal']} of {row['prompt_logprobs']}",
+                f"{row['mean_gap']:.2e}",
+                f"{row['max_gap']:.2e}",
+                f"{row['tokens_equal']} of {row['tokens']}",
+            )
+            for row in rows
+        ],
+    )
+    results = {
+        "lut": str(args.entries),
+        "stock": str(args.stock),
+        "tp": args.tp,
+        "scales": sorted(args.arithmetics),
+        "met": met,
+        "rows": rows,
+    }
+    vllm_engine.finish(results, f"{text}\n{'demands met' if met else 'DEMANDS NOT MET'}", args.json)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        Path(sys.argv[3]).write_text(json.dumps(worker(json.loads(Path(sys.argv[2]).read_text()))))
+    else:
+        sys.exit(main())

@@ -1,0 +1,116 @@
+"""What the GPU scripts share: vLLM engines in subprocesses that know the plugin, the machine's description, tables."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plugin_environment() -> dict[str, str]:
+    """Return the environment in which vLLM's processes find this checkout and its entry point.
+
+    Where the package is installed, that is the environment as it is. Where it only lies on PYTHONPATH, a directory
+    with the metadata that an installation would have written is put beside it.
+    """
+    env = dict(os.environ)
+    paths = [str(ROOT)]
+    known = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    if "w4a8_lut" not in known:
+        site = Path(tempfile.mkdtemp(prefix="w4a8-plugin-"))
+        info = site / "w4a8_convert-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: w4a8-convert\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[vllm.general_plugins]\nw4a8_lut = convert_w4a8.vllm_plugin:register\n")
+        paths.append(str(site))
+    env["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [env.get("PYTHONPATH")])])
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    # Greedy decoding needs no FlashInfer sampler, which wants a CUDA toolkit to compile itself.
+    env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    return env
+
+
+def run_worker(script: str, payload: dict[str, Any], timeout: float = 420) -> dict[str, Any]:
+    """Run `script --worker PAYLOAD RESULT` in a process of its own and return what it wrote to RESULT.
+
+    Beside that: `wall_s`, and `kernels`, the lines in which vLLM's log names the kernels that it chose. Raises
+    RuntimeError with the end of the log if the process fails or takes longer than `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="w4a8-engine-") as directory:
+        ask, answer, log = (Path(directory) / name for name in ("payload.json", "result.json", "log.txt"))
+        ask.write_text(json.dumps(payload))
+        command = [sys.executable, script, "--worker", str(ask), str(answer)]
+        start = time.perf_counter()
+        with log.open("wb") as output:
+            try:
+                code = subprocess.run(
+                    command, stdout=output, stderr=output, env=plugin_environment(), timeout=timeout, check=False
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = -1
+        seconds = time.perf_counter() - start
+        text = log.read_text(errors="replace")
+        if not answer.is_file():  # one that is there counts, however the engine's shutdown went
+            tail = "\n".join(text.splitlines()[-60:])
+            raise RuntimeError(f"engine process ended with {code} after {seconds:.0f} s\n{tail}")
+        result: dict[str, Any] = json.loads(answer.read_text())
+        kernels = sorted(set(re.findall(r"Using \S+ (?:for \w+|.*backend\b)", text)))
+        return result | {"wall_s": round(seconds, 1), "kernels": kernels}
+
+
+def machine() -> dict[str, str]:
+    """Return the GPU and the versions that a result was taken with."""
+    import torch
+
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for package in ("vllm", "triton", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def quantize_scales(scales: Any, arithmetic: str) -> tuple[Any, Any]:
+    """Quantize BF16 group scales [N, G], on the CPU, as one of the two forms of vLLM's `QuantFP8` does at load.
+
+    arithmetic: "division", c = amax / 448, the CUDA kernel (eager mode); or "reciprocal", c = amax · fl(1/448), the
+        native form (vLLM's default; on a GPU, PyTorch and inductor multiply where a tensor is divided by a number).
+    Returns float8_e4m3fn [N, G] and float32 [N].
+    """
+    import torch
+
+    s = scales.float()
+    largest = s.abs().amax(dim=1)
+    c = largest / 448 if arithmetic == "division" else largest * (torch.tensor(1.0) / 448)
+    c = c.clamp(min=1 / (448 * 512))
+    fp8 = (s / c[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (fp8.float() / 8).to(torch.float8_e4m3fn), c * 8
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table with aligned columns."""
+    cells = [list(map(str, header)), *[list(map(str, row)) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def finish(results: dict[str, Any], text: str, output: Path | None) -> None:
+    """Write the results as JSON where asked, and print the table last."""
+    results = {"machine": machine(), **results}
+    if output:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    print(text)
