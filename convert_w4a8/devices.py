@@ -9,10 +9,14 @@ keeps it for later processes.
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
+from types import CodeType, ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +30,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "tables": {"cuda": "gpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
+_importing = threading.RLock()
 _LEAST_CAPABILITY = (8, 0)
 """Triton supports GPUs of compute capability 8.0 and higher (its README); on older ones torch itself may not run."""
 
@@ -142,6 +147,9 @@ def _kernels(operation: str, device: torch.device) -> Any:
     """Return the module of an operation that serves a device."""
     file = _OPERATIONS[operation].get(device.type, "reference")
     works = {"gpu": _triton_works, "cpu": _numba_works}.get(file)
+    if works is not None:
+        with _importing:  # one thread finds out, and says what is missing
+            works()
     return import_module(f"convert_w4a8.kernels.{operation}.{file if works is None or works() else 'reference'}")
 
 
@@ -187,15 +195,33 @@ def _import_numba() -> None:
     It reads `.numba_config.yaml` there when it is imported and whenever it compiles, and a cache directory named there
     may hold pickles. What NUMBA_… variables say still holds.
     """
-    if "numba" not in sys.modules:
-        import_module("yaml")  # so that no other thread imports it meanwhile
-        absent: Any = None
-        yaml, sys.modules["yaml"] = sys.modules["yaml"], absent  # without it, numba reads no file
+    with _importing:
+        finder = _NumbaConfigFinder()
+        sys.meta_path.insert(0, finder)
         try:
-            import_module("numba.core.config")
+            import_module("numba")
         finally:
-            sys.modules["yaml"] = yaml
-    config = import_module("numba.core.config")
-    vars(config)["_config_fname"] = os.devnull  # it has no other switch
-    config._env_reloader.update(force=True)  # noqa: SLF001
-    import_module("numba")
+            sys.meta_path.remove(finder)
+        config = import_module("numba.core.config")
+        if config._config_fname != os.devnull:  # noqa: SLF001 - somebody else imported it before
+            vars(config)["_config_fname"] = os.devnull
+            config._env_reloader.update(force=True)  # noqa: SLF001
+
+
+class _NumbaConfigFinder(MetaPathFinder):
+    """Finds `numba.core.config`, and nothing else, as it is but for the name of its settings file."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return where the module is, with a loader that changes it."""
+        spec = PathFinder.find_spec(name, path, target) if name == "numba.core.config" else None
+        if spec is not None and spec.origin is not None:
+            spec.loader = _NumbaConfigLoader(name, spec.origin)
+        return spec
+
+
+class _NumbaConfigLoader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the module; it has no other switch."""
+        source = self.get_data(self.path).decode()
+        code: CodeType = self.source_to_code(source.replace("'.numba_config.yaml'", repr(os.devnull)), self.path)
+        return code

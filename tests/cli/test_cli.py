@@ -16,17 +16,19 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from checkpoint_edits import edit_quantization, edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
+from paths import ROOT
+from safetensors.torch import save_file
 
 from convert_w4a8 import __version__
-from convert_w4a8.cli import main as cli
 from convert_w4a8.cli.convert import convert_command as convert
 from convert_w4a8.cli.main import main
 from convert_w4a8.cli.options import SIZE
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
-from convert_w4a8.targets import targets
+from convert_w4a8.targets import target_names, targets
 
 
 def invoke(command: click.Command, *arguments: object) -> Result:
@@ -48,7 +50,7 @@ OPTIONS = {option.name: option for option in convert.params if isinstance(option
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a small checkpoint that converts exactly."""
+    """Return a small checkpoint that keeps its codes."""
     return write_case("gptq-v1", tmp_path_factory.mktemp("cli") / "in").path
 
 
@@ -81,7 +83,7 @@ def test_help_does_not_import_what_is_heavy(words: list[str]) -> None:
     """Help, the version and usage errors appear at once: without torch, numpy, transformers or the Hub's client."""
     code = (
         "import sys\n"
-        "from convert_w4a8.cli import main\n"
+        "from convert_w4a8.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit as end:\n    code = end.code\n"
         "heavy = {'torch', 'numpy', 'transformers', 'huggingface_hub', 'safetensors', 'tqdm', 'triton', 'matplotlib'}\n"
@@ -111,19 +113,24 @@ def test_convert_is_the_main_command_and_one_of_the_group() -> None:
 @pytest.mark.parametrize(
     ("option", "choices"),
     [
-        ("output_format", [target.NAME for target in targets()]),
-        ("scales", list(ScalesMode)),
-        ("asymmetric", list(Policy)),
-        ("act_order", list(Policy)),
-        ("group_size", list(Policy)),
-        ("unsupported", list(Unsupported)),
+        ("output_format", ["compressed-tensors", "lut"]),
+        ("scales", ["reference", "search", "direct"]),
+        ("asymmetric", ["requantize", "error"]),
+        ("act_order", ["requantize", "error"]),
+        ("group_size", ["requantize", "error"]),
+        ("unsupported", ["error", "dequantize"]),
     ],
 )
-def test_choices_are_those_of_the_library(option: str, choices: list[str]) -> None:
-    """The command line cannot import the enums (they are heavy), so it repeats them; here they are compared."""
+def test_choices_are_those_of_the_documents(option: str, choices: list[str]) -> None:
+    """What scripts and documents name can be chosen, and nothing else."""
     kind = OPTIONS[option].type
     assert isinstance(kind, click.Choice)
-    assert list(kind.choices) == [str(choice) for choice in choices]
+    assert list(kind.choices) == choices
+
+
+def test_formats_are_those_that_can_be_written() -> None:
+    """`--format` knows the names of the files in `targets/`; each module says the same of itself."""
+    assert list(target_names()) == [target.NAME for target in targets()]
 
 
 @pytest.mark.parametrize("option", ["output_format", "asymmetric", "act_order", "group_size", "unsupported"])
@@ -135,7 +142,7 @@ def test_defaults_are_those_of_the_library(option: str) -> None:
 
 def test_default_shard_size_is_that_of_the_library() -> None:
     """5GB is 5,000,000,000 bytes."""
-    assert Size().convert(OPTIONS["max_shard_size"].default, None, None) == Options().max_shard_size
+    assert SIZE.convert(OPTIONS["max_shard_size"].default, None, None) == Options().max_shard_size
 
 
 def test_options_reach_the_plan(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +189,7 @@ def test_options_reach_the_plan(source: Path, tmp_path: Path, monkeypatch: pytes
 )
 def test_sizes(text: str, expected: int) -> None:
     """Powers of 1000, with an i of 1024."""
-    assert Size().convert(text, None, None) == expected
+    assert SIZE.convert(text, None, None) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "0GB", "5XB", "5GBB", "1e9", "five", "nan", "5,5GB", "5GB;"])
@@ -261,6 +268,7 @@ def tmp_path_with_config(tmp_path: Path) -> Path:
     """Make a directory with a configuration that quantizes nothing."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").write_text("{}")
+    save_file({"model.norm.weight": torch.ones(1)}, tmp_path / "plain" / "model.safetensors")
     return tmp_path / "plain"
 
 
@@ -292,7 +300,7 @@ def test_one_refusal_is_in_the_singular(tmp_path: Path) -> None:
     ("words", "where"),
     [
         (["convert", "in", "new"], "convert_w4a8.conversion.plan.make_plan"),
-        (["convert", "in", "new"], "convert_w4a8.conversion.run.convert"),
+        (["convert", "in", "new"], "convert_w4a8.conversion.run.carry_out"),
         (["inspect", "in"], "convert_w4a8.report.inspection.inspect"),
         (["verify", "out", "--source", "in"], "convert_w4a8.verification.proof.verify"),
     ],
@@ -322,7 +330,7 @@ def test_interruption_says_that_nothing_was_written(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert_w4a8.conversion.run._convert_layer", interrupted)
+    monkeypatch.setattr("convert_w4a8.conversion.shard.convert_layer", interrupted)
     result = invoke(convert, source, tmp_path / "out", "--quiet")
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
@@ -358,7 +366,12 @@ def test_convert_prints_plan_and_result(source: Path, tmp_path: Path) -> None:
     """The plan before, the result after, and how to verify and to serve."""
     result = invoke(convert, source, tmp_path / "out")
     assert result.exit_code == 0
-    for words in ("input      gptq", "14 layers (14 dense, 0 expert)", "exact      14 layers", "converted  14 layers"):
+    for words in (
+        "input      gptq",
+        "14 layers (14 dense, 0 expert)",
+        "codes      14 layers: decided when read (kept, if",
+        "converted  14 layers",
+    ):
         assert words in result.stdout
     assert f"w4a8 verify {tmp_path / 'out'} --source" in result.stdout
     assert f"vllm serve {tmp_path / 'out'}" in result.stdout
@@ -372,9 +385,9 @@ def test_json_of_convert(source: Path, tmp_path: Path) -> None:
     assert result.stderr == ""
     assert document["output"] == str(tmp_path / "out")
     assert document["plan"]["source"] == "gptq"
-    assert document["plan"]["layers"]["exact"] == len(document["layers"]) == 14
+    assert document["plan"]["layers"]["codes_decided_when_read"] == len(document["layers"]) == 14
     assert document["plan"]["bytes_out"] > 0
-    assert all(layer["exact"] and layer["estimated_sqnr_db"] > 25 for layer in document["layers"])
+    assert all(layer["codes_kept"] and layer["estimated_sqnr_db"] > 25 for layer in document["layers"])
 
 
 def test_json_of_dry_run(source: Path, tmp_path: Path) -> None:
@@ -470,7 +483,7 @@ def test_progress_at_a_terminal(source: Path, tmp_path: Path) -> None:
     """A terminal on standard error gets a bar in bytes that ends at 100 %, and nothing with --quiet."""
     program = (
         "import sys\n"
-        "from convert_w4a8.cli import convert\n"
+        "from convert_w4a8.cli.convert import convert_command as convert\n"
         "source, out = sys.argv[1:]\n"
         "convert([source, out, '--quiet'], standalone_mode=False)\n"
         "print('NOW', file=sys.stderr)\n"
@@ -496,9 +509,9 @@ def test_progress_at_a_terminal(source: Path, tmp_path: Path) -> None:
 
 def test_only_the_command_line_prints_or_exits() -> None:
     """No module but those of the command line prints, exits or imports Click."""
-    package = Path(cli.__file__).parent
+    package = ROOT / "convert_w4a8"
     for file in package.rglob("*.py"):
-        if file.name.startswith("cli"):
+        if file.is_relative_to(package / "cli"):
             continue
         text = file.read_text(encoding="utf-8")
         found = re.search(r"\bprint\(|sys\.exit|^\s*(import|from) click", text, re.MULTILINE)

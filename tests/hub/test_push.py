@@ -137,7 +137,7 @@ def test_convert_pushes_what_it_wrote(hub: Hub, source: Path, tmp_path: Path) ->
 def test_as_a_program(hub: Hub, out: Path, source: Path, tmp_path: Path) -> None:
     """The same through the environment that a user sets, in a process of its own."""
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", "from convert_w4a8.cli import main; main()"]
+    command = [sys.executable, "-c", "from convert_w4a8.cli.main import main; main()"]
     result = subprocess.run(
         [*command, "push", str(out), REPO, "--source", str(source)],
         env={**os.environ, **environment},
@@ -172,6 +172,19 @@ def test_other_weights_are_neither_mixed_nor_deleted(hub: Hub, out: Path, source
     assert (
         f"{REPO}: model-00001-of-00009.safetensors: is on the Hub, but not in {out} (1 such); push to another" in line
     )
+    assert not hub.repos[REPO].commits
+
+
+def test_a_foreign_index_is_refused(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """An index of other shards would send vLLM to files that are not ours, and not to the one that is."""
+    out = tmp_path / "one-file"
+    arguments = ["convert", str(source), str(out), "--quiet"]
+    assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0
+    assert not (out / "model.safetensors.index.json").exists()
+    hub.repos[REPO] = Repo(private=False)
+    hub.repos[REPO].branches["main"]["model.safetensors.index.json"] = ("regular", b"{}")
+    line = refusal(push(out, source))
+    assert f"{REPO}: model.safetensors.index.json: is on the Hub, but not in {out} (1 such)" in line
     assert not hub.repos[REPO].commits
 
 

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.cli import main
+from convert_w4a8.cli.convert import convert_command
+from convert_w4a8.cli.main import main
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.hub.repository import resolve_input
 
@@ -77,13 +78,13 @@ def test_cached_id_converts_and_verifies(offline: Path, tmp_path: Path) -> None:
     before = snapshot(offline)
     out = tmp_path / "out"
     runner = CliRunner()
-    result = runner.invoke(main.convert, ["org/model", str(out), "--quiet"], catch_exceptions=False)
+    result = runner.invoke(convert_command, ["org/model", str(out), "--quiet"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert not any(path.is_symlink() for path in out.rglob("*"))
     assert all((out / name).read_bytes() == content for name, content in source.side_files.items())
-    verified = runner.invoke(main.main, ["verify", str(out), "--source", "org/model"], catch_exceptions=False)
+    verified = runner.invoke(main, ["verify", str(out), "--source", "org/model"], catch_exceptions=False)
     assert verified.exit_code == 0, verified.output
-    assert runner.invoke(main.main, ["inspect", "org/model"], catch_exceptions=False).exit_code == 0
+    assert runner.invoke(main, ["inspect", "org/model"], catch_exceptions=False).exit_code == 0
     assert snapshot(offline) == before
 
 
@@ -92,7 +93,7 @@ def test_what_is_not_cached_is_one_clear_line(name: str, offline: Path, tmp_path
     """An unknown id or revision says that it is neither in the cache nor to be had, and what to check."""
     source = write_case("gptq-v1", tmp_path / "in")
     cache_repository(offline, "org/model", source.path, {"main": MAIN})
-    result = CliRunner().invoke(main.convert, [name, str(tmp_path / "out")], catch_exceptions=False)
+    result = CliRunner().invoke(convert_command, [name, str(tmp_path / "out")], catch_exceptions=False)
     assert result.exit_code == 1
     assert result.stderr == (
         f"Error: {name}: is not in the Hub's cache, and the Hub cannot be reached; check the id and the network\n"
@@ -105,8 +106,8 @@ def test_what_cannot_be_an_id_is_one_clear_line(name: str) -> None:
     """Names that the Hub forbids are refused by its own rules, in one line."""
     with pytest.raises(ConvertError) as caught:
         resolve_input(name)
-    assert caught.value.refusal.subject == name
-    assert "cannot be downloaded" in caught.value.refusal.reason
+    assert caught.value.problem.subject == name
+    assert "cannot be downloaded" in caught.value.problem.reason
     assert "\n" not in str(caught.value)
 
 
@@ -117,8 +118,8 @@ def test_what_is_no_directory_and_no_id_is_refused(name: str) -> None:
     """Paths are never looked up on the Hub; the message says what can be given."""
     with pytest.raises(ConvertError) as caught:
         resolve_input(name)
-    assert caught.value.refusal.reason == "is not a directory"
-    assert "Hub id (org/name[@revision])" in caught.value.refusal.remedy
+    assert caught.value.problem.reason == "is not a directory"
+    assert "Hub id (org/name[@revision])" in caught.value.problem.remedy
 
 
 def test_a_file_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

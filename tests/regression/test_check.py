@@ -39,7 +39,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a checkpoint that converts exactly."""
+    """Write a checkpoint that keeps its codes."""
     return write_case("gptq-v1", tmp_path_factory.mktemp("check") / "in").path
 
 
@@ -97,7 +97,7 @@ def test_right_conversion_passes_and_leaves_nothing(source: Path, temporary: Pat
     assert outcome["verified"]
     assert figures["format"] == form
     assert len(figures["layers"]) == 14
-    assert all(layer["exact"] and 25 < layer["sqnr_db"] < 60 for layer in figures["layers"].values())
+    assert all(layer["codes_kept"] and 25 < layer["sqnr_db"] < 60 for layer in figures["layers"].values())
     assert not list(temporary.iterdir())
     assert snapshot(source) == before
 
@@ -210,7 +210,7 @@ def test_tolerance(ours: float | None, theirs: float | None, verdict: str) -> No
 
 def test_codes_that_are_lost_or_won() -> None:
     """A layer whose codes were kept must keep them; the other way round is good news."""
-    kept, new = (figures(a=LayerFigures(16, 128, exact, 30.0)) for exact in (True, False))
+    kept, new = (figures(a=LayerFigures(16, 128, is_kept, 30.0)) for is_kept in (True, False))
     (problem,), notes = compare(new, kept, 0.1)
     assert "has new INT4 codes" in problem.reason
     assert not notes
@@ -245,7 +245,7 @@ def test_figures_must_be_numbers(source: Path, baseline: Callable[..., Path]) ->
         lambda d: d["layers"][LAYER].update(sqnr_db="30"),
         lambda d: d.update(bytes_out="1 GB"),
     ):
-        assert "is not a version 1 baseline" in run(source, "--baseline", baseline(change)).stderr
+        assert "is not a version 2 baseline" in run(source, "--baseline", baseline(change)).stderr
 
 
 def test_baseline_of_a_wrong_conversion_is_not_written(source: Path, tmp_path: Path) -> None:
@@ -273,7 +273,8 @@ def test_sample_has_every_kind_once(case: str, tmp_path: Path) -> None:
     needs = [value.removeprefix("--").replace("-", "_") for value in case_named(case).needs]
     choices = dict(zip(needs[::2], needs[1::2], strict=True))
     source = open_checkpoint(write_case(case, tmp_path / "in").path)
-    plan = make_plan(source, read_options({p.name: p.default for p in convert.params} | choices))
+    defaults = {str(p.name): str(p.default) for p in convert.params}
+    plan = make_plan(source, read_options(defaults | choices))
     reduced, small = checks.sample_layers(source, plan)
 
     def kind(layer: Any) -> tuple[str, int, int, int]:
@@ -283,7 +284,7 @@ def test_sample_has_every_kind_once(case: str, tmp_path: Path) -> None:
     kinds = [kind(layer) for layer in small.layers]
     assert sorted(kinds) == sorted({kind(layer) for layer in plan.layers})
     assert len(kinds) < len(plan.layers)
-    assert reduced.tensors.keys() == {name for layer in small.layers for name in layer.spec.parts.values()}
+    assert reduced.tensors.keys() == {part.name for layer in small.layers for part in layer.spec.parts.values()}
 
 
 @pytest.mark.parametrize("case", ["gptq-qwen3-moe-sharded", "awq-odd-n", "ct-qwen3-moe", "gptq-lm-head"])

@@ -25,7 +25,7 @@ from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.report import html as report_html
 from convert_w4a8.report.collect import Report, aggregate, as_dict, collect, short_kinds
-from convert_w4a8.report.layers import Figures, Histogram, LayerReport, measure_layer
+from convert_w4a8.report.layers import Distributions, Histogram, LayerReport, measure_layer
 from convert_w4a8.report.memory import kv_cache, weight_memory
 from convert_w4a8.report.pictures import draw
 from convert_w4a8.verification.proof import verify
@@ -117,7 +117,7 @@ def test_sqnr_is_that_of_dense_arithmetic(converted: dict[str, tuple[Checkpoint,
         expected = decibels(truth.weight, reference(codes, scales))
         assert layer.sqnr_db["reference"] == pytest.approx(expected, abs=1e-4)
         assert layer.sqnr_db["output"] == pytest.approx(expected, abs=1e-4)
-        assert layer.symmetric
+        assert layer.codes_kept
 
 
 def test_sqnr_is_that_of_verify(converted: dict[str, tuple[Checkpoint, Path]], moe: Report) -> None:
@@ -131,7 +131,7 @@ def test_scale_figures_are_those_of_the_bytes(converted: dict[str, tuple[Checkpo
     """Histogram, FP8 counts and distinct values of the source's scales come from every scale of every layer."""
     source, _ = converted[DENSE]
     scales = torch.cat([layer.scales.flatten() for layer in source.layers.values()]).float()
-    bins = dense.figures.scales["source"].bins()
+    bins = dense.distributions.scales["source"].bins()
     edges = np.array([low for low, _, _ in bins] + [bins[-1][1]])
     counts = np.bincount(np.digitize(scales.numpy(), edges, right=True) - 1, minlength=len(bins))
     assert [count for _, _, count in bins] == counts.tolist()
@@ -154,14 +154,14 @@ def test_products_are_those_of_every_weight(converted: dict[str, tuple[Checkpoin
         x = (scales.double() / (scales.double().amax(0) / 448)).t().repeat_interleave(128, dim=1)
         products.append((x * (codes.double() - 8).abs()).flatten())
     every = torch.cat(products)
-    histogram = dense.figures.products
+    histogram = dense.distributions.products
     assert histogram.total == every.numel()
     assert histogram.zeros == int((every == 0).sum())
     beyond = 448 * (1 + 1e-6)
     assert histogram.share_above(448) == pytest.approx(float((every > beyond).double().mean()), rel=1e-12)
     assert 0.3 < histogram.share_above(448) < 0.9
     assert as_dict(dense)["products"]["clipped_with_eighth"] == 0
-    assert dense.figures.clipped == 0
+    assert dense.distributions.clipped == 0
 
 
 KINDS = {
@@ -211,11 +211,11 @@ def test_any_layer_is_measured_against_its_own_weights(kind: str, *, stored_tabl
         f = e4m3(torch.rand(k // 128, n, generator=generator) * 56)
         w4a8 = W4A8Linear(pack_codes(codes), Packing.PACK_QUANTIZED, f.to(torch.float8_e4m3fn), None, channel)
         output = dense_weights(codes, f, channel)
-    measured = measure_layer("model.layers.3.mlp.experts.7.up_proj", w, w4a8, Figures())
+    measured = measure_layer("model.layers.3.mlp.experts.7.up_proj", w, w4a8, Distributions())
     assert measured.sqnr_db["output"] == pytest.approx(decibels(weights, output), abs=1e-4)
     assert (measured.kind, measured.block) == ("model.layers.mlp.experts.up_proj", 3)
-    assert measured.symmetric == (kind in {"symmetric", "groups-of-256"})
-    if measured.symmetric:
+    assert measured.codes_kept == (kind in {"symmetric", "groups-of-256"})
+    if measured.codes_kept:
         own, scales = (
             torch.from_numpy(np.rint(weights / repeated(w)) + 8),
             w.scales.repeat_interleave(w.group_size // 128, 0),
@@ -238,7 +238,7 @@ def test_stored_tables_are_shown_by_their_nearest_scale() -> None:
     w, _ = random_layer()
     f = torch.tensor([1.0, 0.5]).repeat(4, 16)
     table = (f[..., None] * torch.arange(-8, 0)).to(torch.float8_e4m3fn)
-    figures = Figures()
+    figures = Distributions()
     measure_layer("a", w, W4A8Linear(w.packed, w.packing, None, table, torch.full((32,), 0.03)), figures)
     found = {
         low: count for low, high, count in figures.scales["output"].bins() for s in (0.03, 0.015) if low < s < high
@@ -253,7 +253,7 @@ def test_blocks_of_output_channels_add_up(monkeypatch: pytest.MonkeyPatch) -> No
     w, _ = random_layer(zeros=True)
     f = torch.full((4, 32), 8.0).to(torch.float8_e4m3fn)
     w4a8 = W4A8Linear(w.packed, w.packing, f, None, torch.full((32,), 1e-3))
-    whole, parts = Figures(), Figures()
+    whole, parts = Distributions(), Distributions()
     expected = measure_layer("a", w, w4a8, whole)
     monkeypatch.setattr("convert_w4a8.encoding.dequantize._BLOCK_WEIGHTS", 16 * 512)
     measured = measure_layer("a", w, w4a8, parts)
@@ -452,7 +452,7 @@ def test_pictures_are_drawn_of_a_layer_without_loss() -> None:
         None,
         torch.ones(16),
     )
-    figures = Figures()
+    figures = Distributions()
     layer: LayerReport = measure_layer("proj", w, w4a8, figures)
     assert layer.sqnr_db["output"] == float("inf")
     found = synthetic(layer, figures)
@@ -460,11 +460,11 @@ def test_pictures_are_drawn_of_a_layer_without_loss() -> None:
     assert json.loads(json.dumps(as_dict(found), allow_nan=False))["sqnr_db"]["output"]["mean"] is None
 
 
-def synthetic(layer: LayerReport, figures: Figures) -> Report:
+def synthetic(layer: LayerReport, figures: Distributions) -> Report:
     """Return a report of one layer."""
     return Report(
         name="one", source_format="gptq", target_format="lut", scales_mode=None, layers=(layer,), dequantized=(),
-        figures=figures, stored_tables=False, weights=weight_memory([(16, 128)], 0), kv=kv_cache({}), nbytes_in=1,
+        distributions=figures, stored_tables=False, weights=weight_memory([(16, 128)], 0), kv=kv_cache({}), nbytes_in=1,
         nbytes_out=1,
     )  # fmt: skip
 
@@ -492,7 +492,7 @@ def test_missing_matplotlib_is_named(
     source, out = converted[DENSE]
     result = CliRunner().invoke(main, ["report", str(out), "--source", str(source.path), "--html", str(tmp_path / "r")])
     assert result.exit_code == 1
-    assert "pip install 'w4a8-convert[report]'" in result.stderr
+    assert "pip install './w4a8-convert[report]'" in result.stderr
     assert not (tmp_path / "r").exists()
 
 

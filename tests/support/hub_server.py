@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _route(self, request: str, body: bytes) -> tuple[int, object]:
-        routes = (
+        routes: tuple[tuple[str, Callable[..., tuple[int, object]]], ...] = (
             (r"POST /api/repos/create", self._create),
             (r"POST /api/validate-yaml", lambda _: (200, {"errors": [], "warnings": []})),
             (r"POST /api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>.+)", self._branch),
@@ -133,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
                 branch = names.get("branch")
                 if branch and handler != self._branch and branch not in self.hub.repos[names["repo"]].branches:
                     return 404, {"error": "Invalid rev id"}
-                return handler(body, **names) if names else handler(body)
+                answer: tuple[int, object] = handler(body, **names) if names else handler(body)
+                return answer
         return 501, {"error": f"{request} is not part of this Hub"}
 
     def _create(self, body: bytes) -> tuple[int, object]:

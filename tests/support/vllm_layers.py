@@ -9,7 +9,7 @@ import pytest
 import torch
 import vllm_sources
 
-from convert_w4a8.encoding.lut_layout import repack
+from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.linear import Packing, W4A8Linear
@@ -27,11 +27,11 @@ BLOCK: dict[str, Any] = {
     "conversion": {"tool": "w4a8-convert"},
 }
 ON_BOTH = pytest.mark.parametrize("vllm", vllm_sources.VERSIONS, indirect=True)
-BOTH_TABLES = pytest.mark.parametrize("tables", list(Tables))
+BOTH_TABLES = pytest.mark.parametrize("tables", list(TableForm))
 TP = pytest.mark.parametrize("tp", [1, 2, 4])
 
 
-def make_config(tables: Tables, ignore: tuple[str, ...] = ()) -> Any:
+def make_config(tables: TableForm, ignore: tuple[str, ...] = ()) -> Any:
     config = importlib.import_module("convert_w4a8.vllm_plugin.config")
     return config.W4A8LutConfig.from_config(BLOCK | {"tables": str(tables), "ignore": list(ignore)})
 
@@ -43,7 +43,7 @@ def linear_classes() -> Any:
 class Weight:
     """A random layer: what the checkpoint holds of it, and any slice of it packed afresh."""
 
-    def __init__(self, n: int, k: int, tables: Tables, seed: int) -> None:
+    def __init__(self, n: int, k: int, tables: TableForm, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.tables = tables
         self.codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
@@ -57,7 +57,7 @@ class Weight:
         first, last, _ = columns.indices(self.codes.shape[1])
         scale = scale[first // 128 : last // 128].contiguous()
         tensors = {
-            "weight_packed": repack(pack_codes(codes), Packing.PACK_QUANTIZED),
+            "weight_packed": reorder(pack_codes(codes), Packing.PACK_QUANTIZED),
             "weight_chan_scale": self.channel[rows],
         }
         if self.tables is TableForm.SCALE:

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from convert_w4a8.encoding.lut_layout import restore
 from convert_w4a8.encoding.tables import decode, quantize_tokens
 from convert_w4a8.linear import Packing, W4A8Linear
 
@@ -83,7 +84,7 @@ def _stand_in(name: str) -> Any:
 
 
 class _StandInModule(types.ModuleType):
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012 - never changed
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -168,7 +169,7 @@ class _Ops:
         assert (a_token_scales.dtype, b_channel_scales.dtype) == (torch.float32, torch.float32)
         k, n = a.shape[1], b_q.shape[1]
         assert (b_q.shape[0] * 8, b_group_size) == (k, 128)
-        codes = unpack(b_q.view(k // 32, 4 * n))
+        codes = restore(b_q.view(k // 32, 4 * n))
         layer = W4A8Linear(codes, Packing.PACK_QUANTIZED, None, b_group_scales.view(k // 128, n, 8), b_channel_scales)
         return (a_token_scales * (a.float() @ decode(layer).t())).bfloat16()
 
@@ -215,6 +216,7 @@ def isolated(version: str) -> Iterator[Ranks]:
         f"{_FUSED_MOE}.modular_kernel": {
             "FusedMoEKernel": lambda _prepare_finalize, experts: types.SimpleNamespace(experts=experts)
         },
+        f"{_FUSED_MOE}.config": {"int4_w4afp8_moe_quant_config": lambda **parts: types.SimpleNamespace(**parts)},
         f"{_FUSED_MOE}.experts.cutlass_moe": {"CutlassExpertsW4A8Fp8": _CutlassExperts},
         "vllm.model_executor.layers.quantization.input_quant_fp8": {"QuantFP8": _QuantFP8},
     }

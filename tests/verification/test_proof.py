@@ -34,7 +34,7 @@ def run_convert(source: Path, out: Path, **options: object) -> None:
     """Convert a checkpoint on the CPU."""
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, Options(**({"scales": ScalesMode.REFERENCE} | options)))  # type: ignore[arg-type]
-    run.convert(checkpoint, plan, out, device=torch.device("cpu"))
+    run.carry_out(checkpoint, plan, out, device=torch.device("cpu"))
 
 
 def check(pair: Pair, min_sqnr_db: float | None = None) -> Verification:

@@ -67,7 +67,7 @@ At tensor-parallel size 4, two ranks of the last share each of its KV heads."""
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 
 
-def _make(kind: str, tables: Tables = TableForm.SCALE) -> Any:
+def _make(kind: str, tables: TableForm = TableForm.SCALE) -> Any:
     args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": make_config(tables)}
     return getattr(linear_classes(), kind)(*KINDS[kind][0], prefix="m.name", **args)
 
@@ -82,7 +82,7 @@ def _load_shards(kind: str, layer: Any, shards: list[Any]) -> None:
 @TP
 @ALL_KINDS
 def test_a_loaded_layer_is_known_to_be(
-    vllm: vllm_sources.Ranks, tables: Tables, tp: int, kind: str, silent: Callable[[Any], None]
+    vllm: vllm_sources.Ranks, tables: TableForm, tp: int, kind: str, silent: Callable[[Any], None]
 ) -> None:
     """The loader saw every shard; processing does not look."""
     vllm.size = tp

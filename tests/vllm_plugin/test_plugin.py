@@ -55,7 +55,7 @@ def test_the_entry_point_leads_to_register() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("version", 2, "the checkpoint has format version 2, this plugin reads up to 1; upgrade it: pip install -U"),
+        ("version", 2, "the checkpoint has format version 2, this plugin reads up to 1; upgrade it: pip install"),
         ("version", None, "version: None is not an integer from 1 to 1"),
         ("version", "1", "version: '1' is not an integer"),
         ("layout", "cutlass_sm100", "layout: 'cutlass_sm100' is not 'cutlass_sm90_16x32'"),
@@ -211,7 +211,7 @@ def _same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @ON_BOTH
 @BOTH_TABLES
 @TP
-def test_merged_columns_are_sharded_by_output_channels(vllm: vllm_sources.Ranks, tables: Tables, tp: int) -> None:
+def test_merged_columns_are_sharded_by_output_channels(vllm: vllm_sources.Ranks, tables: TableForm, tp: int) -> None:
     """Gate and up of unequal sizes: each rank holds its rows of both, repacked side by side."""
     gate, up = Weight(1024, 256, tables, 1), Weight(512, 256, tables, 2)
     vllm.size = tp
@@ -234,7 +234,9 @@ def test_merged_columns_are_sharded_by_output_channels(vllm: vllm_sources.Ranks,
 @ON_BOTH
 @BOTH_TABLES
 @TP
-def test_qkv_is_sharded_by_heads_and_kv_heads_are_replicated(vllm: vllm_sources.Ranks, tables: Tables, tp: int) -> None:
+def test_qkv_is_sharded_by_heads_and_kv_heads_are_replicated(
+    vllm: vllm_sources.Ranks, tables: TableForm, tp: int
+) -> None:
     """Eight heads of 64 and two KV heads: at TP 4 two ranks share each KV head."""
     q, k, v = (Weight(n, 256, tables, seed) for seed, n in enumerate((512, 128, 128)))
     vllm.size = tp
@@ -261,7 +263,7 @@ def test_qkv_is_sharded_by_heads_and_kv_heads_are_replicated(vllm: vllm_sources.
 @ON_BOTH
 @BOTH_TABLES
 @TP
-def test_qkv_fused_on_disk_is_split_by_the_loader(vllm: vllm_sources.Ranks, tables: Tables, tp: int) -> None:
+def test_qkv_fused_on_disk_is_split_by_the_loader(vllm: vllm_sources.Ranks, tables: TableForm, tp: int) -> None:
     """Phi-3 stores q, k and v as one linear; vLLM cuts it into shards before slicing."""
     weight = Weight(768, 256, tables, 3)
     vllm.size = tp
@@ -280,7 +282,7 @@ def test_qkv_fused_on_disk_is_split_by_the_loader(vllm: vllm_sources.Ranks, tabl
 @ON_BOTH
 @BOTH_TABLES
 @TP
-def test_rows_are_sharded_by_input_channels(vllm: vllm_sources.Ranks, tables: Tables, tp: int) -> None:
+def test_rows_are_sharded_by_input_channels(vllm: vllm_sources.Ranks, tables: TableForm, tp: int) -> None:
     """Each rank holds its input channels' tiles and groups, and all channel scales."""
     weight = Weight(128, 512, tables, 4)
     vllm.size = tp
@@ -296,7 +298,7 @@ def test_rows_are_sharded_by_input_channels(vllm: vllm_sources.Ranks, tables: Ta
 @ON_BOTH
 @BOTH_TABLES
 @TP
-def test_the_parts_compute_the_layer(vllm: vllm_sources.Ranks, tables: Tables, tp: int) -> None:
+def test_the_parts_compute_the_layer(vllm: vllm_sources.Ranks, tables: TableForm, tp: int) -> None:
     """After loading, the op is called so that columns concatenate to, and rows add up to, the layer's own product.
 
     Columns, with a bias, must agree exactly. Rows quantize their slices of the tokens apart, as stock W4A8 does.
@@ -396,7 +398,7 @@ def test_what_the_converter_writes_is_what_the_plugin_reads(mode: ScalesMode) ->
     block = lut.quantization_config({}, ["lm_head"], mode, {})
     assert block["quant_method"] == METHOD
     form = LutFormat.parse(block)
-    names = {spec.name.removeprefix("m.") for spec in lut.output_channels("m", 128, 256, mode)}
+    names = {spec.name.removeprefix("m.") for spec in lut.tensor_specs("m", 128, 256, mode)}
     assert names == set(Weight(128, 256, form.tables, 0).tensors())
 
 
@@ -417,7 +419,7 @@ def test_registering_twice_registers_once(vllm: vllm_sources.Ranks) -> None:  # 
 @TP
 @pytest.mark.parametrize("names", [QWEN, MIXTRAL], ids=["qwen", "mixtral"])
 def test_experts_are_sharded_by_the_moe_loader(
-    vllm: vllm_sources.Ranks, tables: Tables, tp: int, names: tuple[str, str, str]
+    vllm: vllm_sources.Ranks, tables: TableForm, tp: int, names: tuple[str, str, str]
 ) -> None:
     """Gate and up side by side in w13, down by input channels in w2; each expert at its own index."""
     experts, hidden, intermediate = 2, 256, 1024
@@ -447,7 +449,7 @@ def test_experts_are_sharded_by_the_moe_loader(
 
 @ON_BOTH
 @BOTH_TABLES
-def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks, tables: Tables) -> None:  # noqa: ARG001
+def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks, tables: TableForm) -> None:  # noqa: ARG001
     """After loading: [E, N, K/8] views of the same bytes, eight table bytes per group and channel."""
     moe = make_moe_config(2, 256, 512, 1, 0)
     layer = make_experts(make_config(tables), moe, QWEN)
@@ -475,6 +477,12 @@ def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks
     assert kernel.b_strides1.tolist() == [[64, 8, 32768]] * 2
     assert kernel.b_strides2.tolist() == [[16, 16, 8192]] * 2
     assert kernel.group_size == 128
+    scales = layer.quant_method.moe_quant_config
+    assert scales.w1_scale is table
+    assert scales.w2_scale is getattr(layer, f"w2_{layer.quant_method.table_name}")
+    assert scales.g1_alphas is layer.w13_weight_chan_scale
+    assert scales.g2_alphas is layer.w2_weight_chan_scale
+    assert kernel.quant_config is scales
 
 
 @ON_BOTH
@@ -483,7 +491,7 @@ def test_loaded_experts_are_shown_to_the_op_as_they_lie(vllm: vllm_sources.Ranks
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_a_weight_of_another_dtype_never_reaches_the_op(
     vllm: vllm_sources.Ranks,  # noqa: ARG001
-    tables: Tables,
+    tables: TableForm,
     wrong: str,
     kind: str,
 ) -> None:
