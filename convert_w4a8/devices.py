@@ -220,7 +220,7 @@ class _NumbaConfigFinder(MetaPathFinder):
 
 
 class _NumbaConfigLoader(SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:
+    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
         """Compile the module; it has no other switch."""
         source = self.get_data(self.path).decode()
         code: CodeType = self.source_to_code(source.replace("'.numba_config.yaml'", repr(os.devnull)), self.path)

@@ -175,12 +175,12 @@ def keeps_codes(w: W4Linear | DenseLinear) -> bool:
 class W4A8Linear:
     """A linear layer as vLLM's W4A8 kernel takes it: symmetric INT4 codes, FP8 tables, FP32 channel scales.
 
-    What the tensor core multiplies by is entry(g, n, code)·channel_scale[n]; `tables.py` says how the eight
+    What the tensor core multiplies by is entry(g, n, code)·channel_scale[n]; `encoding/tables.py` says how the eight
     entries of a table come from a group scale.
 
     packed: int32, unsigned codes (value = u − 8) in `packing`.
     group_scale: float8_e4m3fn [K/128, N], with the 1/8 inside: |group_scale|·8 ≤ 448. None if `entries` is given.
-    entries: float8_e4m3fn [K/128, N, 8], the table entries for codes −8 … −1, where they are stored directly; else None.
+    entries: float8_e4m3fn [K/128, N, 8], the table entries for codes −8 … −1 where they are stored; else None.
     channel_scale: float32 [N].
     source_scale: bfloat16 [K/128, N], only for output formats that leave the FP8 quantization to vLLM: the
         scales from which vLLM computes exactly `group_scale` and `channel_scale`.

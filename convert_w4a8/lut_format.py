@@ -1,4 +1,4 @@
-"""The `quantization_config` block of a `w4a8_lut` checkpoint, as docs/format.md specifies it. Needs no vLLM.
+"""The `quantization_config` block of a `w4a8_lut` checkpoint, as docs/reference/format.md specifies it. Needs no vLLM.
 
 What the converter writes into it (`targets/lut.py`) is named here too, so that writer and reader cannot drift apart.
 """
@@ -124,7 +124,7 @@ def _refuse_field(field: str, value: object, known: str) -> ValueError:
 
 
 TILE_N = 16
-"""Output channels of one tile of the LUT layout (layout.py)."""
+"""Output channels of one tile of the reordered layout (encoding/lut_layout.py)."""
 
 
 TILE_K = 32
@@ -132,7 +132,7 @@ TILE_K = 32
 
 
 def reordered_shape(n: int, k: int) -> tuple[int, int]:
-    """Return the int32 shape (K/32, 4·N) of an [N, K] layer's LUT buffer; ValueError where tiles do not fit."""
+    """Return the int32 shape (K/32, 4·N) of an [N, K] layer's reordered codes; ValueError where tiles do not fit."""
     for name, size, tile in (("N", n, TILE_N), ("K", k, TILE_K)):
         if size <= 0 or size % tile:
             raise ValueError(f"{name} = {size} is not a multiple of {tile}")

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 def install_command(extra: str = "") -> str:
     """Return the command that installs this package, perhaps with an extra.
 
-    The name is not on the package index yet, where anybody could claim it; what works is a path to a checkout or a wheel.
+    The name is not on the package index, where anybody could claim it; a path to a checkout or a wheel works.
     """
     return f"pip install './w4a8-convert[{extra}]'" if extra else "pip install ./w4a8-convert"
 

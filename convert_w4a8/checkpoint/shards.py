@@ -1,4 +1,4 @@
-"""The files of an output: which tensors lie in which, and writing one of them, tensors in any order, from any thread."""
+"""The files of an output: which tensors lie in which, and writing one, its tensors in any order, from any thread."""
 
 import os
 import threading

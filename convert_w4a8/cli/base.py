@@ -23,7 +23,7 @@ class W4A8Command(click.Command):
             return super().invoke(ctx)
         except PlanError as error:
             count = len(error.problems)
-            click.echo(f"Error: {count} obstacle{'s' * (count != 1)}; nothing was written.", err=True)
+            click.echo(f"Error: {count} problem{'s' * (count != 1)}; nothing was written.", err=True)
             for refusal in error.problems:
                 click.echo(f"  {refusal}", err=True)
         except W4A8Error as error:

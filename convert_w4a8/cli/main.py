@@ -1,4 +1,4 @@
-"""The command line: one group with a file for each command. Everything heavy is imported by the command that needs it."""
+"""The command line: a file for each command. Everything heavy is imported by the command that needs it."""
 
 import click
 

@@ -108,11 +108,11 @@ def _introduction(checkpoint: Checkpoint, plan: Plan) -> str:
 
 def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
     converted = [(layer, s) for layer, s in zip(plan.layers, stats, strict=True) if s is not None]
-    exact = sum(s.codes_kept for _, s in converted)
-    new = len(converted) - exact
+    kept_codes = sum(s.codes_kept for _, s in converted)
+    new = len(converted) - kept_codes
     rows = [
         ("layers converted", counted(len(converted), "layer")),
-        ("INT4 codes kept, value for value", counted(exact, "layer")),
+        ("INT4 codes kept, value for value", counted(kept_codes, "layer")),
     ]
     if new:
         rows.append(

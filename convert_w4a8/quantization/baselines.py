@@ -1,7 +1,7 @@
 """Group scales → FP8 group scales and FP32 channel scales: vLLM's own arithmetic, bit for bit.
 
 A group scale f is stored with 1/8 inside, so that |f·v| ≤ 448 for every code v in −8 … 7: no table entry can clip.
-Better choices of f and of the channel scale than vLLM's are in `search.py`.
+Better choices of f and of the channel scale than vLLM's are in `scale_search.py`.
 """
 
 import torch

@@ -59,7 +59,7 @@ def gather(w: W4Linear | DenseLinear, importance: torch.Tensor | None) -> Groups
 
 
 def by_output_channel(w: W4Linear | DenseLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return codes int32 [N, K/8], zero-points uint8 [N, G] and scales float32 [N, G] of a layer that has an alphabet."""
+    """Return codes int32 [N, K/8], zero-points uint8 [N, G], scales float32 [N, G] of a layer that has an alphabet."""
     assert isinstance(w, W4Linear)
     assert w.zeros is not None
     return to_pack_quantized(w.packed, w.packing), w.zeros.t().contiguous(), w.scales.t().float().contiguous()

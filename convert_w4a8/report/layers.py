@@ -81,7 +81,8 @@ class Histogram:
 class LayerReport:
     """One layer. kind is its name without numbers, block the first number in it (its place in the model).
 
-    codes_kept: all codes of the source keep their values (`linear.kept_groups`). sqnr_db: by scheme, of the weights that the tensor core would see.
+    codes_kept: all codes of the source keep their values (`linear.kept_groups`).
+    sqnr_db: by scheme, of the weights that the tensor core would see.
     distinct: different values of the scales of the source, of their naive FP8 cast, and of OUT's (FP8 times FP32).
     """
 

@@ -81,7 +81,7 @@ def check_tensor(
     shape: tuple[int, ...],
     formula: str,
 ) -> None:
-    """Raise ConvertError unless a layer has this tensor with one of these dtypes and this shape (`formula` says why)."""
+    """Raise ConvertError unless a layer has this tensor, with one of these dtypes and this shape (by `formula`)."""
     info = parts.get(role)
     if info is None:
         raise ConvertError(f"{module}.{role}", "is missing", "download or write the checkpoint again")

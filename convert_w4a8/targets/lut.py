@@ -1,4 +1,4 @@
-"""The `w4a8_lut` format (docs/format.md): codes in the kernel's own order, loaded by our vLLM plugin as they are."""
+"""The `w4a8_lut` format (docs/reference/format.md): codes in the kernel's own order, loaded by our vLLM plugin as they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -132,5 +132,5 @@ vllm serve ORG/NAME    # this repository, or a directory with its files
 
 {INSTALL_NOTE}.
 
-Without the plugin vLLM stops with `Unknown quantization method: {METHOD}`. To serve without it, convert the source with\
- `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the weights at every start."""
+Without the plugin vLLM stops with `Unknown quantization method: {METHOD}`. To serve without it, convert the source\
+ with `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the weights at every start."""

@@ -26,8 +26,8 @@ MIN_SQNR_DB_KEPT = 25.0
 """Layers whose codes are kept lose only the rounding of scales and tables: 29 dB and more are usual. A wrong nibble
 order or zero-point rule leaves less than 10 dB."""
 MAX_LOSS_DB_NEW = 2.0
-"""New codes may lose this much against the plainest quantization of the source (`requantize.round_to_nearest`): they are
-better than it, and lose less than 1 dB to the rounding of scales and tables. Codes that are not the source's at all,
+"""New codes may lose this much against round to nearest of the source (`baselines.round_to_nearest`): they are better
+than it, and lose less than 1 dB to the rounding of scales and tables. Codes that are not the source's at all,
 such as those of an ignored g_idx, lose 4 dB and more."""
 _CHUNK_BYTES = 8 << 20
 

@@ -51,7 +51,7 @@ def fit_symmetric(
     """Choose symmetric codes and scales for the groups that are not kept.
 
     values, importance: float32 [R, V]. kept: bool [R]. candidates: what a group whose largest magnitude is 8 is
-    multiplied by before it is rounded to codes. Unsigned codes uint8 [R, V] and scales float32 [R] are written in place.
+    multiplied by before it is rounded to codes. Unsigned codes uint8 [R, V] and scales float32 [R] are filled.
     """
     for index in _batches(~kept, values.shape[1]):
         codes[index], scales[index] = _best_scale(values[index], importance[index], candidates)
