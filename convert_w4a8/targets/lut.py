@@ -1,4 +1,4 @@
-"""The `w4a8_lut` format (docs/reference/format.md): codes in the kernel's own order, loaded by our vLLM plugin as they are."""
+"""The `w4a8_lut` format (docs/reference/format.md): codes in the kernel's order, loaded by our vLLM plugin."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -133,4 +133,5 @@ vllm serve ORG/NAME    # this repository, or a directory with its files
 {INSTALL_NOTE}.
 
 Without the plugin vLLM stops with `Unknown quantization method: {METHOD}`. To serve without it, convert the source\
- with `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the weights at every start."""
+ with `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the weights at\
+ every start."""

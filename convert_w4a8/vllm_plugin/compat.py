@@ -1,7 +1,7 @@
 """What depends on vLLM's version and on the GPU, in one place.
 
-Run with vLLM 0.25.1; held against the sources of 0.33.0 by tests/vllm_plugin/test_contract.py. Between the two, these changed
-and are avoided rather than branched on:
+Run with vLLM 0.25.1; held against the sources of 0.33.0 by tests/vllm_plugin/test_contract.py. Between the two, these
+changed and are avoided rather than branched on:
 
 - `oracle/w4a8.py` (0.33 added `backend`, `layer`, `group_size`, and a second backend whose weights look different): the
   kernel is put together here from the parts that the oracle uses, which did not change.
