@@ -10,7 +10,8 @@ from typing import Any
 from convert_w4a8.conversion.plan import LayerPlan, Plan, kinds
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.text import counted, human_bytes, table
-from convert_w4a8.verification.proof import LayerCheck, Verification
+from convert_w4a8.verification.layers import LayerCheck
+from convert_w4a8.verification.proof import Verification
 
 _LISTED = 6
 
@@ -119,13 +120,14 @@ def verification_text(verification: Verification) -> str:
             f"{check.out_features}×{check.in_features}",
             "kept" if check.codes_kept else "new",
             f"{check.sqnr_db:.2f}",
+            f"{check.worst_channel_db:.2f}",
             f"{check.max_error:.2e}",
             str(check.clipped),
             "-" if check.distinct_scales is None else str(check.distinct_scales),
         )
         for check in verification.layers
     ]
-    lines = [table(rows, ("layer", "N×K", "codes", "SQNR dB", "max error", "clipped", "scales"))]
+    lines = [table(rows, ("layer", "N×K", "codes", "SQNR dB", "worst channel", "max error", "clipped", "scales"))]
     if verification.layers:
         worst = _worst(verification.layers)
         mean = fmean(check.sqnr_db for check in verification.layers)
@@ -133,6 +135,7 @@ def verification_text(verification: Verification) -> str:
             f"\n{counted(len(verification.layers), 'layer')}: mean {mean:.2f} dB,"
             f" worst {worst.sqnr_db:.2f} dB ({worst.module})"
         )
+    lines += [f"added      {name}: in the output, but not in the source" for name in verification.added]
     lines += [f"problem    {problem}" for problem in verification.problems]
     lines.append("FAILED" if verification.problems else "OK: every tensor and side file of the source is accounted for")
     return "\n".join(lines)
@@ -144,10 +147,11 @@ def verification_dict(verification: Verification) -> dict[str, Any]:
         "ok": not verification.problems,
         "target": verification.target,
         "layers": [
-            {**asdict(check), "sqnr_db": _finite(check.sqnr_db), "max_error": _finite(check.max_error)}
+            {key: _finite(value) if isinstance(value, float) else value for key, value in asdict(check).items()}
             for check in verification.layers
         ],
         "problems": [problem.as_dict() for problem in verification.problems],
+        "added_files": list(verification.added),
     }
 
 

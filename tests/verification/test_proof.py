@@ -20,7 +20,7 @@ from convert_w4a8.encoding.tables import count_clipped
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode, Unsupported
-from convert_w4a8.verification import proof
+from convert_w4a8.verification import files, proof
 from convert_w4a8.verification.proof import Verification
 
 MODULE, OTHER = "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"
@@ -382,7 +382,7 @@ def test_changed_dequantized_weights_fail(pair: Pair) -> None:
 
 def test_large_copies_are_compared_to_their_end(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are compared piece by piece: a change in the last byte of the last piece is found."""
-    monkeypatch.setattr(proof, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 100)
     assert subjects(pair) == set()
     edit_tensors(pair[1], lambda t: t["model.embed_tokens.weight"].view(torch.uint8)[-1, -1:].bitwise_xor_(1))
     assert subjects(pair) == {"model.embed_tokens.weight"}
