@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-scripts/setup.sh test,lint
+scripts/setup.sh report test lint
 exec .venv/bin/python -m pytest --numprocesses auto "$@"
