@@ -39,7 +39,8 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv"
 fi
 pip() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    # setuptools warns that all of the checkout can be imported: so it is meant.
+    PYTHONWARNINGS=ignore:Editable "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 # Python 3.11 and 3.12 bring a pip that does not know groups.
 too_old='import pip, sys; sys.exit([int(part) for part in pip.__version__.split(".")[:2]] >= [25, 1])'
