@@ -23,7 +23,7 @@ from packaging.version import Version
 
 from convert_w4a8 import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DEPENDENCIES = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 REPORT = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["report"]]
