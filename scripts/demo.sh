@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-scripts/setup.sh demo
+scripts/setup.sh
 .venv/bin/python scripts/make_demo_checkpoint.py demo/tiny-llama-awq
 .venv/bin/w4a8-convert demo/tiny-llama-awq demo/tiny-llama-w4a8 --overwrite
 .venv/bin/w4a8 verify demo/tiny-llama-w4a8 --source demo/tiny-llama-awq
