@@ -1,8 +1,9 @@
 """Fetch the Python sources of the vLLM releases that the plugin supports: `fetch_vllm_wheels.py [VERSION ...]`.
 
-tests/test_vllm_contract.py and tests/test_vllm_plugin.py read them; nothing of vLLM is installed or imported from here.
-Each wheel (250 to 340 MB) is downloaded with pip, or taken from `--wheels DIR`, and only its `vllm/**/*.py` is kept:
-~/.cache/w4a8-convert/vllm/VERSION, or $W4A8_VLLM_SOURCES/VERSION.
+The plugin's tests read them; nothing of vLLM is installed or imported from here. Each wheel (250 to 340 MB) is
+downloaded with pip, or taken from `--wheels DIR`, and only its `vllm/**/*.py` is kept, whole or not at all:
+~/.cache/w4a8-convert/vllm/VERSION, or $W4A8_VLLM_SOURCES/VERSION. What is there is not fetched again. It runs with any
+Python that has pip; this package need not be installed. Exits with 1 and pip's words where a wheel cannot be had.
 """
 
 import argparse
@@ -18,9 +19,10 @@ PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.12", "
 
 
 def download(version: str, directory: Path) -> None:
-    """Download one wheel, whatever the machine's own platform is."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(directory), *PLATFORM]
-    subprocess.run([*command, f"vllm=={version}"], check=True)
+    """Download one wheel, whatever the machine's own platform is; past pip's cache, which it would only fill."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "-d", str(directory)]
+    if subprocess.run([*command, *PLATFORM, f"vllm=={version}"], check=False).returncode:
+        sys.exit(f"vLLM {version}: the wheel cannot be downloaded")
 
 
 def unpack(wheel: Path, target: Path) -> int:
@@ -29,6 +31,21 @@ def unpack(wheel: Path, target: Path) -> int:
         sources = [name for name in archive.namelist() if name.startswith("vllm/") and name.endswith(".py")]
         archive.extractall(target, sources)
     return len(sources)
+
+
+def fetch(version: str, target: Path, wheels: Path | None) -> None:
+    """Put the sources of one version into `target`, which appears when all of them are there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{version}-", dir=target.parent) as name:
+        temporary = Path(name)
+        if wheels is None:
+            download(version, temporary)
+        wheel = next((wheels or temporary).glob(f"vllm-{version}-*.whl"), None)
+        if wheel is None:
+            sys.exit(f"vLLM {version}: no wheel in {wheels}")
+        count = unpack(wheel, temporary / "sources")
+        (temporary / "sources").rename(target)
+    print(f"vLLM {version}: {count} files in {target}")
 
 
 def main() -> None:
@@ -42,12 +59,8 @@ def main() -> None:
         target = cache / version
         if (target / "vllm").is_dir():
             print(f"vLLM {version}: already in {target}")
-            continue
-        with tempfile.TemporaryDirectory() as directory:
-            if args.wheels is None:
-                download(version, Path(directory))
-            wheel = next((args.wheels or Path(directory)).glob(f"vllm-{version}-*.whl"))
-            print(f"vLLM {version}: {unpack(wheel, target)} files in {target}")
+        else:
+            fetch(version, target, args.wheels)
 
 
 if __name__ == "__main__":
