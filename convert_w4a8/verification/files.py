@@ -43,9 +43,9 @@ def check_copy(source: TensorInfo, copy: TensorInfo | None, name: str, read: Lib
 def check_config(out: Checkpoint, source: Checkpoint, target: Target, converted: set[str]) -> list[Problem]:
     """Check that config.json is the source's, but for bfloat16 and the block of the format."""
     found = []
-    dtypes = {out.config[key] for key in _DTYPE_KEYS if key in out.config}
+    dtypes = {str(out.config[key]) for key in _DTYPE_KEYS if key in out.config}
     if dtypes != {"bfloat16"}:
-        found.append(problem(f"{CONFIG}: dtype", f"is {', '.join(sorted(map(str, dtypes))) or 'absent'}, not bfloat16"))
+        found.append(problem(f"{CONFIG}: dtype", f"is {', '.join(sorted(dtypes)) or 'absent'}, not bfloat16"))
     ours, theirs = _settings(out.config), _settings(source.config)
     found += [problem(f"{CONFIG}: {key}", "is not in the output") for key in sorted(theirs.keys() - ours.keys())]
     found += [problem(f"{CONFIG}: {key}", "is not in the source") for key in sorted(ours.keys() - theirs.keys())]

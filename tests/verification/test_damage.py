@@ -51,11 +51,11 @@ def problems(pair: Pair) -> tuple[Problem, ...]:
 
 
 def flip(bit: int) -> Callable[[torch.Tensor], None]:
-    """Return damage to one bit of the middle element, by its place in the element's bytes."""
+    """Return damage to one bit of an element in the middle, by its place in the element's bytes."""
 
     def damage(tensor: torch.Tensor) -> None:
         data = tensor.view(-1).view(torch.uint8)
-        first = tensor.numel() // 2 * tensor.itemsize
+        first = (tensor.numel() // 2 + (5 if tensor.numel() > 10 else 0)) * tensor.itemsize  # not a table's first
         data[first + bit // 8] ^= 1 << bit % 8
 
     return damage
@@ -150,7 +150,9 @@ def test_damage_to_one_layer_is_found(pair: Pair, role: str, damage: Callable[[t
 
 @pytest.mark.parametrize("codes", SOURCES)
 @pytest.mark.parametrize("output", ["lut"])
-@pytest.mark.parametrize("change", [flip(0), flip(7), flip(14), lambda t: t.view(-1)[3:5].copy_(t.view(-1)[3:5].flip(0))])
+@pytest.mark.parametrize(
+    "change", [flip(0), flip(7), flip(14), lambda t: t.view(-1)[3:5].copy_(t.view(-1)[3:5].flip(0))]
+)
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
 def test_damage_to_a_copied_tensor_is_found(pair: Pair, name: str, change: Callable[[torch.Tensor], None]) -> None:
     """What is copied is compared byte for byte."""
@@ -162,13 +164,13 @@ def test_damage_to_a_copied_tensor_is_found(pair: Pair, name: str, change: Calla
 
 
 CANNOT: list[tuple[str, str, str, str, Callable[[torch.Tensor], None]]] = [
-    ("kept", "lut", "weight_scale", "last bit", flip(0)),
     ("kept", "entries", "weight_lut", "last bit", flip(0)),
     ("kept", "lut", "weight_chan_scale", "last bit", flip(0)),
     ("new", "lut", "weight_chan_scale", "last bit", flip(0)),
     ("kept", "compressed-tensors", "weight_scale", "last bit", flip(0)),
 ]
-"""What is within the rounding of FP8: another choice of a scale could have given it. docs/explanation lists it."""
+"""What is within the rounding of FP8: another choice of a scale could have given it. An entry that no code uses, and the
+last bit of one FP8 group scale among many, cannot be found either."""
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,17 @@ def test_every_key_of_the_configuration_counts(pair: Pair) -> None:
 @pytest.mark.parametrize("output", ["lut"])
 @pytest.mark.parametrize(
     "name",
-    ["pytorch_model.bin", "modeling_llama.py", "model.pt", "sub/x.pkl", "a.npz", "b.so", "extra.ckpt", "M.PTH", "x.gguf"],
+    [
+        "pytorch_model.bin",
+        "modeling_llama.py",
+        "model.pt",
+        "sub/x.pkl",
+        "a.npz",
+        "b.so",
+        "extra.ckpt",
+        "M.PTH",
+        "x.gguf",
+    ],
 )
 def test_added_files_that_run_code_fail(pair: Pair, name: str) -> None:
     """Whoever loads the output with another program would run them."""
