@@ -3,14 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-_LONGEST = 600
-
-
-def _readable(text: str) -> str:
-    """Escape what a terminal would not print, and shorten what nobody would read."""
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 2 * _LONGEST])
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+from convert_w4a8.text import printable
 
 
 @dataclass(frozen=True)
@@ -23,7 +16,7 @@ class Problem:
 
     def __str__(self) -> str:
         """Render as one line, whatever names and values a file has."""
-        return "; ".join((f"{_readable(self.subject)}: {_readable(self.reason)}", self.remedy))
+        return "; ".join((f"{printable(self.subject)}: {printable(self.reason)}", self.remedy))
 
     def as_dict(self) -> dict[str, str]:
         """Return the three parts as a JSON-ready dict."""

@@ -6,6 +6,19 @@ from collections.abc import Iterable, Sequence
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
+_LONGEST = 600
+
+
+def printable(text: str) -> str:
+    """Return what a file says as one line that a terminal shows as it is: the rest escaped, and cut where it is long.
+
+    Escape sequences, newlines, other controls and changes of writing direction could forge lines or hide what they say.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 2 * _LONGEST])
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
+
 def human_bytes(nbytes: float) -> str:
     """Render a size in powers of 1000, three digits: 25.7 MB."""
     for unit in _UNITS:
@@ -22,12 +35,12 @@ def counted(number: int, noun: str) -> str:
 
 def markdown_code(name: str) -> str:
     """Render a name from a checkpoint, which may hold anything, as code within a Markdown table."""
-    return "`" + re.sub(r"[`|\x00-\x1f]", "?", name) + "`"
+    return "`" + re.sub(r"[`|]", "?", printable(name)) + "`"
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
-    """Render aligned columns, the first to the left and the others to the right."""
-    lines = [tuple(header), *(tuple(row) for row in rows)]
+    """Render aligned columns, the first to the left and the others to the right; cells may be what a file says."""
+    lines = [tuple(header), *(tuple(map(printable, row)) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def render(line: Sequence[str]) -> str:

@@ -5,7 +5,8 @@ from import_graph import circles, import_graph, reachable, rooms
 from paths import ROOT
 
 ORDER = (
-    ("errors", "fp8", "linear", "options", "text", "version"),
+    ("fp8", "linear", "options", "text", "version"),
+    ("errors",),
     ("lut_format",),
     ("kernels",),
     ("devices",),

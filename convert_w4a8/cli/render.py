@@ -1,6 +1,7 @@
 """Plans, results and verifications as text for people and as JSON for programs."""
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from convert_w4a8.conversion.plan import LayerPlan, Plan, kinds
 from convert_w4a8.conversion.result import Result
-from convert_w4a8.text import counted, human_bytes, table
+from convert_w4a8.text import counted, human_bytes, printable, table
 from convert_w4a8.verification.layers import LayerCheck
 from convert_w4a8.verification.proof import Verification
 
@@ -44,7 +45,7 @@ def plan_text(plan: Plan) -> str:
         f"memory     {human_bytes(plan.serving_nbytes)} of weights when served;"
         f" free disk needed: {human_bytes(plan.disk_nbytes)}"
     )
-    lines += [f"warning    {warning}" for warning in plan.warnings]
+    lines += [f"warning    {printable(warning)}" for warning in plan.warnings]
     return "\n".join(lines)
 
 
@@ -82,13 +83,15 @@ def result_text(result: Result, source: str, out: Path) -> str:
         mean = fmean(stats.sqnr_db for _, stats in new)
         lines.append(
             f"warning    {counted(len(new), 'layer')} got new INT4 codes: mean SQNR {mean:.1f} dB,"
-            f" worst {stats.sqnr_db:.1f} dB ({worst.module})"
+            f" worst {stats.sqnr_db:.1f} dB ({printable(worst.module)})"
         )
     if result.converted:
         worst, stats = min(result.converted, key=lambda pair: pair[1].sqnr_db)
-        lines.append(f"worst      {worst.module}: SQNR {stats.sqnr_db:.1f} dB against the source (estimated)")
-    lines.append(f"verify     w4a8 verify {out} --source {source}")
-    lines.append(f"serve      {plan.target.serve_command(str(out))}")
+        lines.append(
+            f"worst      {printable(worst.module)}: SQNR {stats.sqnr_db:.1f} dB against the source (estimated)"
+        )
+    lines.append(f"verify     {shlex.join(['w4a8', 'verify', str(out), '--source', source])}")
+    lines.append(f"serve      {plan.target.serve_command(shlex.quote(str(out)))}")
     return "\n".join(lines)
 
 
@@ -133,9 +136,9 @@ def verification_text(verification: Verification) -> str:
         mean = fmean(check.sqnr_db for check in verification.layers)
         lines.append(
             f"\n{counted(len(verification.layers), 'layer')}: mean {mean:.2f} dB,"
-            f" worst {worst.sqnr_db:.2f} dB ({worst.module})"
+            f" worst {worst.sqnr_db:.2f} dB ({printable(worst.module)})"
         )
-    lines += [f"added      {name}: in the output, but not in the source" for name in verification.added]
+    lines += [f"added      {printable(name)}: in the output, but not in the source" for name in verification.added]
     lines += [f"problem    {problem}" for problem in verification.problems]
     lines.append("FAILED" if verification.problems else "OK: every tensor and side file of the source is accounted for")
     return "\n".join(lines)
@@ -179,4 +182,4 @@ def _tally(reasons: Iterable[str | None]) -> dict[str, int]:
 
 def _shortened(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(map(printable, names[:_LISTED])) + more

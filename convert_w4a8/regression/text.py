@@ -6,7 +6,7 @@ from typing import Any
 
 from convert_w4a8.regression.baseline import Figures, LayerFigures, baseline_dict
 from convert_w4a8.regression.check import Check
-from convert_w4a8.text import human_bytes, markdown_code
+from convert_w4a8.text import human_bytes, markdown_code, printable
 
 _LISTED = 20
 
@@ -114,7 +114,7 @@ def _decibels(value: float | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _table(header: list[str], rows: list[list[str]], alignment: str) -> str:

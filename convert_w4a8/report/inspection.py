@@ -12,7 +12,7 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.sources import find_source, sources
 from convert_w4a8.targets import targets
 from convert_w4a8.targets.base import Target
-from convert_w4a8.text import human_bytes, table
+from convert_w4a8.text import human_bytes, printable, table
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
             raise PlanError(problems)
     return Inspection(
         format=name,
-        architectures=tuple(checkpoint.config.get("architectures") or ()),
+        architectures=_architectures(checkpoint.config.get("architectures")),
         nbytes=checkpoint.nbytes,
         files=len({info.path for info in checkpoint.tensors.values()}),
         tensors=len(checkpoint.tensors),
@@ -98,6 +98,13 @@ def _target_of(checkpoint: Checkpoint) -> Target:
 
 def _count(kinds: dict[LayerKind, int], kind: LayerKind) -> None:
     kinds[kind] = kinds.get(kind, 0) + 1
+
+
+def _architectures(named: object) -> tuple[str, ...]:
+    """Return the architectures that a configuration names, whatever stands there."""
+    if named is None:
+        return ()
+    return tuple(map(str, named)) if isinstance(named, list) else (str(named),)
 
 
 def as_dict(found: Inspection) -> dict[str, Any]:
@@ -126,10 +133,11 @@ def as_text(found: Inspection) -> str:
         )
         for kind, count in found.kinds.items()
     ]
+    architectures = ", ".join(map(printable, found.architectures))
     head = [
-        f"format     {found.format} ({', '.join(found.architectures) or 'architecture not named'})",
+        f"format     {printable(found.format)} ({architectures or 'architecture not named'})",
         f"size       {human_bytes(found.nbytes)} in {found.files} files, {found.tensors} tensors",
-        "settings   " + ", ".join(f"{key}={value}" for key, value in found.settings.items()),
+        "settings   " + ", ".join(printable(f"{key}={value}") for key, value in found.settings.items()),
         "",
     ]
     return "\n".join(head) + table(rows, ("layer", "count", "N×K", "group", "zero-points", "act-order"))

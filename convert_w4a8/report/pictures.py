@@ -56,7 +56,9 @@ def draw(report: Report) -> dict[str, bytes]:
     require_matplotlib()
     import matplotlib as mpl  # noqa: PLC0415
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # not what a matplotlibrc in the working directory says
+        mpl.rcParams.update(_STYLE)
         return {
             "scales": _png(_draw_scales(report)),
             "products": _png(_draw_products(report)),
