@@ -154,11 +154,19 @@ def kept_groups(w: W4Linear | DenseLinear) -> torch.Tensor:
     """
     n, k = w.shape_nk
     groups = k // GROUP_SIZE
-    if isinstance(w, DenseLinear) or w.g_idx is not None or w.group_size % GROUP_SIZE:
+    if isinstance(w, DenseLinear) or has_activation_order(w) or w.group_size % GROUP_SIZE:
         return torch.zeros(n, groups, dtype=torch.bool, device=w.device)
     if w.zeros is None:
         return torch.ones(n, groups, dtype=torch.bool, device=w.device)
     return kept_zeros(w.zeros).t().repeat_interleave(w.group_size // GROUP_SIZE, dim=1)
+
+
+def has_activation_order(w: W4Linear) -> bool:
+    """Whether a g_idx says more than k // group_size."""
+    if w.g_idx is None:
+        return False
+    contiguous = torch.arange(len(w.g_idx), device=w.g_idx.device) // w.group_size
+    return not torch.equal(w.g_idx.long(), contiguous)
 
 
 def kept_zeros(zeros: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ def round_code(x):
 
 @triton.jit
 def tree_sum(terms):
-    """Sum up [R, V, T] over V by halves, as `groups.tree_sum` does: [R, T]."""
+    """Sum up [R, V, T] over V by halves, as `codes/reference.py`'s tree_sum does: [R, T]."""
     R: tl.constexpr = terms.shape[0]
     T: tl.constexpr = terms.shape[2]
     V: tl.constexpr = terms.shape[1]

@@ -16,7 +16,15 @@ import torch
 from convert_w4a8 import devices
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.fp8 import CODE_MAX
-from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO, DenseLinear, Packing, W4Linear, kept_groups
+from convert_w4a8.linear import (
+    GROUP_SIZE,
+    SYMMETRIC_ZERO,
+    DenseLinear,
+    Packing,
+    W4Linear,
+    has_activation_order,
+    kept_groups,
+)
 from convert_w4a8.quantization.groups import Groups, by_output_channel, gather, has_alphabet
 
 _CANDIDATES = 18
@@ -33,7 +41,7 @@ def expand_groups(w: W4Linear) -> W4Linear:
     """Drop a g_idx and zero-points that say nothing, split groups of a multiple of 128; the weights stay the same."""
     if w.zeros is not None and bool((w.zeros == SYMMETRIC_ZERO).all()):
         w = replace(w, zeros=None)
-    if w.g_idx is not None and _is_contiguous(w.g_idx, w.group_size):
+    if not has_activation_order(w):
         w = replace(w, g_idx=None)
     times, rest = divmod(w.group_size, GROUP_SIZE)
     if rest or w.g_idx is not None or times == 1:
@@ -137,10 +145,6 @@ def refit(
         _REFITS if free else 0,
     )
     return replace(new, codes=codes), table.view(-1, len(tables), CODE_MAX).transpose(0, 1), signal, noise
-
-
-def _is_contiguous(g_idx: torch.Tensor, group_size: int) -> bool:
-    return torch.equal(g_idx.long(), torch.arange(len(g_idx), device=g_idx.device) // group_size)
 
 
 def _kept_codes(w: W4Linear | DenseLinear, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:

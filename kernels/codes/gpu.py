@@ -83,7 +83,7 @@ def refit(
     tables: torch.Tensor,
     rounds: int,
 ) -> tuple[float, float]:
-    """Put what `reference.fit` returns into `codes` and `tables`, for the groups that are not kept.
+    """Do what `reference.refit` does to `codes` and `tables`, for the groups that are not kept.
 
     channel_scale: float32 [n]; the groups are in the order [n, K/128]. tables: float8_e4m3fn [R, 8].
     Returns the energy of the values, and that of their difference from what they became, of all groups.

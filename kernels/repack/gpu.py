@@ -247,7 +247,7 @@ def _pair_neighbours(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _load_encoded(base, offsets, inside):
-    """Load words of unsigned codes u = v + 8 and turn them into the unified encoding (`layout._encode_`)."""
+    """Load words of unsigned codes u = v + 8 and turn them into the unified encoding (as `reference.reorder` does)."""
     u = tl.load(base + offsets, mask=inside, other=0).to(tl.uint32, bitcast=True)
     h = (u >> 3) & 0x11111111
     return ((u ^ (h * 7 + 0x88888888)) + h) & ((u & 0x88888888) ^ 0xFFFFFFFF)

@@ -42,7 +42,7 @@ def to_pack_quantized(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Return unsigned codes, uint8 [N, K]."""
-    data = packed.contiguous().view(torch.uint8)
+    data = packed.contiguous().view(-1).view(torch.uint8)
     nibbles = torch.stack((data & 15, data >> 4), dim=-1).view(*packed.shape, 8)
     channels = nibbles[..., [packing.order.index(i) for i in range(8)]]
     if packing.along == packing.axes[0]:

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +57,7 @@ MOE = tuple(
 INPUTS = ("awq", "awq-zp", "gptq", "compressed-tensors", "moe")
 """awq: every zero-point is 8; awq-zp: random zero-points, as AutoAWQ's own; moe: GPTQ experts."""
 
-PLAIN = "import sys; sys.modules['numba'] = None; from convert_w4a8.cli import convert; convert()"
-"""Our command where numba is not installed."""
+OURS = "from convert_w4a8.cli.convert import convert_command; convert_command()"
 PEER = """
 import sys
 from compressed_tensors.entrypoints.convert import AutoAWQConverter, convert_checkpoint
@@ -164,7 +163,7 @@ def timed(command: list[str], out: Path, rest: float) -> Run:
 def contenders(kind: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """Return the commands to compare for one input, `cp -r` first."""
     arguments = [str(source), str(out), "--quiet", "--device", args.device]
-    ours = [sys.executable, "-c", "from convert_w4a8.cli import convert; convert()", *arguments]
+    ours = [sys.executable, "-c", OURS, *arguments]
     commands = {
         "cp -r": ["cp", "-r", str(source), str(out)],
         "cp -r, on the disk": ["sh", "-c", f'cp -r "{source}" "{out}" && sync "{out}"/*'],
@@ -173,9 +172,6 @@ def contenders(kind: str, source: Path, out: Path, args: argparse.Namespace) -> 
         for form in args.formats:
             if (form, mode) != ("compressed-tensors", "direct"):
                 commands[f"{form}, {mode}"] = [*ours, "--format", form, "--scales", mode]
-    if args.without_numba:
-        mode = args.scales[0]
-        commands[f"lut, {mode}, without numba"] = [sys.executable, "-c", PLAIN, *arguments, "--scales", mode]
     if kind.startswith("awq") and args.peer_python:
         for workers in (1, 2):
             commands[f"peer, {workers} worker" + "s" * (workers > 1)] = [
@@ -184,7 +180,7 @@ def contenders(kind: str, source: Path, out: Path, args: argparse.Namespace) -> 
     return commands
 
 
-def bench(kind: str, gigabytes: float, args: argparse.Namespace) -> list[dict[str, object]]:
+def bench(kind: str, gigabytes: float, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time all contenders on one input and return a row for each."""
     source, out = args.directory / f"{kind}-{gigabytes:g}", args.directory / "out"
     if not (source / "config.json").is_file():
@@ -232,7 +228,6 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=["awq", "gptq", "compressed-tensors"])
     parser.add_argument("--scales", nargs="+", default=["reference", "search", "direct"])
     parser.add_argument("--formats", nargs="+", default=["lut", "compressed-tensors"])
-    parser.add_argument("--without-numba", action="store_true", help="also the first mode with torch alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rest", type=float, default=4.0, help="seconds before each run")

@@ -9,12 +9,15 @@ import argparse
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
-from convert_w4a8.encoding import lut_layout
-from convert_w4a8.encoding import packing as packing_module
+from convert_w4a8.encoding.lut_layout import reorder, restore
+from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes
 from convert_w4a8.linear import Packing
+
+PACKINGS = (Packing.GPTQ, Packing.AWQ, Packing.PACK_QUANTIZED)
 
 
 def random_packed(packing: Packing, n: int, k: int) -> torch.Tensor:
@@ -44,21 +47,21 @@ def main() -> None:
     n, k = map(int, args.size.split("x"))
     torch.set_num_threads(1)
     print(f"{n} x {k}, torch {torch.__version__}, GB/s of packed bytes: 1 thread / 2 threads")
-    print(f"{'':8}{'clone':>15}{'repack':>15}{'to_pack_quantized':>15}{'unpack_codes':>15}{'unpack':>15}")
-    for packing in Packing:
+    names = ("clone", "reorder", "to_pack_quantized", "unpack_codes", "restore")
+    print(f"{'':14}" + "".join(f"{name:>18}" for name in names))
+    for packing in PACKINGS:
         packed = random_packed(packing, n, k)
-        lut = lut_layout.reorder(packed, packing)
         calls: list[Callable[[], object]] = [
             packed.clone,
-            lambda packed=packed, packing=packing: lut_layout.reorder(packed, packing),
-            lambda packed=packed, packing=packing: packing_module.to_pack_quantized(packed, packing),
-            lambda packed=packed, packing=packing: packing_module.unpack_codes(packed, packing),
-            lambda entries=lut: lut_layout.restore(lut),
+            partial(reorder, packed, packing),
+            partial(to_pack_quantized, packed, packing),
+            partial(unpack_codes, packed, packing),
+            partial(restore, reorder(packed, packing)),
         ]
         size = packed.numel() * packed.element_size()
         cells = [" / ".join(f"{rate(call, size, w, args.rounds):.2f}" for w in (1, 2)) for call in calls]
         cells[2] = "-" if packing is Packing.PACK_QUANTIZED else cells[2]  # returns its argument
-        print(f"{packing:8}" + "".join(f"{cell:>15}" for cell in cells))
+        print(f"{packing.name:14}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Time the conversion of one layer whose codes cannot be kept: compiled kernels beside torch operations, in one run.
+"""Time the conversion of one layer whose codes cannot be kept: compiled kernels beside the references, in one run.
 
     python scripts/bench/bench_requantize.py [--device cuda] [--sizes 14336x4096 ...] [--rounds 5] [--json FILE]
 
-On a CUDA GPU the kernels are Triton's, on a CPU numba's. Weights are random, and so are the zero-points, so every group
-gets new codes. Times are medians of `to_w4a8`, from tensors on the device to tensors on the device; FP8 scales are
-chosen on the CPU in between, by one thread, as inside the converter, whose workers are Python threads. Results are
-compared with torch's, byte for byte, before they are timed. Beside each time stand that of the same layer with codes
-that are kept, and that of copying its codes from the device, there again, and back.
+On a CUDA GPU the kernels are Triton's, on a CPU numba's; the references are plain torch, and are what does the work
+where neither can be used. Weights are random, and so are the zero-points, so every group gets new codes. Times are
+medians of `to_w4a8`, from tensors on the device to tensors on the device; FP8 scales are chosen on the CPU in between,
+by one thread, as inside the converter, whose workers are Python threads. Results are compared with those of the
+references, byte for byte, before they are timed. Beside each time stand that of the same layer with codes that are
+kept, and that of copying its codes from the device, there again, and back.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
 
@@ -38,15 +41,9 @@ def random_layer(n: int, k: int, device: torch.device) -> W4Linear:
     return W4Linear(packed.to(device), Packing.AWQ, scales.to(device), zeros.to(device), None, GROUP_SIZE)
 
 
-@contextmanager
-def torch_alone() -> Iterator[None]:
-    """Switch the compiled kernels off."""
-    kernels = devices.kernels
-    devices.kernels = lambda _name, _device: None
-    try:
-        yield
-    finally:
-        devices.kernels = kernels
+def reference(operation: str, _device: torch.device) -> ModuleType:
+    """Return an operation's reference in plain torch, for every device."""
+    return import_module(f"convert_w4a8.kernels.{operation}.reference")
 
 
 def milliseconds(call: Callable[[], object], rounds: int) -> float:
@@ -61,7 +58,7 @@ def milliseconds(call: Callable[[], object], rounds: int) -> float:
 
 def same(a: W4A8Linear, b: W4A8Linear) -> bool:
     """Return whether two layers have the same bytes."""
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("packed", "group_scale", "lut", "channel_scale")]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("packed", "group_scale", "entries", "channel_scale")]
     return all(x is y or torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
 
@@ -80,7 +77,7 @@ def measure(n: int, k: int, device: torch.device, rounds: int) -> Iterator[dict[
     copy = milliseconds(lambda: w.packed.cpu().to(device).cpu(), rounds)  # the last waits for what was before
     for mode in ScalesMode:
         found = convert(w, mode)
-        with torch_alone():
+        with patch.object(devices, "_kernels", reference):
             equal = same(found, convert(w, mode))
             plain = milliseconds(partial(convert, w, mode), min(rounds, 2))
         yield {
@@ -89,7 +86,7 @@ def measure(n: int, k: int, device: torch.device, rounds: int) -> Iterator[dict[
             "scales": mode.value,
             "equal": equal,
             "ms": milliseconds(partial(convert, w, mode), rounds),
-            "torch_ms": plain,
+            "reference_ms": plain,
             "codes_kept_ms": milliseconds(partial(convert, kept, mode), rounds),
             "copies_ms": copy,
         }
@@ -107,14 +104,14 @@ def main() -> None:
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{name}, torch {torch.__version__}", flush=True)
-    print("| N × K | scales | kernels ms | ns a weight | torch ms | times as fast | codes kept ms | copies ms |")
+    print("| N × K | scales | kernels ms | ns a weight | reference ms | times as fast | codes kept ms | copies ms |")
     print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     rows = []
     for size in args.sizes:
         n, k = map(int, size.split("x"))
         for row in measure(n, k, device, args.rounds):
             rows.append(row)
-            ms, plain = float(str(row["ms"])), float(str(row["torch_ms"]))
+            ms, plain = float(str(row["ms"])), float(str(row["reference_ms"]))
             cells = f"{ms:.1f} | {ms * 1e6 / (n * k):.3f} | {plain:.1f} | {plain / ms:.1f}"
             kept = f"{row['codes_kept_ms']:.1f} | {row['copies_ms']:.1f}"
             print(

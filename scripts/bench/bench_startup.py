@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+OURS = "from convert_w4a8.cli.convert import convert_command; convert_command()"
 SHARDS, LAYERS_PER_SHARD = 400, 62
 """Four tensors a layer: 99,200 in all, as a mixture of 384 experts a block has them."""
 N = K = 256
@@ -54,7 +55,7 @@ def make_checkpoint(directory: Path) -> int:
 
 def timed(arguments: list[str]) -> tuple[float, float]:
     """Run our command and return its wall and CPU seconds."""
-    command = [sys.executable, "-c", "from convert_w4a8.cli import convert; convert()", *arguments]
+    command = [sys.executable, "-c", OURS, *arguments]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -24,12 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.tables import decode, quantize_tokens
-from convert_w4a8.linear import W4A8Linear, W4Linear
+from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_naive
-from convert_w4a8.quantization.codes import requantize
+from convert_w4a8.quantization.codes import to_symmetric
 from convert_w4a8.quantization.error import sqnr_db
 from convert_w4a8.quantization.layer import to_w4a8
 from convert_w4a8.sources import find_source
@@ -38,14 +39,17 @@ WINDOW = 512
 BATCH = 4
 
 
-def naive(w: W4Linear) -> torch.Tensor:
+Scheme = Callable[[W4Linear | DenseLinear], torch.Tensor]
+
+
+def naive(w: W4Linear | DenseLinear) -> torch.Tensor:
     """Decode a layer whose scales were cast to FP8 as they are."""
-    w, _ = requantize(w)
-    group_scale, channel_scale = quantize_naive(w.scales)
-    return decode(W4A8Linear(w.packed, w.packing, group_scale, None, channel_scale))
+    symmetric, _ = to_symmetric(w)
+    group_scale, channel_scale = quantize_naive(symmetric.scales)
+    return decode(W4A8Linear(symmetric.packed, symmetric.packing, group_scale, None, channel_scale))
 
 
-SCHEMES: dict[str, Callable[[W4Linear], torch.Tensor]] = {
+SCHEMES: dict[str, Scheme] = {
     "w4a16": dequantize,
     "rounded": lambda w: dequantize(w).bfloat16().float(),
     "naive": naive,
@@ -139,29 +143,29 @@ def read_windows(directory: Path, text: Path, tokens: int) -> torch.Tensor:
     return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
 
 
-def load_model(
-    checkpoint: Checkpoint, convert: Callable[[W4Linear], torch.Tensor], *, fp8: bool
-) -> tuple[nn.Module, float | None]:
+def load_model(checkpoint: Checkpoint, convert: Scheme, *, fp8: bool) -> tuple[nn.Module, float | None]:
     """Build the checkpoint's model in BF16 with its quantized layers replaced; also their mean SQNR."""
     config = AutoConfig.from_pretrained(checkpoint.root)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.eval()
     source = find_source(checkpoint)
     specs = source.find_layers(checkpoint, [])
-    used = {name for spec in specs for name in spec.parts.values()}
-    rest = {name: checkpoint.read(name).bfloat16() for name in checkpoint.tensors if name not in used}
+    used = {(part.whole or part).name for spec in specs for part in spec.parts.values()}
+    rest = {name: read_tensor(info).bfloat16() for name, info in checkpoint.tensors.items() if name not in used}
     unexpected = model.load_state_dict(rest, strict=False).unexpected_keys
     if unexpected:
         raise SystemExit(f"{checkpoint.root}: tensors that transformers has no place for: {', '.join(unexpected)}")
     sqnr = []
     for spec in specs:
         parent, _, child = spec.name.rpartition(".")
-        layer = source.read_layer(checkpoint, spec)
+        layer = source.read_layer(spec, read_tensor)
         exact, weight = dequantize(layer), convert(layer)
         sqnr.append(sqnr_db(float(exact.square().sum()), float((weight - exact).square().sum())))
-        linear = TableLinear(weight, model.get_submodule(spec.name).bias, fp8=fp8)
-        setattr(model.get_submodule(parent), child, linear)
+        before = model.get_submodule(spec.name)
+        assert isinstance(before, nn.Linear)
+        setattr(model.get_submodule(parent), child, TableLinear(weight, before.bias, fp8=fp8))
     return model, None if math.inf in sqnr else sum(sqnr) / len(sqnr)
 
 
@@ -169,7 +173,7 @@ def load_model(
 def read(model: nn.Module, base: nn.Module, windows: torch.Tensor) -> Tokens:
     """Run a model and the W4A16 model over windows [W, WINDOW]; every token but the first of each counts."""
     parts = []
-    for batch in windows.split(BATCH):
+    for batch in torch.split(windows, BATCH):
         targets = batch[:, 1:].flatten()
         ours, theirs = (m(input_ids=batch).logits[:, :-1].float().log_softmax(-1).flatten(0, 1) for m in (model, base))
         likeliest = ours.argmax(-1)
@@ -204,8 +208,8 @@ def evaluate(args: argparse.Namespace) -> Iterator[Score]:
     base_tokens = read(base, base, windows)
     yield compare(("w4a16", "bf16", None), base_tokens, base_tokens)
     if args.original:
-        model = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.bfloat16).eval()
-        yield compare(("original", "bf16", None), read(model, base, windows), base_tokens)
+        original: nn.Module = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.bfloat16)
+        yield compare(("original", "bf16", None), read(original.eval(), base, windows), base_tokens)
     for activations in args.activations.split(","):
         for scheme in args.schemes.split(","):
             model, sqnr = load_model(checkpoint, SCHEMES[scheme], fp8=activations == "fp8")
@@ -229,7 +233,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     print(HEADER)
     scores, start = [], time.monotonic()
     for score in evaluate(args):

@@ -136,7 +136,7 @@ def tokenizer() -> dict[str, object]:
 
 def main() -> None:
     """Write the checkpoint, replacing an older one."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     out = Path(sys.argv[1])
     if out.exists() and not (out / "config.json").is_file():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from convert_w4a8.encoding.lut_layout import repack
+from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.linear import GROUP_SIZE, Packing
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference
@@ -108,7 +108,7 @@ def random_linear(name: str, n: int, k: int, lut: bool, stock: bool) -> tuple[di
     if lut:
         group, channel = quantize_reference(scales.t().contiguous())
         ours = {
-            f"{name}.weight_packed": repack(words, Packing.PACK_QUANTIZED).cpu(),
+            f"{name}.weight_packed": reorder(words, Packing.PACK_QUANTIZED).cpu(),
             f"{name}.weight_scale": group.contiguous().cpu(),
             f"{name}.weight_chan_scale": channel.cpu(),
         }
@@ -207,7 +207,7 @@ def make(shape: Shape, out: Path, formats: tuple[str, ...] = FORMATS) -> dict[st
         common = plain(shape, layer)
         tensors = {kind: dict(common) for kind in written}
         for name, n, k in linears(shape, layer):
-            theirs, ours = random_linear(name, n, k, entries="lut" in written, stock=first_stock is not None)
+            theirs, ours = random_linear(name, n, k, lut="lut" in written, stock=first_stock is not None)
             for kind in written:
                 tensors[kind] |= ours if kind == "lut" else theirs
         write(f"model-{layer:03}.safetensors", tensors)

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import triton
 
-from convert_w4a8.encoding import lut_layout, tables
-from convert_w4a8.encoding import packing as packing_module
-from convert_w4a8.kernels.repack.gpu import DEFAULT_BLOCKS, ROWS_BLOCKS, Block, repack_by, to_pack_quantized
+from convert_w4a8.kernels.repack import reference as repack_reference
+from convert_w4a8.kernels.repack.gpu import DEFAULT_BLOCKS, PACK_QUANTIZED_BLOCKS, Block, reorder_by, to_pack_quantized
+from convert_w4a8.kernels.tables import reference as tables_reference
 from convert_w4a8.kernels.tables.gpu import expand_tables
 from convert_w4a8.linear import Packing
 
@@ -47,9 +47,9 @@ def microseconds(call: Call, inputs: list[torch.Tensor]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [call(x) for x in inputs]
-    times = []
+    times: list[float] = []
     for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
@@ -78,7 +78,7 @@ def measure(kernel: str, reference: Call, packing: Packing, n: int, k: int, call
         rows.append(
             {
                 "kernel": kernel,
-                "packing": packing.value,
+                "packing": packing.name,
                 "n": n,
                 "k": k,
                 **{f"block_{name}": value for name, value in asdict(block).items()},
@@ -92,24 +92,23 @@ def measure(kernel: str, reference: Call, packing: Packing, n: int, k: int, call
     return rows
 
 
-def measure_repack(packing: Packing, n: int, k: int, blocks: list[Block]) -> list[Row]:
-    """Return the rows of `repack`."""
-    calls: dict[Block, Call] = {block: partial(repack_by, packing=packing, block=block) for block in blocks}
-    return measure("repack", partial(lut_layout.repack_reference, packing=packing), packing, n, k, calls)
+def measure_reorder(packing: Packing, n: int, k: int, blocks: list[Block]) -> list[Row]:
+    """Return the rows of `reorder`."""
+    calls: dict[Block, Call] = {block: partial(reorder_by, packing=packing, block=block) for block in blocks}
+    return measure("reorder", partial(repack_reference.reorder, packing=packing), packing, n, k, calls)
 
 
-def measure_rows(packing: Packing, n: int, k: int) -> list[Row]:
+def measure_pack_quantized(packing: Packing, n: int, k: int) -> list[Row]:
     """Return the row of `to_pack_quantized`, which `--format compressed-tensors` and new codes need."""
-    calls: dict[Block, Call] = {ROWS_BLOCKS[packing]: partial(to_pack_quantized, packing=packing)}
-    return measure(
-        "to_pack_quantized", partial(packing_module.to_rows_reference, packing=packing), packing, n, k, calls
-    )
+    calls: dict[Block, Call] = {PACK_QUANTIZED_BLOCKS[packing]: partial(to_pack_quantized, packing=packing)}
+    reference = partial(repack_reference.to_pack_quantized, packing=packing)
+    return measure("to_pack_quantized", reference, packing, n, k, calls)
 
 
 def measure_tables(n: int, k: int) -> Row:
     """Return the row of the table expansion of an [N, K] layer: one byte in, eight out, a group."""
     scales = torch.randint(0, 256, (k // 128, n), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    expected = tables.expand_tables_reference(scales).view(torch.uint8)
+    expected = tables_reference.expand_tables(scales).view(torch.uint8)
     equal = torch.equal(expand_tables(scales).view(torch.uint8), expected)
     time = microseconds(expand_tables, [scales.clone() for _ in range(8)])
     moved = scales.numel() * 9
@@ -119,7 +118,7 @@ def measure_tables(n: int, k: int) -> Row:
 def show(row: Row) -> None:
     """Print one row."""
     name = f"{row['kernel']} {row.get('packing', '')}"
-    text = f"{name:13} {row['n']:>6} x {row['k']:<6}"
+    text = f"{name:24} {row['n']:>6} x {row['k']:<6}"
     if "of_copy" in row:
         order = "k first" if row["block_k_first"] else "n first"
         text += f" {row['block_n']:>4} x {row['block_k']:<4} {row['block_warps']} warps, {order} "
@@ -134,7 +133,7 @@ def best_blocks(rows: list[Row], packing: Packing) -> list[tuple[float, Row]]:
     fields = ("block_n", "block_k", "block_warps", "block_k_first")
     shares: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        if (row["kernel"], row.get("packing")) == ("repack", packing.value) and row["equal"]:
+        if (row["kernel"], row.get("packing")) == ("reorder", packing.name) and row["equal"]:
             shares.setdefault(tuple(row[f] for f in fields), []).append(row)
     worst = [(min(float(str(r["of_copy"])) for r in group), group[0]) for group in shares.values()]
     return sorted(worst, key=lambda pair: -pair[0])
@@ -153,20 +152,22 @@ def main() -> None:
     versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     print(", ".join(f"{name} {value}" for name, value in versions.items()), flush=True)
     rows: list[Row] = []
-    for packing in Packing:
+    for packing in DEFAULT_BLOCKS:
         blocks = candidates() if args.tune else [DEFAULT_BLOCKS[packing]]
         for n, k in sizes:
-            found = measure_repack(packing, n, k, blocks)
+            found = measure_reorder(packing, n, k, blocks)
             rows += found
             for row in found if not args.tune else sorted(found, key=lambda row: -float(str(row["of_copy"])))[:3]:
                 show(row)
     for n, k in sizes:
-        found = [row for packing in ROWS_BLOCKS for row in measure_rows(packing, n, k)] + [measure_tables(n, k)]
+        found = [row for packing in PACK_QUANTIZED_BLOCKS for row in measure_pack_quantized(packing, n, k)] + [
+            measure_tables(n, k)
+        ]
         rows += found
         for row in found:
             show(row)
     if args.tune:
-        for packing in Packing:
+        for packing in DEFAULT_BLOCKS:
             print(f"best blocks for {packing} by the worst share of the copy over all sizes:")
             for share, row in best_blocks(rows, packing)[:5]:
                 print(f"  {share:.1%} n={row['block_n']} k={row['block_k']}", end="")

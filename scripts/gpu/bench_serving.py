@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 import vllm_engine
 from make_random_checkpoint import FORMATS, SHAPES, ensure
 

@@ -165,16 +165,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one mode, without compilation, 4 prompts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    for directory in (args.entries, args.stock):
+    for directory in (args.lut, args.stock):
         if not (directory / "config.json").is_file():
             parser.error(f"{directory} is not a checkpoint")
-    args.arithmetics = find_arithmetics(args.entries, args.stock)
+    args.arithmetics = find_arithmetics(args.lut, args.stock)
     if not args.arithmetics:
         parser.error(
             "vLLM does not make the one checkpoint's scales of the other's: convert the source to the stock one with"
             " --scales reference, and that one to LUT_DIR"
         )
-    print(f"scales of {args.entries.name}: by {' and by '.join(sorted(args.arithmetics))}", flush=True)
+    print(f"scales of {args.lut.name}: by {' and by '.join(sorted(args.arithmetics))}", flush=True)
     if args.modes is None:
         args.modes = [mode for mode, (arithmetic, _) in MODES.items() if arithmetic in args.arithmetics][:2]
         if args.quick or args.tp > 1:
@@ -220,7 +220,7 @@ def main() -> int:
         rows.append(row)
         return row
 
-    engines = sorted({(args.stock, args.tp), (args.entries, args.tp), (args.stock, 1)})
+    engines = sorted({(args.stock, args.tp), (args.lut, args.tp), (args.stock, 1)})
     # Engines on several GPUs run one at a time (their ranks wait for each other on the GPU), beside those on one.
     with ThreadPoolExecutor(args.jobs) as single, ThreadPoolExecutor(1) as several:
         runs = {
@@ -233,7 +233,7 @@ def main() -> int:
     met, is_floor_known = True, False
     for mode in args.modes:
         one, stock, lut = (
-            outputs[path, mode, tp] for path, tp in ((args.stock, 1), (args.stock, args.tp), (args.entries, args.tp))
+            outputs[path, mode, tp] for path, tp in ((args.stock, 1), (args.stock, args.tp), (args.lut, args.tp))
         )
         if args.tp > 1:
             own = note(mode, f"stock TP {args.tp}, stock TP 1", stock, one)
@@ -263,7 +263,7 @@ def main() -> int:
         ],
     )
     results = {
-        "lut": str(args.entries),
+        "lut": str(args.lut),
         "stock": str(args.stock),
         "tp": args.tp,
         "scales": sorted(args.arithmetics),

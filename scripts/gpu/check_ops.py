@@ -1,6 +1,6 @@
 """Compare our bytes and our arithmetic with vLLM's CUDA ops, on fresh random inputs: `check_ops.py [--quick]`.
 
-Needs a Hopper GPU, vLLM, and this checkout on PYTHONPATH. Weights: `repack` from all three packings against
+Needs a Hopper GPU, vLLM, and this checkout on PYTHONPATH. Weights: `reorder` from all three packings against
 `cutlass_encode_and_reorder_int4b` and its grouped form. Scales: `quantize_reference`, on the CPU and on the GPU,
 against vLLM's load-time conversion, `expand_tables` against `cutlass_pack_scale_fp8`. Products: both GEMM ops, given
 tables of random bytes of either sign, against `decode`, exactly (one-hot activations), and against `gemm`.
@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import vllm_engine
 
-from convert_w4a8.encoding.lut_layout import repack
+from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes, unpack_codes
 from convert_w4a8.encoding.tables import decode, expand_tables, multiply_tables, quantize_tokens
 from convert_w4a8.fp8 import SCALE_MAX
@@ -27,6 +27,7 @@ from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.quantization.baselines import quantize_reference
 
 DEVICE = torch.device("cuda")
+PACKINGS = (Packing.GPTQ, Packing.AWQ, Packing.PACK_QUANTIZED)
 E4M3 = torch.float8_e4m3fn
 SMALL = [(128, 256), (144, 256), (4112, 512), (1040, 768), (2064, 1280)]
 ODD = [(128, 128), (256, 384), (144, 640)]
@@ -106,25 +107,25 @@ def signed_rows(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 
 def check_weights(sizes: list[tuple[int, int]]) -> Iterator[Row]:
-    """Repack from every packing, against the dense op."""
+    """Reorder from every packing, against the dense op."""
     from vllm import _custom_ops as ops
 
     for n, k in sizes:
-        for packing in Packing:
+        for packing in PACKINGS:
             packed = packed_like(packing, n, k)
             theirs = memory(ops.cutlass_encode_and_reorder_int4b(signed_rows(packed, packing).t()))
-            yield same(f"weights from {packing}", f"{n}x{k}", repack(packed, packing).flatten(), theirs)
+            yield same(f"weights from {packing}", f"{n}x{k}", reorder(packed, packing).flatten(), theirs)
 
 
 def check_grouped_weights(sizes: list[tuple[int, int]], experts: int = 3) -> Iterator[Row]:
-    """Repack expert by expert, against the grouped op; and the layout that it returns, against what is expected."""
+    """Reorder expert by expert, against the grouped op; and the layout that it returns, against what is expected."""
     from vllm import _custom_ops as ops
 
     for n, k in sizes:
         packed = [packed_like(Packing.GPTQ, n, k) for _ in range(experts)]
         rows = torch.stack([signed_rows(expert, Packing.GPTQ) for expert in packed])
         theirs, layout = ops.cutlass_encode_and_reorder_int4b_grouped(rows)
-        ours = torch.cat([repack(expert, Packing.GPTQ).flatten() for expert in packed])
+        ours = torch.cat([reorder(expert, Packing.GPTQ).flatten() for expert in packed])
         yield same("grouped weights", f"{experts}x{n}x{k}", ours, memory(theirs))
         expected = torch.tensor([[n // 16, k // 32, 32 * n]] * experts, dtype=torch.int32, device=DEVICE)
         yield same("grouped layout", f"{experts}x{n}x{k}", expected, layout, demanded=False)
@@ -205,7 +206,7 @@ def random_layer(n: int, k: int) -> tuple[W4A8Linear, torch.Tensor]:
     packed = packed_like(Packing.PACK_QUANTIZED, n, k)
     channel = torch.rand(n, device=DEVICE) + 0.5
     layer = W4A8Linear(packed, Packing.PACK_QUANTIZED, None, random_bytes(k // GROUP_SIZE, n, 8), channel)
-    return layer, repack(packed, Packing.PACK_QUANTIZED)
+    return layer, reorder(packed, Packing.PACK_QUANTIZED)
 
 
 def dense(tokens: torch.Tensor, token_scale: torch.Tensor, layer: W4A8Linear, buffer: torch.Tensor) -> torch.Tensor:

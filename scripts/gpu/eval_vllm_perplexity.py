@@ -4,8 +4,8 @@
 
 Every checkpoint scores the same windows of tokens, through the log-probabilities that vLLM gives of prompt tokens, so
 that differences are paired: mean over tokens ± standard error, in nats. One engine each, in processes of their own,
-with BF16 activations wherever the checkpoint leaves them alone. `scripts/bench/eval_perplexity.py` emulates the same on a
-CPU, on the same tokens.
+with BF16 activations wherever the checkpoint leaves them alone. `scripts/bench/eval_perplexity.py` emulates the same on
+a CPU, on the same tokens.
 """
 
 import argparse

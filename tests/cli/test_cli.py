@@ -276,24 +276,24 @@ def tmp_path_with_config(tmp_path: Path) -> Path:
     "flags", [[], ["--json"], ["--quiet"], ["--dry-run"]], ids=["plain", "json", "quiet", "dry-run"]
 )
 def test_refusals_are_all_listed(flags: list[str], tmp_path: Path) -> None:
-    """Every obstacle on a line of its own on standard error, after their number; nothing on standard output."""
+    """Every problem on a line of its own on standard error, after their number; nothing on standard output."""
     checkpoint = write_case("gptq-g32", tmp_path / "in")
     result = invoke(convert, checkpoint.path, tmp_path / "out", *flags)
     assert result.exit_code == 1
     assert result.stdout == ""
     head, *lines = result.stderr.splitlines()
-    assert head == f"Error: {len(checkpoint.layers)} obstacles; nothing was written."
+    assert head == f"Error: {len(checkpoint.layers)} problems; nothing was written."
     assert {line.strip().partition(":")[0] for line in lines} == checkpoint.layers.keys()
     assert all("; pass --group-size requantize" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_one_refusal_is_in_the_singular(tmp_path: Path) -> None:
-    """One obstacle is not "1 obstacles"."""
+    """One problem is not "1 problems"."""
     checkpoint = write_case("gptq-v1", tmp_path / "in")
     edit_quantization(checkpoint.path, checkpoint_format="marlin")
     result = invoke(convert, checkpoint.path, tmp_path / "out")
-    assert result.stderr.splitlines()[0] == "Error: 1 obstacle; nothing was written."
+    assert result.stderr.splitlines()[0] == "Error: 1 problem; nothing was written."
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,8 @@ def test_verify_exits_1_when_it_fails(source: Path, out: Path, tmp_path: Path) -
     assert programs.exit_code == 1
     document = strict_json(programs.stdout)
     assert document["ok"] is False
-    assert [problem["subject"] for problem in document["problems"]] == [name]
+    assert {problem["subject"] for problem in document["problems"]} == {name}
+    assert any("INT4 codes are not the source's" in problem["reason"] for problem in document["problems"])
 
 
 def test_verify_exits_1_under_the_threshold(source: Path, out: Path) -> None:

@@ -175,7 +175,7 @@ def test_decode_takes_every_packing(packing: Packing) -> None:
 def test_a_layer_without_tables_is_refused() -> None:
     """Neither scales nor entries: nothing to multiply by."""
     packed = torch.zeros(16, 16, dtype=torch.int32)
-    with pytest.raises(ValueError, match="group_scale or lut"):
+    with pytest.raises(ValueError, match="group_scale or entries"):
         tables.decode(W4A8Linear(packed, Packing.PACK_QUANTIZED, None, None, torch.ones(16)))
 
 

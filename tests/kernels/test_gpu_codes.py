@@ -1,25 +1,20 @@
-"""Triton's new codes, scales and entries against the torch references: interpreted without a GPU, compiled with one.
+"""Triton's new codes, scales and entries against the reference: interpreted without a GPU, compiled with one.
 
-The references run on the CPU in either case: a GPU has to give their bytes.
+The reference runs on the CPU in either case: a GPU has to give its bytes.
 """
 
 import importlib
-from collections.abc import Iterator
-from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
-from code_groups import KINDS, LAYERS, groups, layer, same, same_layer, switch_kernels_off
+from code_groups import KINDS, LAYERS, fit_symmetric, groups, layer, layer_of, same, same_layer
 
 from convert_w4a8 import devices
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.fp8 import E4M3, E4M3_MAX
+from convert_w4a8.kernels.codes import reference
 from convert_w4a8.linear import W4Linear
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.quantization import codebook
-from convert_w4a8.quantization import codes as requantize
-from convert_w4a8.quantization import groups as code_groups
 from convert_w4a8.quantization.layer import to_w4a8
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -28,43 +23,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTHS = pytest.mark.parametrize("width", [16, 128])
 
 
-def on_device(w: W4Linear) -> W4Linear:
-    """Return a layer on the device that the kernels run on."""
-    tensors = {"packed": w.packed, "scales": w.scales, "zeros": w.zeros, "g_idx": w.g_idx}
-    return replace(w, **{name: None if tensor is None else tensor.to(DEVICE) for name, tensor in tensors.items()})
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch all kernels off."""
-    switch_kernels_off(monkeypatch)
-
-
-@pytest.fixture
-def triton_everywhere() -> Iterator[None]:
-    """Let Triton's kernels do what kernels do, where there is no GPU to dispatch by."""
-
-    def kernels(name: str, _: torch.device) -> ModuleType:
-        return importlib.import_module(f"convert_w4a8.kernels.{name}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "kernels", kernels)
-        yield
-
-
 @WIDTHS
 @pytest.mark.parametrize("kind", KINDS)
 def test_scales_and_codes(kind: str, width: int) -> None:
     """`fit_symmetric`, with weights of zero among the others, and groups that are kept; rows that fill no block."""
     values = groups(kind, width, 1, rows=77)
     weights = torch.rand(values.shape, generator=torch.Generator().manual_seed(2)).sub(0.2).clamp(min=0)
-    expected = requantize.fit_symmetric(values, weights)
+    expected = fit_symmetric(reference, values, weights)
     kept = torch.arange(len(values)) % 5 == 3
-    codes = torch.full(values.shape, 99, dtype=torch.uint8, device=DEVICE)
-    scales = torch.full((len(values),), 99.0, device=DEVICE)
-    inputs = (tensor.to(DEVICE) for tensor in (values, weights, kept))
-    KERNELS.fit_symmetric(*inputs, requantize.FACTORS, codes, scales)
-    codes, scales = codes.cpu(), scales.cpu()
+    found = fit_symmetric(KERNELS, values.to(DEVICE), weights.to(DEVICE), kept)
+    codes, scales = (tensor.cpu() for tensor in found)
     assert (codes[kept] == 99).all()
     assert (scales[kept] == 99).all()
     assert same(codes[~kept], expected[0][~kept])
@@ -75,7 +43,7 @@ def test_scales_and_codes(kind: str, width: int) -> None:
 @pytest.mark.parametrize("rounds", [0, 3])
 @pytest.mark.parametrize("kind", ["gauss", "few values", "tiny", "mostly zero"])
 def test_codes_and_entries(kind: str, width: int, rounds: int) -> None:
-    """`codebook.fit` from tables of any finite bytes: both zeros, equal entries, either sign; and energies."""
+    """`fit` from tables of any finite bytes: both zeros, equal entries, either sign; and energies."""
     generator = torch.Generator().manual_seed(width + rounds)
     rows, channels = 36, 4
     tables = torch.randint(0, 256, (rows, 8), dtype=torch.uint8, generator=generator)
@@ -91,7 +59,7 @@ def test_codes_and_entries(kind: str, width: int, rounds: int) -> None:
     before = torch.randint(0, 16, values.shape, dtype=torch.uint8, generator=generator)
 
     spread = channel.repeat_interleave(rows // channels)[:, None]
-    codes, fitted = codebook.fit(values / spread, weights, tables, rounds)
+    codes, fitted = reference.fit(values / spread, weights, tables, rounds)
     codes[kept] = before[kept]
     fitted.view(torch.uint8)[kept] = tables.view(torch.uint8)[kept]
     found_codes, found_tables = before.to(DEVICE), tables.clone().to(DEVICE)
@@ -99,7 +67,7 @@ def test_codes_and_entries(kind: str, width: int, rounds: int) -> None:
     signal, noise = KERNELS.refit(*inputs, found_codes, found_tables, rounds)
     assert same(found_codes, codes)
     assert same(found_tables, fitted)
-    difference = codebook.values_of(fitted.float(), codes) * spread - values
+    difference = reference.values_of(fitted.float(), codes) * spread - values
     energies = [float((x.square() * counts).sum(dtype=torch.float64)) for x in (values, difference)]
     assert [signal, noise] == pytest.approx(energies, rel=1e-9)
 
@@ -122,35 +90,35 @@ def test_fp8_numbers_are_rounded_as_torch_rounds_them() -> None:
     assert same(found[:, 0], expected)
 
 
-@pytest.mark.usefixtures("plain")
+def by_output_channel(w: W4Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes, zero-points and scales as the kernels take them, on the CPU."""
+    assert w.zeros is not None
+    return w.packed, w.zeros.t(), w.scales.t().float()
+
+
 def test_groups_by_their_codes() -> None:
     """`gather` and the sums of energies; then the codes of all weights from those of the values."""
     w = layer(zeros=True, shape=(48, 384))
     importance = torch.rand(384, generator=torch.Generator().manual_seed(5))
-    expected = code_groups.gather(w, importance)
-    assert w.zeros is not None
-    rows, zeros, scales = w.packed.to(DEVICE), w.zeros.t().to(DEVICE), w.scales.t().float().to(DEVICE)
-    found = KERNELS.gather(rows, zeros, scales, importance.to(DEVICE))
-    assert all(
-        same(tensor, getattr(expected, name))
-        for tensor, name in zip(found, ("values", "counts", "weights", "letters"), strict=True)
-    )
-    codes = torch.randint(0, 16, expected.values.shape, dtype=torch.uint8)
-    assert same(KERNELS.spell(found[3], codes.to(DEVICE)).view(48, -1), expected.rows(codes, 48))
+    inputs = by_output_channel(w)
+    expected = reference.gather(*inputs, importance)
+    on_device = [tensor.to(DEVICE) for tensor in inputs]
+    found = KERNELS.gather(*on_device, importance.to(DEVICE))
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    codes = torch.randint(0, 16, expected[0].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    assert same(KERNELS.spell(found[3], codes.to(DEVICE)), reference.spell(expected[3], codes))
     energies = torch.full((384,), 2.5, dtype=torch.float64, device=DEVICE)
-    KERNELS.add_energies(rows, zeros, scales, energies)
-    relative = ((energies - 2.5) / (energies - 2.5).mean()).float()
-    torch.testing.assert_close(relative.cpu(), requantize.input_energies(w), rtol=1e-6, atol=0)
+    KERNELS.add_energies(*on_device, energies)
+    plain = torch.zeros(384, dtype=torch.float64)
+    reference.add_energies(*inputs, plain)
+    torch.testing.assert_close(energies.cpu() - 2.5, plain, rtol=1e-9, atol=0)
 
 
-@pytest.mark.usefixtures("plain")
 def test_energies_of_many_channels() -> None:
     """More than one program has, and a number that fills neither a program nor a step of it."""
     w = layer(zeros=True, shape=(520, 128))
-    assert w.zeros is not None
-    rows, zeros, scales = w.packed.to(DEVICE), w.zeros.t().to(DEVICE), w.scales.t().float().to(DEVICE)
     energies = torch.zeros(128, dtype=torch.float64, device=DEVICE)
-    KERNELS.add_energies(rows, zeros, scales, energies)
+    KERNELS.add_energies(*(tensor.to(DEVICE) for tensor in by_output_channel(w)), energies)
     torch.testing.assert_close(
         energies.cpu(), dequantize(w).square().sum(dim=0, dtype=torch.float64), rtol=1e-12, atol=0
     )
@@ -158,13 +126,14 @@ def test_energies_of_many_channels() -> None:
 
 @pytest.mark.parametrize("mode", ScalesMode, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_whole_layers(mode: ScalesMode, kind: str, request: pytest.FixtureRequest) -> None:
+def test_whole_layers(mode: ScalesMode, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a conversion, from codes to codes, on the device and on the CPU."""
-    shape = (176, 384) if DEVICE.type == "cuda" else (32, 256)
-    w = layer(**LAYERS[kind], shape=shape)
+    w = layer_of(kind, (176, 384) if DEVICE.type == "cuda" else (32, 256))
     expected, stats = to_w4a8(w, mode)
-    if DEVICE.type == "cpu":
-        request.getfixturevalue("triton_everywhere")
-    found, found_stats = to_w4a8(on_device(w), mode)
+    if DEVICE.type == "cpu":  # let Triton's kernels do what kernels do, where there is no GPU to dispatch by
+        monkeypatch.setattr(devices, "_OPERATIONS", {name: {"cpu": "gpu"} for name in devices._OPERATIONS})
+        monkeypatch.setattr(devices, "_triton_works", lambda: True)
+    assert devices.codes(DEVICE) is KERNELS
+    found, found_stats = to_w4a8(w.to(DEVICE), mode)
     assert same_layer(found, expected)
     assert found_stats.noise == pytest.approx(stats.noise, rel=1e-9)

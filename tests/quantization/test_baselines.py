@@ -10,7 +10,7 @@ from paths import GOLDEN_CUT
 from safetensors.torch import load_file
 
 from convert_w4a8.fp8 import E4M3, SCALE_MAX, to_e4m3
-from convert_w4a8.quantization.baselines import quantize_naive, quantize_reference
+from convert_w4a8.quantization.baselines import quantize_naive, quantize_reference, round_to_nearest
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
@@ -106,6 +106,23 @@ def test_the_naive_cast_leaves_a_handful_of_distinct_scales() -> None:
     scales = 0.002 + 0.006 * torch.rand(32, 256, generator=torch.Generator().manual_seed(0))
     naive, ones = quantize_naive(scales)
     reference, _ = quantize_reference(scales)
-    assert len(naive.float().unique()) <= 5
-    assert len(reference.float().unique()) > 15
+    assert len(torch.unique(naive.float())) <= 5
+    assert len(torch.unique(reference.float())) > 15
     assert (ones == 1).all()
+
+
+def test_rounding_to_nearest_is_within_half_a_step() -> None:
+    """Symmetric codes, scales of amax/7.5 a group, zeros for a group of zeros; the weights stay as they are."""
+    weights = torch.randn(48, 512, generator=torch.Generator().manual_seed(0))
+    weights[5, 128:256] = 0
+    before = weights.clone()
+    codes, scales = round_to_nearest(weights)
+    assert torch.equal(weights, before)
+    assert codes.dtype is torch.uint8
+    assert codes.shape == (48, 512)
+    assert scales.shape == (4, 48)
+    assert torch.equal(scales, weights.view(48, 4, 128).abs().amax(dim=-1).t() / 7.5)
+    assert set(codes.flatten().tolist()) == set(range(16))
+    step = scales.t().repeat_interleave(128, dim=1)
+    assert ((codes.float() - 8) * step - weights).abs().le(0.5 * step + 1e-5 * step).all()
+    assert (codes[5, 128:256] == 8).all()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from convert_w4a8.encoding.packing import code_frequencies
+from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.fp8 import E4M3, SCALE_MAX
 from convert_w4a8.quantization import scale_search
 from convert_w4a8.quantization.baselines import quantize_reference
@@ -43,7 +44,7 @@ def brute_error(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return ((x[:, None, None].double() * MAGNITUDES - entries(UP_TO_56)).square() * weights).sum(-1)
 
 
-def brute_noise(scales: torch.Tensor, tables: scale_search.Tables, weights: torch.Tensor) -> torch.Tensor:
+def brute_noise(scales: torch.Tensor, tables: scale_search.ScaleChoice, weights: torch.Tensor) -> torch.Tensor:
     """Return the noise of each channel from the table entries themselves, float64 [N]."""
     if tables.entries is None:
         assert tables.group_scale is not None
@@ -54,10 +55,10 @@ def brute_noise(scales: torch.Tensor, tables: scale_search.Tables, weights: torc
     return 128 * (difference.square() * weights).sum((0, 2))
 
 
-def reference_tables(source: torch.Tensor) -> scale_search.Tables:
+def reference_tables(source: torch.Tensor) -> scale_search.ScaleChoice:
     """Return vLLM's choice."""
     group_scale, channel_scale = quantize_reference(source)
-    return scale_search.Tables(group_scale, None, channel_scale, torch.empty(0))
+    return scale_search.ScaleChoice(group_scale, None, channel_scale, torch.empty(0))
 
 
 def assert_never_worse(scales: torch.Tensor, weights: torch.Tensor) -> None:
@@ -83,7 +84,7 @@ def assert_never_worse(scales: torch.Tensor, weights: torch.Tensor) -> None:
     assert_vllm_computes(source, stock)
 
 
-def assert_vllm_computes(source: torch.Tensor, stock: scale_search.Tables) -> None:
+def assert_vllm_computes(source: torch.Tensor, stock: scale_search.ScaleChoice) -> None:
     """Check that vLLM's arithmetic makes exactly these tables of these BF16 scales."""
     assert source.dtype == torch.bfloat16
     group_scale, channel_scale = quantize_reference(source)
@@ -140,16 +141,8 @@ def test_the_lower_envelope_of_any_lines(lines: list[tuple[int, int]]) -> None:
 
 def test_magnitudes_are_folded_from_unsigned_codes() -> None:
     """The codes u = 8 ± m count together, u = 0 is minus eight, and u = 8 is nothing."""
-    assert magnitude_frequencies(torch.arange(16.0)).tolist() == [
-        7 + 9,
-        6 + 10,
-        5 + 11,
-        4 + 12,
-        3 + 13,
-        2 + 14,
-        1 + 15,
-        0,
-    ]
+    expected = [7 + 9, 6 + 10, 5 + 11, 4 + 12, 3 + 13, 2 + 14, 1 + 15, 0]
+    assert magnitude_frequencies(torch.arange(16.0)).tolist() == expected
 
 
 @given(data=st.data())
@@ -228,13 +221,27 @@ def test_direct_entries_are_the_nearest_fp8_values() -> None:
     assert torch.equal(tables.entries.float(), exact.clamp(-448, 448).to(E4M3).float())
 
 
+def test_a_choice_gives_its_tables() -> None:
+    """Stored entries as they are, group scales expanded; one without either has none."""
+    scales = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    table = error_table(GAUSS)
+    direct = scale_search.quantize_direct(scales, GAUSS, table)
+    assert direct.tables() is direct.entries
+    chosen = scale_search.quantize_search(scales, table)
+    assert chosen.group_scale is not None
+    assert torch.equal(chosen.tables().view(torch.uint8), expand_tables(chosen.group_scale).view(torch.uint8))
+    neither = scale_search.ScaleChoice(None, None, chosen.channel_scale, chosen.noise)
+    with pytest.raises(ValueError, match="group_scale or entries"):
+        neither.tables()
+
+
 def test_stock_scales_use_vllms_floor_where_it_applies() -> None:
     """Below 1/512 vLLM's channel scale is fixed; the group scales are still chosen, and better than by rounding."""
     scales = (0.2 + 0.8 * torch.rand(32, 64, generator=torch.Generator().manual_seed(0))) / 4096
     table = error_table(GAUSS)
     stock, source = scale_search.quantize_stock(scales, table)
     assert_vllm_computes(source, stock)
-    assert len(stock.channel_scale.unique()) == 1
+    assert len(torch.unique(stock.channel_scale)) == 1
     reference = scale_search.reference_tables(scales, scales.bfloat16(), table)
     assert (stock.noise <= reference.noise).all()
     assert stock.noise.sum() < 0.99 * reference.noise.sum()

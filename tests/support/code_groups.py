@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from convert_w4a8 import devices
+from convert_w4a8.devices import Codes
 from convert_w4a8.encoding.packing import pack_codes
-from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
+from convert_w4a8.linear import DenseLinear, Packing, W4A8Linear, W4Linear
+from convert_w4a8.quantization.codes import SCALE_CANDIDATES
 
 KINDS = ["gauss", "few values", "one-sided", "tiny", "huge", "mostly zero", "constant"]
 
@@ -20,17 +22,20 @@ class Options(TypedDict, total=False):
     act_order: bool
 
 
-LAYERS: dict[str, Options] = {
+LAYERS: dict[str, Options | None] = {
     "zero-points": {"zeros": True},
     "groups of 32": {"zeros": True, "group_size": 32},
     "groups of 64": {"group_size": 64},
     "act-order": {"zeros": True, "act_order": True},
+    "dense": None,
 }
+"""Layers by why their codes cannot be kept; None where there are no codes yet."""
 
 
 def switch_kernels_off(patch: pytest.MonkeyPatch) -> None:
-    """Let torch's operations do all the work, on every device."""
-    patch.setattr(devices, "kernels", lambda *_: None)
+    """Let the references do all the work, on every device, as where neither numba nor Triton can be used."""
+    patch.setattr(devices, "_numba_works", lambda: False)
+    patch.setattr(devices, "_triton_works", lambda: False)
 
 
 def groups(kind: str, width: int, seed: int, rows: int = 40) -> torch.Tensor:
@@ -64,6 +69,30 @@ def layer(
     points = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=generator) if zeros else None
     g_idx = torch.arange(k, dtype=torch.int32)[torch.randperm(k, generator=generator)] // group_size
     return W4Linear(pack_codes(codes), Packing.PACK_QUANTIZED, scales, points, g_idx if act_order else None, group_size)
+
+
+def fit_symmetric(
+    operations: Codes, values: torch.Tensor, importance: torch.Tensor, kept: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what an operation's `fit_symmetric` makes of codes uint8 [R, V] and scales [R] that are 99 before."""
+    kept = torch.zeros(len(values), dtype=torch.bool) if kept is None else kept
+    codes = torch.full(values.shape, 99, dtype=torch.uint8, device=values.device)
+    scales = torch.full((len(values),), 99.0, device=values.device)
+    operations.fit_symmetric(values, importance, kept.to(values.device), SCALE_CANDIDATES, codes, scales)
+    return codes, scales
+
+
+def layer_of(kind: str, shape: tuple[int, int] = (176, 384)) -> W4Linear | DenseLinear:
+    """Return one of `LAYERS`, of this shape [N, K]."""
+    options = LAYERS[kind]
+    return dense_layer(shape) if options is None else layer(**options, shape=shape)
+
+
+def dense_layer(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> DenseLinear:
+    """Return a layer of this shape [N, K] that is not quantized: output channels of different sizes."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = torch.exp(0.5 * torch.randn(shape[0], 1, generator=generator)) / shape[1] ** 0.5
+    return DenseLinear((torch.randn(shape, generator=generator) * sizes).to(dtype))
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

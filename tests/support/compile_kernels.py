@@ -12,8 +12,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from convert_w4a8.kernels import repack, requantize, tables
+from convert_w4a8.kernels.codes import gpu as codes
 from convert_w4a8.kernels.fp8 import OPTIONS
+from convert_w4a8.kernels.repack import gpu as repack
+from convert_w4a8.kernels.tables import gpu as tables
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -29,20 +31,20 @@ TYPES = {
 def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Yield every kernel, with the types of its arguments and its constants, as they are launched."""
     for packing, block in repack.DEFAULT_BLOCKS.items():
-        constants = {"PACKING": packing.value, "K_FIRST": block.k_first, "BLOCK_N": block.n, "BLOCK_K": block.k}
-        yield repack._repack_kernel, TYPES, constants
-    for packing, block in repack.ROWS_BLOCKS.items():
-        constants = {"PACKING": packing.value, "BLOCK_N": block.n, "BLOCK_K": block.k}
-        yield repack._to_rows_kernel, TYPES, constants
+        constants = {"PACKING": packing.name, "K_FIRST": block.k_first, "BLOCK_N": block.n, "BLOCK_K": block.k}
+        yield repack._reorder_kernel, TYPES, constants
+    for packing, block in repack.PACK_QUANTIZED_BLOCKS.items():
+        constants = {"PACKING": packing.name, "BLOCK_N": block.n, "BLOCK_K": block.k}
+        yield repack._pack_kernel, TYPES, constants
     yield tables._expand_kernel, TYPES | {"scales": "*u8", "tables": "*u8"}, {"BLOCK": tables._BLOCK}
     types = TYPES | {"scales": "*fp32", "zeros": "*u8", "tables": "*u8"}
-    yield requantize._gather, types, {"BLOCK": requantize._GROUPS}
-    yield requantize._spell, types, {"BLOCK": requantize._GROUPS}
-    channels = {"CHANNELS": requantize._CHANNELS, "STEP": requantize._CHANNELS_AT_ONCE}
-    yield requantize._add_energies, types, channels
+    yield codes._gather, types, {"BLOCK": codes._GROUPS}
+    yield codes._spell, types, {"BLOCK": codes._GROUPS}
+    channels = {"CHANNELS": codes._CHANNELS, "STEP": codes._CHANNELS_AT_ONCE}
+    yield codes._add_energies, types, channels
     for width in (16, 128):
-        yield requantize._fit_symmetric, types, {"WIDTH": width, "BLOCK": requantize._GROUPS * 16 // width}
-        yield requantize._refit, types, {"WIDTH": width, "BLOCK": requantize._ELEMENTS // (16 * width)}
+        yield codes._fit_symmetric, types, {"WIDTH": width, "BLOCK": codes._GROUPS * 16 // width}
+        yield codes._refit, types, {"WIDTH": width, "BLOCK": codes._ELEMENTS // (16 * width)}
 
 
 for kernel, types, constants in kernels():
