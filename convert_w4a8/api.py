@@ -7,7 +7,6 @@ Paths are strings or `Path`s; a source may also be a Hub id, `org/name[@revision
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convert_w4a8.checkpoint import directory
 from convert_w4a8.checkpoint.directory import Checkpoint
@@ -19,11 +18,9 @@ from convert_w4a8.devices import resolve_device
 from convert_w4a8.hub.repository import resolve_input
 from convert_w4a8.options import Options
 from convert_w4a8.regression import check as regression
+from convert_w4a8.regression.baseline import Figures, read_baseline
 from convert_w4a8.report import collect, inspection
 from convert_w4a8.verification import proof
-
-if TYPE_CHECKING:
-    from convert_w4a8.regression.baseline import Figures
 
 __all__ = ["check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "verify"]
 
@@ -124,13 +121,14 @@ def check(
     *,
     out: PathOrId | None = None,
     sample: bool = False,
-    baseline: "Figures | None" = None,
+    baseline: Figures | PathOrId | None = None,
     tolerance_db: float = 0.1,
     device: str = "auto",
 ) -> regression.Check:
     """Convert, verify and compare with a baseline, as `w4a8 check` does; without `problems` all is as it was.
 
-    out: a conversion that exists, to be checked instead of making one. sample: convert one layer of each kind only.
+    out: a conversion that exists, to be checked instead of making one. baseline: figures, or the file that
+    `w4a8 check --write-baseline` wrote. sample: convert one layer of each kind only.
     Raises ConvertError if `source` or `out` cannot be read.
     """
     return regression.check(
@@ -138,7 +136,7 @@ def check(
         options,
         out=None if out is None else Path(out),
         sample=sample,
-        baseline=baseline,
+        baseline=read_baseline(Path(baseline)) if isinstance(baseline, str | PathLike) else baseline,
         tolerance_db=tolerance_db,
         device=resolve_device(device),
     )

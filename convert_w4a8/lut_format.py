@@ -54,7 +54,7 @@ def not_loaded(module: str) -> ValueError:
 class LutFormat:
     """What a reader needs to know of the block.
 
-    ignore: exact names of the linear modules that are not quantized; every other one is.
+    ignore: full names of the linear modules that are not quantized; every other one is.
     """
 
     tables: TableForm

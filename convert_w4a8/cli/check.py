@@ -42,7 +42,7 @@ from convert_w4a8.cli.options import conversion_options, read_options
 @click.option(
     "--min-sqnr-db",
     type=float,
-    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
+    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of round to nearest − 2]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of Markdown.")
 def check_command(

@@ -39,8 +39,7 @@ _CONVERSION_OPTIONS = (
         type=click.Choice(target_names()),
         default="lut",
         show_default=True,
-        help="lut: prepacked for our vLLM plugin, nothing is done at start-up."
-        " compressed-tensors: for vLLM without it.",
+        help="lut: in the kernel's own order, for our vLLM plugin. compressed-tensors: for vLLM without it.",
     ),
     click.option(
         "--scales",

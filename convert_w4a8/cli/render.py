@@ -25,8 +25,7 @@ def plan_text(plan: Plan) -> str:
         f"input      {plan.source.NAME}, {human_bytes(plan.nbytes_in)}",
         f"output     {plan.target.NAME}, {human_bytes(plan.nbytes_out)} in {counted(len(plan.shards), 'file')},"
         f" scales: {options.scales}",
-        f"convert    {counted(counts['dense'] + counts['expert'], 'layer')}"
-        f" ({counts['dense']} dense, {counts['expert']} expert)",
+        f"convert    {counted(counts['converted'], 'layer')}, {counts['experts']} of them of experts",
     ]
     lines += [
         f"codes      {counted(count, 'layer')}: {fate}" for fate, count in _tally(map(_codes, plan.converted)).items()

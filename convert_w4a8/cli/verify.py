@@ -11,7 +11,7 @@ from convert_w4a8.cli.base import W4A8Command, echo_json, progress
 @click.option(
     "--min-sqnr-db",
     type=float,
-    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of plain rounding − 2]",
+    help="Least SQNR of a layer. [default: 25 where codes are kept, else that of round to nearest − 2]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def verify_command(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:

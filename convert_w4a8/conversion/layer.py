@@ -9,9 +9,9 @@ import torch
 
 from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, Reader, TensorInfo
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
-from convert_w4a8.encoding.dequantize import dequantize, output_blocks
+from convert_w4a8.encoding.dequantize import BLOCK_WEIGHTS, dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.linear import DenseLinear, W4Linear
+from convert_w4a8.linear import GROUP_SIZE, DenseLinear, W4Linear
 from convert_w4a8.options import Options
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
 from convert_w4a8.sources import source_named
@@ -40,17 +40,41 @@ def convert_layer(
     target = target_named(options.format)
     try:
         w4a8, stats = to_w4a8(w if device.type == "cpu" else w.to(device), options.scales, stock=target.SCALES_AT_LOAD)
-        return target.encode(layer.module, w4a8), stats
-    except torch.OutOfMemoryError as error:  # a GPU's; others work on it too
-        raise ConvertError(
-            layer.module, f"does not fit into the free memory of {device}", "use --device cpu"
-        ) from error
+        tensors = target.encode(layer.module, w4a8)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(layer, device) from error
+    return {name: _explained(parts, layer, device) for name, parts in tensors.items()}, stats
+
+
+def _explained(parts: Iterable[torch.Tensor], layer: LayerPlan, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield parts, some of which are made only now."""
+    try:
+        yield from parts
+    except torch.OutOfMemoryError as error:
+        raise _too_large(layer, device) from error
+
+
+def _too_large(layer: LayerPlan, device: torch.device) -> ConvertError:
+    """Return the error for a GPU whose memory is full; others work on it too."""
+    return ConvertError(layer.module, f"does not fit into the free memory of {device}", "use --device cpu")
 
 
 def layer_memory(layer: LayerPlan) -> int:
-    """Return the bytes that converting a layer takes at most: three times its codes, read, chosen anew and joined."""
-    n, k = layer.spec.out_features, layer.spec.in_features
-    return n * k * 3 // 2
+    """Return the bytes that converting a layer takes at most, to some ten per cent (tests/conversion/test_memory.py).
+
+    That is what is read, the new codes, and what a block of weights takes meanwhile. Where the configuration says that
+    a layer is symmetric, it is believed here.
+    """
+    spec = layer.spec
+    weights = spec.out_features * spec.in_features
+    block = min(weights, BLOCK_WEIGHTS)
+    if layer.dequantize is not None:
+        return spec.nbytes + 8 * block  # float32, what it is made of, and bfloat16
+    is_scattered = spec.dense or spec.act_order or spec.group_size % GROUP_SIZE > 0
+    if is_scattered or not spec.symmetric:
+        return spec.nbytes + weights + (22 if is_scattered else 3) * block  # by weight, or by the values of a group
+    has_bytes = spec.nbytes >= weights  # a byte a code, which is packed first
+    return spec.nbytes + weights // 2 + (3 * weights // 2 if has_bytes else 0)
 
 
 def _in_bfloat16(w: W4Linear | DenseLinear) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a conversion will do, decided from headers and configuration alone: a Plan, or every refusal at once."""
+"""What a conversion will do, decided from headers and configuration alone: a Plan, or every problem at once."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from convert_w4a8.checkpoint.names import (
 )
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
-from convert_w4a8.errors import PlanError, Problem
+from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 from convert_w4a8.sources import LayerSpec, Source, find_source
-from convert_w4a8.targets import target_named, targets
+from convert_w4a8.targets import target_named, target_names, targets
 from convert_w4a8.targets.base import Target
 
 
@@ -95,6 +95,10 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
     """
     source = find_source(checkpoint)
+    if options.format not in target_names():
+        raise ConvertError(
+            f"--format {options.format}", "is not an output format", f"use {' or '.join(target_names())}"
+        )
     target = target_named(options.format)
     problems: list[Problem] = []
     specs = source.find_layers(checkpoint, problems)
@@ -288,11 +292,10 @@ def _warnings(layers: Sequence[LayerPlan]) -> Iterable[str]:
 
 def kinds(plan: Plan) -> Mapping[str, int]:
     """Count the layers by what becomes of them."""
-    experts = sum(is_expert(layer.module) for layer in plan.converted)
     codes = Counter(layer.codes for layer in plan.converted)
     return {
-        "dense": len(plan.converted) - experts,
-        "expert": experts,
+        "converted": len(plan.converted),
+        "experts": sum(is_expert(layer.module) for layer in plan.converted),
         "codes_kept": codes[Codes.KEPT],
         "codes_new": codes[Codes.NEW],
         "codes_decided_when_read": codes[Codes.UNDECIDED],

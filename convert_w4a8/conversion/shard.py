@@ -45,7 +45,7 @@ class ShardTask:
             "version": __version__,
             "options": asdict(self.options),
             "specs": [asdict(spec) for spec in self.shard.specs],
-            "layers": [[layer.module, layer.dequantize, *_parts(layer.spec.parts)] for layer in self.layers],
+            "layers": [_layer(layer) for layer in self.layers],
             "tensors": [_part(tensor.info) for tensor in self.tensors],
             "inputs": {Path(path).name: state for path, state in self.inputs.items()},
         }
@@ -152,8 +152,11 @@ def jobs_of(
                 yield Job(partial(run_layer, layer, task.options), layer_memory(layer), name)
 
 
-def _parts(parts: Mapping[str, TensorInfo]) -> list[Any]:
-    return [[role, *_part(info)] for role, info in sorted(parts.items())]
+def _layer(layer: LayerPlan) -> dict[str, Any]:
+    """Describe a layer by all that decides how it is read and converted."""
+    spec = {name: value for name, value in vars(layer.spec).items() if name != "parts"}
+    parts = {role: _part(info) for role, info in layer.spec.parts.items()}
+    return {"module": layer.module, "dequantize": layer.dequantize, "spec": spec, "parts": parts}
 
 
 def _part(info: TensorInfo) -> list[Any]:

@@ -7,7 +7,8 @@ import torch
 from convert_w4a8.encoding.packing import channel_ranges, unpack_codes
 from convert_w4a8.linear import SYMMETRIC_ZERO, DenseLinear, W4Linear
 
-_BLOCK_WEIGHTS = 1 << 23
+BLOCK_WEIGHTS = 1 << 23
+"""The most weights of a block of output channels."""
 
 
 def dequantize(w: W4Linear | DenseLinear) -> torch.Tensor:
@@ -27,4 +28,4 @@ def dequantize(w: W4Linear | DenseLinear) -> torch.Tensor:
 
 def output_blocks(n: int, k: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of output channels such that a block's float32 weights stay small (32 MiB)."""
-    return channel_ranges(n, k, 16, _BLOCK_WEIGHTS)
+    return channel_ranges(n, k, 16, BLOCK_WEIGHTS)

@@ -5,7 +5,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,12 +76,12 @@ def check(
             figures, found = _convert(source, plan, min_sqnr_db, device, progress)
             figures = replace(figures, scales=str(options.scales), sample=sample)
         except W4A8Error as error:
-            return Check(name, None, baseline, False, _refusals(error), ())
+            return Check(name, None, baseline, False, _problems(error), ())
     problems, notes = compare(figures, baseline, tolerance_db) if baseline is not None else ((), ())
     return Check(name, figures, baseline, not found.problems, (*found.problems, *problems), notes)
 
 
-def _refusals(error: W4A8Error) -> tuple[Problem, ...]:
+def _problems(error: W4A8Error) -> tuple[Problem, ...]:
     match error:
         case PlanError():
             return error.problems
@@ -100,19 +100,26 @@ def _convert(
     with tempfile.TemporaryDirectory(prefix="w4a8-check-") as directory:
         out = Path(directory) / "out"
         carry_out(source, plan, out, device=device, progress=progress)
-        return _verified(open_checkpoint(out), source, min_sqnr_db, progress)
+        modules = {layer.module for layer in plan.layers}
+        return _verified(open_checkpoint(out), source, min_sqnr_db, progress, modules)
 
 
 def _verified(
-    out: Checkpoint, source: Checkpoint, min_sqnr_db: float | None, progress: Progress
+    out: Checkpoint,
+    source: Checkpoint,
+    min_sqnr_db: float | None,
+    progress: Progress,
+    modules: Collection[str] | None = None,
 ) -> tuple[Figures, Verification]:
-    found = verify(out, source, min_sqnr_db=min_sqnr_db, progress=progress)
+    """Verify a conversion. modules: the layers of which it is a sample; all if None."""
+    found = verify(out, source, only=modules, min_sqnr_db=min_sqnr_db, progress=progress)
     layers = {
         check.module: LayerFigures(check.out_features, check.in_features, check.codes_kept, _rounded(check.sqnr_db))
         for check in found.layers
     }
     reader = find_source(source)
-    modules = {output_name(spec.name, source.config) for spec in reader.find_layers(source, [])}
+    if modules is None:
+        modules = {output_name(spec.name, source.config) for spec in reader.find_layers(source, [])}
     conversion = out.quantization_config.get("conversion")
     figures = Figures(
         source=reader.NAME,
@@ -122,7 +129,7 @@ def _verified(
         bytes_in=source.nbytes,
         bytes_out=out.nbytes,
         layers=layers,
-        dequantized=tuple(sorted(modules - layers.keys())),
+        dequantized=tuple(sorted(set(modules) - layers.keys())),
     )
     return figures, found
 

@@ -12,7 +12,7 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.sources import find_source, sources
 from convert_w4a8.targets import targets
 from convert_w4a8.targets.base import Target
-from convert_w4a8.text import human_bytes, printable, table
+from convert_w4a8.text import counted, human_bytes, printable, table
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def as_text(found: Inspection) -> str:
     architectures = ", ".join(map(printable, found.architectures))
     head = [
         f"format     {printable(found.format)} ({architectures or 'architecture not named'})",
-        f"size       {human_bytes(found.nbytes)} in {found.files} files, {found.tensors} tensors",
+        f"size       {human_bytes(found.nbytes)} in {counted(found.files, 'file')}, {counted(found.tensors, 'tensor')}",
         "settings   " + ", ".join(printable(f"{key}={value}") for key, value in found.settings.items()),
         "",
     ]

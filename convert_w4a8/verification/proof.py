@@ -1,6 +1,6 @@
 """Proof of a conversion from the two directories alone: every layer decoded from its bytes and compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ def verify(
     out: Checkpoint,
     source: Checkpoint,
     *,
+    only: Collection[str] | None = None,
     min_sqnr_db: float | None = None,
     progress: Callable[[int], None] = lambda _nbytes: None,
 ) -> Verification:
@@ -45,6 +46,7 @@ def verify(
     every output channel and every layer has a bound for its error. Everything else has to be equal, but for what a
     conversion changes.
 
+    only: the layers of which the output is a sample, by their names there; all if None.
     min_sqnr_db: least SQNR of a layer; by default 25 dB where codes are kept, and where they are new, 2 dB less than
         round to nearest of the source has.
     progress: called with the number of source bytes compared since the last call.
@@ -56,6 +58,9 @@ def verify(
     target, reader, read = find_target(out), find_source(source), LibraryReader()
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
+    consumed = {part.name for spec in specs.values() for part in spec.parts.values()}
+    if only is not None:
+        specs = {module: spec for module, spec in specs.items() if module in only}
     converted = set(target.find_layers(out))
     expected: set[str] = set()
     checks = []
@@ -75,7 +80,6 @@ def verify(
             expected.add(f"{module}.weight")
             problems.extend(_check_dequantized(out, f"{module}.weight", read, w))
         progress(spec.nbytes)
-    consumed = {part.name for spec in specs.values() for part in spec.parts.values()}
     for info in source.tensors.values():
         if info.name not in consumed:
             name = output_name(info.name, source.config)

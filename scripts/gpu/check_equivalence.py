@@ -4,7 +4,7 @@
 
 Both must have been converted with `--scales reference`. At tensor-parallel size 1, greedy tokens and the
 log-probabilities of all prompt tokens must be identical wherever vLLM quantizes the stock checkpoint's scales with the
-arithmetic that the `w4a8_lut` checkpoint has. There are two, because `QuantFP8` has two forms (docs/serving.md):
+arithmetic that the `w4a8_lut` checkpoint has. There are two, because `QuantFP8` has two forms (docs/benchmarks/serving.md):
 
     compiled        vLLM as it comes: c = amax · fl(1/448)
     eager           enforce_eager, without the CUDA kernel: the same
