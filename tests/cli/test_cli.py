@@ -368,7 +368,7 @@ def test_convert_prints_plan_and_result(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     for words in (
         "input      gptq",
-        "14 layers (14 dense, 0 expert)",
+        "14 layers, 0 of them of experts",
         "codes      14 layers: decided when read (kept, if",
         "converted  14 layers",
     ):
