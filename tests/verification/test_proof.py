@@ -107,7 +107,7 @@ def test_a_right_conversion_passes(pair: Pair) -> None:
 def test_figures_are_those_of_the_weights(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQNR and largest error are the same whether a layer is compared at once or in blocks of 16 channels."""
     whole = check(pair)
-    monkeypatch.setattr(dequantize, "_BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr(dequantize, "BLOCK_WEIGHTS", 1)
     blocks = check(pair)
     for a, b in zip(whole.layers, blocks.layers, strict=True):
         assert b.sqnr_db == pytest.approx(a.sqnr_db, abs=1e-9)
@@ -117,7 +117,7 @@ def test_figures_are_those_of_the_weights(pair: Pair, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("pair", ["odd"], indirect=True)
 def test_dequantized_weights_are_compared_block_by_block(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 channels each find their own place in the file, and a change in the last one is found."""
-    monkeypatch.setattr(dequantize, "_BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr(dequantize, "BLOCK_WEIGHTS", 1)
     assert subjects(pair) == set()
     name = "model.layers.0.self_attn.v_proj.weight"
     edit_tensors(pair[1], lambda t: t[name].view(torch.uint8)[-1, -1:].bitwise_xor_(1))
