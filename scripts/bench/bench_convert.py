@@ -4,131 +4,64 @@
 Makes synthetic checkpoints once (Llama-8B layer shapes, or a mixture of many small experts), then runs every
 contender in turn for several rounds, each as a process of its own, from a warm page cache. Prints medians: wall and
 CPU seconds, peak memory of the process, MB/s of input, and the ratios to `cp -r`, which leaves its copy in the page
-cache, and to `cp -r` with the copy on the disk, where a conversion's output is.
+cache, and to `cp -r` with the copy on the disk, where a conversion's output is. A tiny conversion comes first, and is
+not counted: the first of a machine compiles kernels.
 
     python scripts/bench/bench_convert.py --gigabytes 2 --rounds 5
-    python scripts/bench/bench_convert.py --inputs awq gptq moe --peer-python .peer/bin/python --json result.json
+    python scripts/bench/bench_convert.py --inputs awq gptq moe --peer-python .venv/bin/python --json result.json
     python scripts/bench/bench_convert.py --gigabytes 1 4 16 --inputs gptq --formats lut --scales search
+    python scripts/bench/bench_convert.py --inputs gptq --against ../older-checkout
 
-The peer wants an environment of its own: `python -m venv .peer; .peer/bin/pip install compressed-tensors transformers`.
+The peer is compressed-tensors, which `scripts/setup.sh test` installs; or name the Python of another environment.
+
+With --against, this checkout and another one take turns instead, in the same environment. Printed are the ratios of
+their medians, this one's to the other's, and the least and the greatest ratio of the two runs of a round. A difference
+that is smaller than that spread says nothing.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from results import ROOT, add_options, commit, line, save
+from synthetic import INPUTS, make_checkpoint
+from tables import COPY, Columns, table
 
-GROUP = 128
-SHARDS = 4
-# (name, out_features, in_features) of one Llama-3.1-8B block.
-LLAMA_8B = (
-    ("self_attn.q_proj", 4096, 4096),
-    ("self_attn.k_proj", 1024, 4096),
-    ("self_attn.v_proj", 1024, 4096),
-    ("self_attn.o_proj", 4096, 4096),
-    ("mlp.gate_proj", 14336, 4096),
-    ("mlp.up_proj", 14336, 4096),
-    ("mlp.down_proj", 4096, 14336),
-)
-EXPERTS, EXPERT_HIDDEN, EXPERT_INTERMEDIATE = 128, 2048, 768  # Qwen3-30B-A3B
-MOE = tuple(
-    (f"mlp.experts.{expert}.{name}", n, k)
-    for expert in range(EXPERTS)
-    for name, n, k in (
-        ("gate_proj", EXPERT_INTERMEDIATE, EXPERT_HIDDEN),
-        ("up_proj", EXPERT_INTERMEDIATE, EXPERT_HIDDEN),
-        ("down_proj", EXPERT_HIDDEN, EXPERT_INTERMEDIATE),
-    )
-)
-INPUTS = ("awq", "awq-zp", "gptq", "compressed-tensors", "moe")
-"""awq: every zero-point is 8; awq-zp: random zero-points, as AutoAWQ's own; moe: GPTQ experts."""
-
-OURS = "from convert_w4a8.cli.convert import convert_command; convert_command()"
+COMMANDS = {
+    "convert_w4a8/cli/convert.py": "from convert_w4a8.cli.convert import convert_command; convert_command()",
+    "convert_w4a8/cli.py": "from convert_w4a8.cli import convert; convert()",
+}
+"""A file of a checkout → its command `w4a8-convert`. The second is that of older ones."""
+PEER_NAME = "compressed-tensors' converter"
 PEER = """
 import sys
 from compressed_tensors.entrypoints.convert import AutoAWQConverter, convert_checkpoint
 convert_checkpoint(sys.argv[1], sys.argv[2], AutoAWQConverter(), max_workers=int(sys.argv[3]), device="cpu")
 """
-
-
-def random_words(*shape: int) -> "torch.Tensor":
-    """Return int32 words of which every bit is random."""
-    import torch
-
-    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
-
-
-def layer_tensors(kind: str, name: str, n: int, k: int) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Yield one layer's tensors in the input format `kind`."""
-    import torch
-
-    groups = k // GROUP
-    scales = torch.rand(groups, n).mul_(0.01).add_(0.002).half()
-    if kind.startswith("awq"):
-        yield f"{name}.qweight", random_words(k, n // 8)
-        zeros = random_words(groups, n // 8) if kind == "awq-zp" else torch.full((groups, n // 8), -0x77777778)
-        yield f"{name}.qzeros", zeros.to(torch.int32)
-        yield f"{name}.scales", scales
-    elif kind == "compressed-tensors":
-        yield f"{name}.weight_packed", random_words(n, k // 8)
-        yield f"{name}.weight_scale", scales.t().contiguous().bfloat16()
-        yield f"{name}.weight_shape", torch.tensor([n, k])
-    else:
-        yield f"{name}.qweight", random_words(k // 8, n)
-        yield f"{name}.qzeros", torch.full((groups, n // 8), 0x77777777, dtype=torch.int32)
-        yield f"{name}.scales", scales
-        yield f"{name}.g_idx", (torch.arange(k) // GROUP).int()
-
-
-def quantization_config(kind: str) -> dict[str, object]:
-    """Return the quantization_config block that the tool which writes `kind` leaves."""
-    if kind.startswith("awq"):
-        return {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
-    if kind == "compressed-tensors":
-        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
-        group = {"targets": ["Linear"], "weights": weights}
-        return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
-    return {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
-
-
-def make_checkpoint(directory: Path, kind: str, gigabytes: float) -> None:
-    """Write a synthetic checkpoint of about this size in 4 shards."""
-    import torch
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    block = MOE if kind == "moe" else LLAMA_8B
-    block_bytes = sum(n * k // 2 for _, n, k in block) * 1.04
-    blocks = max(1, round(gigabytes * 1e9 / block_bytes))
-    layers = [(f"model.layers.{i}.{name}", n, k) for i in range(blocks) for name, n, k in block]
-    weight_map = {}
-    for shard in range(SHARDS):
-        file_name = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        chosen = layers[shard * len(layers) // SHARDS : (shard + 1) * len(layers) // SHARDS]
-        tensors = {key: value for layer in chosen for key, value in layer_tensors(kind, *layer)}
-        if shard == 0:
-            tensors["model.embed_tokens.weight"] = torch.randn(1024, 4096).half()
-        save_file(tensors, directory / file_name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file_name))
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16"}
-    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": quantization_config(kind)}))
+PEER_VERSION = "from importlib.metadata import version; print(version('compressed-tensors'))"
+COLUMNS: Columns = (("input", "{input}"), ("GB", "{gigabytes:g}"), ("contender", "{contender}"), *COPY)
+AGAINST: Columns = (
+    *COLUMNS[:3],
+    ("wall s, this", "{wall_s:.2f}"),
+    ("other", "{other_wall_s:.2f}"),
+    ("this / other", "{wall_ratio:.3f}"),
+    ("of a round", "{wall_ratio_least:.3f} to {wall_ratio_greatest:.3f}"),
+    ("CPU s, this", "{cpu_s:.2f}"),
+    ("other", "{other_cpu_s:.2f}"),
+    ("this / other", "{cpu_ratio:.3f}"),
+    ("of a round", "{cpu_ratio_least:.3f} to {cpu_ratio_greatest:.3f}"),
+    ("peak MiB, this", "{rss_mib:.0f}"),
+    ("other", "{other_rss_mib:.0f}"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +73,15 @@ class Run:
     rss: float
 
 
-def timed(command: list[str], out: Path, rest: float) -> Run:
+@dataclass(frozen=True)
+class Command:
+    """A process that writes `out`, and the checkout that it imports; None for what imports none."""
+
+    words: list[str]
+    checkout: Path | None = None
+
+
+def timed(command: Command, out: Path, rest: float) -> Run:
     """Run a command that writes `out`, then remove `out`.
 
     A virtual machine may hand the memory of what is removed back to its host after a second or two, and take long to
@@ -150,73 +91,148 @@ def timed(command: list[str], out: Path, rest: float) -> Run:
     os.sync()
     time.sleep(rest)
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command.words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(command.checkout)
+    )
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
     if status:
         message = process.stderr.read().decode() if process.stderr else ""
-        sys.exit(f"{' '.join(command)} failed:\n{message}")
+        sys.exit(f"{' '.join(command.words)} failed:\n{message}")
     shutil.rmtree(out, ignore_errors=True)
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def contenders(kind: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the commands to compare for one input, `cp -r` first."""
+def environment(checkout: Path | None) -> dict[str, str]:
+    """Return this process's environment, in which a checkout's package comes before an installed one."""
+    paths = [*([str(checkout)] if checkout else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def find_command(checkout: Path) -> str:
+    """Return the Python code of a checkout's `w4a8-convert`, having made sure that it is what Python would import."""
+    code = next((code for file, code in COMMANDS.items() if (checkout / file).is_file()), None)
+    if code is None:
+        sys.exit(f"{checkout} is no checkout of w4a8-convert: it has none of {', '.join(COMMANDS)}")
+    ask = [sys.executable, "-P", "-c", "import convert_w4a8; print(convert_w4a8.__file__)"]
+    found = subprocess.run(ask, env=environment(checkout), capture_output=True, text=True, check=True).stdout.strip()
+    if Path(found).parents[1] != checkout:
+        sys.exit(f"Python imports {found}, not what lies in {checkout}")
+    return code
+
+
+def conversions(checkout: Path, source: Path, out: Path, args: argparse.Namespace) -> dict[str, Command]:
+    """Return a checkout's conversions of one input. `-P`: the working directory's package does not come first."""
     arguments = [str(source), str(out), "--quiet", "--device", args.device]
-    ours = [sys.executable, "-c", OURS, *arguments]
-    commands = {
-        "cp -r": ["cp", "-r", str(source), str(out)],
-        "cp -r, on the disk": ["sh", "-c", f'cp -r "{source}" "{out}" && sync "{out}"/*'],
+    words = [sys.executable, "-P", "-c", find_command(checkout), *arguments]
+    return {
+        f"{form}, {mode}": Command([*words, "--format", form, "--scales", mode], checkout)
+        for mode in args.scales
+        for form in args.formats
+        if (form, mode) != ("compressed-tensors", "direct")
     }
-    for mode in args.scales:
-        for form in args.formats:
-            if (form, mode) != ("compressed-tensors", "direct"):
-                commands[f"{form}, {mode}"] = [*ours, "--format", form, "--scales", mode]
+
+
+def contenders(kind: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, Command]:
+    """Return the commands to compare for one input, `cp -r` first."""
+    commands = {
+        "cp -r": Command(["cp", "-r", str(source), str(out)]),
+        "cp -r, on the disk": Command(["sh", "-c", f'cp -r "{source}" "{out}" && sync "{out}"/*']),
+        **conversions(ROOT, source, out, args),
+    }
     if kind.startswith("awq") and args.peer_python:
         for workers in (1, 2):
-            commands[f"peer, {workers} worker" + "s" * (workers > 1)] = [
-                *(args.peer_python, "-c", PEER, str(source), str(out), str(workers)),
-            ]
+            commands[f"{PEER_NAME}, {workers} worker" + "s" * (workers > 1)] = Command(
+                [args.peer_python, "-c", PEER, str(source), str(out), str(workers)]
+            )
     return commands
 
 
-def bench(kind: str, gigabytes: float, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time all contenders on one input and return a row for each."""
-    source, out = args.directory / f"{kind}-{gigabytes:g}", args.directory / "out"
+def prepare(kind: str, gigabytes: float, args: argparse.Namespace) -> tuple[Path, float]:
+    """Make the checkpoint unless it is there, bring it into the page cache; return it and its size in MB."""
+    source: Path = args.directory / f"{kind}-{gigabytes:g}"
     if not (source / "config.json").is_file():
         # In a process of its own: the peak memory of a forked child begins with its parent's.
         maker = multiprocessing.get_context("spawn").Process(target=make_checkpoint, args=(source, kind, gigabytes))
         maker.start()
         maker.join()
-    megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
-    for path in source.iterdir():  # into the page cache
+    for path in source.iterdir():
         subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+    return source, sum(path.stat().st_size for path in source.iterdir()) / 1e6
+
+
+def warm_up(kind: str, checkouts: list[Path], args: argparse.Namespace) -> None:
+    """Convert the smallest checkpoint once in all ways, so that every kernel is compiled and every module cached."""
+    (source, _), out = prepare(kind, 0, args), args.directory / "out"
+    for checkout in checkouts:
+        for name, command in conversions(checkout, source, out, args).items():
+            print(f"not counted: {kind} {name}: {timed(command, out, 0).wall:.2f} s", file=sys.stderr)
+
+
+def median(runs: list[Run]) -> Run:
+    """Return the medians of seconds, and the largest peak."""
+    wall, cpu = (statistics.median(values) for values in ((run.wall for run in runs), (run.cpu for run in runs)))
+    return Run(wall, cpu, max(run.rss for run in runs))
+
+
+def bench(kind: str, gigabytes: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time all contenders on one input and return a row for each."""
+    source, megabytes = prepare(kind, gigabytes, args)
+    out = args.directory / "out"
     commands = contenders(kind, source, out, args)
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for round_number in range(args.rounds):
         for name, command in commands.items():
-            if name.startswith("peer") and round_number >= args.peer_rounds:
+            if name.startswith(PEER_NAME) and round_number >= args.peer_rounds:
                 continue
             runs[name].append(timed(command, out, args.rest))
             print(f"{kind} {name}: {runs[name][-1].wall:.2f} s", file=sys.stderr)
-    copy, durable = (statistics.median(run.wall for run in runs[name]) for name in list(runs)[:2])
+    typical = {name: median(found) for name, found in runs.items()}
+    copy, durable = (typical[name].wall for name in list(runs)[:2])
+    peer = typical.get(f"{PEER_NAME}, 1 worker")
+    return [
+        {
+            "input": kind,
+            "gigabytes": gigabytes,
+            "contender": name,
+            "runs": len(runs[name]),
+            "wall_s": run.wall,
+            "cpu_s": run.cpu,
+            "rss_mib": run.rss,
+            "mb_per_s": megabytes / run.wall,
+            "wall_to_cp": run.wall / copy,
+            "wall_to_durable_cp": run.wall / durable,
+            **({"times_peer": peer.wall / run.wall} if peer else {}),
+        }
+        for name, run in typical.items()
+    ]
+
+
+def compare(kind: str, gigabytes: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time both checkouts, this one and the other in turn, on one input; return a row for each conversion."""
+    source, _ = prepare(kind, gigabytes, args)
+    out = args.directory / "out"
+    this, other = (conversions(checkout, source, out, args) for checkout in (ROOT, args.against))
     rows = []
-    for name, results in runs.items():
-        wall = statistics.median(run.wall for run in results)
-        rows.append(
-            {
-                "input": kind,
-                "gigabytes": gigabytes,
-                "contender": name,
-                "runs": len(results),
-                "wall_s": wall,
-                "cpu_s": statistics.median(run.cpu for run in results),
-                "rss_mib": max(run.rss for run in results),
-                "mb_per_s": megabytes / wall,
-                "wall_to_cp": wall / copy,
-                "wall_to_durable_cp": wall / durable,
+    for name in this:
+        pairs = []
+        for _ in range(args.rounds):
+            pairs.append((timed(this[name], out, args.rest), timed(other[name], out, args.rest)))
+            ours, theirs = pairs[-1]
+            print(f"{kind} {name}: {ours.wall:.2f} s, other {theirs.wall:.2f} s", file=sys.stderr)
+        ours, theirs = (median([pair[i] for pair in pairs]) for i in (0, 1))
+        row = {"input": kind, "gigabytes": gigabytes, "contender": name, "rounds": args.rounds}
+        for prefix, run in (("", ours), ("other_", theirs)):
+            row |= {f"{prefix}wall_s": run.wall, f"{prefix}cpu_s": run.cpu, f"{prefix}rss_mib": run.rss}
+        figures: dict[str, Callable[[Run], float]] = {"wall": lambda run: run.wall, "cpu": lambda run: run.cpu}
+        for what, figure in figures.items():
+            ratios = [figure(a) / figure(b) for a, b in pairs]
+            row |= {
+                f"{what}_ratio": figure(ours) / figure(theirs),
+                f"{what}_ratio_least": min(ratios),
+                f"{what}_ratio_greatest": max(ratios),
             }
-        )
+        rows.append(row)
     return rows
 
 
@@ -233,19 +249,30 @@ def main() -> None:
     parser.add_argument("--rest", type=float, default=4.0, help="seconds before each run")
     parser.add_argument("--peer-rounds", type=int, default=1, help="the peer takes minutes; fewer rounds suffice")
     parser.add_argument("--peer-python", help="Python of an environment with compressed-tensors")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time another checkout in turn with this one")
+    add_options(parser)
     args = parser.parse_args()
-    rows = [row for kind in args.inputs for gigabytes in args.gigabytes for row in bench(kind, gigabytes, args)]
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, torch {version('torch')}")
-    print("| input | GB | contender | wall s | CPU s | peak MiB | MB/s | wall / cp | wall / cp on the disk |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        print(
-            "| {input} | {gigabytes:g} | {contender} | {wall_s:.2f} | {cpu_s:.2f} | {rss_mib:.0f} | {mb_per_s:.0f}"
-            " | {wall_to_cp:.2f} | {wall_to_durable_cp:.2f} |".format(**row)
-        )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    versions = {}
+    if args.peer_python:
+        ask = [args.peer_python, "-c", PEER_VERSION]
+        versions[PEER_NAME] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    args.against = args.against and args.against.resolve()
+    question, settings = "How long does a conversion take, beside a copy?", {}
+    if args.against:
+        question = "How long does a conversion take, beside that of another checkout?"
+        settings = {"other": str(args.against), "other_commit": commit(args.against)}
+    checkouts = [ROOT, *([args.against] if args.against else [])]
+    for checkout in checkouts:
+        find_command(checkout)
+    for kind in args.inputs:
+        warm_up(kind, checkouts, args)
+    measure = compare if args.against else bench
+    rows = [row for kind in args.inputs for gigabytes in args.gigabytes for row in measure(kind, gigabytes, args)]
+    document = save(args, question, rows, versions=versions, settings=settings)
+    print(line(document))
+    if args.against:
+        print(f"Other: {settings['other']}, commit {settings['other_commit']}")
+    print(*table(AGAINST if args.against else COLUMNS, rows), sep="\n")
 
 
 if __name__ == "__main__":

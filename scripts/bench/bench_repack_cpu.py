@@ -1,6 +1,6 @@
 """Measure the CPU layout functions, GB/s of packed bytes in, on one and two Python threads, beside `clone`.
 
-    python scripts/bench/bench_repack_cpu.py [--size 14336x4096] [--rounds 5]
+    python scripts/bench/bench_repack_cpu.py [--size 14336x4096] [--rounds 5] [--json FILE]
 
 torch runs with one thread, as it does inside the converter, whose workers are Python threads.
 """
@@ -12,12 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
+from results import add_options, line, save
+from tables import Columns, table
 
 from convert_w4a8.encoding.lut_layout import reorder, restore
 from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes
 from convert_w4a8.linear import Packing
 
 PACKINGS = (Packing.GPTQ, Packing.AWQ, Packing.PACK_QUANTIZED)
+COLUMNS: Columns = (
+    ("from", "{packing}"),
+    ("function", "`{function}`"),
+    ("GB/s, 1 thread", "{gb_s_1:.2f}"),
+    ("GB/s, 2 threads", "{gb_s_2:.2f}"),
+)
 
 
 def random_packed(packing: Packing, n: int, k: int) -> torch.Tensor:
@@ -43,25 +51,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="14336x4096", help="NxK (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
+    add_options(parser)
     args = parser.parse_args()
     n, k = map(int, args.size.split("x"))
     torch.set_num_threads(1)
-    print(f"{n} x {k}, torch {torch.__version__}, GB/s of packed bytes: 1 thread / 2 threads")
-    names = ("clone", "reorder", "to_pack_quantized", "unpack_codes", "restore")
-    print(f"{'':14}" + "".join(f"{name:>18}" for name in names))
+    rows = []
     for packing in PACKINGS:
         packed = random_packed(packing, n, k)
-        calls: list[Callable[[], object]] = [
-            packed.clone,
-            partial(reorder, packed, packing),
-            partial(to_pack_quantized, packed, packing),
-            partial(unpack_codes, packed, packing),
-            partial(restore, reorder(packed, packing)),
-        ]
+        calls: dict[str, Callable[[], object]] = {
+            "clone": packed.clone,
+            "reorder": partial(reorder, packed, packing),
+            "to_pack_quantized": partial(to_pack_quantized, packed, packing),
+            "unpack_codes": partial(unpack_codes, packed, packing),
+            "restore": partial(restore, reorder(packed, packing)),
+        }
+        if packing is Packing.PACK_QUANTIZED:
+            del calls["to_pack_quantized"]  # returns its argument
         size = packed.numel() * packed.element_size()
-        cells = [" / ".join(f"{rate(call, size, w, args.rounds):.2f}" for w in (1, 2)) for call in calls]
-        cells[2] = "-" if packing is Packing.PACK_QUANTIZED else cells[2]  # returns its argument
-        print(f"{packing.name:14}" + "".join(f"{cell:>18}" for cell in cells))
+        for name, call in calls.items():
+            one, two = (rate(call, size, workers, args.rounds) for workers in (1, 2))
+            rows.append({"packing": packing.name, "function": name, "n": n, "k": k, "gb_s_1": one, "gb_s_2": two})
+    print(line(save(args, f"How fast are codes of {n} × {k} repacked on a CPU, beside a copy?", rows)))
+    print(*table(COLUMNS, rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,18 @@ kept, and that of copying its codes from the device, there again, and back.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
 import torch
+from results import add_options, line, save
+from tables import COLUMNS, table
 
 from convert_w4a8 import devices
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear
@@ -80,13 +79,15 @@ def measure(n: int, k: int, device: torch.device, rounds: int) -> Iterator[dict[
         with patch.object(devices, "_kernels", reference):
             equal = same(found, convert(w, mode))
             plain = milliseconds(partial(convert, w, mode), min(rounds, 2))
+        ms = milliseconds(partial(convert, w, mode), rounds)
         yield {
             "n": n,
             "k": k,
             "scales": mode.value,
             "equal": equal,
-            "ms": milliseconds(partial(convert, w, mode), rounds),
+            "ms": ms,
             "reference_ms": plain,
+            "times": plain / ms,
             "codes_kept_ms": milliseconds(partial(convert, kept, mode), rounds),
             "copies_ms": copy,
         }
@@ -98,27 +99,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="NxK (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(1)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{name}, torch {torch.__version__}", flush=True)
-    print("| N × K | scales | kernels ms | ns a weight | reference ms | times as fast | codes kept ms | copies ms |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     rows = []
     for size in args.sizes:
         n, k = map(int, size.split("x"))
         for row in measure(n, k, device, args.rounds):
             rows.append(row)
-            ms, plain = float(str(row["ms"])), float(str(row["reference_ms"]))
-            cells = f"{ms:.1f} | {ms * 1e6 / (n * k):.3f} | {plain:.1f} | {plain / ms:.1f}"
-            kept = f"{row['codes_kept_ms']:.1f} | {row['copies_ms']:.1f}"
-            print(
-                f"| {n} × {k} | {row['scales']} | {cells} | {kept} |", "" if row["equal"] else "NOT EQUAL", flush=True
-            )
-    if args.json:
-        args.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+            if not row["equal"]:
+                print(f"NOT EQUAL: {row}", flush=True)
+    question = f"How long does a layer with new codes take on the {'GPU' if device.type == 'cuda' else 'CPU'}?"
+    print(line(save(args, question, rows)))
+    print(*table(COLUMNS["requantize-gpu"], rows), sep="\n")
     if not all(row["equal"] for row in rows):
         raise SystemExit(1)
 

@@ -16,6 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import add_options, line, save
+from tables import COLUMNS, table
+
 OURS = "from convert_w4a8.cli.convert import convert_command; convert_command()"
 SHARDS, LAYERS_PER_SHARD = 400, 62
 """Four tensors a layer: 99,200 in all, as a mixture of 384 experts a block has them."""
@@ -66,16 +69,19 @@ def main() -> None:
     """Make the checkpoint, run, print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    add_options(parser)
     args = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         count = make_checkpoint(Path(name))
-        commands = {"--help": ["--help"], f"--dry-run, {count:,} tensors": [name, f"{name}-out", "--dry-run"]}
-        print("| command | wall s | CPU s |")
-        print("|---|---:|---:|")
+        what = f"--dry-run, {count:,} tensors in {SHARDS} shards"
+        commands = {"--help": ["--help"], what: [name, f"{name}-out", "--dry-run"]}
         for title, arguments in commands.items():
             runs = [timed(arguments) for _ in range(args.rounds)]
             wall, cpu = (statistics.median(figures) for figures in zip(*runs, strict=True))
-            print(f"| `{title}` | {wall:.2f} | {cpu:.2f} |")
+            rows.append({"command": title, "runs": args.rounds, "wall_s": wall, "cpu_s": cpu})
+    print(line(save(args, "How long does a command take before it converts?", rows)))
+    print(*table(COLUMNS["startup"], rows), sep="\n")
 
 
 if __name__ == "__main__":

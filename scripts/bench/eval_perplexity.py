@@ -11,7 +11,6 @@ and it may be negative. The divergence of the predictions is free of that, and s
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from results import PACKAGES, add_options, line, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -227,7 +227,7 @@ def main() -> None:
         "--schemes", default="rounded,naive,reference,stock,search,direct", help=f"of {', '.join(SCHEMES)}"
     )
     parser.add_argument("--activations", default="bf16,fp8", help="of bf16, fp8")
-    parser.add_argument("--json", type=Path, help="write the scores there")
+    add_options(parser)
     args = parser.parse_args()
     unknown = (set(args.schemes.split(",")) - set(SCHEMES)) | (set(args.activations.split(",")) - {"bf16", "fp8"})
     if unknown:
@@ -240,9 +240,9 @@ def main() -> None:
         print(score, f" {time.monotonic() - start:.0f} s", flush=True)
         scores.append(score)
         start = time.monotonic()
-    if args.json:
-        result = {"checkpoint": args.checkpoint.name, "tokens": args.tokens, "scores": [asdict(s) for s in scores]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    question = f"What do the modes cost {args.checkpoint.name}, emulated on a CPU?"
+    rows, settings = [asdict(score) for score in scores], {"tokens": args.tokens, "window": WINDOW}
+    print(line(save(args, question, rows, packages=(*PACKAGES, "transformers"), settings=settings)))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ With --tune, many ways of cutting the work are tried, and the best of each packi
 """
 
 import argparse
-import json
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +18,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import triton
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from results import add_options, line, save
 
 from convert_w4a8.kernels.repack import reference as repack_reference
 from convert_w4a8.kernels.repack.gpu import DEFAULT_BLOCKS, PACK_QUANTIZED_BLOCKS, Block, reorder_by, to_pack_quantized
@@ -144,13 +146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="NxK (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="try many blocks instead of the default ones")
-    parser.add_argument("--json", type=Path, help="write all rows, the device and the versions here")
+    add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
-    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    print(", ".join(f"{name} {value}" for name, value in versions.items()), flush=True)
     rows: list[Row] = []
     for packing in DEFAULT_BLOCKS:
         blocks = candidates() if args.tune else [DEFAULT_BLOCKS[packing]]
@@ -172,8 +172,7 @@ def main() -> None:
             for share, row in best_blocks(rows, packing)[:5]:
                 print(f"  {share:.1%} n={row['block_n']} k={row['block_k']}", end="")
                 print(f" warps={row['block_warps']} k_first={row['block_k_first']}")
-    if args.json:
-        args.json.write_text(json.dumps({**versions, "rows": rows}, indent=1))
+    print(line(save(args, "How fast are codes repacked on the GPU, beside a copy?", rows)))
     if not all(row["equal"] for row in rows):
         raise SystemExit(1)
 

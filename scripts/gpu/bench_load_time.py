@@ -25,8 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
 from make_random_checkpoint import SHAPES, ensure
+from results import add_options
 
 KINDS = ("lut", "stock")
 ORDER = ("stock", "lut", "lut", "stock")
@@ -60,7 +62,7 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         if hasattr(layer, "output_partition_sizes"):
-            size = f"{sum(layer.output_partition_sizes)} x {layer.input_size_per_partition}"
+            size = f"{sum(layer.output_partition_sizes)} × {layer.input_size_per_partition}"
         else:
             size = f"{layer.local_num_experts} experts"
         layers.append({"size": size, "ms": 1e3 * seconds})
@@ -115,21 +117,22 @@ def by_size(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
     return sizes
 
 
-def rows_of(name: str, found: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Return one model's rows: what, stock ms, plugin ms, their ratio, and the largest time of each."""
+def rows_of(name: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return one model's rows: what, medians of stock and plugin, their ratio, and the largest time of each."""
 
-    def row(what: str, stock: list[float], ours: list[float]) -> tuple[str, ...]:
+    def row(what: str, stock: list[float], ours: list[float]) -> dict[str, Any]:
         a, b = statistics.median(stock), statistics.median(ours)
-        return name, what, f"{a:.2f}", f"{b:.2f}", f"{100 * b / a:.2f} %", f"{max(stock):.1f}", f"{max(ours):.1f}"
+        largest = {"stock_max_ms": max(stock), "plugin_max_ms": max(ours)}
+        return {"model": name, "what": what, "stock_ms": a, "plugin_ms": b, "ratio": b / a, **largest}
 
     stock, ours = (by_size(found[kind]) for kind in ("stock", "lut"))
-    rows = [row(f"{size}, median of {len(times)}", times, ours[size]) for size, times in stock.items()]
+    rows = [row(f"layer {size}, median of {len(times)}", times, ours[size]) for size, times in stock.items()]
     measures: dict[str, Callable[[dict[str, Any]], float]] = {
         "all layers": lambda run: sum(layer["ms"] for layer in run["layers"]),
         "the first layer": lambda run: run["layers"][0]["ms"],
-        "processing, whole model": lambda run: run["processing_ms"],
-        "load_model": lambda run: run["load_model_ms"],
-        "engine start": lambda run: run["engine_start_ms"],
+        "all layers, and vLLM's walk over all modules": lambda run: run["processing_ms"],
+        "whole `load_model`": lambda run: run["load_model_ms"],
+        "engine start, eager": lambda run: run["engine_start_ms"],
     }
     for what, measure in measures.items():
         rows.append(row(what, *([measure(run) for run in found[kind]] for kind in ("stock", "lut"))))
@@ -142,7 +145,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-8b", "command-a-block"])
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     parser.add_argument("--quick", action="store_true", help="four layers of each model, each kind once")
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
     order = ORDER[:2] if args.quick else ORDER
@@ -166,9 +169,21 @@ def main() -> int:
     finally:
         if args.dir is None:
             shutil.rmtree(root)
-    header = ("model", "N x K", "stock ms", "plugin ms", "plugin/stock", "stock max", "plugin max")
-    text = vllm_engine.table(header, rows)
-    vllm_engine.finish({"order": order, "models": results}, text, args.json)
+    header = ("model", "what", "stock ms", "plugin ms", "plugin/stock", "stock max", "plugin max")
+    cells = [
+        (
+            row["model"],
+            row["what"],
+            f"{row['stock_ms']:.2f}",
+            f"{row['plugin_ms']:.2f}",
+            f"{row['ratio']:.2%}",
+            f"{row['stock_max_ms']:.1f}",
+            f"{row['plugin_max_ms']:.1f}",
+        )
+        for row in rows
+    ]
+    question = "How long does vLLM take to load a W4A8 model, with the plugin and without?"
+    vllm_engine.finish(args, question, rows, vllm_engine.table(header, cells), order=order)
     return 0
 
 

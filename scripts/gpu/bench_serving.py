@@ -20,8 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
 from make_random_checkpoint import FORMATS, SHAPES, ensure
+from results import add_options
 
 CASES: tuple[tuple[int, int], ...] = ((1, 512), (16, 512), (64, 512), (1, 8192))
 """Batch size and prompt tokens."""
@@ -69,7 +71,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="four layers, one repeat, batch 1 and 16")
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     shape, cases = SHAPES[args.shape], CASES
     if args.quick:
@@ -104,16 +106,32 @@ def main() -> int:
         if args.dir is None:
             shutil.rmtree(root)
     base, ours = args.kinds
-    rows = []
-    for a, b in zip(found[base]["cases"], found[ours]["cases"], strict=True):
-        numbers = [a["ttft_ms"], b["ttft_ms"], a["tpot_ms"], b["tpot_ms"]]
-        faster = [f"{100 * (x / y - 1):+.0f} %" for x, y in (numbers[:2], numbers[2:])]
-        rows.append((a["batch"], a["prompt"], *(f"{number:.2f}" for number in numbers), *faster))
+    rows = [
+        {
+            "batch": a["batch"],
+            "prompt": a["prompt"],
+            **{f"{name}_base": a[name] for name in ("ttft_ms", "tpot_ms", "batch_s")},
+            **{name: b[name] for name in ("ttft_ms", "tpot_ms", "batch_s")},
+            **{f"{name}_gain": a[f"{name}_ms"] / b[f"{name}_ms"] - 1 for name in ("ttft", "tpot")},
+        }
+        for a, b in zip(found[base]["cases"], found[ours]["cases"], strict=True)
+    ]
+    times = ("ttft_ms_base", "ttft_ms", "tpot_ms_base", "tpot_ms")
+    cells = [
+        (
+            row["batch"],
+            row["prompt"],
+            *(f"{row[name]:.2f}" for name in times),
+            *(f"{100 * row[name]:+.0f} %" for name in ("ttft_gain", "tpot_gain")),
+        )
+        for row in rows
+    ]
     header = ("batch", "prompt", f"TTFT ms {base}", f"TTFT ms {ours}", f"TPOT ms {base}", f"TPOT ms {ours}")
-    text = vllm_engine.table((*header, "TTFT faster", "TPOT faster"), rows)
-    chosen = "\n".join(f"{kind}: {', '.join(result['kernels'])}" for kind, result in found.items())
-    results = {"shape": args.shape, "quick": args.quick, "new_tokens": NEW_TOKENS, "engines": found}
-    vllm_engine.finish(results, f"{text}\n{chosen}", args.json)
+    text = vllm_engine.table((*header, "TTFT faster", "TPOT faster"), cells)
+    chosen = {kind: result["kernels"] for kind, result in found.items()}
+    text += "".join(f"\n{kind}: {', '.join(names)}" for kind, names in chosen.items())
+    settings = {"shape": args.shape, "quick": args.quick, "new_tokens": NEW_TOKENS, "kernels": chosen}
+    vllm_engine.finish(args, f"How fast is {ours}, beside {base}?", rows, text, **settings)
     return 0
 
 

@@ -1,10 +1,10 @@
 """Compare what vLLM computes from a `w4a8_lut` checkpoint and from the stock checkpoint of the same conversion.
 
-    check_equivalence.py LUT_DIR STOCK_DIR [--tp 2] [--text-file F | --tokens-file F] [--json OUT] [--quick]
+    check_equivalence.py LUT_DIR STOCK_DIR [--tp 2] [--text-file F | --tokens-file F] [--json FILE] [--quick]
 
 Both must have been converted with `--scales reference`. At tensor-parallel size 1, greedy tokens and the
 log-probabilities of all prompt tokens must be identical wherever vLLM quantizes the stock checkpoint's scales with the
-arithmetic that the `w4a8_lut` checkpoint has. There are two, because `QuantFP8` has two forms (docs/benchmarks/serving.md):
+arithmetic that the `w4a8_lut` checkpoint has. There are two, because `QuantFP8` has two forms:
 
     compiled        vLLM as it comes: c = amax · fl(1/448)
     eager           enforce_eager, without the CUDA kernel: the same
@@ -37,7 +37,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
+from results import add_options
 
 BATCH = 16
 MAX_LENGTH = 1024
@@ -163,7 +165,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=4, help="engines of size 1 at a time, on the same GPU")
     parser.add_argument("--disable-custom-all-reduce", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one mode, without compilation, 4 prompts")
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
+    parser.add_argument("--extend", action="store_true", help="add to what --json and --keep name, do not replace it")
     args = parser.parse_args()
     for directory in (args.lut, args.stock):
         if not (directory / "config.json").is_file():
@@ -214,9 +217,10 @@ def main() -> int:
         return result["outputs"]
 
     rows: list[dict[str, Any]] = []
+    model = json.loads((args.stock / "config.json").read_text())["architectures"][0]
 
     def note(mode: str, what: str, a: Any, b: Any) -> dict[str, Any]:
-        row = {"mode": mode, "what": what, **compare(a, b)}
+        row = {"model": model, "tp": args.tp, "mode": mode, "what": what, **compare(a, b)}
         rows.append(row)
         return row
 
@@ -262,15 +266,10 @@ def main() -> int:
             for row in rows
         ],
     )
-    results = {
-        "lut": str(args.lut),
-        "stock": str(args.stock),
-        "tp": args.tp,
-        "scales": sorted(args.arithmetics),
-        "met": met,
-        "rows": rows,
-    }
-    vllm_engine.finish(results, f"{text}\n{'demands met' if met else 'DEMANDS NOT MET'}", args.json)
+    text += f"\n{'demands met' if met else 'DEMANDS NOT MET'}"
+    question = "Does the plugin compute what vLLM computes from the stock checkpoint?"
+    settings = {"scales": sorted(args.arithmetics), "met": met}
+    vllm_engine.finish(args, question, rows, text, extend=args.extend, **settings)
     return 0 if met else 1
 
 

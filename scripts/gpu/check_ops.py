@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
+from results import add_options
 
 from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes, unpack_codes
@@ -297,7 +299,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     large = [] if args.quick else LARGE
@@ -337,8 +339,9 @@ def main() -> int:
             for row in rows
         ],
     )
-    results = {"seed": args.seed, "met": met, "rows": [vars(row) for row in rows]}
-    vllm_engine.finish(results, f"{text}\nseed {args.seed}: {'all as demanded' if met else 'MISMATCHES'}", args.json)
+    text += f"\nseed {args.seed}: {'all as demanded' if met else 'MISMATCHES'}"
+    question = "Are our bytes and our arithmetic those of vLLM's CUDA ops?"
+    vllm_engine.finish(args, question, [vars(row) for row in rows], text, seed=args.seed, met=met)
     return 0 if met else 1
 
 

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
+from results import add_options
 
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -70,8 +72,8 @@ def score(result: dict[str, Any], base: dict[str, Any], targets: list[int]) -> d
     same = sum(a == b for a, b in zip(result["likeliest"], base["likeliest"], strict=True))
     return {
         "perplexity": math.exp(-statistics.fmean(result["logprobs"])),
-        "difference": statistics.fmean(worse),
-        "standard_error": statistics.stdev(worse) / math.sqrt(len(worse)),
+        "nats_per_token": statistics.fmean(worse),
+        "nats_standard_error": statistics.stdev(worse) / math.sqrt(len(worse)),
         "accuracy": hits / len(targets),
         "relative_accuracy": hits / base_hits,
         "agreement": same / len(targets),
@@ -91,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compiled", action="store_true", help="vLLM as it comes; default: enforce_eager")
     parser.add_argument("--kv-cache-gib", type=float, default=4.0)
     parser.add_argument("--jobs", type=int, default=4, help="engines at a time, on the same GPU")
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     pairs = [named.partition("=")[::2] for named in args.checkpoints]
     args.directories = {name: Path(directory) for name, directory in pairs}
@@ -142,7 +144,7 @@ def main() -> int:
             (
                 name,
                 f"{found['perplexity']:.4f}",
-                f"{found['difference']:+.5f} ± {found['standard_error']:.5f}",
+                f"{found['nats_per_token']:+.5f} ± {found['nats_standard_error']:.5f}",
                 f"{found['accuracy']:.2%}",
                 f"{found['relative_accuracy']:.2%}",
                 f"{found['agreement']:.2%}",
@@ -150,15 +152,16 @@ def main() -> int:
             for name, found in scores.items()
         ],
     )
-    summary = {
+    rows = [{"checkpoint": name, **found} for name, found in scores.items()]
+    question = f"What do the modes cost {args.directories[args.baseline].name}, by vLLM's kernels?"
+    settings = {
         "tokens": len(targets),
         "window": args.window,
         "baseline": args.baseline,
         "compiled": args.compiled,
         "kernels": {name: result["kernels"] for name, result in results.items()},
-        "scores": scores,
     }
-    vllm_engine.finish(summary, text, args.json)
+    vllm_engine.finish(args, question, rows, text, **settings)
     return 0
 
 

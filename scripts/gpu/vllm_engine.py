@@ -1,5 +1,6 @@
-"""What the GPU scripts share: vLLM engines in subprocesses that know the plugin, the machine's description, tables."""
+"""What the GPU scripts share: vLLM engines in subprocesses that know the plugin, tables, how a script ends."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -8,9 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from results import VLLM_PACKAGES, line, save
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,19 +71,6 @@ def run_worker(script: str, payload: dict[str, Any], timeout: float = 420) -> di
         return result | {"wall_s": round(seconds, 1), "kernels": kernels}
 
 
-def machine() -> dict[str, str]:
-    """Return the GPU and the versions that a result was taken with."""
-    import torch
-
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for package in ("vllm", "triton", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
-
-
 def quantize_scales(scales: Any, arithmetic: str) -> tuple[Any, Any]:
     """Quantize BF16 group scales [N, G], on the CPU, as one of the two forms of vLLM's `QuantFP8` does at load.
 
@@ -107,10 +98,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def finish(results: dict[str, Any], text: str, output: Path | None) -> None:
-    """Write the results as JSON where asked, and print the table last."""
-    results = {"machine": machine(), **results}
-    if output:
-        output.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    print(text)
+def finish(
+    args: argparse.Namespace,
+    question: str,
+    rows: Sequence[Mapping[str, Any]],
+    text: str,
+    *,
+    extend: bool = False,
+    **settings: Any,
+) -> None:
+    """Write the rows as JSON where asked, and print the machine, the versions and the table last."""
+    document = save(args, question, rows, packages=VLLM_PACKAGES, settings=settings, extend=extend)
+    print(f"\n{line(document)}\n{text}")
