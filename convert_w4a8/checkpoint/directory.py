@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-_MAX_JSON_BYTES = 100_000_000
+_MAX_JSON_BYTES = 500_000_000
+_MAX_JSON_MARKS = 5_000_000
+"""Brackets, braces and commas: an index has a comma for each tensor."""
+_MAX_DEPTH = 16
+"""Directories within each other."""
+_TOOLS_OWN = frozenset({".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", ".DS_Store"})
+"""Hidden files that are the tools' own, and no part of a checkpoint."""
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -34,6 +40,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     side_files: tuple[Path, ...]
     """Relative to `root`: what is copied as it is (tokenizer, templates, custom code, …)."""
+    left_out: tuple[str, ...] = ()
+    """What is neither read nor copied, with the reason."""
 
     def modules_with(self, role: str) -> list[str]:
         """Return the modules that have a tensor called `module.role`, sorted."""
@@ -55,13 +63,21 @@ def open_checkpoint(root: Path) -> Checkpoint:
     """
     if not root.is_dir():
         raise ConvertError(str(root), "is not a directory", "give a checkpoint directory or a Hub id (org/name)")
+    homes = _homes(root)
+    for name in (CONFIG, QUANTIZE_CONFIG, CARD, INDEX):
+        _check_link(root / name, homes)
     config = read_json(root / CONFIG)
+    try:
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConvertError(str(root / CONFIG), "holds lone surrogates, which are no text", "repair the file") from error
     quantization = config.get("quantization_config")
     if quantization is None and (root / QUANTIZE_CONFIG).is_file():
         quantization = {"quant_method": "gptq", **read_json(root / QUANTIZE_CONFIG)}
     if not isinstance(quantization, dict | None):
         raise ConvertError(f"{root / CONFIG}: quantization_config", "is not a JSON object", "repair the file")
-    return Checkpoint(root, config, quantization or {}, _read_headers(root), _find_side_files(root))
+    side_files, left_out = _find_side_files(root)
+    return Checkpoint(root, config, quantization or {}, _read_headers(root), side_files, left_out)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,7 +91,10 @@ def read_json(path: Path) -> dict[str, Any]:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_size > _MAX_JSON_BYTES:
             raise ConvertError(str(path), "is not a JSON file", "download or write the file again")
-        value = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_constant)
+        raw = path.read_bytes()
+        if sum(map(raw.count, (b"[", b"{", b","))) > _MAX_JSON_MARKS:  # parsing takes some 100 bytes for each
+            raise ConvertError(str(path), "is not a checkpoint's JSON file", "download or write the file again")
+        value = json.loads(raw.decode("utf-8"), parse_constant=_constant)
     except OSError as error:
         raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the checkpoint directory") from error
     except (ValueError, RecursionError) as error:
@@ -106,7 +125,7 @@ def _read_headers(root: Path) -> dict[str, TensorInfo]:
             f"{len(files)} safetensors files but no {INDEX}",
             "restore the index or keep a single file",
         )
-    return read_header(files[0])[1]
+    return read_header(_check_link(files[0], _homes(root)))[1]
 
 
 def _read_sharded(root: Path) -> dict[str, TensorInfo]:
@@ -115,6 +134,7 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvertError(f"{index_path}: weight_map", "is missing or not an object", "restore the index")
     tensors: dict[str, TensorInfo] = {}
+    homes = _homes(root)
     for shard in sorted({str(file) for file in weight_map.values()}):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ConvertError(
@@ -124,7 +144,7 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
             )
         if not os.path.isfile(root / shard):  # noqa: PTH113  (which takes names that cannot be, too)
             raise ConvertError(str(root / shard), f"is named by {INDEX} but is absent", "download the shard")
-        for name, info in read_header(root / shard)[1].items():
+        for name, info in read_header(_check_link(root / shard, homes))[1].items():
             if weight_map.get(name) != shard:
                 where = f"puts it into {weight_map[name]}" if name in weight_map else "does not list it"
                 raise ConvertError(f"{root / shard}: tensor {name!r}", f"{INDEX} {where}", "restore the index")
@@ -139,31 +159,74 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _find_side_files(root: Path) -> tuple[Path, ...]:
-    """Return every file that is neither a weight, an index, nor written anew: configurations and the card.
+def _homes(root: Path) -> list[Path]:
+    """Return where a checkpoint's files may really lie: its own directory, and the blobs of the Hub's cache."""
+    home = root.resolve()
+    return [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+
+
+def _check_link(path: Path, homes: Iterable[Path]) -> Path:
+    """Return a path unchanged.
 
     Raises:
         ConvertError: a link leads out of the checkpoint, and would carry a file of the machine into the output.
 
     """
-    found = []
-    home = root.resolve()
-    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]  # as in the Hub's cache
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        stale = path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json")) or str(relative) in (
-            CONFIG,
-            QUANTIZE_CONFIG,
-            CARD,
+    real = path.resolve()
+    if not any(real.is_relative_to(home) for home in homes):
+        raise ConvertError(
+            str(path),
+            f"is a link out of the checkpoint, to {real}",
+            "copy the file, or give the directory that it lies in",
         )
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+    return path
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield everything below a directory, without following links.
+
+    Raises:
+        ConvertError: directories are nested deeper than any checkpoint's are.
+
+    """
+    waiting = [(root, 0)]
+    while waiting:
+        directory, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            raise ConvertError(str(directory), "is nested too deep for a checkpoint", "give the checkpoint's directory")
+        for path in directory.iterdir():
+            yield path
+            if path.is_dir() and not path.is_symlink():
+                waiting.append((path, depth + 1))
+
+
+def _find_side_files(root: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Return every file that is neither a weight, an index, nor written anew, and what is left out, with the reason.
+
+    Raises:
+        ConvertError: a link leads out of the checkpoint.
+
+    """
+    found, left_out, homes = [], [], _homes(root)
+    for path in sorted(_walk(root)):
+        relative = path.relative_to(root)
+        hidden = next((part for part in relative.parts if part.startswith(".")), None)
+        if path.is_symlink():
+            if not path.exists():
+                left_out.append(f"{relative} (a link to nothing)")
+                continue
+            _check_link(path, homes)
+            if path.is_dir():
+                left_out.append(f"{relative} (a link to a directory)")
+                continue
+        elif not path.is_file():
             continue
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in homes):
-            raise ConvertError(
-                str(path),
-                f"is a link out of the checkpoint, to {path.resolve()}",
-                "copy the file, or give the directory that it lies in",
-            )
-        if not stale:
+        if hidden is not None:
+            if hidden not in _TOOLS_OWN:
+                left_out.append(f"{relative} (hidden)")
+        elif path.name.endswith(_WEIGHT_SUFFIXES):
+            if not path.name.endswith(".safetensors"):
+                left_out.append(f"{relative} (weights in another format)")
+        elif not path.name.endswith(".index.json") and str(relative) not in (CONFIG, QUANTIZE_CONFIG, CARD):
             found.append(relative)
-    return tuple(found)
+    return tuple(found), tuple(left_out)

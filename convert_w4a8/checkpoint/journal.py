@@ -3,9 +3,9 @@
 The work directory `.OUT.w4a8-partial` holds
 
     lock         held (flock) by the process that converts
-    journal      JSON lines: the fingerprint of the conversion, then a line for each finished file: the fingerprint of
-                 its shard, the checksums of its pieces, what became of its layers. It is written when the file's bytes
-                 are on the disk, and is on the disk before anything else
+    journal      lines of a CRC-32 and JSON: the fingerprint of the conversion, then a line for each finished file: the
+                 fingerprint of its shard, the checksums of its pieces, what became of its layers. It is written when
+                 the file's bytes are on the disk, and is on the disk before anything else
     checkpoint/  the output so far, which becomes OUT by one rename when all of it is on the disk
     replaced/    the old OUT, while the new one takes its place
 
@@ -17,7 +17,9 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import threading
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,11 +52,12 @@ class WorkDirectory:
         self.checkpoint = self.path / CHECKPOINT
         self._lock = self._acquire(out)
         try:
-            entries, size = _read_journal(self.path / JOURNAL)
-            self._journal = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            _check_directories(self.path, CHECKPOINT, REPLACED)
+            self._journal = _open(self.path / JOURNAL, os.O_RDWR | os.O_APPEND)
+            entries, size = _read_journal(self._journal)
             os.truncate(self._journal, size)
-        except BaseException:
-            if not self.checkpoint.exists():
+        except BaseException as error:
+            if not self.checkpoint.exists() and not isinstance(error, ConvertError):
                 self.remove()
             os.close(self._lock)
             raise
@@ -75,10 +78,11 @@ class WorkDirectory:
     def _acquire(self, out: Path) -> int:
         while True:
             if self.path.is_symlink():
-                raise ConvertError(str(self.path), "is a link, not the work directory of a conversion", "remove it")
-            self.path.mkdir(exist_ok=True)
+                raise _planted(self.path, "is a link")
+            self.path.mkdir(mode=0o700, exist_ok=True)
             try:
-                descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                _check_owner(self.path)
+                descriptor = _open(self.path / LOCK, os.O_RDWR)
             except FileNotFoundError:  # a conversion that has just ended removed the directory
                 continue
             except BaseException:
@@ -142,7 +146,8 @@ class WorkDirectory:
         self.files[name] = finished
 
     def _append(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
-        line = memoryview(json.dumps(entry).encode() + b"\n")
+        text = json.dumps(entry).encode()
+        line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
         with self._writing:
             while line:
                 line = line[os.write(self._journal, line) :]
@@ -171,6 +176,42 @@ def work_path(out: Path) -> Path:
     return out.parent / f".{out.name}{_SUFFIX}"
 
 
+def _open(path: Path, flags: int) -> int:
+    """Open a file of the work directory, which is made where it is absent, and is never somewhere else.
+
+    Raises:
+        ConvertError: it is a link, or no file.
+
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _planted(path, "is not a file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _planted(path, "is not a file")
+    return descriptor
+
+
+def _check_owner(path: Path) -> None:
+    if path.lstat().st_uid != os.geteuid():
+        raise _planted(path, "belongs to another user")
+
+
+def _check_directories(path: Path, *names: str) -> None:
+    for name in names:
+        if (path / name).is_symlink():
+            raise _planted(path / name, "is a link")
+
+
+def _planted(path: Path, what: str) -> ConvertError:
+    return ConvertError(
+        str(path), f"{what}, and not what a conversion leaves", "remove it, or choose another output path"
+    )
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -178,17 +219,18 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the journal's entries and their size in bytes. A line that was cut ends it, as power loss leaves one."""
+def _read_journal(descriptor: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the journal's entries and their size in bytes.
+
+    A line that is cut, as power loss leaves one, or that does not have its checksum ends it.
+    """
     entries: list[dict[str, Any]] = []
     size = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(entry, dict) or not line.endswith(b"\n"):
-            break
-        entries.append(entry)
-        size += len(line)
+    with open(descriptor, "rb", closefd=False) as file:
+        for line in file:
+            sum_, _, text = line.partition(b" ")
+            if not line.endswith(b"\n") or sum_ != b"%08x" % zlib.crc32(text[:-1]):
+                break
+            entries.append(json.loads(text))
+            size += len(line)
     return entries, size

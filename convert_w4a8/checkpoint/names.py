@@ -64,8 +64,9 @@ def output_name(name: str, config: Mapping[str, Any]) -> str:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that orders layers.2 before layers.10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sort key that orders layers.2 before layers.10, however long a number is."""
+    parts = ((part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
+    return [(len(number), number) if part.isdecimal() else (-1, part) for part, number in parts]
 
 
 def linear_modules(tensors: Iterable[TensorInfo | TensorSpec]) -> set[str]:

@@ -8,6 +8,7 @@ header, then the tensors without gaps).
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -40,6 +41,10 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_D
 
 # The safetensors library refuses longer headers, so a file that has one was not written by it.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_RANK = 64
+"""Dimensions of a tensor, as torch has them."""
+_SPARE = 1_000_000
+"""Marks of a header that belong to no tensor: those in names and metadata. Parsing takes some 100 bytes for each."""
 _DOWNLOAD_AGAIN = "download or write the file again"
 
 
@@ -110,6 +115,12 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
             raw = file.read(length)
     except OSError as error:
         raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the file") from error
+    tensors_at_most = raw.count(b'"dtype"')
+    for mark, usual in ((b"[", 2), (b"{", 1), (b",", 4 + _MAX_RANK)):
+        if raw.count(mark) > usual * tensors_at_most + _SPARE:
+            raise _damaged(
+                path, f"header is not that of a safetensors file ({raw.count(mark):,} times {mark.decode()!r})"
+            )
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
         json.dumps(header, ensure_ascii=False).encode()  # lone surrogates are legal JSON, but no text
@@ -134,8 +145,8 @@ def _damaged(path: Path, reason: str) -> ConvertError:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"duplicate key {next(name for name, count in counts.items() if count > 1)!r}")
     return result
 
 
@@ -151,6 +162,10 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
             pass
         case _:
             raise _damaged(path, f"header entry of tensor {name!r} is malformed")
+    if len(shape) > _MAX_RANK:
+        raise _damaged(path, f"tensor {name!r} has {len(shape):,} dimensions")
+    if prod(size for size in shape if size) >= 2**59:  # of 16 bytes: more than the library can count
+        raise _damaged(path, f"tensor {name!r} has an impossible size")
     if dtype not in TORCH_DTYPES:
         raise ConvertError(
             f"{path}: tensor {name!r}",

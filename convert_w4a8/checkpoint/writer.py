@@ -3,19 +3,32 @@
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
+
+from safetensors import safe_open
 
 from convert_w4a8.checkpoint.checksum import is_intact
 from convert_w4a8.checkpoint.directory import INDEX
 from convert_w4a8.checkpoint.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
 from convert_w4a8.checkpoint.journal import REPLACED, Fingerprint, FinishedFile, WorkDirectory, work_path
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter
-from convert_w4a8.errors import DiskError, W4A8Error
+from convert_w4a8.errors import ConvertError, DiskError, W4A8Error
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The most that the modes of directories, weights and other files may allow, as bits of `chmod`."""
+
+    directories: int = 0o777
+    weights: int = 0o777
+    files: int = 0o777
 
 
 class CheckpointWriter:
@@ -40,8 +53,10 @@ class CheckpointWriter:
         fingerprints: Mapping[str, str] = MappingProxyType({}),
         overwrite: bool = False,
         resume: bool = False,
+        privacy: Privacy = Privacy(),
     ) -> None:
         self._out = out
+        self._privacy = privacy
         self._plans = {plan.file_name: plan for plan in shards}
         self._fingerprint = fingerprint
         self._fingerprints = fingerprints
@@ -154,6 +169,7 @@ class CheckpointWriter:
         with disk_errors(source, "copied"):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+            _restrict(target, stat.S_IMODE(source.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
             fsync(target)
 
     def wait(self) -> None:
@@ -173,12 +189,34 @@ class CheckpointWriter:
             weight_map = {name: file for name, (file, _) in sorted(specs.items())}
             total = sum(nbytes for _, nbytes in specs.values())
             self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        self._check_files()
         with disk_errors(self._out):
-            for directory, _, _ in os.walk(self.directory):
+            for directory, _, files in os.walk(self.directory):
+                _restrict(Path(directory), self._privacy.directories)
+                for name in files:
+                    most = self._privacy.weights if name in self._plans else self._privacy.files
+                    _restrict(Path(directory, name), most)
                 fsync(Path(directory))
-            check_destination(self._out, overwrite=self._overwrite)
+            try:
+                check_destination(self._out, overwrite=self._overwrite)
+            except ConvertError as error:  # it appeared meanwhile; what is finished is kept
+                raise DiskError(*astuple(error.problem)) from error
             replace_directory(self.directory, self._out, self._work.path / REPLACED)
             fsync(self._out.parent)
+
+    def _check_files(self) -> None:
+        """Open every shard with the safetensors library: what it cannot read is our bug, and does not become OUT."""
+        for name, plan in self._plans.items():
+            with safe_open(self.directory / name, framework="pt") as file:
+                if set(file.keys()) != {spec.name for spec in plan.specs}:
+                    raise ValueError(f"{name} does not hold what was planned")
+
+
+def _restrict(path: Path, most: int) -> None:
+    """Take from a file's or directory's mode what goes beyond `most`."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & ~most:
+        path.chmod(mode & most)
 
 
 def _is_final(error: BaseException) -> bool:

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, QUANTIZE_CONFIG, Checkpoint
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.version import __version__
 
 
@@ -31,6 +33,15 @@ def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
     found["headers"] = _digest(headers)
     found["configuration"] = _digest([checkpoint.config, checkpoint.quantization_config])
     return found
+
+
+def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise ConvertError where the input is not what it was when the conversion began."""
+    for key in before.keys() | after.keys():
+        if before.get(key) != after.get(key):
+            raise ConvertError(
+                key, "changed while it was converted", "wait until nothing writes to the input, and convert it again"
+            )
 
 
 def _digest(value: object) -> str:

@@ -5,12 +5,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 _MAX_WORKERS = 4
+"""If nobody asks for more."""
+_workers: ContextVar[int | None] = ContextVar("workers", default=None)
 _MEMORY_BYTES = 512 << 20
 """What jobs that run side by side may take together; a larger job runs alone."""
 _FILES = 2
@@ -27,6 +30,26 @@ class Job:
     file: str
 
 
+@contextmanager
+def use_workers(count: int | None) -> Iterator[None]:
+    """Let so many jobs run at a time in the block, on any machine; None: one a core, up to 4.
+
+    Raises ValueError for a count below 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"workers: {count} is below 1")
+    token = _workers.set(count)
+    try:
+        yield
+    finally:
+        _workers.reset(token)
+
+
+def worker_count() -> int:
+    """Return how many jobs may run at a time."""
+    return _workers.get() or min(_MAX_WORKERS, os.cpu_count() or 1)
+
+
 def run_jobs(jobs: Iterable[Job]) -> None:
     """Run jobs in order, but for threads that turn to the next file where another one writes; the first error ends all.
 
@@ -35,7 +58,7 @@ def run_jobs(jobs: Iterable[Job]) -> None:
     waiting: dict[str, deque[Job]] = {}
     for job in jobs:
         waiting.setdefault(job.file, deque()).append(job)
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+    workers = worker_count()
     with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
         running: dict[Future[None], Job] = {}
         try:

@@ -20,6 +20,8 @@ from convert_w4a8.version import __version__
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _FRONT_MATTER_CHARS = 1 << 16
+_CARD_BYTES = 1 << 20
+"""As much of the source's card is carried over."""
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _TAGS = ("w4a8", "int4", "fp8", "vllm", "hopper")
 _OUTDATED_TAGS = frozenset({"awq", "autoawq", "gptq", "autogptq", "auto-gptq", "gptqmodel", "w4a16", "int8"})
@@ -57,7 +59,11 @@ def _source_card(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     path = checkpoint.root / CARD
     if not path.is_file():
         return {}, ""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    with path.open("rb") as file:
+        content = file.read(_CARD_BYTES + 1)
+    text = content[:_CARD_BYTES].decode("utf-8", errors="replace")
+    if len(content) > _CARD_BYTES:
+        text += "\n\n*The source's card is longer than this.*"
     match = _FRONT_MATTER.match(text)
     if match is None:
         return {}, text.strip()

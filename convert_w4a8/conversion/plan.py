@@ -6,17 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.names import (
-    fusion_key,
-    is_expert,
-    is_lm_head,
-    linear_modules,
-    merged_name,
-    natural_key,
-    output_name,
-)
+from convert_w4a8.checkpoint.names import fusion_key, is_expert, is_lm_head, linear_modules, natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
+from convert_w4a8.conversion.advice import left_out_warnings, size_warnings
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
@@ -124,6 +117,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     outputs = [spec for layer in layers for spec in layer.specs] + [tensor.output for tensor in tensors]
     outputs.sort(key=lambda spec: natural_key(spec.name))
     ignore = tuple(sorted(linear_modules(outputs), key=natural_key))
+    converted = [(layer.module, layer.spec) for layer in layers if layer.dequantize is None]
     nbytes_out = sum(spec.nbytes for spec in outputs)
     side_nbytes = sum((checkpoint.root / path).stat().st_size for path in checkpoint.side_files)
     return Plan(
@@ -134,7 +128,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         tensors=tensors,
         shards=plan_shards(outputs, options.max_shard_size),
         ignore=ignore,
-        warnings=tuple(_warnings(layers)),
+        warnings=(*size_warnings(converted), *left_out_warnings(checkpoint)),
         nbytes_in=checkpoint.nbytes,
         nbytes_out=nbytes_out,
         serving_nbytes=_serving_nbytes(layers, tensors),
@@ -265,29 +259,6 @@ def _serving_nbytes(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) 
         n, k = layer.spec.out_features, layer.spec.in_features
         total += 2 * n * k if layer.dequantize else n * k // 2 + TABLE_BYTES * n * (k // GROUP_SIZE) + 4 * n
     return total
-
-
-def _warnings(layers: Sequence[LayerPlan]) -> Iterable[str]:
-    """Yield what converts, but cannot be served as it is."""
-    dense: dict[str, int] = {}
-    experts: dict[str, int] = {}
-    for layer in layers:
-        if layer.dequantize is not None:
-            continue
-        if is_expert(layer.module):
-            odd = layer.spec.out_features % 256 or layer.spec.in_features % 256
-            if odd:
-                experts[layer.module] = odd
-        else:
-            merged = merged_name(layer.module)
-            dense[merged] = dense.get(merged, 0) + layer.spec.out_features
-    wide = {name: width for name, width in dense.items() if width % 128}
-    if wide:
-        name, width = next(iter(wide.items()))
-        yield f"{len(wide)} layers are not a multiple of 128 wide, which vLLM's kernel needs: {name} has N = {width}"
-    if experts:
-        name = next(iter(experts))
-        yield f"{len(experts)} expert layers have a size that is no multiple of 256, which vLLM's kernel needs: {name}"
 
 
 def kinds(plan: Plan) -> Mapping[str, int]:

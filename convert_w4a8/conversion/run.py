@@ -12,8 +12,10 @@ from convert_w4a8.checkpoint.disk import check_destination, occupied
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.config import output_config
-from convert_w4a8.conversion.fingerprint import fingerprint
+from convert_w4a8.conversion.destination import check_replaceable, privacy
+from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.jobs import run_jobs
+from convert_w4a8.conversion.memory import check_memory
 from convert_w4a8.conversion.model_card import model_card
 from convert_w4a8.conversion.plan import Plan, check_tensors
 from convert_w4a8.conversion.result import LayerResult, Result
@@ -26,15 +28,21 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
     """Check that the output can be written at `out`, without touching anything.
 
     Raises:
-        ConvertError: `out` is taken, overlaps the input, or the disk is too full.
+        ConvertError: `out` is taken, overlaps the input, or the disk or the memory is too small.
 
     """
     source, target = checkpoint.root.resolve(), out.resolve()
     if source == target or source in target.parents or target in source.parents:
         raise ConvertError(str(out), "overlaps the input directory", "choose another output path")
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise ConvertError(str(out), "is the working directory or above it", "choose another output path")
     check_destination(out, overwrite=overwrite or resume)  # what may be resumed is known once it is locked
+    if overwrite:
+        check_replaceable(out, checkpoint)
     existing = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(existing).free + occupied(work_path(target))  # what was interrupted is used or replaced
+    check_memory(plan)
     if free < plan.disk_nbytes:
         raise ConvertError(
             str(out),
@@ -65,13 +73,15 @@ def carry_out(
     check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
     check_tensors(plan)
     tasks = shard_tasks(plan)
+    before = fingerprint(checkpoint, plan.options)
     with CheckpointWriter(
         out,
         plan.shards,
-        fingerprint=fingerprint(checkpoint, plan.options),
+        fingerprint=before,
         fingerprints={task.shard.file_name: task.fingerprint() for task in tasks},
         overwrite=overwrite,
         resume=resume,
+        privacy=privacy(checkpoint),
     ) as writer:
         _convert_shards(tasks, writer, device, progress)
         layers = tuple(LayerResult(layer, _stats(writer.layers[layer.module])) for layer in plan.layers)
@@ -79,6 +89,7 @@ def carry_out(
             writer.copy_file(checkpoint.root / relative, relative)
         writer.write_json(CONFIG, output_config(checkpoint, plan, layers))
         writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers]))
+        check_unchanged(before, fingerprint(checkpoint, plan.options))
         writer.commit()
     return Result(plan, layers, time.perf_counter() - started)
 

@@ -16,6 +16,7 @@ from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_into, read
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter
 from convert_w4a8.conversion.jobs import Job, run_jobs
 from convert_w4a8.conversion.layer import CHUNK_BYTES, convert_layer, copy_tensor, layer_memory
+from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.conversion.plan import LayerPlan, Plan, TensorPlan
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import Options
@@ -129,7 +130,7 @@ def jobs_of(
             done(by_name[file])
 
     def run_layer(layer: LayerPlan, options: Options) -> None:
-        with arenas.lend() as arena:
+        with memory_errors(layer.module), arenas.lend() as arena:
             tensors, stats = convert_layer(layer, partial(read_tensor, arena=arena), options, device)
             notes[layer.module] = None if stats is None else asdict(stats)
             for name, parts in tensors.items():

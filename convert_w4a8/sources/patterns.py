@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +11,12 @@ from types import FrameType
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 
 _SECONDS = 0.5
+"""The longest that one pattern may take for one text."""
+_SECONDS_TOGETHER = 5.0
+"""The longest that slow patterns may take for all texts."""
+_SLOW = 0.001
+"""Seconds. Patterns that people write take some millionths."""
+_spent = 0.0
 
 
 def matches(pattern: str, text: str, setting: str) -> bool:
@@ -17,12 +24,21 @@ def matches(pattern: str, text: str, setting: str) -> bool:
 
     Raises:
         ConvertError: it is no regular expression.
-        PlanError: it takes longer than half a second (noticed in the main thread only). It would for other texts, too.
+        PlanError: it takes longer than half a second (noticed in the main thread only), or patterns together take
+            longer than five. They would for other texts, too.
 
     """
+    global _spent  # noqa: PLW0603 - of all settings and checkpoints of a process
+    began = time.monotonic()
     try:
         with _time_limit():
-            return re.match(pattern, text) is not None
+            found = re.match(pattern, text) is not None
+        seconds = time.monotonic() - began
+        _spent += seconds if seconds > _SLOW else 0.0
+        if _spent > _SECONDS_TOGETHER:
+            _spent = 0.0
+            raise TimeoutError  # noqa: TRY301
+        return found  # noqa: TRY300
     except (re.error, RecursionError, OverflowError) as error:
         reason = f"{pattern!r} is not a regular expression ({error})"
         raise ConvertError(f"quantization_config: {setting}", reason, "repair the pattern") from error

@@ -1,0 +1,49 @@
+"""What may be replaced by an output, and who may read it."""
+
+import stat
+from pathlib import Path
+
+from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.writer import Privacy
+from convert_w4a8.errors import ConvertError, W4A8Error
+from convert_w4a8.targets import find_target
+
+
+def check_replaceable(out: Path, source: Checkpoint) -> None:
+    """Check that a directory is absent, empty, or an output of a conversion and nothing else.
+
+    Raises:
+        ConvertError: it holds what no conversion wrote, and `--overwrite` would delete it.
+
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    remedy = "remove it yourself, or choose another output path"
+    try:
+        found = open_checkpoint(out)
+        target = find_target(found)
+        ours = target.quantization_config(found.quantization_config, [], target.stored_mode(found), {})
+    except W4A8Error:
+        raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy) from None
+    theirs = found.quantization_config
+    if any(theirs.get(key) != value for key, value in ours.items() if key not in ("ignore", "conversion")):
+        raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy)
+    known = {CONFIG, CARD, INDEX, *map(str, source.side_files)}
+    known |= {info.path.name for info in found.tensors.values()}
+    for path in sorted(out.rglob("*")):
+        relative = path.relative_to(out)
+        if (path.is_symlink() or not path.is_dir()) and str(relative) not in known:
+            raise ConvertError(str(path), "is not of a conversion, and would be deleted", "move it elsewhere")
+
+
+def privacy(source: Checkpoint) -> Privacy:
+    """Return who may read an output: nobody who may not read the source's directory, or one of its weights."""
+    weights = 0o777
+    for path in {info.path for info in source.tensors.values()}:
+        weights &= path.stat().st_mode
+    owner = stat.S_IRUSR | stat.S_IWUSR
+    return Privacy(
+        directories=stat.S_IMODE(source.root.stat().st_mode) | stat.S_IRWXU,
+        weights=weights | owner,
+        files=stat.S_IMODE((source.root / CONFIG).stat().st_mode) | owner,
+    )
