@@ -1,5 +1,6 @@
 """The files of an output: which tensors lie in which, and writing one, its tensors in any order, from any thread."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -72,6 +73,7 @@ class ShardWriter:
         self._descriptor: int | None = None
         self._lock = threading.Lock()
         self._unflushed = 0
+        self._is_lost = False
 
     def write(self, name: str, parts: Iterable[torch.Tensor]) -> bool:
         """Write one tensor, in parts along its first dimension or flat ones; together they have the planned size.
@@ -121,13 +123,19 @@ class ShardWriter:
     def _flush(self) -> None:
         with disk_errors(self.path):
             if self._descriptor is not None:
-                os.fdatasync(self._descriptor)
+                try:
+                    os.fdatasync(self._descriptor)
+                except OSError:
+                    self._is_lost = True  # Linux tells of a lost write once, and not whoever asks next
+                    raise
 
     def finish(self) -> list[Piece]:
         """Wait until all of the file is on the disk, close it, and return the checksums of its pieces in order."""
         if self._pending:
             raise ValueError(f"never written: {sorted(self._pending)[:3]}")
         with disk_errors(self.path):
+            if self._is_lost:
+                raise OSError(errno.EIO, "some of it was lost before")
             if self._descriptor is None:  # a checkpoint without tensors
                 self._create()
             assert self._descriptor is not None

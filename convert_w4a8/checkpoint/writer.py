@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from safetensors import safe_open
 
-from convert_w4a8.checkpoint.checksum import is_intact
+from convert_w4a8.checkpoint.checksum import Piece, is_intact
 from convert_w4a8.checkpoint.directory import INDEX
 from convert_w4a8.checkpoint.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
 from convert_w4a8.checkpoint.journal import REPLACED, Fingerprint, FinishedFile, WorkDirectory, work_path
@@ -135,13 +135,16 @@ class CheckpointWriter:
 
     def finish(self, writer: ShardWriter, layers: Mapping[str, Any]) -> None:
         """Finish a shard in the background, when all of it is on the disk. layers: a JSON note for each layer."""
+        self._in_background(lambda: self.note(writer.path.name, writer.finish(), layers))
 
-        def run() -> None:
-            finished = FinishedFile(self._fingerprints.get(writer.path.name, ""), writer.finish(), layers)
-            with disk_errors(writer.path):
-                self._work.note_file(writer.path.name, finished)
+    def note(self, file_name: str, pieces: list[Piece], layers: Mapping[str, Any]) -> None:
+        """Note a shard that another process has written into `directory`, and whose bytes are on the disk.
 
-        self._in_background(run)
+        pieces: what it wrote where, with checksums, in order. layers: a JSON note for each layer.
+        """
+        finished = FinishedFile(self._fingerprints.get(file_name, ""), pieces, layers)
+        with disk_errors(self.directory / file_name):
+            self._work.note_file(file_name, finished)
 
     def _in_background(self, run: Callable[[], None]) -> None:
         """Run something behind everything that was handed over before; raise what went wrong there meanwhile."""

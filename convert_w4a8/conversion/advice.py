@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert, merged_name
 from convert_w4a8.sources import LayerSpec
+from convert_w4a8.text import counted
 
 _LISTED = 6
 
@@ -22,10 +23,13 @@ def size_warnings(layers: Iterable[tuple[str, LayerSpec]]) -> Iterable[str]:
     wide = {name: width for name, width in merged.items() if width % 128}
     if wide:
         name, width = next(iter(wide.items()))
-        yield f"{len(wide)} layers are not a multiple of 128 wide, which vLLM's kernel needs: {name} has N = {width}"
+        yield (
+            f"{counted(len(wide), 'layer')} of a width that is no multiple of 128, which vLLM's kernel needs:"
+            f" {name} has N = {width}"
+        )
     if experts:
         yield (
-            f"{len(experts)} expert layers have a size that is no multiple of 256, which vLLM's kernel needs:"
+            f"{counted(len(experts), 'expert layer')} of a size that is no multiple of 256, which vLLM's kernel needs:"
             f" {experts[0]}"
         )
 

@@ -14,8 +14,8 @@ _SECONDS = 0.5
 """The longest that one pattern may take for one text."""
 _SECONDS_TOGETHER = 5.0
 """The longest that slow patterns may take for all texts."""
-_SLOW = 0.001
-"""Seconds. Patterns that people write take some millionths."""
+_SLOW = 0.01
+"""Seconds of processor time. Patterns that people write take some millionths."""
 _spent = 0.0
 
 
@@ -29,11 +29,11 @@ def matches(pattern: str, text: str, setting: str) -> bool:
 
     """
     global _spent  # noqa: PLW0603 - of all settings and checkpoints of a process
-    began = time.monotonic()
+    began = time.thread_time()
     try:
         with _time_limit():
             found = re.match(pattern, text) is not None
-        seconds = time.monotonic() - began
+        seconds = time.thread_time() - began
         _spent += seconds if seconds > _SLOW else 0.0
         if _spent > _SECONDS_TOGETHER:
             _spent = 0.0

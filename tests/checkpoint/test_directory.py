@@ -12,6 +12,7 @@ from checkpoint_edits import REMOVE, edit_json, snapshot, write_case
 from safetensors.torch import load_file, save_file
 
 from convert_w4a8.checkpoint.directory import INDEX, open_checkpoint, read_json
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError
 
 SHARDED = "awq-symmetric-fp16-sharded"
@@ -29,6 +30,18 @@ def redirect(path: Path, name: str, shard: object) -> None:
     edit_json(path / INDEX, "weight_map", **{name: shard})
 
 
+def replace_file(path: Path, make: Callable[[Path], object]) -> None:
+    """Put something else in a file's place."""
+    path.unlink()
+    make(path)
+
+
+def redirect_outside(path: Path) -> None:
+    """Let the index name a shard in the directory above, which exists."""
+    save_file({"x": torch.ones(1)}, path.parent / "x.safetensors")
+    redirect(path, "x", "../x.safetensors")
+
+
 @pytest.mark.parametrize("case", ["gptq-v1", SHARDED])
 def test_every_tensor_is_found_and_read(case: str, tmp_path: Path) -> None:
     """One file or shards: the tensors are those that the library reads, bit for bit, and sizes add up."""
@@ -38,7 +51,7 @@ def test_every_tensor_is_found_and_read(case: str, tmp_path: Path) -> None:
         expected |= load_file(file)
     checkpoint = open_checkpoint(source.path)
     assert checkpoint.tensors.keys() == expected.keys()
-    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in expected.items())
+    assert all(torch.equal(read_tensor(checkpoint.tensors[name]), tensor) for name, tensor in expected.items())
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in expected.values())
 
 
@@ -58,7 +71,7 @@ def test_opening_reads_headers_only(tmp_path: Path) -> None:
     os.truncate(file, header)
     os.truncate(file, size)  # a hole instead of the data
     checkpoint = open_checkpoint(source.path)
-    assert not checkpoint.read("model.embed_tokens.weight").any()
+    assert not read_tensor(checkpoint.tensors["model.embed_tokens.weight"]).any()
 
 
 # The index.
@@ -66,22 +79,22 @@ def test_opening_reads_headers_only(tmp_path: Path) -> None:
 BAD_INDEX: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "shard-absent": (lambda p: (p / SHARD_1).unlink(), SHARD_1, f"is named by {INDEX} but is absent"),
     "shard-a-directory": (
-        lambda p: ((p / SHARD_1).unlink(), (p / SHARD_1).mkdir()),
+        lambda p: replace_file(p / SHARD_1, Path.mkdir),
         SHARD_1,
         f"is named by {INDEX} but is absent",
     ),
     "shard-a-broken-link": (
-        lambda p: ((p / SHARD_1).unlink(), (p / SHARD_1).symlink_to("nowhere")),
+        lambda p: replace_file(p / SHARD_1, lambda shard: shard.symlink_to("nowhere")),
         SHARD_1,
         f"is named by {INDEX} but is absent",
     ),
     "shard-a-link-to-itself": (
-        lambda p: ((p / SHARD_1).unlink(), (p / SHARD_1).symlink_to(SHARD_1)),
+        lambda p: replace_file(p / SHARD_1, lambda shard: shard.symlink_to(SHARD_1)),
         SHARD_1,
         f"is named by {INDEX} but is absent",
     ),
     "parent-directory": (
-        lambda p: (save_file({"x": torch.ones(1)}, p.parent / "x.safetensors"), redirect(p, "x", "../x.safetensors")),
+        redirect_outside,
         "'../x.safetensors'",
         "is not the name of a safetensors file beside it",
     ),
@@ -152,9 +165,9 @@ def test_index_that_lies_is_refused(
     damage(source.path)
     with pytest.raises(ConvertError) as caught:
         open_checkpoint(source.path)
-    assert subject in caught.value.refusal.subject
-    assert reason in caught.value.refusal.reason
-    assert caught.value.refusal.remedy
+    assert subject in caught.value.problem.subject
+    assert reason in caught.value.problem.reason
+    assert caught.value.problem.remedy
 
 
 # No index.
@@ -179,9 +192,9 @@ def test_pickles_are_refused_unopened(file: str, tmp_path: Path) -> None:
     (source.path / file).write_bytes(pickle.dumps(Bomb(trace)))
     with pytest.raises(ConvertError) as caught:
         open_checkpoint(source.path)
-    assert file in caught.value.refusal.reason
-    assert "pickle can run code" in caught.value.refusal.reason
-    assert "safe_serialization=True" in caught.value.refusal.remedy
+    assert file in caught.value.problem.reason
+    assert "pickle can run code" in caught.value.problem.reason
+    assert "safe_serialization=True" in caught.value.problem.remedy
     assert not trace.exists()
 
 
@@ -233,7 +246,7 @@ def test_config_json_wins_over_quantize_config(tmp_path: Path) -> None:
 BAD_CONFIG: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "absent": (lambda p: (p / "config.json").unlink(), "config.json", "cannot be read (No such file or directory)"),
     "a-directory": (
-        lambda p: ((p / "config.json").unlink(), (p / "config.json").mkdir()),
+        lambda p: replace_file(p / "config.json", Path.mkdir),
         "config.json",
         "cannot be read (Is a directory)",
     ),
@@ -244,11 +257,6 @@ BAD_CONFIG: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "deep": (lambda p: (p / "config.json").write_text("[" * 10**5 + "]" * 10**5), "config.json", "is not valid JSON"),
     "a-list": (lambda p: (p / "config.json").write_text("[]"), "config.json", "does not hold a JSON object"),
     "a-number": (lambda p: (p / "config.json").write_text("4"), "config.json", "does not hold a JSON object"),
-    "not-quantized": (
-        lambda p: edit_json(p / "config.json", quantization_config=REMOVE),
-        "in",
-        "is not quantized: no quantization_config in config.json and no quantize_config.json",
-    ),
     "quantization-a-string": (
         lambda p: edit_json(p / "config.json", quantization_config="gptq"),
         "config.json: quantization_config",
@@ -271,9 +279,19 @@ def test_configuration_that_cannot_be_read_is_refused(
     damage(source.path)
     with pytest.raises(ConvertError) as caught:
         open_checkpoint(source.path)
-    assert caught.value.refusal.subject.endswith(subject)
-    assert reason in caught.value.refusal.reason
+    assert caught.value.problem.subject.endswith(subject)
+    assert reason in caught.value.problem.reason
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [REMOVE, None], ids=["absent", "null"])
+def test_a_checkpoint_need_not_be_quantized(value: object, tmp_path: Path) -> None:
+    """Whether one is wanted that is not is for the formats to say: it opens, with an empty quantization_config."""
+    source = write_case("gptq-v1", tmp_path / "in")
+    edit_json(source.path / "config.json", quantization_config=value)
+    checkpoint = open_checkpoint(source.path)
+    assert checkpoint.quantization_config == {}
+    assert "model.norm.weight" in checkpoint.tensors
 
 
 @pytest.mark.parametrize("kind", ["absent", "file"])
@@ -356,6 +374,7 @@ def test_hub_snapshot_of_links_is_the_same_checkpoint(case: str, tmp_path: Path)
     root = hub_snapshot(source.path, tmp_path / "models--org--name")
     plain, linked = open_checkpoint(source.path), open_checkpoint(root)
     assert linked.tensors.keys() == plain.tensors.keys()
-    assert all(torch.equal(linked.read(name), plain.read(name)) for name in plain.tensors)
+    for name, info in plain.tensors.items():
+        assert torch.equal(read_tensor(linked.tensors[name]), read_tensor(info))
     assert linked.side_files == plain.side_files
     assert snapshot(root) == snapshot(source.path)

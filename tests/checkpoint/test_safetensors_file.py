@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from convert_w4a8.checkpoint.safetensors_file import (
     TORCH_DTYPES,
-    Arena,
+    TensorInfo,
     TensorSpec,
     layout_file,
     read_header,
@@ -130,23 +131,6 @@ def test_round_trip(
     assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_an_arena_serves_one_layer_after_another(tmp_path: Path) -> None:
-    """Tensors that live at the same time share no byte; after `clear` the same memory comes again, grown once."""
-    tensors = {f"{i}": make_tensor("I32", (1000 + i,), i) for i in range(5)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    infos = read_header(tmp_path / "a.safetensors")[1]
-    arena, places = Arena(), []
-    for _ in range(3):
-        arena.clear()
-        found = {name: read_tensor(infos[name], arena) for name in tensors}
-        assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
-        assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
-        places.append([tensor.untyped_storage().data_ptr() for tensor in found.values()])
-    assert len(set(places[0])) == len(tensors)
-    assert len(set(places[1])) == 1
-    assert places[1] == places[2]
-
-
 def test_tensors_of_our_files_are_aligned(tmp_path: Path) -> None:
     """Each tensor begins at a multiple of its item size, whatever lies before it."""
     specs = [TensorSpec(f"{dtype}{i}", dtype, (2 * i + 1,)) for i in range(3) for dtype in DTYPES]
@@ -233,7 +217,22 @@ REFUSED: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "shape-overflows-64-bit": (
         lambda p: raw_file(p, {"a": entry(0, 4, (2**40, 2**40), "F32")}, bytes(4)),
         True,
-        "spans 4 bytes, not",
+        "'a' has an impossible size",
+    ),
+    "more-dimensions-than-torch-has": (
+        lambda p: raw_file(p, {"a": entry(0, 1, (1,) * 65)}, bytes(1)),
+        False,
+        "'a' has 65 dimensions",
+    ),
+    "brackets-without-tensors": (
+        lambda p: raw_file(p, b'{"a":[' + b"[]," * 1_100_000 + b"[]]}"),
+        True,
+        "header is not that of a safetensors file (1,100,002 times '[')",
+    ),
+    "commas-without-tensors": (
+        lambda p: raw_file(p, b'{"a":[' + b"0," * 1_100_000 + b"0]}"),
+        True,
+        "header is not that of a safetensors file (1,100,000 times ',')",
     ),
     "offset-overflows-64-bit": (
         lambda p: raw_file(p, {"a": entry(2**70, 2**70 + 4)}, bytes(4)),
@@ -267,8 +266,8 @@ def test_damaged_file_is_refused(
     make(path)
     with pytest.raises(ConvertError) as caught:
         read_header(path)
-    assert caught.value.refusal.subject.startswith(str(path))
-    assert reason in caught.value.refusal.reason
+    assert caught.value.problem.subject.startswith(str(path))
+    assert reason in caught.value.problem.reason
     assert "\n" not in str(caught.value)
     if library_refuses:
         with pytest.raises((SafetensorError, OSError)), safe_open(path, "pt") as handle:
@@ -297,6 +296,12 @@ def test_what_the_library_refuses_is_refused(header: bytes, data: bytes, tmp_pat
         handle.keys()
     with pytest.raises(ConvertError):
         read_header(path)
+
+
+def test_as_many_dimensions_as_torch_has_are_read(tmp_path: Path) -> None:
+    """64 of them, which the table's file has one too many of."""
+    path = raw_file(tmp_path / "a.safetensors", {"a": entry(0, 1, (1,) * 64)}, b"\x07")
+    assert read_tensor(read_header(path)[1]["a"]).flatten().tolist() == [7]
 
 
 def test_the_good_file_of_the_table_is_accepted(tmp_path: Path) -> None:
@@ -329,6 +334,62 @@ def test_any_damage_is_refused_or_harmless(data: st.DataObject, tmp_path_factory
         assert read_tensor(info).numel() == math.prod(info.shape)
 
 
+# Parts of a tensor.
+
+WHOLE = ("F16", (4, 3, 5))
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> tuple[TensorInfo, torch.Tensor]:
+    """Write a file with a tensor between two others; return where it lies, and its values."""
+    tensors = {"a": make_tensor("F16", (7,), 1), "experts": make_tensor(*WHOLE), "z": make_tensor("U8", (3,), 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    return read_header(tmp_path / "a.safetensors")[1]["experts"], tensors["experts"]
+
+
+def test_rows_of_a_tensor_are_read_alone(experts: tuple[TensorInfo, torch.Tensor]) -> None:
+    """Every row, every run of rows, and parts of parts are the slices that torch makes of the whole."""
+    info, tensor = experts
+    for start in range(4):
+        row = info.part(start)
+        assert (row.name, row.dtype, row.shape, row.whole) == ("experts", "F16", (3, 5), info)
+        assert same_bits(read_tensor(row), tensor[start])
+        for stop in range(start + 1, 5):
+            part = info.part(start, stop)
+            assert (part.shape, part.whole) == ((stop - start, 3, 5), info)
+            assert part.nbytes == tensor[start:stop].nbytes
+            assert same_bits(read_tensor(part), tensor[start:stop])
+            assert same_bits(read_tensor(part.part(stop - start - 1)), tensor[stop - 1])
+            assert part.part(0).whole == info
+        for inner in range(3):
+            assert same_bits(read_tensor(row.part(inner)), tensor[start, inner])
+    assert sum(info.part(i).nbytes for i in range(4)) == info.nbytes
+
+
+def test_a_part_is_read_from_an_offset(experts: tuple[TensorInfo, torch.Tensor]) -> None:
+    """Offsets count from the beginning of the part."""
+    info, tensor = experts
+    buffer = torch.empty(6, dtype=torch.uint8)
+    read_into(info.part(2), buffer, 10)
+    assert torch.equal(buffer, tensor[2].flatten().view(torch.uint8)[10:16])
+
+
+@pytest.mark.parametrize("rows", [(-1,), (4,), (0, 0), (2, 1), (0, 5), (-1, 2), (4, 5)], ids=str)
+def test_rows_that_there_are_not_are_a_bug(rows: tuple[int, ...], experts: tuple[TensorInfo, torch.Tensor]) -> None:
+    """A part never reaches into the tensor behind it."""
+    with pytest.raises(IndexError, match=r"experts \[4, 3, 5\] has no rows"):
+        experts[0].part(*rows)
+
+
+def test_a_number_has_no_rows(tmp_path: Path) -> None:
+    """A tensor without dimensions cannot be cut."""
+    with pytest.raises(IndexError, match="has no rows"):
+        TensorInfo("scalar", "F32", (), tmp_path, 0).part(0)
+
+
+# What changes after the header was read.
+
+
 def test_a_file_that_shrank_is_noticed(tmp_path: Path) -> None:
     """A tensor that ends beyond the end of the file is an error, not garbage."""
     path = tmp_path / "a.safetensors"
@@ -352,8 +413,6 @@ def test_a_file_that_vanished_is_noticed(tmp_path: Path) -> None:
 
 def test_reading_goes_on_after_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operating system that returns seven bytes at a time still gives the whole tensor."""
-    import os
-
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: whole(fd, [views[0][:7]], offset))
     tensor = torch.arange(50)

@@ -1,22 +1,22 @@
-"""The checkpoint writer: whole or nothing, any order, any thread; files that the safetensors library reads."""
+"""The checkpoint writer: whole or nothing; what is finished is kept for the next time, if it can be trusted."""
 
-import itertools
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_edits import snapshot
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from convert_w4a8.checkpoint import writer
+from convert_w4a8.checkpoint import shards
 from convert_w4a8.checkpoint.disk import check_destination
+from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
 from convert_w4a8.checkpoint.writer import CheckpointWriter
@@ -33,18 +33,31 @@ TENSORS = {
 SPECS = tuple(TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in TENSORS.items())
 
 
+def write_files(w: CheckpointWriter, plans: Iterable[ShardPlan], layers: Mapping[str, object] | None = None) -> None:
+    """Write those of some files that are not finished yet, from TENSORS, and hand them over with notes on layers."""
+    for plan in plans:
+        if plan.file_name not in w.unfinished:
+            continue
+        shard = w.shard_writer(plan.file_name)
+        for spec in plan.specs:
+            shard.write(spec.name, [TENSORS[spec.name]])
+        w.finish(shard, layers or {})
+
+
 def write_all(out: Path, *, max_shard_size: int = 1 << 30, overwrite: bool = False) -> None:
     """Write and commit TENSORS."""
-    with CheckpointWriter(out, plan_shards(SPECS, max_shard_size), overwrite=overwrite) as w:
-        for name, tensor in TENSORS.items():
-            w.write(name, [tensor])
+    plans = plan_shards(SPECS, max_shard_size)
+    with CheckpointWriter(out, plans, overwrite=overwrite) as w:
+        write_files(w, plans)
         w.commit()
 
 
 def fail_half_way(out: Path, *, overwrite: bool = False) -> None:
-    """Raise RuntimeError when some of TENSORS are written."""
-    with CheckpointWriter(out, plan_shards(SPECS, 40), overwrite=overwrite) as w:
-        w.write("a.weight", [TENSORS["a.weight"]])
+    """Raise RuntimeError when some of TENSORS are written, but no file is finished."""
+    plans = plan_shards(SPECS, 40)
+    with CheckpointWriter(out, plans, overwrite=overwrite) as w:
+        shard = w.shard_writer(plans[1].file_name)
+        shard.write(plans[1].specs[0].name, [TENSORS[plans[1].specs[0].name]])
         w.write_json("config.json", {})
         raise RuntimeError("half-way")
 
@@ -60,34 +73,6 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(
         a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
     )
-
-
-# Shards.
-
-
-@given(sizes=st.lists(st.integers(0, 50), max_size=30), limit=st.integers(1, 100))
-def test_shards_hold_every_tensor_once_in_order_under_the_limit(sizes: list[int], limit: int) -> None:
-    """No tensor is lost, doubled or moved; a shard is over the limit only if it has a single tensor that is."""
-    specs = [TensorSpec(f"t{i}", "U8", (size,)) for i, size in enumerate(sizes)]
-    shards = plan_shards(specs, limit)
-    assert [spec for shard in shards for spec in shard.specs] == specs
-    for shard in shards:
-        assert shard.nbytes == sum(spec.nbytes for spec in shard.specs)
-        assert shard.nbytes <= limit or sum(spec.nbytes > 0 for spec in shard.specs) == 1
-    names = [shard.file_name for shard in shards]
-    if len(shards) == 1:
-        assert names == ["model.safetensors"]
-    else:
-        assert names == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for shard, following in itertools.pairwise(shards):
-        assert shard.nbytes + following.specs[0].nbytes > limit
-
-
-def test_a_tensor_that_fits_exactly_stays_in_the_shard() -> None:
-    """The limit itself is allowed."""
-    specs = [TensorSpec("a", "U8", (5,)), TensorSpec("b", "U8", (5,))]
-    assert len(plan_shards(specs, 10)) == 1
-    assert len(plan_shards(specs, 9)) == 2
 
 
 # What is written.
@@ -119,65 +104,13 @@ def test_shards_with_index(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in TENSORS.values())
 
 
-def test_tensors_that_are_not_contiguous_are_written_as_they_look(tmp_path: Path) -> None:
-    """A transposed view is stored in the order of its own shape."""
-    tensor = torch.arange(6, dtype=torch.int32).view(2, 3)
-    with CheckpointWriter(tmp_path / "out", plan_shards([TensorSpec("t", "I32", (3, 2))], 100)) as w:
-        w.write("t", [tensor.t()])
-        w.commit()
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["t"], tensor.t())
-
-
-@pytest.mark.parametrize("rows", [(3,), (1, 2), (0, 1, 0, 1, 1)], ids=str)
-def test_a_tensor_may_come_in_parts(rows: tuple[int, ...], tmp_path: Path) -> None:
-    """Parts lie one behind the other."""
-    tensor = torch.arange(12, dtype=torch.int32).view(3, 4)
-    with CheckpointWriter(tmp_path / "out", plan_shards([TensorSpec("t", "I32", (3, 4))], 100)) as w:
-        w.write("t", tensor.split(rows))
-        w.commit()
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["t"], tensor)
-
-
-def test_many_threads_write_pieces_in_any_order(tmp_path: Path) -> None:
-    """Whole tensors and pieces of tensors, from eight threads, land where they belong."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"t{i}": torch.randint(0, 256, (3001 + i,), dtype=torch.uint8, generator=generator) for i in range(60)}
-    specs = [TensorSpec(name, "U8", tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with CheckpointWriter(tmp_path / "out", plan_shards(specs, 50_000)) as w:
-
-        def write(name: str) -> None:
-            tensor = tensors[name]
-            if int(name[1:]) % 2:
-                w.write(name, [tensor])
-                return
-            for start in reversed(range(0, len(tensor), 500)):
-                w.write_bytes(name, tensor[start : start + 500].numpy().data, start)
-            w.mark_written(name)
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(write, reversed(tensors)))
-        w.commit()
-    found: dict[str, torch.Tensor] = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        found |= load_file(file)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-
-
-def test_writing_goes_on_after_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operating system that takes five bytes at a time still gets them all."""
-    whole = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: whole(fd, data[:5], offset))
-    write_all(tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(same_bytes(found[name], tensor) for name, tensor in TENSORS.items())
-
-
 def test_json_and_side_files(tmp_path: Path) -> None:
     """JSON is UTF-8 and readable; side files keep their bytes and their sub-directories."""
     content = bytes(range(256)) * 3
     (tmp_path / "source").write_bytes(content)
-    with CheckpointWriter(tmp_path / "out", plan_shards([], 1)) as w:
+    plans = plan_shards([], 1)
+    with CheckpointWriter(tmp_path / "out", plans) as w:
+        write_files(w, plans)
         w.write_json("config.json", {"name": "é", "list": [1, 2]})
         w.copy_file(tmp_path / "source", Path("assets/deep/a.bin"))
         w.commit()
@@ -209,43 +142,37 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
 
 def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     """Only `commit` makes OUT appear."""
-    with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w:
-        for name, tensor in TENSORS.items():
-            w.write(name, [tensor])
+    plans = plan_shards(SPECS, 40)
+    with CheckpointWriter(tmp_path / "out", plans) as w:
+        write_files(w, plans)
+        w.wait()
+        assert not w.unfinished
         assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_commit_refuses_missing_tensors(tmp_path: Path) -> None:
-    """A tensor that was never written, or only in part, is named; OUT does not appear."""
-    with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w:
-        for name, tensor in TENSORS.items():
-            if name != "b.weight":
-                w.write(name, [tensor])
-        w.write_bytes("b.weight", memoryview(bytes(8)), 0)
-        with pytest.raises(ValueError, match=r"never written: \['b\.weight'\]"):
+def test_commit_refuses_missing_files(tmp_path: Path) -> None:
+    """A file that was never handed over is named; OUT does not appear."""
+    plans = plan_shards(SPECS, 40)
+    with CheckpointWriter(tmp_path / "out", plans) as w:
+        write_files(w, plans[1:])
+        with pytest.raises(ValueError, match=r"never finished: \['model-00001-of-00003\.safetensors'\]"):
             w.commit()
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.zeros(3, 4),
-        torch.zeros(4, 3, dtype=torch.int32),
-        torch.zeros(12, dtype=torch.int32),
-        torch.zeros(2, 4, dtype=torch.int32),
-        torch.zeros(4, 4, dtype=torch.int32),
-    ],
-    ids=["dtype", "transposed", "flat", "short", "long"],
-)
-def test_a_tensor_that_differs_from_the_plan_is_a_bug(tensor: torch.Tensor, tmp_path: Path) -> None:
-    """Dtype and shape must be the planned ones: the header is already written."""
-    with (
-        CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w,
-        pytest.raises(ValueError, match=r"b\.weight is .*planned I32 \(3, 4\)"),
-    ):
-        w.write("b.weight", [tensor])
+def test_commit_refuses_missing_tensors(tmp_path: Path) -> None:
+    """A file that lacks a tensor, or part of one, is not finished, and OUT does not appear."""
+    plans = plan_shards(SPECS, 40)
+    with CheckpointWriter(tmp_path / "out", plans) as w:
+        write_files(w, plans[1:])
+        shard = w.shard_writer(plans[0].file_name)
+        with pytest.raises(ValueError, match="is shorter than planned"):
+            shard.write("b.weight", [TENSORS["b.weight"][:2]])
+        w.finish(shard, {})
+        with pytest.raises(ValueError, match=r"never written: \['b\.weight'\]"):
+            w.commit()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,9 +193,9 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", recording_sync)
     monkeypatch.setattr(Path, "rename", recording_rename)
     (tmp_path / "side").write_bytes(b"x")
-    with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 40)) as w:
-        for name, tensor in TENSORS.items():
-            w.write(name, [tensor])
+    plans = plan_shards(SPECS, 40)
+    with CheckpointWriter(tmp_path / "out", plans) as w:
+        write_files(w, plans)
         w.copy_file(tmp_path / "side", Path("side.txt"))
         w.write_json("config.json", {})
         w.commit()
@@ -317,9 +244,9 @@ def test_overwrite_keeps_the_old_output_until_commit(tmp_path: Path) -> None:
 
 def test_output_that_was_taken_meanwhile_is_kept(tmp_path: Path) -> None:
     """Someone else's files that appear at OUT during the work are not replaced, and ours leave no trace."""
-    with CheckpointWriter(tmp_path / "out", plan_shards(SPECS, 1000)) as w:
-        for name, tensor in TENSORS.items():
-            w.write(name, [tensor])
+    plans = plan_shards(SPECS, 1000)
+    with CheckpointWriter(tmp_path / "out", plans) as w:
+        write_files(w, plans)
         make_old(tmp_path / "out")
         with pytest.raises(ConvertError, match="is not empty"):
             w.commit()
@@ -408,8 +335,164 @@ def test_a_flush_that_fails_in_the_background_fails_the_commit(tmp_path: Path, m
     def failing(_descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(shards, "_FLUSH_BYTES", 1)
     monkeypatch.setattr(os, "fdatasync", failing)
     with pytest.raises(DiskError, match="Input/output error"):
         write_all(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_went_wrong_in_the_background_is_told_at_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full is noticed before the rest of a hundred gigabytes is converted."""
+    plans, taken = plan_shards(SPECS, 40), []
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".safetensors":
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    def write_one_by_one() -> None:
+        with CheckpointWriter(tmp_path / "out", plans) as w:
+            monkeypatch.setattr(os, "fsync", full)
+            for plan in plans:
+                write_files(w, [plan])
+                taken.append(plan.file_name)
+                w._background[0].exception()  # it is over
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to name descriptors")
+    with pytest.raises(DiskError, match="No space left"):
+        write_one_by_one()
+    assert taken == [plans[0].file_name]
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is kept of one that was interrupted.
+
+FINGERPRINTS = {f"model-0000{i}-of-00003.safetensors": f"shard {i}" for i in (1, 2, 3)}
+
+
+def read_journal(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of a journal, each of which has a checksum before it."""
+    found = []
+    for line in (work_path(out) / "journal").read_bytes().splitlines():
+        sum_, _, text = line.partition(b" ")
+        assert int(sum_, 16) == zlib.crc32(text)
+        found.append(json.loads(text))
+    return found
+
+
+def write_journal(out: Path, entries: Iterable[Mapping[str, Any]], *, with_sums: bool = True) -> None:
+    """Write lines of a journal."""
+    texts = [json.dumps(entry).encode() for entry in entries]
+    lines = [b"%08x %s\n" % (zlib.crc32(text), text) if with_sums else text + b"\n" for text in texts]
+    (work_path(out) / "journal").write_bytes(b"".join(lines))
+
+
+def interrupted(out: Path, count: int = 2) -> tuple[ShardPlan, ...]:
+    """Finish some of three files, and then be interrupted; return the plan of all."""
+    plans = plan_shards(SPECS, 40)
+
+    def write() -> None:
+        with CheckpointWriter(out, plans, fingerprint={"a": 1}, fingerprints=FINGERPRINTS) as w:
+            for number, plan in enumerate(plans[:count]):
+                write_files(w, [plan], {f"layer {number}": {"noise": number / 3}, "both": number})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    return plans
+
+
+def test_finished_files_and_notes_are_kept(tmp_path: Path) -> None:
+    """What is finished is not written again, and what was noted of its layers is there; the end is the same bytes."""
+    write_all(tmp_path / "whole", max_shard_size=40)
+    plans = interrupted(tmp_path / "out")
+    directory = work_path(tmp_path / "out") / "checkpoint"
+    before = {path.name: path.stat().st_ino for path in directory.iterdir()}
+    assert before.keys() == {plan.file_name for plan in plans[:2]}
+    with CheckpointWriter(tmp_path / "out", plans, fingerprint={"a": 1}, fingerprints=FINGERPRINTS, resume=True) as w:
+        assert w.unfinished == [plans[2].file_name]
+        assert w.layers == {"layer 0": {"noise": 0.0}, "layer 1": {"noise": 1 / 3}, "both": 1}
+        write_files(w, plans, {"layer 2": None})
+        w.commit()
+        assert w.layers == {"layer 0": {"noise": 0.0}, "layer 1": {"noise": 1 / 3}, "both": 1, "layer 2": None}
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in before} == before
+
+
+def test_a_file_of_another_fingerprint_is_written_again(tmp_path: Path) -> None:
+    """What a file is made of may change although the conversion as a whole claims to be the same."""
+    plans = interrupted(tmp_path / "out")
+    changed = {**FINGERPRINTS, plans[0].file_name: "another"}
+    with CheckpointWriter(tmp_path / "out", plans, fingerprint={"a": 1}, fingerprints=changed, resume=True) as w:
+        assert w.unfinished == [plans[0].file_name, plans[2].file_name]
+        assert w.layers == {"layer 1": {"noise": 1 / 3}, "both": 1}
+        assert [path.name for path in w.directory.iterdir()] == [plans[1].file_name]
+        write_files(w, plans)
+        w.commit()
+    assert load_file(tmp_path / "out" / plans[0].file_name).keys() == {"b.weight"}
+
+
+def test_the_journal_may_be_written_again(tmp_path: Path) -> None:
+    """What the tests below change is what counts: the same lines are trusted."""
+    plans = interrupted(tmp_path / "out")
+    write_journal(tmp_path / "out", read_journal(tmp_path / "out"))
+    assert resumed(tmp_path / "out", plans) == [plans[2].file_name]
+
+
+def resumed(out: Path, plans: tuple[ShardPlan, ...]) -> list[str]:
+    """Go on with a conversion; return what is not finished, of which nothing is left."""
+    with CheckpointWriter(out, plans, fingerprint={"a": 1}, fingerprints=FINGERPRINTS, resume=True) as w:
+        finished = {plan.file_name for plan in plans} - set(w.unfinished)
+        assert {path.name for path in w.directory.iterdir()} == finished
+        assert bool(w.layers) == bool(finished)
+        return w.unfinished
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_a_journal_of_the_earlier_form_is_not_trusted(with_sums: bool, tmp_path: Path) -> None:
+    """Lines without the fingerprint of a shard, or without their checksum, as they were once: it begins again."""
+    plans = interrupted(tmp_path / "out")
+    lines = [{key: value for key, value in line.items() if key != "shard"} for line in read_journal(tmp_path / "out")]
+    write_journal(tmp_path / "out", [*lines, {"layer": "x", "value": None}], with_sums=with_sums)
+    assert resumed(tmp_path / "out", plans) == [plan.file_name for plan in plans]
+
+
+def test_a_journal_without_checksums_is_not_trusted(tmp_path: Path) -> None:
+    """Whole lines of JSON count only with the checksum that they were written with."""
+    plans = interrupted(tmp_path / "out")
+    write_journal(tmp_path / "out", read_journal(tmp_path / "out"), with_sums=False)
+    assert resumed(tmp_path / "out", plans) == [plan.file_name for plan in plans]
+
+
+def test_a_line_that_changed_ends_the_journal(tmp_path: Path) -> None:
+    """One digit of one checksum of a piece is enough; what stands before it is trusted, and nothing behind it."""
+    plans = interrupted(tmp_path / "out")
+    journal = work_path(tmp_path / "out") / "journal"
+    head, first, second = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(head + first + second.replace(b'"pieces": [[0', b'"pieces": [[1'))
+    assert resumed(tmp_path / "out", plans) == [plans[1].file_name, plans[2].file_name]
+    assert second.count(b'"pieces": [[0') == 1
+
+
+def test_the_journal_has_a_line_for_each_finished_file(tmp_path: Path) -> None:
+    """Its form is what the next process relies on."""
+    plans = interrupted(tmp_path / "out", count=1)
+    (shard,) = [plan for plan in plans if plan.file_name == "model-00001-of-00003.safetensors"]
+    first, second = read_journal(tmp_path / "out")
+    assert first == {"fingerprint": {"a": 1}}
+    assert second.keys() == {"file", "shard", "pieces", "layers"}
+    assert (second["file"], second["shard"]) == (shard.file_name, "shard 1")
+    assert second["layers"] == {"layer 0": {"noise": 0.0}, "both": 0}
+    size = (work_path(tmp_path / "out") / "checkpoint" / shard.file_name).stat().st_size
+    assert sum(length for _, length, _ in second["pieces"]) == size
+
+
+def test_nothing_finished_is_nothing_to_keep(tmp_path: Path) -> None:
+    """An interrupt before the first file is finished leaves no trace."""
+    interrupted(tmp_path / "out", count=0)
+    assert list(tmp_path.iterdir()) == []

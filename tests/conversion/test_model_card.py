@@ -18,9 +18,10 @@ from convert_w4a8.cli.convert import convert_command as convert
 from convert_w4a8.cli.main import main
 from convert_w4a8.conversion.model_card import hub_id, model_card
 from convert_w4a8.conversion.plan import make_plan
-from convert_w4a8.conversion.run import convert as run
+from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.quantization.layer import LayerStats
+from convert_w4a8.version import INSTALL_NOTE, install_command
 
 SOURCE_CARD = """\
 ---
@@ -72,7 +73,7 @@ def card(source: Path) -> Any:
 
 def metadata(card: str) -> dict[str, Any]:
     """Read a card's metadata as huggingface_hub does."""
-    found: dict[str, Any] = huggingface_hub.ModelCard(card).data.to_dict()
+    found: dict[str, Any] = huggingface_hub.ModelCard(card).data.to_dict()  # type: ignore[no-untyped-call]
     return found
 
 
@@ -164,7 +165,9 @@ def test_card_of_the_source_stays_below_ours(card: Any) -> None:
 def test_how_to_serve(card: Any) -> None:
     """Each format says what it needs: the plugin, and what is seen without it; or nothing."""
     lut, stock = card(format="lut"), card(format="compressed-tensors")
-    assert "pip install w4a8-convert " in lut
+    assert install_command() in lut
+    assert INSTALL_NOTE in lut
+    assert "pip install w4a8-convert" not in lut  # the package index does not know the name: anybody could claim it
     assert "`Unknown quantization method: w4a8_lut`" in lut
     assert "--format compressed-tensors" in lut
     assert "pip install" not in stock
@@ -206,7 +209,7 @@ def test_names_cannot_break_the_table(source: Path) -> None:
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, Options())
     evil = replace(plan, layers=(replace(plan.layers[0], module="a|b`\nc"),))
-    assert table(model_card(checkpoint, evil, [LayerStats(True, 1.0, 0.1, 1)]))["worst layer"] == "`a?b??c`, 10.0 dB"
+    assert table(model_card(checkpoint, evil, [LayerStats(True, 1.0, 0.1, 1)]))["worst layer"] == r"`a?b?\nc`, 10.0 dB"
 
 
 # In a conversion.
@@ -234,7 +237,7 @@ def test_conversion_writes_the_card_that_verification_confirms(case: str, tmp_pa
     rows = table(text)
     layers = verified["layers"]
     assert rows["layers converted"] == f"{len(layers)} layers"
-    assert rows["INT4 codes kept, value for value"] == f"{sum(layer['exact'] for layer in layers)} layers"
+    assert rows["INT4 codes kept, value for value"] == f"{sum(layer['codes_kept'] for layer in layers)} layers"
     assert ("new INT4 codes" in rows) == case_named(case).requantized
     assert ("kept in BF16" in rows) == bool(case_named(case).dequantized)
     worst = min(layer["sqnr_db"] for layer in layers)
@@ -256,5 +259,5 @@ def test_card_depends_on_nothing_but_the_conversion(source: Path, tmp_path: Path
     checkpoint: Checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, Options())
     for name in ("a", "b"):
-        run(checkpoint, plan, tmp_path / name, device=torch.device("cpu"))
+        carry_out(checkpoint, plan, tmp_path / name, device=torch.device("cpu"))
     assert (tmp_path / "a" / "README.md").read_bytes() == (tmp_path / "b" / "README.md").read_bytes()

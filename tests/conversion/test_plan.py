@@ -1,15 +1,21 @@
 """The plan: from headers alone, all problems at once, and figures that hold."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors, snapshot, write_case
-from factories import CASES, Case, Checkpoint, Options
+from checkpoint_edits import (
+    Tensors,
+    edit_json,
+    edit_quantization,
+    edit_tensors,
+    set_zero_point,
+    snapshot,
+    write_case,
+)
+from factories import CASES, SEVENS, Case, Checkpoint, Options
 from factories.formats import Awq, CompressedTensors, Gptq
 from factories.layers import Scheme
 from factories.models import Model, llama, qwen3_moe
@@ -62,7 +68,7 @@ def _check_accounts(case: Case, source: Checkpoint, options: PlanOptions) -> Non
     """Check the plan of one case."""
     checkpoint = open_checkpoint(source.path)
     p = make_plan(checkpoint, options)
-    inputs = [name for layer in p.layers for name in layer.spec.parts.values()] + [t.info.name for t in p.tensors]
+    inputs = [part.name for layer in p.layers for part in layer.spec.parts.values()] + [t.info.name for t in p.tensors]
     assert sorted(inputs) == sorted(checkpoint.tensors)
     outputs = [spec for layer in p.layers for spec in layer.specs] + [tensor.output for tensor in p.tensors]
     names = [spec.name for spec in outputs]
@@ -73,14 +79,14 @@ def _check_accounts(case: Case, source: Checkpoint, options: PlanOptions) -> Non
     assert p.disk_nbytes == p.nbytes_out + sum((source.path / name).stat().st_size for name in checkpoint.side_files)
     kept = {layer.spec.name for layer in p.layers if layer.dequantize}
     assert kept == {name for name in source.layers if name.endswith(case.dequantized or ("\0",))}
-    assert sum(kinds(p)[kind] for kind in ("dense", "expert", "dequantized")) == len(source.layers)
+    assert kinds(p)["converted"] + kinds(p)["in_bf16"] == len(source.layers)
     assert not any(spec.dtype == "F16" for spec in outputs)
 
 
 # What is refused, all at once, each with its remedy.
 
 
-def test_all_refusals_come_together(tmp_path: Path) -> None:
+def test_all_problems_come_together(tmp_path: Path) -> None:
     """Every layer that cannot be converted is named, not the first only, with a reason and a remedy each."""
     form = CompressedTensors(
         {
@@ -92,7 +98,7 @@ def test_all_refusals_come_together(tmp_path: Path) -> None:
     source = written_as(form, llama(kv_dim=136), tmp_path / "in")
     edit_quantization(source.path, kv_cache_scheme={"num_bits": 8}, transform_config={"x": 1})
     found = problems(source, scales=ScalesMode.REFERENCE)
-    reasons = {refusal.subject: refusal.reason for refusal in found}
+    reasons = {problem.subject: problem.reason for problem in found}
     for layer in (0, 1):
         prefix = f"model.layers.{layer}"
         assert reasons[f"{prefix}.mlp.down_proj"].startswith("has 8 bits")
@@ -102,7 +108,7 @@ def test_all_refusals_come_together(tmp_path: Path) -> None:
     assert reasons["quantization_config: kv_cache_scheme"] == "is not part of --format lut"
     assert "rotations" in reasons["quantization_config: transform_config"]
     assert len(found) == len(reasons) == 10
-    assert all(refusal.remedy and refusal.reason for refusal in found)
+    assert all(problem.remedy and problem.reason for problem in found)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +120,11 @@ def test_all_refusals_come_together(tmp_path: Path) -> None:
     ],
 )
 def test_the_remedy_helps(case: str, option: dict[str, Any], remedy: str, tmp_path: Path) -> None:
-    """The option that a refusal names makes the plan pass."""
+    """The option that a problem names makes the plan pass."""
     source = write_case(case, tmp_path / "in")
     found = problems(source)
     assert found
-    assert all(remedy in refusal.remedy for refusal in found)
+    assert all(remedy in problem.remedy for problem in found)
     assert plan(source, PlanOptions(**option)).layers
 
 
@@ -157,8 +163,8 @@ def test_parts_without_their_layer_are_refused(case: str, lost: str, tmp_path: P
 
     edit_tensors(source.path, damage)
     found = problems(source)
-    assert sorted(refusal.subject for refusal in found) == sorted(left)
-    assert {refusal.reason for refusal in found} == {"belongs to no quantized layer"}
+    assert sorted(problem.subject for problem in found) == sorted(left)
+    assert {problem.reason for problem in found} == {"belongs to no quantized layer"}
 
 
 def test_a_packed_layer_with_a_plain_weight_beside_it_is_refused(tmp_path: Path) -> None:
@@ -180,18 +186,18 @@ def test_a_packed_layer_with_a_plain_weight_beside_it_is_refused(tmp_path: Path)
         ("ct-w4a16", {"config_groups": [1]}, "quantization_config: config_groups"),
     ],
 )
-def test_one_wrong_setting_is_one_refusal(case: str, changes: dict[str, Any], subject: str, tmp_path: Path) -> None:
+def test_one_wrong_setting_is_one_problem(case: str, changes: dict[str, Any], subject: str, tmp_path: Path) -> None:
     """A setting that is wrong for all layers is said once, and does not make their tensors orphans."""
     source = write_case(case, tmp_path / "in")
     edit_quantization(source.path, **changes)
-    assert [refusal.subject for refusal in problems(source)] == [subject]
+    assert [problem.subject for problem in problems(source)] == [subject]
 
 
 def test_a_damaged_layer_is_not_also_an_orphan(tmp_path: Path) -> None:
     """A layer that is refused for its scales is not refused again for each of its other tensors."""
     source = write_case("gptq-v1", tmp_path / "in")
     edit_tensors(source.path, lambda t: t.pop("model.layers.0.mlp.up_proj.scales"))
-    assert [refusal.subject for refusal in problems(source)] == ["model.layers.0.mlp.up_proj.scales"]
+    assert [problem.subject for problem in problems(source)] == ["model.layers.0.mlp.up_proj.scales"]
 
 
 def test_two_tensors_of_one_output_name_are_refused(tmp_path: Path) -> None:
@@ -238,7 +244,7 @@ def test_merged_layers_are_kept_together(tmp_path: Path) -> None:
         assert reasons[f"{prefix}.o_proj"] is None
         assert {f"{prefix}.{name}" for name in ("q_proj", "k_proj", "v_proj")} <= set(p.ignore)
         assert f"{prefix}.o_proj" not in p.ignore
-        (output,) = next(item.outputs for item in p.layers if item.module == f"{prefix}.q_proj")
+        (output,) = next(item.specs for item in p.layers if item.module == f"{prefix}.q_proj")
         assert (output.name, output.dtype, output.shape) == (f"{prefix}.q_proj.weight", "BF16", (256, 256))
 
 
@@ -258,7 +264,7 @@ def test_lm_head_is_kept_without_being_asked(tmp_path: Path) -> None:
     source = write_case("gptq-lm-head", tmp_path / "in")
     p = plan(source, PlanOptions())
     assert {layer.module for layer in p.layers if layer.dequantize} == {"lm_head"}
-    assert kinds(p)["dequantized"] == 1
+    assert kinds(p)["in_bf16"] == 1
 
 
 @pytest.mark.parametrize(
@@ -298,100 +304,6 @@ def test_mixtral_gets_the_names_that_vllm_loads(tmp_path: Path) -> None:
     assert outputs["model.norm.weight"] == "model.norm.weight"
 
 
-# Figures.
-
-
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("gptq-v1", {"dense": 14, "expert": 0, "exact": 14, "requantized": 0, "dequantized": 0}),
-        ("gptq-qwen3-moe-sharded", {"dense": 8, "expert": 24, "exact": 32, "requantized": 0, "dequantized": 0}),
-        ("gptq-g32", {"dense": 14, "expert": 0, "exact": 0, "requantized": 14, "dequantized": 0}),
-        ("awq-odd-n", {"dense": 8, "expert": 0, "exact": 8, "requantized": 0, "dequantized": 6}),
-        ("awq-zero-points", {"dense": 14, "expert": 0, "exact": 0, "requantized": 14, "dequantized": 0}),
-    ],
-)
-def test_layers_are_counted_by_what_becomes_of_them(case: str, expected: dict[str, int], tmp_path: Path) -> None:
-    """Dense, expert, exact, requantized, dequantized."""
-    assert dict(kinds(plan(write_case(case, tmp_path / "in")))) == expected
-
-
-def test_serving_memory_by_hand(tmp_path: Path) -> None:
-    """Half a byte a weight, 8 bytes a group, 4 a channel; what stays in BF16 takes two bytes a weight."""
-    source = write_case("awq-odd-n", tmp_path / "in")
-    quantized = [(256, 256), (512, 256), (512, 256), (256, 512)]  # o, gate, up, down
-    kept = [(256, 256), (136, 256), (136, 256)]  # q, k, v
-    a_layer = sum(n * k // 2 + 8 * n * k // 128 + 4 * n for n, k in quantized) + sum(2 * n * k for n, k in kept)
-    norms = 5 * 256 * 2
-    embeddings = 64 * 256 * 2
-    assert plan(source).serving_nbytes == 2 * a_layer + norms + embeddings
-
-
-@pytest.mark.parametrize("limit", [1, 50_000, 300_000, 10**9])
-def test_shards_are_cut_at_the_limit(limit: int, tmp_path: Path) -> None:
-    """The sizes of the planned shards keep to --max-shard-size, unless one tensor alone is larger."""
-    p = plan(write_case("gptq-v1", tmp_path / "in"), PlanOptions(max_shard_size=limit))
-    assert all(shard.nbytes <= limit or len(shard.specs) == 1 for shard in p.shards)
-    assert len(p.shards) >= min(ceil(p.nbytes_out / limit), len([spec for shard in p.shards for spec in shard.specs]))
-
-
-def test_layers_come_in_natural_order(tmp_path: Path) -> None:
-    """layers.2 before layers.10, so that a shard holds layers that follow each other."""
-    model = llama()
-    model.linears.update({f"model.layers.{i}.self_attn.o_proj": (256, 256) for i in (10, 2)})
-    p = plan(written_as(Gptq(), model, tmp_path / "in"))
-    order = [layer.module for layer in p.layers if layer.module.endswith("o_proj")]
-    assert order == [f"model.layers.{i}.self_attn.o_proj" for i in (0, 1, 2, 10)]
-
-
-@pytest.mark.parametrize("name", ["", "7", "a", "a.10.b", "10a", "²", "a.².b", "٣.x", "layers.007"])
-def test_any_name_can_be_sorted(name: str) -> None:
-    """Digits of other scripts and superscripts do not stop the sort, and keys compare with each other."""
-    assert sorted([name, "layers.2.x", "layers.10.x"], key=natural_key).index("layers.2.x") < 2
-    assert natural_key("layers.2.x") < natural_key("layers.10.x")
-
-
-# Warnings.
-
-
-@pytest.mark.parametrize(
-    ("make", "count", "names"),
-    [
-        pytest.param(lambda p: written_as(Gptq(), llama(), p), 0, "", id="all-fit"),
-        pytest.param(
-            lambda p: written_as(Awq(Scheme()), llama(kv_dim=144), p),
-            1,
-            "2 layers are not a multiple of 128 wide, which vLLM's kernel needs: "
-            "model.layers.0.self_attn.qkv_proj has N = 544",
-            id="merged-qkv",
-        ),
-        pytest.param(lambda p: written_as(Awq(Scheme()), llama(kv_dim=192), p), 0, "", id="odd-parts-of-an-even-qkv"),
-        pytest.param(
-            lambda p: written_as(Gptq(), _narrow_experts(), p),
-            1,
-            "24 expert layers have a size that is no multiple of 256",
-            id="experts",
-        ),
-    ],
-)
-def test_widths_that_vllm_cannot_serve_are_warned_of(
-    make: Callable[[Path], Checkpoint], count: int, names: str, tmp_path: Path
-) -> None:
-    """Merged q/k/v and gate/up must be multiples of 128 wide, sizes of experts multiples of 256."""
-    warnings = plan(make(tmp_path / "in")).warnings
-    assert len(warnings) == count
-    assert all(names in warning for warning in warnings)
-
-
-def _narrow_experts() -> Model:
-    """Return a Qwen3-MoE whose experts are 384 wide: a multiple of 128, but not of 256."""
-    model = qwen3_moe()
-    for name, (n, k) in model.linears.items():
-        if ".experts." in name:
-            model.linears[name] = (256, 384) if n == 256 and name.endswith("down_proj") else (384, k)
-    return model
-
-
 # check_tensors: the tensors decide, not the configuration.
 
 
@@ -414,16 +326,36 @@ def test_policies_go_by_the_tensors(case: str, policy: str, refused: bool, tmp_p
     """`error` refuses layers whose tensors permute or have zero-points, not those whose configuration says so."""
     source = write_case(case, tmp_path / "in")
     checkpoint = open_checkpoint(source.path)
-    p = make_plan(checkpoint, PlanOptions(**{policy: Policy.ERROR}))
+    error: dict[str, Any] = {policy: Policy.ERROR}
+    requantize: dict[str, Any] = {policy: Policy.REQUANTIZE}
+    p = make_plan(checkpoint, PlanOptions(**error))
     if not refused:
-        check_tensors(checkpoint, p)
+        check_tensors(p)
         return
     with pytest.raises(PlanError) as caught:
-        check_tensors(checkpoint, p)
-    assert {refusal.subject for refusal in caught.value.problems} == source.layers.keys()
+        check_tensors(p)
+    assert {problem.subject for problem in caught.value.problems} == source.layers.keys()
     option = "--act-order" if policy == "act_order" else "--asymmetric"
-    assert all(f"pass {option} requantize" in refusal.remedy for refusal in caught.value.problems)
-    check_tensors(checkpoint, plan(source, PlanOptions(**{policy: Policy.REQUANTIZE})))
+    assert all(f"pass {option} requantize" in problem.remedy for problem in caught.value.problems)
+    check_tensors(plan(source, PlanOptions(**requantize)))
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SEVENS])
+def test_zero_points_of_seven_are_not_refused(case: Case, tmp_path: Path) -> None:
+    """`--asymmetric error` refuses what would need new codes: not a 7, but one 9 in one layer."""
+    source = case.write(tmp_path / "in")
+    options = PlanOptions(asymmetric=Policy.ERROR)
+    check_tensors(plan(source, options))
+    module = "model.layers.1.mlp.up_proj"
+    edit_tensors(source.path, lambda t: set_zero_point(t, module, 9))
+    p = plan(source, options)
+    with pytest.raises(PlanError) as caught:
+        check_tensors(p)
+    (found,) = caught.value.problems
+    assert (found.subject, found.reason) == (
+        module,
+        "has zero-points other than 8 and 7, which the kernel does not know",
+    )
 
 
 def test_layers_in_bf16_may_have_zero_points_and_any_order(tmp_path: Path) -> None:
@@ -433,7 +365,7 @@ def test_layers_in_bf16_may_have_zero_points_and_any_order(tmp_path: Path) -> No
         del model.linears[name]
     source = written_as(Gptq(Scheme(symmetric=False), lm_head=True), model, tmp_path / "in")
     checkpoint = open_checkpoint(source.path)
-    check_tensors(checkpoint, make_plan(checkpoint, PlanOptions(asymmetric=Policy.ERROR)))
+    check_tensors(make_plan(checkpoint, PlanOptions(asymmetric=Policy.ERROR)))
 
 
 def test_unknown_formats_are_refused_by_name(tmp_path: Path) -> None:

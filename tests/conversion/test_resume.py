@@ -5,23 +5,26 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_edits import case_named, edit_json, snapshot
 from click.testing import CliRunner, Result
-from hypothesis import given
-from hypothesis import strategies as st
 
-from convert_w4a8.checkpoint.checksum import checksum, is_intact
-from convert_w4a8.checkpoint import disk
-from convert_w4a8.checkpoint import journal as resume
+from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.journal import work_path
-from convert_w4a8.cli import main
-from convert_w4a8.conversion import run as conversion
+from convert_w4a8.cli.convert import convert_command as convert
+from convert_w4a8.conversion import fingerprint, layer
+from convert_w4a8.conversion.layer import convert_layer
+from convert_w4a8.conversion.plan import LayerPlan, make_plan
+from convert_w4a8.conversion.run import carry_out
+from convert_w4a8.conversion.shard import shard_tasks
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.options import Options
+from convert_w4a8.quantization.layer import to_w4a8
 
 CASE = "awq-symmetric-fp16-sharded"
 OPTIONS = ("--max-shard-size", "150kB", "--quiet", "--device", "cpu")
@@ -29,7 +32,7 @@ OPTIONS = ("--max-shard-size", "150kB", "--quiet", "--device", "cpu")
 
 def run(source: Path, out: Path, *more: str) -> Result:
     """Convert on the command line."""
-    return CliRunner().invoke(main.convert, [str(source), str(out), *OPTIONS, *more])
+    return CliRunner().invoke(convert, [str(source), str(out), *OPTIONS, *more])
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +50,21 @@ def undisturbed(source: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, BaseException], None]]:
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException], None]:
     """Return what lets the n-th layer of the next conversion raise an exception."""
 
     def after(layers: int, error: BaseException) -> None:
-        whole, count = conversion.to_w4a8, 0
+        count = 0
 
-        def failing(*args: object, **kwargs: object) -> object:
+        def failing(*args: Any, **kwargs: Any) -> object:
             nonlocal count
             count += 1
             if count == layers:
-                monkeypatch.setattr(conversion, "to_w4a8", whole)
+                monkeypatch.setattr(layer, "to_w4a8", to_w4a8)
                 raise error
-            return whole(*args, **kwargs)  # type: ignore[arg-type]
+            return to_w4a8(*args, **kwargs)
 
-        monkeypatch.setattr(conversion, "to_w4a8", failing)
+        monkeypatch.setattr(layer, "to_w4a8", failing)
 
     return after
 
@@ -78,7 +81,8 @@ def interrupted(source: Path, tmp_path: Path, interrupt: Callable[[int, BaseExce
 def finished(out: Path) -> list[Path]:
     """Return the finished files of an interrupted conversion, by its journal."""
     lines = (work_path(out) / "journal").read_text().splitlines()
-    return [work_path(out) / "checkpoint" / entry["file"] for entry in map(json.loads, lines) if "file" in entry]
+    entries = [json.loads(line.partition(" ")[2]) for line in lines]  # behind its checksum
+    return [work_path(out) / "checkpoint" / entry["file"] for entry in entries if "file" in entry]
 
 
 # What is kept.
@@ -147,6 +151,45 @@ def test_resume_reports_all_layers(source: Path, interrupted: Path, tmp_path: Pa
     assert different <= {"seconds", "megabytes_per_second", "out", "output"}
 
 
+def test_progress_of_a_resumed_conversion_ends_at_the_whole(source: Path, interrupted: Path) -> None:
+    """What is finished counts as done, once: a layer that has tensors in finished and in other files is done anew."""
+    names = {path.name for path in finished(interrupted)}
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, Options(max_shard_size=150_000))
+    tasks = shard_tasks(plan)
+    done, coming = (
+        {layer.module for task in tasks if (task.shard.file_name in names) == kept for layer in task.layers}
+        for kept in (True, False)
+    )
+    assert done & coming
+    assert done - coming
+    seen: list[int] = []
+    device = torch.device("cpu")
+    result = carry_out(checkpoint, plan, interrupted, device=device, resume=True, progress=seen.append)
+    assert sum(seen) == plan.nbytes_in
+    assert {layer.plan.module for layer in result.layers} == done | coming
+
+
+def test_only_what_is_not_finished_is_converted(
+    source: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers whose files are all finished are not even read."""
+    names = {path.name for path in finished(interrupted)}
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, Options(max_shard_size=150_000))
+    begun: list[str] = []
+
+    def recording(plan: LayerPlan, *arguments: Any) -> object:
+        begun.append(plan.module)
+        return convert_layer(plan, *arguments)
+
+    monkeypatch.setattr("convert_w4a8.conversion.shard.convert_layer", recording)
+    carry_out(checkpoint, plan, interrupted, device=torch.device("cpu"), resume=True)
+    wanted = {layer.module for task in shard_tasks(plan) if task.shard.file_name not in names for layer in task.layers}
+    assert sorted(begun) == sorted(wanted)
+    assert len(begun) < len(plan.layers)
+
+
 def test_resume_without_anything_to_resume_converts(
     source: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -176,17 +219,18 @@ def test_an_old_output_returns_if_resumed_between_the_renames(
     source: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the old OUT was moved away and before the new one came: --resume finishes it."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    assert run(source, tmp_path / "out", "--scales", "reference").exit_code == 0
+    before = snapshot(tmp_path / "out")
+    assert before != undisturbed
 
     def killed(_new: Path, out: Path, old: Path) -> None:
         out.rename(old)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert_w4a8.checkpoint.directory.writer.replace_directory", killed)
+    monkeypatch.setattr("convert_w4a8.checkpoint.writer.replace_directory", killed)
     assert run(source, tmp_path / "out", "--overwrite").exit_code == 130
     assert not (tmp_path / "out").exists()
-    assert (work_path(tmp_path / "out") / "replaced" / "old").read_text() == "old"
+    assert snapshot(work_path(tmp_path / "out") / "replaced") == before
     monkeypatch.undo()
     assert run(source, tmp_path / "out", "--overwrite", "--resume").exit_code == 0
     assert snapshot(tmp_path / "out") == undisturbed
@@ -205,14 +249,27 @@ def flip(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def make_hole(path: Path) -> None:
+    """Leave a file's size and beginning, and nothing of the rest."""
+    size = path.stat().st_size
+    os.truncate(path, 5000)
+    os.truncate(path, size)
+
+
+def make_directory(path: Path) -> None:
+    """Put a directory in a file's place."""
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "one-bit": flip,
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "a-hole": lambda path: (size := path.stat().st_size, os.truncate(path, 5000), os.truncate(path, size)),
+    "a-hole": make_hole,
     "empty": lambda path: path.write_bytes(b""),
     "gone": lambda path: path.unlink(),
-    "a-directory": lambda path: (path.unlink(), path.mkdir()),
+    "a-directory": make_directory,
 }
 
 
@@ -281,7 +338,7 @@ def test_another_conversion_is_not_resumed(
 
 def test_another_version_is_not_resumed(source: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of two versions of this program are not mixed."""
-    monkeypatch.setattr(resume, "__version__", "99")
+    monkeypatch.setattr(fingerprint, "__version__", "99")
     assert "out: version of w4a8-convert: is not what it was" in run(source, interrupted, "--resume").stderr
 
 
@@ -319,50 +376,13 @@ def test_a_link_in_the_place_of_the_work_directory_is_not_followed(source: Path,
     (tmp_path / "victim" / "checkpoint").mkdir(parents=True)
     work_path(tmp_path / "out").symlink_to("victim")
     result = run(source, tmp_path / "out", "--overwrite")
-    assert "is a link, not the work directory of a conversion; remove it" in result.stderr
+    assert ".out.w4a8-partial: is a link, and not what a conversion leaves; remove it" in result.stderr
     assert list((tmp_path / "victim").iterdir()) == [tmp_path / "victim" / "checkpoint"]
 
 
 def test_a_mount_point_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OUT is put in its place by a rename, which a mount point (a container's volume) does not allow."""
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(disk.Path, "is_mount", lambda self: self.name == "out")
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
     result = run(source, tmp_path / "out")
     assert "out: is a mount point, which cannot be replaced; choose a directory inside it" in result.stderr
-
-
-# Checksums.
-
-
-@given(data=st.binary(max_size=20_000), cut=st.integers(0, 4))
-def test_checksums_of_pieces_add_up(data: bytes, cut: int) -> None:
-    """Split at a multiple of 4 KiB, the sums of both parts make that of the whole."""
-    at = min(cut * 4096, len(data))
-    parts = checksum(memoryview(data[:at])) + checksum(memoryview(data[at:]), cut)
-    assert at < cut * 4096 or parts % 2**64 == checksum(memoryview(data))
-
-
-@given(data=st.binary(min_size=1, max_size=20_000), place=st.integers(0), change=st.integers(1, 255))
-def test_checksums_notice_a_changed_byte(data: bytes, place: int, change: int) -> None:
-    """One byte that differs, at any place, gives another sum."""
-    changed = bytearray(data)
-    changed[place % len(data)] ^= change
-    assert checksum(memoryview(changed)) != checksum(memoryview(data))
-
-
-def test_checksums_notice_misplaced_blocks() -> None:
-    """Two blocks that changed places, and a block that is there twice, are noticed."""
-    blocks = [bytes(torch.randint(0, 256, (4096,), dtype=torch.uint8).tolist()) for _ in range(3)]
-    sums = {checksum(memoryview(b"".join(blocks[i] for i in order))) for order in ((0, 1, 2), (1, 0, 2), (0, 0, 2))}
-    assert len(sums) == 3
-
-
-def test_a_file_that_is_not_covered_by_its_pieces_is_not_intact(tmp_path: Path) -> None:
-    """Every byte must be accounted for, once."""
-    data = memoryview(b"abcdefgh")
-    (tmp_path / "file").write_bytes(data)
-    halves = [(0, 4, checksum(data[:4])), (4, 4, checksum(data[4:]))]
-    assert is_intact(tmp_path / "file", halves, 8)
-    assert not is_intact(tmp_path / "file", halves[:1], 8)
-    assert not is_intact(tmp_path / "file", halves[1:], 8)
-    assert not is_intact(tmp_path / "file", [*halves, (8, 1, 0)], 9)

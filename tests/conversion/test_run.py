@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_edits import REMOVE, edit_json, edit_tensors, snapshot, write_case
-from factories import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.safetensors_file import read_into
 from convert_w4a8.conversion import jobs
-from convert_w4a8.conversion import run as convert
-from convert_w4a8.conversion.plan import make_plan
+from convert_w4a8.conversion.plan import LayerPlan, make_plan
 from convert_w4a8.conversion.result import Result
-from convert_w4a8.conversion.run import check_paths
-from convert_w4a8.devices import resolve_device
+from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.encoding import dequantize
 from convert_w4a8.errors import ConvertError, PlanError
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
@@ -30,7 +28,7 @@ def run(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> 
     """Convert a checkpoint on the CPU."""
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, Options(**({"scales": ScalesMode.REFERENCE} | options)))
-    return convert.convert(checkpoint, plan, out, device=torch.device("cpu"), overwrite=overwrite)
+    return carry_out(checkpoint, plan, out, device=torch.device("cpu"), overwrite=overwrite)
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +47,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 def test_two_runs_give_the_same_bytes(case: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads finish in any order, and one or four of them work; the files do not show it."""
     source = write_case(case, tmp_path / "in")
-    options = {"format": form, "unsupported": Unsupported.DEQUANTIZE, "max_shard_size": 200_000}
+    options: dict[str, Any] = {"format": form, "unsupported": Unsupported.DEQUANTIZE, "max_shard_size": 200_000}
     run(source.path, tmp_path / "a", **options)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     run(source.path, tmp_path / "b", **options)
@@ -88,8 +86,8 @@ def test_pieces_do_not_show_in_the_output(tmp_path: Path, monkeypatch: pytest.Mo
     """Dequantization in blocks of 16 channels and copies in chunks of 1,000 bytes give the bytes of whole ones."""
     source = write_case("awq-odd-n", tmp_path / "in")
     run(source.path, tmp_path / "whole", unsupported=Unsupported.DEQUANTIZE)
-    monkeypatch.setattr(dequantize, "_BLOCK_WEIGHTS", 1)
-    monkeypatch.setattr(convert, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(dequantize, "BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr("convert_w4a8.conversion.layer.CHUNK_BYTES", 1000)
     run(source.path, tmp_path / "pieces", unsupported=Unsupported.DEQUANTIZE)
     assert snapshot(tmp_path / "pieces") == snapshot(tmp_path / "whole")
 
@@ -98,17 +96,16 @@ def test_copies_are_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """An embedding is never in memory as a whole: no read is larger than the chunk, and all of it is read."""
     source = write_case("gptq-v1", tmp_path / "in")
     edit_tensors(source.path, lambda t: t.update({"model.embed_tokens.weight": torch.randn(1000, 256).bfloat16()}))
-    monkeypatch.setattr(convert, "_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr("convert_w4a8.conversion.layer.CHUNK_BYTES", 10_000)
     sizes: list[int] = []
     lock = threading.Lock()
-    read_into = convert.read_into
 
     def recording(info: Any, buffer: torch.Tensor, offset: int) -> None:
         with lock:
             sizes.append(buffer.numel())
         read_into(info, buffer, offset)
 
-    monkeypatch.setattr(convert, "read_into", recording)
+    monkeypatch.setattr("convert_w4a8.conversion.shard.read_into", recording)
     run(source.path, tmp_path / "out")
     copied = {name: t for name, t in tensors_of(source.path).items() if name.endswith(".weight")}
     assert max(sizes) == 10_000
@@ -117,36 +114,13 @@ def test_copies_are_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(found[name], tensor) for name, tensor in copied.items())
 
 
-def test_few_layers_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many layers there are, no more are under way than there are workers."""
-    source = write_case("gptq-qwen3-moe-sharded", tmp_path / "in")
-    running, most = 0, 0
-    lock = threading.Lock()
-    convert_layer = convert._convert_layer
-
-    def counting(*arguments: Any) -> Any:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        try:
-            return convert_layer(*arguments)
-        finally:
-            with lock:
-                running -= 1
-
-    monkeypatch.setattr(convert, "_convert_layer", counting)
-    run(source.path, tmp_path / "out")
-    assert 1 <= most <= jobs._MAX_WORKERS
-
-
 def test_progress_counts_every_byte_of_the_input_once(tmp_path: Path) -> None:
     """The bar ends at the size of the input."""
     source = write_case("gptq-qwen3-moe-sharded", tmp_path / "in")
     checkpoint = open_checkpoint(source.path)
     plan = make_plan(checkpoint, Options(scales=ScalesMode.REFERENCE))
     seen: list[int] = []
-    convert.convert(checkpoint, plan, tmp_path / "out", device=torch.device("cpu"), progress=seen.append)
+    carry_out(checkpoint, plan, tmp_path / "out", device=torch.device("cpu"), progress=seen.append)
     assert sum(seen) == plan.nbytes_in == checkpoint.nbytes
 
 
@@ -281,14 +255,15 @@ def test_layers_kept_in_bf16_are_the_dequantized_ones(case: str, dequantized: tu
 def test_policy_error_refuses_before_anything_is_written(case: str, policy: str, tmp_path: Path) -> None:
     """All layers at once, by name; no directory appears, not even a temporary one."""
     source = write_case(case, tmp_path / "in")
+    options: dict[str, Any] = {policy: Policy.ERROR}
     with pytest.raises(PlanError) as caught:
-        run(source.path, tmp_path / "sub" / "out", **{policy: Policy.ERROR})
-    assert {refusal.subject for refusal in caught.value.problems} == source.layers.keys()
+        run(source.path, tmp_path / "sub" / "out", **options)
+    assert {problem.subject for problem in caught.value.problems} == source.layers.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("case", ["gptq-desc-act-trivial", "ct-g-idx-trivial", "awq-zero-points-all-8"])
-def test_policy_error_passes_what_is_exact(case: str, tmp_path: Path) -> None:
+def test_policy_error_passes_what_keeps_its_codes(case: str, tmp_path: Path) -> None:
     """A flag in the configuration alone refuses nothing, and the codes are kept."""
     source = write_case(case, tmp_path / "in")
     result = run(source.path, tmp_path / "out", act_order=Policy.ERROR, asymmetric=Policy.ERROR)
@@ -324,7 +299,7 @@ def test_a_bug_of_ours_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def failing(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(convert, "_copy_tensor", failing)
+    monkeypatch.setattr("convert_w4a8.conversion.shard.copy_tensor", failing)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run(source.path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -335,95 +310,24 @@ def test_after_an_error_no_more_layers_are_begun(tmp_path: Path, monkeypatch: py
     source = write_case("gptq-qwen3-moe-sharded", tmp_path / "in")
     begun: list[str] = []
 
-    def failing(_work: Any, layer: Any) -> None:
-        begun.append(layer.module)
+    def failing(plan: LayerPlan, *_: Any) -> None:
+        begun.append(plan.module)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(convert, "_convert_layer", failing)
+    monkeypatch.setattr("convert_w4a8.conversion.shard.convert_layer", failing)
     with pytest.raises(ZeroDivisionError):
         run(source.path, tmp_path / "out")
     assert len(begun) <= 2 * jobs._MAX_WORKERS
 
 
-# Places.
-
-
-def place(source: Checkpoint, out: Path, *, overwrite: bool = False) -> None:
-    """Check an output path for a conversion of a checkpoint."""
-    checkpoint = open_checkpoint(source.path)
-    check_paths(checkpoint, out, make_plan(checkpoint, Options()), overwrite=overwrite)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("where", ["in", "in/out", "in/a/b", ".", "in/../in", "link", "link/out", "sub/../in/out"])
-def test_overlapping_paths_are_refused(where: str, overwrite: bool, tmp_path: Path) -> None:
-    """OUT may be neither IN nor inside it nor around it, by whatever name; IN is not written to, nor replaced."""
-    source = write_case("gptq-v1", tmp_path / "in")
-    (tmp_path / "link").symlink_to("in")
-    before = snapshot(tmp_path)
-    with pytest.raises(ConvertError, match="overlaps the input directory; choose another output path"):
-        place(source, tmp_path / where, overwrite=overwrite)
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("where", ["in2", "out", "out/in", "in-", "other/../out"])
-def test_paths_beside_the_input_are_allowed(where: str, tmp_path: Path) -> None:
-    """A name that begins like IN's is another directory."""
-    place(write_case("gptq-v1", tmp_path / "in"), tmp_path / where)
-
-
-def test_the_target_of_links_into_the_input_is_found(tmp_path: Path) -> None:
-    """IN given by a link overlaps with what lies in the directory behind the link."""
-    source = write_case("gptq-v1", tmp_path / "real")
-    (tmp_path / "link").symlink_to("real")
-    checkpoint = open_checkpoint(tmp_path / "link")
-    with pytest.raises(ConvertError, match="overlaps"):
-        check_paths(checkpoint, source.path / "out", make_plan(checkpoint, Options()), overwrite=False)
-
-
-def test_a_full_disk_is_noticed_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes that are needed and those that are free are both named, also where OUT's parents do not exist."""
-    source = write_case("gptq-v1", tmp_path / "in")
-    checkpoint = open_checkpoint(source.path)
-    plan = make_plan(checkpoint, Options())
-
-    def usage(path: Path) -> Any:
-        assert path == tmp_path
-        return type("Usage", (), {"free": free})
-
-    monkeypatch.setattr(convert.shutil, "disk_usage", usage)
-    free = plan.disk_nbytes - 1
-    with pytest.raises(ConvertError, match=rf"needs {plan.disk_nbytes:,} bytes, the disk has {free:,} free"):
-        check_paths(checkpoint, tmp_path / "a" / "b" / "out", plan, overwrite=False)
-    free = plan.disk_nbytes
-    check_paths(checkpoint, tmp_path / "a" / "b" / "out", plan, overwrite=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-# Devices.
-
-
-def test_devices() -> None:
-    """`auto` is CUDA where there is one; devices that do not exist are refused with what can be said instead."""
-    assert resolve_device("cpu") == torch.device("cpu")
-    for name in ("tpu", "cuda:99", "meta", "", "mps", "cuda:x"):
-        with pytest.raises(ConvertError, match="--device"):
-            resolve_device(name)
-
-
 @pytest.mark.parametrize(
-    ("capability", "expected"), [(None, "cpu"), ((7, 5), "cpu"), ((8, 0), "cuda"), ((9, 0), "cuda"), ((12, 1), "cuda")]
+    "place",
+    [
+        "convert_w4a8.conversion.layer.to_w4a8",
+        "convert_w4a8.encoding.lut_layout.reorder",  # which `reorder_parts` calls when it is asked for a part
+    ],
 )
-def test_auto_takes_gpus_that_triton_supports(
-    capability: tuple[int, int] | None, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An old GPU, on which torch itself may not run, is left alone unless it is asked for."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert resolve_device("auto").type == expected
-
-
-def test_a_gpu_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_too_small(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is the user's matter, not a bug of ours: one error that names the layer, and nothing is left."""
     source = write_case("gptq-v1", tmp_path / "in")
     before = snapshot(tmp_path)
@@ -431,7 +335,7 @@ def test_a_gpu_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(convert, "to_w4a8", full)
+    monkeypatch.setattr(place, full)
     with pytest.raises(ConvertError, match=r"model\.layers\.0.* does not fit into the free memory.*--device cpu"):
         run(source.path, tmp_path / "out")
     assert snapshot(tmp_path) == before

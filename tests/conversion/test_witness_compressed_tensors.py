@@ -11,6 +11,7 @@ from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQCon
 from safetensors.torch import load_file
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.cli.convert import convert_command as convert
 from convert_w4a8.cli.main import main
 from convert_w4a8.encoding import packing
@@ -42,7 +43,7 @@ def test_awq_is_read_as_compressed_tensors_reads_it(directory: str, shared: Path
         name.removesuffix(".weight_packed") for name in theirs if name.endswith(".weight_packed")
     }
     for spec in specs:
-        w = awq.read_layer(checkpoint, spec)
+        w = awq.read_layer(spec, read_tensor)
         assert torch.equal(packing.to_pack_quantized(w.packed, w.packing), theirs[f"{spec.name}.weight_packed"])
         assert torch.equal(w.scales.T, theirs[f"{spec.name}.weight_scale"])
         assert w.zeros is not None

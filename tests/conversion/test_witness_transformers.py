@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.cli.convert import convert_command as convert
 from convert_w4a8.cli.main import main
 from convert_w4a8.encoding import tables
-from convert_w4a8.targets import Target, find_target
+from convert_w4a8.targets import find_target
+from convert_w4a8.targets.base import Target
 
 MODELS = ("llama-31m-gptq", "llama-31m-awq-zp", "llama-31m-ct")
 
@@ -73,8 +75,9 @@ def _our_logits(out: Checkpoint, target: Target, tokens: torch.Tensor) -> torch.
     """Put what we decode from an output into an ordinary BF16 model and run it."""
     modules = target.find_layers(out)
     parts = {name for name in out.tensors if name.rpartition(".")[0] in modules}
-    state = {name: out.read(name) for name in out.tensors if name not in parts}
-    state |= {f"{module}.weight": tables.decode(target.decode(out, module)).bfloat16() for module in modules}
+    state = {name: read_tensor(info) for name, info in out.tensors.items() if name not in parts}
+    for module in modules:
+        state[f"{module}.weight"] = tables.decode(target.decode(out, module, read_tensor)).bfloat16()
     config = AutoConfig.from_pretrained(out.root)
     del config.quantization_config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]

@@ -147,7 +147,7 @@ def test_any_layer_becomes_kernel_ready_in_blocks(w: W4Linear | DenseLinear, mon
     assert result.is_kernel_ready
     assert result.shape_nk == (N, K)
     assert relative_error(w, result) < 0.04
-    monkeypatch.setattr(dequantize_module, "_BLOCK_WEIGHTS", 16 * K)
+    monkeypatch.setattr(dequantize_module, "BLOCK_WEIGHTS", 16 * K)
     blocks, _ = to_symmetric(w)
     assert torch.equal(blocks.packed, result.packed)
     assert torch.equal(blocks.scales, result.scales)
@@ -208,7 +208,7 @@ def test_energies_are_relative_to_their_mean(monkeypatch: pytest.MonkeyPatch) ->
     energies = input_energies(w)
     expected = dequantize(w).square().sum(0)
     torch.testing.assert_close(energies, expected / expected.mean())
-    monkeypatch.setattr(dequantize_module, "_BLOCK_WEIGHTS", 16 * K)
+    monkeypatch.setattr(dequantize_module, "BLOCK_WEIGHTS", 16 * K)
     torch.testing.assert_close(input_energies(w), energies)
     zero = W4Linear(w.packed, w.packing, torch.zeros_like(w.scales), w.zeros, None, 128)
     assert (input_energies(zero) == 0).all()

@@ -89,7 +89,7 @@ def test_blocks_of_output_channels_join(monkeypatch: pytest.MonkeyPatch) -> None
     (whole, stats), energies = to_w4a8(w, ScalesMode.REFERENCE), input_energies(w)
     expected = w.weight.float().square().sum(0)
     torch.testing.assert_close(energies, expected / expected.mean())
-    monkeypatch.setattr(dequantize_module, "_BLOCK_WEIGHTS", 16 * K)
+    monkeypatch.setattr(dequantize_module, "BLOCK_WEIGHTS", 16 * K)
     parts, sums = to_w4a8(w, ScalesMode.REFERENCE)
     assert same_layer(parts, whole)
     assert (sums.signal, sums.noise) == pytest.approx((stats.signal, stats.noise), rel=1e-12)

@@ -150,7 +150,7 @@ def test_one_block_that_is_not_exact_makes_the_layer_so(monkeypatch: pytest.Monk
     assert w.zeros is not None
     w.zeros[:, 48:] = 4
     whole, stats = to_w4a8(w, ScalesMode.REFERENCE)
-    monkeypatch.setattr(dequantize_module, "_BLOCK_WEIGHTS", 16 * 256)
+    monkeypatch.setattr(dequantize_module, "BLOCK_WEIGHTS", 16 * 256)
     blocks, sums = to_w4a8(w, ScalesMode.REFERENCE)
     assert not stats.codes_kept
     assert not sums.codes_kept

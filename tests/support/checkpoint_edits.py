@@ -32,6 +32,17 @@ def edit_tensors(path: Path, edit: Callable[[Tensors], object]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
+def set_zero_point(tensors: Tensors, module: str, zero: int) -> None:
+    """Set the zero-point of a layer's first output channel and group, packed in the lowest nibble in every format.
+
+    GPTQ tensors are taken to be of version 1, which stores one less.
+    """
+    role = "qzeros" if f"{module}.qzeros" in tensors else "weight_zero_point"
+    stored = zero - 1 if f"{module}.g_idx" in tensors else zero
+    words = tensors[f"{module}.{role}"]
+    words[0, 0] = (int(words[0, 0]) & ~0xF) | stored
+
+
 def edit_json(file: Path, *keys: str, **values: Any) -> None:
     """Set values in a JSON file, within the object that `keys` lead to."""
     document = json.loads(file.read_text())

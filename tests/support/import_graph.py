@@ -50,9 +50,7 @@ def rooms(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, targets in graph.items():
         room = name.partition(".")[0]
-        found.setdefault(room, set()).update(
-            other for target in targets if (other := target.partition(".")[0]) != room
-        )
+        found.setdefault(room, set()).update(other for target in targets if (other := target.partition(".")[0]) != room)
     return found
 
 

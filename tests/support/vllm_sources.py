@@ -216,7 +216,7 @@ def isolated(version: str) -> Iterator[Ranks]:
         f"{_FUSED_MOE}.modular_kernel": {
             "FusedMoEKernel": lambda _prepare_finalize, experts: types.SimpleNamespace(experts=experts)
         },
-        f"{_FUSED_MOE}.config": {"int4_w4afp8_moe_quant_config": lambda **parts: types.SimpleNamespace(**parts)},
+        f"{_FUSED_MOE}.config": {"int4_w4afp8_moe_quant_config": types.SimpleNamespace},
         f"{_FUSED_MOE}.experts.cutlass_moe": {"CutlassExpertsW4A8Fp8": _CutlassExperts},
         "vllm.model_executor.layers.quantization.input_quant_fp8": {"QuantFP8": _QuantFP8},
     }

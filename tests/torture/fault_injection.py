@@ -1,3 +1,4 @@
+# ruff: noqa: T201  (a program, which prints)
 """Kill conversions, cut their power, let their disk fail; then resume and compare with an undisturbed conversion.
 
 Every run converts a small checkpoint into several files in a forked child whose calls of the operating system are
@@ -34,7 +35,7 @@ from sandbox import Outcome, digest, finish, run, start, table
 
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.cli import render as _render  # noqa: F401
-from convert_w4a8.cli.main import convert as command
+from convert_w4a8.cli.convert import convert_command as command
 from convert_w4a8.conversion import run as _convert  # noqa: F401  (imported once, for all children)
 
 from factories import CASES  # isort: skip  (sandbox makes it importable)
@@ -54,7 +55,8 @@ SCENARIOS = (
     ("gptq-odd-k", ("--unsupported", "dequantize", "--max-shard-size", "200kB", "--scales", "direct")),
     ("gptq-side-files", ()),
 )
-OLD = {"old.txt": b"old", "model.safetensors": b"old weights"}
+OLD = ("--scales", "reference")
+"""How the output was converted that is replaced in some of the trials."""
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Scenario:
     """A checkpoint, how it is converted, and what must come of it."""
 
     source: Path
+    old: Path
     options: tuple[str, ...]
     expected: dict[str, str]
     before: dict[str, str]
@@ -84,7 +87,11 @@ def make_scenario(place: Path, name: str, options: tuple[str, ...], names: Seque
         if outcome.code:
             raise WrongError(outcome.stderr)
         calls[tuple(chosen)], seconds = disk.calls, outcome.seconds
-    return Scenario(source, options, digest(place / "out"), digest(source, times=True), calls, seconds)
+    old = place / "old"
+    outcome = run(command, [source, old, *options, *OLD, "--quiet", "--device", "cpu"], place / "output")
+    if outcome.code or digest(old) == digest(place / "out"):
+        raise WrongError(f"no other output to replace: {outcome.stderr}")
+    return Scenario(source, old, options, digest(place / "out"), digest(source, times=True), calls, seconds)
 
 
 @dataclass
@@ -99,9 +106,7 @@ class Trial:
         self.out = self.place / "out" / "out"
         self.out.parent.mkdir(parents=True)
         if self.overwrite:
-            self.out.mkdir()
-            for name, content in OLD.items():
-                (self.out / name).write_bytes(content)
+            shutil.copytree(self.scenario.old, self.out)
         self.old = digest(self.out)
 
     def run(self, disk: Disk | None, *extra: str) -> Outcome:

@@ -161,7 +161,9 @@ def config_surely_wrong(root: Path, rng: random.Random) -> Expect:
             block["quant_method"] = rng.choice(("awq2", "", 7, [], {}, "bitsandbytes", "fp8", None))
         case _:
             if groups:
-                target = rng.choice(("re:(", "re:[", "re:*", "no.such.module", 7, None, {}, "re:(([a-z_.0-9]+)+)+!"))
+                target: Any = rng.choice(
+                    ("re:(", "re:[", "re:*", "no.such.module", 7, None, {}, "re:(([a-z_.0-9]+)+)+!")
+                )
                 next(iter(groups.values()))["targets"] = rng.choice(([target], target, []))
             else:
                 block["version" if block.get("quant_method") == "awq" else "checkpoint_format"] = rng.choice(

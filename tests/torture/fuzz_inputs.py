@@ -1,6 +1,7 @@
+# ruff: noqa: T201  (a program, which prints)
 """Damage checkpoints in every way that fuzz_mutations.py and fuzz_directories.py know, and watch the converter.
 
-A damaged or hostile input must end in exit code 1 and one line (or a list of obstacles) that names the file or tensor,
+A damaged or hostile input must end in exit code 1 and one line (or a list of problems) that names the file or tensor,
 without a traceback; nothing may be left of OUT, nothing written elsewhere, IN not touched; time and memory are bounded.
 Where damage cannot be noticed, the output must at least pass `w4a8 verify`. Also wrong paths, and damaged outputs given
 to `inspect` and `verify`.
@@ -76,7 +77,7 @@ def check_refusal(outcome: Outcome, names: tuple[str, ...]) -> None:
     """Check that a run ended with exit code 1 and with lines that name what is wrong."""
     if outcome.code != 1 or "Traceback" in outcome.stderr:
         raise WrongError(f"ended with {outcome.code}: {outcome.stderr[-1500:]}")
-    listed = re.match(r"Error: \d+ obstacles?; nothing was written", outcome.stderr)
+    listed = re.match(r"Error: \d+ problems?; nothing was written", outcome.stderr)
     if not outcome.stderr.startswith("Error: ") or (len(outcome.lines) > 1 and not listed):
         raise WrongError(f"not one line: {outcome.stderr[-1500:]}")
     if not any(name in outcome.stderr for name in names):

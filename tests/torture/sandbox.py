@@ -75,12 +75,12 @@ def start(
 def finish(pid: int, output: Path, started: float) -> Outcome:
     """Wait for a child."""
     _, status, usage = os.wait4(pid, 0)
-    texts = [
+    stdout, stderr = (
         path.read_text(encoding="utf-8", errors="replace") if (path := output / name).exists() else ""
         for name in ("stdout", "stderr")
-    ]
+    )
     seconds = time.monotonic() - started
-    return Outcome(os.waitstatus_to_exitcode(status), *texts, seconds, usage.ru_maxrss / 1024)
+    return Outcome(os.waitstatus_to_exitcode(status), stdout, stderr, seconds, usage.ru_maxrss / 1024)
 
 
 def run(

@@ -1,4 +1,4 @@
-"""A short run of tests/torture/fault_injection.py: kills, power cuts, failing disks and races, each resumed and compared."""
+"""A short run of fault_injection.py: kills, power cuts, failing disks and races, each resumed and compared."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).parent / "fault_injection.py"
 
 def test_no_promise_is_broken() -> None:
     """Nothing half-written, nothing altered, and the same bytes at last: the script checks and exits with 0."""
-    command = [sys.executable, SCRIPT, "--kills=14", "--faults=5", "--races=1", "--scenarios=1", "--seed=3"]
+    command = [sys.executable, str(SCRIPT), "--kills=14", "--faults=5", "--races=1", "--scenarios=1", "--seed=3"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "20 disturbed conversions" in result.stdout

@@ -211,7 +211,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("codes", ["kept"])
 @pytest.mark.parametrize("output", ["lut", "compressed-tensors"])
 def test_every_key_of_the_configuration_counts(pair: Pair) -> None:
-    """Taken away, or changed to something else, each is found; only what describes the conversion for people is not."""
+    """Taken away, or changed to something else, each is found; but not what describes the conversion for people."""
     file = pair[1] / "config.json"
     whole = json.loads(file.read_text())
     keys = [key for key in leaves(whole) if key[:2] != ("quantization_config", "conversion")]

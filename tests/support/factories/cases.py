@@ -196,3 +196,13 @@ CASES: tuple[Case, ...] = (
         qwen3_moe,
     ),
 )
+
+SEVENS: tuple[Case, ...] = tuple(
+    Case(f"{form.name}-zero-points-all-7", form, options=options)
+    for form, options in (
+        (Awq(Scheme(symmetric=False, zero=7)), AUTOAWQ),
+        (Gptq(Scheme(symmetric=False, zero=7)), PLAIN),
+        (CompressedTensors({"Linear": Scheme(symmetric=False, zero=7, scale_dtype=BF16)}), PLAIN),
+    )
+)
+"""Every zero-point is 7: the values −7 … 8 are −8 … 7 of the negated scale, so that no code needs to change."""

@@ -27,6 +27,8 @@ class Scheme:
     """Whether every zero-point is the middle code."""
     says_asymmetric: bool = False
     """Whether the file speaks of zero-points although every one is the middle code."""
+    zero: int | None = None
+    """What every zero-point is, if they are all the same without being the middle code; for `symmetric=False`."""
     act_order: bool = False
     """Whether the input channels are scattered over the groups."""
     bits: int = 4
@@ -73,7 +75,7 @@ def quantize(rng: np.random.Generator, n: int, k: int, scheme: Scheme) -> Layer:
     """Make a random layer [n, k] and round it to nearest.
 
     Channels differ in size and, where the scheme is asymmetric, in mean: every fourth is positive throughout,
-    which gives a zero-point of 0, and every fourth negative, which gives the largest one.
+    which gives a zero-point of 0, and every fourth negative, which gives the largest one; not where `zero` is set.
     """
     size = k if scheme.group_size == -1 else scheme.group_size
     groups = (np.arange(k) // size).astype(np.int32)
@@ -82,16 +84,17 @@ def quantize(rng: np.random.Generator, n: int, k: int, scheme: Scheme) -> Layer:
     count = int(groups.max()) + 1
     top = 2**scheme.bits - 1
     weight = rng.standard_normal((n, k)) * np.exp(0.5 * rng.standard_normal((n, 1))) / np.sqrt(k)
-    if not scheme.symmetric:
+    even = scheme.symmetric or scheme.zero is not None
+    if not even:
         spread = np.abs(weight).max(axis=1, keepdims=True)
         weight += spread * 1.01 * np.resize([1.0, 0.1, -1.0, -0.2], n)[:, None]
     scales = np.empty((count, n))
     zeros = np.empty((count, n), dtype=np.uint8)
     for group in range(count):
         part = weight[:, groups == group]
-        if scheme.symmetric:
+        if even:
             scales[group] = np.abs(part).max(axis=1) / (top / 2)
-            zeros[group] = (top + 1) // 2
+            zeros[group] = (top + 1) // 2 if scheme.zero is None else scheme.zero
         else:
             low, high = np.minimum(part.min(axis=1), 0), np.maximum(part.max(axis=1), 0)
             scales[group] = (high - low) / top
