@@ -46,9 +46,12 @@ def run(name: object) -> Result:
 
 
 def refusal(result: Result) -> str:
-    """Return the one line of a failure."""
-    assert (result.exit_code, result.stdout) == (1, "")
-    return result.stderr.splitlines()[-1]
+    """Return the one line of a failure, which the document for programs says too."""
+    assert result.exit_code == 1
+    line = result.stderr.splitlines()[-1]
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert line == "Error: {subject}: {reason}; {remedy}".format(**problem)
+    return line
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 1000], ids=["whole", "pieces"])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,17 +93,26 @@ def test_repository_holds_the_checkpoint(hub: Hub, out: Path, source: Path) -> N
 
 
 def test_only_the_checkpoint_is_uploaded(hub: Hub, out: Path, source: Path, tmp_path: Path) -> None:
-    """Hidden files, such as one with secrets, and weights of other formats stay at home; added documents go along."""
+    """Hidden files, such as one with secrets, stay at home; added documents go along."""
     copy = tmp_path / "out"
     for name, content in snapshot(out).items():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(content)
-    for name in (".env", ".git/config", "sub/.hidden", "pytorch_model.bin"):
+    for name in (".env", ".git/config", "sub/.hidden"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(b"secret")
     (copy / "NOTES[1].md").write_bytes(b"notes")
     assert push(copy, source).exit_code == 0
     assert hub.repos[REPO].files().keys() - {".gitattributes"} == snapshot(out).keys() | {"NOTES[1].md"}
+
+
+def test_added_weights_of_other_formats_stop_a_push(hub: Hub, out: Path, source: Path, tmp_path: Path) -> None:
+    """A pickle beside ours would run whatever is in it."""
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"x")
+    line = refusal(push(tmp_path / "out", source))
+    assert "pytorch_model.bin: is in the output, but not in the source, and may run code" in line
+    assert not hub.repos
 
 
 def test_private_and_branch(hub: Hub, out: Path, source: Path) -> None:
