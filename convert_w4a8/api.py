@@ -4,6 +4,7 @@ Paths are strings or `Path`s; a source may also be a Hub id, `org/name[@revision
 `W4A8Error`: a `ConvertError` for one problem, a `PlanError` for all that cannot be converted.
 """
 
+import os
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 from convert_w4a8.checkpoint import directory
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.conversion import plan as planning
+from convert_w4a8.conversion.jobs import use_workers
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.devices import resolve_device
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.hub.repository import resolve_input
 from convert_w4a8.options import Options
 from convert_w4a8.regression import check as regression
@@ -32,6 +35,21 @@ def _ignore(_nbytes: int) -> None:
     """Take no notice of progress."""
 
 
+def local_path(path: PathOrId) -> Path:
+    """Return a path with `~` expanded.
+
+    Raises:
+        ConvertError: it begins with `~user`, and there is no such user.
+
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConvertError(
+            os.fspath(path), "begins with the home directory of a user that there is not", "write ./~ if that is meant"
+        ) from error
+
+
 def open_checkpoint(source: PathOrId) -> Checkpoint:
     """Open a checkpoint, reading its JSON files and safetensors headers only.
 
@@ -39,7 +57,8 @@ def open_checkpoint(source: PathOrId) -> Checkpoint:
         ConvertError: it is absent, damaged or inconsistent.
 
     """
-    return directory.open_checkpoint(resolve_input(str(source)))
+    name = os.fspath(source)
+    return directory.open_checkpoint(resolve_input(str(local_path(name)) if name.startswith("~") else name))
 
 
 def make_plan(source: PathOrId, options: Options = _DEFAULTS) -> Plan:
@@ -61,11 +80,13 @@ def convert(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    workers: int | None = None,
     progress: Callable[[int], None] = _ignore,
 ) -> Result:
     """Convert a checkpoint; `out` appears whole, at the end, or not at all.
 
     device: "auto", "cpu" or "cuda[:N]". overwrite: replace `out`. resume: continue a conversion that was interrupted.
+    workers: how many layers are converted at a time; None: one a core, up to 4.
     progress: called with the number of source bytes that are done with since the last call, from any thread.
 
     Raises:
@@ -73,15 +94,16 @@ def convert(
 
     """
     checkpoint = open_checkpoint(source)
-    return carry_out(
-        checkpoint,
-        planning.make_plan(checkpoint, options),
-        Path(out),
-        device=resolve_device(device),
-        overwrite=overwrite,
-        resume=resume,
-        progress=progress,
-    )
+    with use_workers(workers):
+        return carry_out(
+            checkpoint,
+            planning.make_plan(checkpoint, options),
+            local_path(out),
+            device=resolve_device(device),
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
 
 
 def verify(
@@ -124,19 +146,21 @@ def check(
     baseline: Figures | PathOrId | None = None,
     tolerance_db: float = 0.1,
     device: str = "auto",
+    workers: int | None = None,
 ) -> regression.Check:
     """Convert, verify and compare with a baseline, as `w4a8 check` does; without `problems` all is as it was.
 
     out: a conversion that exists, to be checked instead of making one. baseline: figures, or the file that
-    `w4a8 check --write-baseline` wrote. sample: convert one layer of each kind only.
+    `w4a8 check --write-baseline` wrote. sample: convert one layer of each kind only. workers: as in `convert`.
     Raises ConvertError if `source` or `out` cannot be read.
     """
-    return regression.check(
-        open_checkpoint(source),
-        options,
-        out=None if out is None else Path(out),
-        sample=sample,
-        baseline=read_baseline(Path(baseline)) if isinstance(baseline, str | PathLike) else baseline,
-        tolerance_db=tolerance_db,
-        device=resolve_device(device),
-    )
+    with use_workers(workers):
+        return regression.check(
+            open_checkpoint(source),
+            options,
+            out=None if out is None else local_path(out),
+            sample=sample,
+            baseline=read_baseline(local_path(baseline)) if isinstance(baseline, str | PathLike) else baseline,
+            tolerance_db=tolerance_db,
+            device=resolve_device(device),
+        )

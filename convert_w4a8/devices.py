@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -30,6 +31,10 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "tables": {"cuda": "gpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
+_COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}
+"""Whose kernels a file has."""
+_missing: dict[str, str] = {}
+"""Why a compiler cannot be used, once that was found out."""
 _importing = threading.RLock()
 _LEAST_CAPABILITY = (8, 0)
 """Triton supports GPUs of compute capability 8.0 and higher (its README); on older ones torch itself may not run."""
@@ -143,6 +148,43 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """What does an operation: Triton, numba or torch. why_not: why it is not the first choice, or None where it is."""
+
+    operation: str
+    by: str
+    why_not: str | None
+
+
+def kernels_in_use(device: torch.device) -> list[Kernel]:
+    """Return what does each operation on a device."""
+    found = []
+    for operation, files in _OPERATIONS.items():
+        file = _kernels(operation, device).__name__.rpartition(".")[2]
+        choice = _COMPILERS[files.get(device.type, "reference")]
+        why_not = _missing.get(choice) if _COMPILERS[file] != choice else None
+        found.append(Kernel(operation, _COMPILERS[file], why_not))
+    return found
+
+
+def must_compile(operations: Iterable[str], device: torch.device) -> bool:
+    """Whether numba keeps nothing of an operation's kernels yet, so that the first layers wait for it."""
+    for operation in operations:
+        module = _kernels(operation, device)
+        caches = [f._cache for f in vars(module).values() if hasattr(f, "_cache")]  # noqa: SLF001 - it has no other way
+        if module.__name__.endswith(".cpu") and caches and not any(map(_keeps_something, caches)):
+            return True
+    return False
+
+
+def _keeps_something(kept: Any) -> bool:
+    try:
+        return bool(kept._cache_file._load_index())  # noqa: SLF001 - empty if the source has changed since
+    except (AttributeError, OSError):
+        return True  # not known: then nothing is said
+
+
 def _kernels(operation: str, device: torch.device) -> Any:
     """Return the module of an operation that serves a device."""
     file = _OPERATIONS[operation].get(device.type, "reference")
@@ -183,6 +225,7 @@ def _numba_works() -> bool:
 
 def _without(compiler: str, reason: str) -> bool:
     """Say once that a compiler cannot be used, and return False."""
+    _missing[compiler] = reason
     logging.getLogger("convert_w4a8").warning(
         "%s cannot be used (%s): torch does the same work, many times slower", compiler, reason
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set everything up, make a small AWQ checkpoint, convert it, verify the result. Files go to demo/.
+# Set everything up, make a small AWQ checkpoint (symmetric, so that its codes are kept), convert it, verify the result. Files go to demo/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -9,26 +9,36 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from convert_w4a8.cli.base import W4A8Command, echo_json, progress, write_files
+from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.options import conversion_options, read_options
+from convert_w4a8.cli.output import check_writable, echo, echo_json, write_files
+from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
+from convert_w4a8.cli.progress import progress
+from convert_w4a8.cli.start import say_verbose
+from convert_w4a8.errors import ConvertError
 
 
 @click.command("check", cls=W4A8Command)
-@click.argument("source", metavar="IN")
+@click.argument("source", metavar="IN", type=CHECKPOINT)
 @conversion_options
-@click.option("--out", metavar="OUT", type=click.Path(path_type=Path), help="Check this conversion; make none.")
+@click.option(
+    "--out",
+    metavar="OUT",
+    type=LocalPath(path_type=Path, directory=True),
+    help="Check this conversion; make none.",
+)
 @click.option(
     "--sample", is_flag=True, help="Convert one layer of each kind; read, and fetch from the Hub, nothing else."
 )
 @click.option(
     "--baseline",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=LocalPath(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Fail where layers, codes, SQNR or sizes are not those of this baseline.",
 )
 @click.option(
     "--write-baseline",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=LocalPath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Write a baseline, if the conversion is right.",
 )
@@ -54,6 +64,8 @@ def check_command(
     tolerance_db: float,
     min_sqnr_db: float | None,
     device: str,
+    workers: int | None,
+    verbose: bool,
     as_json: bool,
     **choices: str,
 ) -> None:
@@ -63,6 +75,7 @@ def check_command(
     wrong. The summary is Markdown; in GitHub Actions it is appended to the job's summary too.
     """
     from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.conversion.jobs import use_workers
     from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub.partial import open_remote
     from convert_w4a8.hub.repository import is_hub_id, resolve_input
@@ -73,6 +86,9 @@ def check_command(
     if sample and out is not None:
         raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
     torch_device = resolve_device(device)
+    if verbose:
+        say_verbose(torch_device, workers)
+    check_writable(*([write_baseline] if write_baseline else []))
     known = None if baseline is None else baseline_module.read_baseline(baseline)
     with ExitStack() as stack:
         fetch: Callable[[Iterable[str]], None] = lambda _names: None  # noqa: E731
@@ -82,6 +98,7 @@ def check_command(
         else:
             checkpoint = open_checkpoint(resolve_input(source))
         total = checkpoint.nbytes * (1 if out else 2)
+        stack.enter_context(use_workers(workers))
         update = stack.enter_context(progress(total, "check", quiet=as_json or sample))
         outcome = check_module.check(
             checkpoint,
@@ -101,12 +118,26 @@ def check_command(
         write_files(
             {write_baseline: (json.dumps(baseline_module.baseline_dict(outcome.figures), indent=1) + "\n").encode()}
         )
-    if "GITHUB_STEP_SUMMARY" in os.environ:
-        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
-            file.write(summary)
     if as_json:
         echo_json(text.as_dict(outcome))
     else:
-        click.echo(summary, nl=False)
+        echo(summary, nl=False)
+    _append_for_the_job(summary)
     if outcome.problems:
         click.get_current_context().exit(1)
+
+
+def _append_for_the_job(summary: str) -> None:
+    """Append the summary to the file that GitHub Actions shows, if any. Raises ConvertError if it cannot."""
+    file = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not file:
+        return
+    try:
+        with Path(file).open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(summary)
+    except OSError as error:
+        raise ConvertError(
+            f"GITHUB_STEP_SUMMARY ({file})",
+            f"cannot be written ({error.strerror})",
+            "name a file that can, or unset it",
+        ) from error

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import click
 
-from convert_w4a8.cli.base import W4A8Command, echo_json, progress
+from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.options import SIZE, conversion_options, read_options
+from convert_w4a8.cli.output import echo, echo_json
+from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
+from convert_w4a8.cli.progress import progress
 from convert_w4a8.cli.push import verify_and_push
+from convert_w4a8.cli.start import say_compiling, say_verbose
 from convert_w4a8.version import __version__
 
 
 @click.command("convert", cls=W4A8Command)
-@click.argument("source", metavar="IN")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN", type=CHECKPOINT)
+@click.argument("out", metavar="OUT", type=LocalPath(path_type=Path, directory=True))
 @conversion_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Largest output file.")
@@ -27,6 +31,8 @@ def convert_command(
     source: str,
     out: Path,
     device: str,
+    workers: int | None,
+    verbose: bool,
     dry_run: bool,
     max_shard_size: int,
     overwrite: bool,
@@ -44,31 +50,46 @@ def convert_command(
     """
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render
-    from convert_w4a8.conversion.plan import make_plan
+    from convert_w4a8.conversion.destination import is_finished
+    from convert_w4a8.conversion.jobs import use_workers
+    from convert_w4a8.conversion.plan import check_tensors, make_plan
     from convert_w4a8.conversion.run import carry_out, check_paths
     from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub.repository import Repository, prepare_repository, resolve_input
 
+    if verbose and quiet:
+        raise click.UsageError("--verbose does not go with --quiet")
     torch_device = resolve_device(device)
+    if verbose:
+        say_verbose(torch_device, workers)
     checkpoint = open_checkpoint(resolve_input(source))
     plan = make_plan(checkpoint, read_options(choices, max_shard_size))
     if not (quiet or as_json):
-        click.echo(render.plan_text(plan))
+        echo(render.plan_text(plan))
+    if resume and not dry_run and is_finished(out, checkpoint, plan):
+        if as_json:
+            echo_json({"output": str(out), "finished_before": True})
+        elif not quiet:
+            echo(f"finished   {out} is this conversion already; see {render.verify_command(out, source)}")
+        return
+    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
     if dry_run:
+        check_tensors(plan)
         if as_json:
             echo_json(render.plan_dict(plan))
         return
-    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
     repository = Repository.parse(push_to) if push_to else None
     if repository is not None:  # before the work, so that a wrong token is found now
         prepare_repository(repository, private=private, again="the same command")
-    with progress(plan.nbytes_in, "convert", quiet=quiet) as update:
+    if not (quiet or as_json) or verbose:
+        say_compiling(plan, torch_device, verbose=verbose)
+    with use_workers(workers), progress(plan.nbytes_in, "convert", quiet=quiet or as_json) as update:
         result = carry_out(
             checkpoint, plan, out, device=torch_device, overwrite=overwrite, resume=resume, progress=update
         )
-    if as_json:
-        echo_json(render.result_dict(result, out))
-    elif not quiet:
-        click.echo(render.result_text(result, source, out))
+    if not (quiet or as_json):
+        echo(render.result_text(result, source, out))
     if repository is not None:
         verify_and_push(out, source, repository, private=private, quiet=quiet or as_json)
+    if as_json:  # at the end: a refusal of the upload is a document too, and there is one only
+        echo_json(render.result_dict(result, out))

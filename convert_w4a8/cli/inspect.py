@@ -2,11 +2,13 @@
 
 import click
 
-from convert_w4a8.cli.base import W4A8Command, echo_json
+from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.output import echo, echo_json
+from convert_w4a8.cli.paths import CHECKPOINT
 
 
 @click.command("inspect", cls=W4A8Command)
-@click.argument("source", metavar="DIR")
+@click.argument("source", metavar="DIR", type=CHECKPOINT)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def inspect_command(source: str, as_json: bool) -> None:
     """Show what a checkpoint holds: format, layers, zero-points, activation order, sizes.
@@ -21,4 +23,4 @@ def inspect_command(source: str, as_json: bool) -> None:
     if as_json:
         echo_json(inspection.as_dict(found))
     else:
-        click.echo(inspection.as_text(found))
+        echo(inspection.as_text(found))

@@ -2,8 +2,10 @@
 
 import click
 
+from convert_w4a8.cli.base import W4A8Group
 from convert_w4a8.cli.check import check_command
 from convert_w4a8.cli.convert import convert_command
+from convert_w4a8.cli.env import env_command
 from convert_w4a8.cli.inspect import inspect_command
 from convert_w4a8.cli.push import push_command
 from convert_w4a8.cli.report import report_command
@@ -11,11 +13,19 @@ from convert_w4a8.cli.verify import verify_command
 from convert_w4a8.version import __version__
 
 
-@click.group()
+@click.group(cls=W4A8Group)
 @click.version_option(__version__, package_name="w4a8-convert")
 def main() -> None:
     """W4A8 checkpoints for vLLM on Hopper: convert, inspect, verify, report, push, check."""
 
 
-for _command in (convert_command, check_command, inspect_command, verify_command, push_command, report_command):
+for _command in (
+    convert_command,
+    check_command,
+    inspect_command,
+    verify_command,
+    push_command,
+    report_command,
+    env_command,
+):
     main.add_command(_command)

@@ -57,6 +57,12 @@ _CONVERSION_OPTIONS = (
         help="Where the arithmetic runs. auto: on a GPU of compute capability 8.0 or higher, if there is one.",
     ),
     click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="How many layers are converted at a time. [default: one a core, up to 4]",
+    ),
+    click.option(
         "--asymmetric",
         type=click.Choice(list(map(str, Policy))),
         default="requantize",
@@ -84,6 +90,12 @@ _CONVERSION_OPTIONS = (
         show_default=True,
         help="Layers whose size the kernel cannot take: refuse, or keep them in BF16.",
     ),
+    click.option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        help="Say on stderr with what the conversion works: versions, device, kernels, workers.",
+    ),
 )
 
 
@@ -95,7 +107,7 @@ def conversion_options(command: _Command) -> _Command:
 
 
 def read_options(choices: Mapping[str, str], max_shard_size: int = DEFAULT_SHARD_SIZE) -> Options:
-    """Return what the user chose, from the values of `conversion_options` but --device."""
+    """Return what the user chose, from the values of `conversion_options` that decide about layers."""
     return Options(
         format=choices["output_format"],
         scales=ScalesMode(choices["scales"]),

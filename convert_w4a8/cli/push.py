@@ -1,13 +1,15 @@
 """`w4a8 push`: upload a conversion that passes `verify`."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from convert_w4a8.cli.base import W4A8Command, progress
+from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.output import echo
+from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
+from convert_w4a8.cli.progress import at_terminal, progress
 from convert_w4a8.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -15,9 +17,11 @@ if TYPE_CHECKING:
 
 
 @click.command("push", cls=W4A8Command)
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=LocalPath(path_type=Path, directory=True))
 @click.argument("repository", metavar="ORG/NAME")
-@click.option("--source", required=True, metavar="IN", help="The checkpoint that OUT was converted from.")
+@click.option(
+    "--source", required=True, metavar="IN", type=CHECKPOINT, help="The checkpoint that OUT was converted from."
+)
 @click.option("--private", is_flag=True, help="If the repository is new, make it private.")
 @click.option("--revision", metavar="BRANCH", help="Branch to upload to; it is created if it is absent.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -51,6 +55,6 @@ def verify_and_push(out: Path, source: str, repository: "Repository", *, private
             f"see `w4a8 verify`, and convert {source} again",
         )
     prepare_repository(repository, private=private, again=command)
-    address = upload(repository, converted, again=command, progress=sys.stderr.isatty() and not quiet)
+    address = upload(repository, converted, again=command, progress=at_terminal() and not quiet)
     if not quiet:
-        click.echo(f"pushed     {address}")
+        echo(f"pushed     {address}")

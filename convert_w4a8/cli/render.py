@@ -89,9 +89,14 @@ def result_text(result: Result, source: str, out: Path) -> str:
         lines.append(
             f"worst      {printable(worst.module)}: SQNR {stats.sqnr_db:.1f} dB against the source (estimated)"
         )
-    lines.append(f"verify     {shlex.join(['w4a8', 'verify', str(out), '--source', source])}")
+    lines.append(f"verify     {verify_command(out, source)}")
     lines.append(f"serve      {plan.target.serve_command(shlex.quote(str(out)))}")
     return "\n".join(lines)
+
+
+def verify_command(out: Path, source: str) -> str:
+    """Return the command that proves a conversion."""
+    return shlex.join(["w4a8", "verify", str(out), "--source", source])
 
 
 def result_dict(result: Result, out: Path) -> dict[str, Any]:

@@ -4,24 +4,34 @@ from pathlib import Path
 
 import click
 
-from convert_w4a8.cli.base import W4A8Command, echo_json, progress, write_files
+from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.output import check_writable, echo, echo_json, write_files
+from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
+from convert_w4a8.cli.progress import progress
 
 
 @click.command("report", cls=W4A8Command)
-@click.argument("out", metavar="OUT")
-@click.option("--source", required=True, metavar="IN", help="The checkpoint that OUT was converted from.")
+@click.argument("out", metavar="OUT", type=CHECKPOINT)
+@click.option(
+    "--source", required=True, metavar="IN", type=CHECKPOINT, help="The checkpoint that OUT was converted from."
+)
 @click.option(
     "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=LocalPath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Write one self-contained HTML file.",
 )
-@click.option("--png-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write the pictures.")
+@click.option(
+    "--png-dir",
+    type=LocalPath(file_okay=False, path_type=Path, directory=True),
+    metavar="DIR",
+    help="Write the pictures.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers behind it as one JSON document on stdout.")
 def report_command(out: str, source: str, html: Path | None, png_dir: Path | None, as_json: bool) -> None:
     """Show what a conversion did: SQNR by layer, group scales, clipping, memory. From the bytes of both checkpoints.
 
-    The pictures need matplotlib, which the extra `report` brings.
+    Prints a summary. The pictures of --html and --png-dir need matplotlib, which the extra `report` brings.
     """
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub.repository import resolve_input
@@ -29,11 +39,10 @@ def report_command(out: str, source: str, html: Path | None, png_dir: Path | Non
     from convert_w4a8.report import html as report_html
     from convert_w4a8.report import pictures as report_pictures
 
-    if html is None and png_dir is None and not as_json:
-        raise click.UsageError("give --html, --png-dir or --json")
     with_pictures = html is not None or png_dir is not None
     if with_pictures:
         report_pictures.require_matplotlib()
+    check_writable(*([html] if html else []), *([png_dir / "sqnr.png"] if png_dir else []))
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
     with progress(original.nbytes, "report", quiet=as_json) as update:
         found = reports.collect(converted, original, progress=update)
@@ -41,9 +50,9 @@ def report_command(out: str, source: str, html: Path | None, png_dir: Path | Non
         pictures = report_pictures.draw(found)
         written = {png_dir / f"{name}.png": png for name, png in pictures.items()} if png_dir is not None else {}
         if html is not None:
-            written[html] = report_html.render(found, pictures).encode()
+            written[html] = report_html.render(found, pictures).encode(errors="backslashreplace")
         write_files(written)
     if as_json:
         echo_json(reports.as_dict(found))
     else:
-        click.echo(reports.as_text(found))
+        echo(reports.as_text(found))

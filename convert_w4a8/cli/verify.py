@@ -2,12 +2,17 @@
 
 import click
 
-from convert_w4a8.cli.base import W4A8Command, echo_json, progress
+from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.output import echo, echo_json
+from convert_w4a8.cli.paths import CHECKPOINT
+from convert_w4a8.cli.progress import progress
 
 
 @click.command("verify", cls=W4A8Command)
-@click.argument("out", metavar="OUT")
-@click.option("--source", required=True, metavar="IN", help="The checkpoint that OUT was converted from.")
+@click.argument("out", metavar="OUT", type=CHECKPOINT)
+@click.option(
+    "--source", required=True, metavar="IN", type=CHECKPOINT, help="The checkpoint that OUT was converted from."
+)
 @click.option(
     "--min-sqnr-db",
     type=float,
@@ -27,6 +32,6 @@ def verify_command(out: str, source: str, min_sqnr_db: float | None, as_json: bo
     if as_json:
         echo_json(render.verification_dict(verification))
     else:
-        click.echo(render.verification_text(verification))
+        echo(render.verification_text(verification))
     if verification.problems:
         click.get_current_context().exit(1)

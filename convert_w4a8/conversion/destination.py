@@ -4,7 +4,10 @@ import stat
 from pathlib import Path
 
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.journal import work_path
+from convert_w4a8.checkpoint.shards import ShardWriter
 from convert_w4a8.checkpoint.writer import Privacy
+from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.errors import ConvertError, W4A8Error
 from convert_w4a8.targets import find_target
 
@@ -47,3 +50,27 @@ def privacy(source: Checkpoint) -> Privacy:
         weights=weights | owner,
         files=stat.S_IMODE((source.root / CONFIG).stat().st_mode) | owner,
     )
+
+
+def is_finished(out: Path, source: Checkpoint, plan: Plan) -> bool:
+    """Whether a directory is what carrying out a plan gives, by its configuration and the names and sizes of its files.
+
+    What its tensors hold is not looked at; `verification` does that.
+    """
+    if work_path(out.resolve()).exists() or not out.is_dir() or not any(out.iterdir()):
+        return False
+    try:
+        check_replaceable(out, source)
+        found = open_checkpoint(out)
+    except W4A8Error:
+        return False
+    block = found.quantization_config
+    conversion = block.get("conversion")
+    if isinstance(conversion, dict) and conversion.get("scales") != str(plan.options.scales):
+        return False
+    expected = plan.target.quantization_config(source.quantization_config, plan.ignore, plan.options.scales, {})
+    if any(block.get(key) != value for key, value in expected.items() if key != "conversion"):
+        return False
+    sizes = {out / shard.file_name: ShardWriter(out, shard).size for shard in plan.shards}
+    sizes |= {out / relative: (source.root / relative).stat().st_size for relative in source.side_files}
+    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())

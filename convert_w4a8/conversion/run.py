@@ -31,7 +31,16 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
         ConvertError: `out` is taken, overlaps the input, or the disk or the memory is too small.
 
     """
-    source, target = checkpoint.root.resolve(), out.resolve()
+    for path in (checkpoint.root, out):
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError as error:
+            reason = "is not UTF-8, and the safetensors library opens no other names"
+            raise ConvertError(str(path), reason, "rename it, or choose another path") from error
+    try:
+        source, target = checkpoint.root.resolve(), out.resolve()
+    except (OSError, RuntimeError) as error:  # Python 3.13 has the one, 3.11 the other
+        raise ConvertError(str(out), "is or lies behind a link that leads nowhere", "choose another path") from error
     if source == target or source in target.parents or target in source.parents:
         raise ConvertError(str(out), "overlaps the input directory", "choose another output path")
     here = Path.cwd()

@@ -18,15 +18,21 @@ from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
 from convert_w4a8.text import human_bytes, table
+from convert_w4a8.version import __version__
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the report shows. Layers in natural order; sizes in bytes."""
+    """Everything that the report shows. Layers in natural order; sizes in bytes.
+
+    name, source_name: of the directories, or the Hub ids. converted_with: tool and version that OUT names, if it does.
+    """
 
     name: str
+    source_name: str
+    converted_with: str | None
     source_format: str
     target_format: str
     scales_mode: str | None
@@ -80,9 +86,12 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
     shapes = [(layer.module, layer.out_features, layer.in_features) for layer in layers]
     names = {part.name for mode in target.MODES for shape in shapes for part in target.tensor_specs(*shape, mode)}
     conversion = out.quantization_config.get("conversion")
-    mode = conversion.get("scales") if isinstance(conversion, Mapping) else None
+    made = conversion if isinstance(conversion, Mapping) else {}
+    mode, tool = made.get("scales"), (made.get("tool"), made.get("tool_version"))
     return Report(
-        name=out.root.resolve().name,
+        name=_name(out),
+        source_name=_name(source),
+        converted_with=" ".join(map(str, tool)) if all(tool) else None,
         source_format=reader.NAME,
         target_format=target.NAME,
         scales_mode=None if mode is None else str(mode),
@@ -98,6 +107,15 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
         nbytes_in=source.nbytes,
         nbytes_out=out.nbytes,
     )
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """Return the name of a checkpoint's directory; in the Hub's cache, where that is a commit, the Hub id with it."""
+    root = checkpoint.root.resolve()
+    owner = root.parent.parent.name
+    if root.parent.name == "snapshots" and owner.startswith("models--"):
+        return f"{owner.removeprefix('models--').replace('--', '/')}@{root.name[:12]}"
+    return root.name
 
 
 def _foreign(subject: str, reason: str) -> ConvertError:
@@ -160,6 +178,9 @@ def as_dict(report: Report) -> dict[str, Any]:
     products = distributions.products
     return {
         "name": report.name,
+        "source_name": report.source_name,
+        "converted_with": report.converted_with,
+        "version": __version__,
         "source": report.source_format,
         "target": report.target_format,
         "scales": report.scales_mode,

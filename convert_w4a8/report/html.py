@@ -1,15 +1,18 @@
 """A report as one HTML file that needs nothing else: tables, and the pictures embedded."""
 
 import base64
+import html
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from datetime import UTC, datetime
 from statistics import fmean
 
 from convert_w4a8.fp8 import CODE_MAX, E4M3_MAX
 from convert_w4a8.report.collect import Report, aggregate, mean, short_kinds, worst
 from convert_w4a8.report.layers import LABELS, SCHEMES, LayerReport
 from convert_w4a8.report.memory import KV_BYTES
-from convert_w4a8.text import human_bytes
+from convert_w4a8.text import human_bytes, printable
+from convert_w4a8.verification.layers import MIN_SQNR_DB_KEPT
+from convert_w4a8.version import __version__
 
 _WORST = 10
 _SHORT = {"naive": "naive", "reference": "reference", "output": "this checkpoint"}
@@ -30,14 +33,21 @@ figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption, .note { font-size: 0.9rem; max-width: 50rem; }
 summary { cursor: pointer; }
+p, figcaption { overflow-wrap: anywhere; }
+@media (max-width: 45rem) {
+  body { margin: 1rem auto; padding: 0 0.9rem; }
+  th, td { padding: 0.3rem 0.5rem; }
+  .scroll img { max-width: none; width: 44rem; }
+}
 """
 
 
-def render(report: Report, pictures: Mapping[str, bytes]) -> str:
-    """Return the HTML document; `pictures` are PNGs by name, as `report_pictures.draw` makes them."""
+def render(report: Report, pictures: Mapping[str, bytes], made: datetime | None = None) -> str:
+    """Return the HTML document; `pictures` are PNGs by name, as `pictures.draw` makes them. made: now, if not given."""
     sections = [
         f"<h1>{escape(report.name)}</h1>",
         f'<p class="lead">{escape(_lead(report))}</p>',
+        _note(_origin(report, made or datetime.now(UTC))),
         _summary(report),
         "<h2>SQNR by layer</h2>",
         _figure(pictures["sqnr"], "SQNR of every layer, by projection and block", _sqnr_caption(report)),
@@ -62,6 +72,17 @@ def render(report: Report, pictures: Mapping[str, bytes]) -> str:
     )
 
 
+def escape(text: str) -> str:
+    """Render what a file may say as text of the page: no tags, no control characters."""
+    return html.escape(printable(text))
+
+
+def _origin(report: Report, made: datetime) -> str:
+    tool = f", converted with {report.converted_with}" if report.converted_with else ""
+    when = made.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"Source: {report.source_name}{tool}. Measured on {when} with w4a8-convert {__version__}."
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], strong: int | None = None) -> str:
     """Render a table whose first column is text; `strong` is the row to set off."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
@@ -75,7 +96,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], strong: int | N
 def _figure(png: bytes, alt: str, caption: str) -> str:
     data = base64.b64encode(png).decode("ascii")
     return (
-        f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+        f'<figure><div class="scroll"><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -118,6 +139,10 @@ def _sqnr_caption(report: Report) -> str:
         text += (
             " Where codes are new, these two start from round to nearest of the source"
             " (groups of 128, scale = amax/7.5, nearest code), and the SQNR contains the loss of the new codes."
+        )
+    if any(layer.codes_kept for layer in report.layers):
+        text += (
+            f" Under the line at {MIN_SQNR_DB_KEPT:.0f} dB, `w4a8 verify` takes a layer with kept codes to be wrong."
         )
     if len(aggregate(report.layers)) < len(report.layers):
         text += " Lines are the mean of a block's experts; the shade reaches down to the least of them."

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
@@ -15,9 +16,11 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.fp8 import CODE_MAX, E4M3_MAX
 from convert_w4a8.report.collect import Report, Spot, aggregate, fp8_values, short_kinds
 from convert_w4a8.report.layers import LABELS, SCHEMES, Histogram
+from convert_w4a8.text import printable
+from convert_w4a8.verification.layers import MIN_SQNR_DB_KEPT
 from convert_w4a8.version import install_command
 
-COLORS = {"source": "#555555", "naive": "#D55E00", "reference": "#0072B2", "output": "#009E73"}
+COLORS = {"source": "#555555", "naive": "#D55E00", "reference": "#0072B2", "output": "#009E73", "limit": "#CC79A7"}
 _MARKERS = {"naive": "v", "reference": "s", "output": "o"}
 _DASHES = {"naive": ":", "reference": "--", "output": "-"}
 _WIDTH = 10.0
@@ -56,7 +59,8 @@ def draw(report: Report) -> dict[str, bytes]:
     require_matplotlib()
     import matplotlib as mpl  # noqa: PLC0415
 
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in writing that the font does not have
         mpl.rcdefaults()  # not what a matplotlibrc in the working directory says
         mpl.rcParams.update(_STYLE)
         return {
@@ -159,6 +163,7 @@ def _low_end(histogram: Histogram) -> float:
 def _draw_sqnr(report: Report) -> Any:
     kinds = short_kinds(report.layers)
     spots = aggregate(report.layers)
+    kept = {layer.kind for layer in report.layers if layer.codes_kept}
     columns = min(4, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     figure = _figure(0.9 + 2.2 * rows)
@@ -166,23 +171,28 @@ def _draw_sqnr(report: Report) -> Any:
     for axes, (kind, title) in zip(grid, kinds.items(), strict=False):
         alike = [spot for spot in spots if spot.kind == kind]
         _draw_kind(axes, alike)
+        if kind in kept:
+            label = f"least with kept codes ({MIN_SQNR_DB_KEPT:.0f} dB)"
+            axes.axhline(MIN_SQNR_DB_KEPT, color=COLORS["limit"], linewidth=1, linestyle="-.", label=label)
         count = max(spot.count for spot in alike)
-        axes.set_title(_wrapped(title) + (f" × {count}" if count > 1 else ""), fontsize=9)
+        # A name is no formula, whatever it holds of $, _ and \.
+        axes.set_title(_wrapped(title) + (f" × {count}" if count > 1 else ""), fontsize=9, parse_math=False)
     for axes in grid[len(kinds) :]:
         axes.set_visible(False)
     for index, axes in enumerate(grid[: len(kinds)]):
         axes.tick_params(labelbottom=index + columns >= len(kinds))
     grid[0].xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    lines = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=len(lines))
     figure.supxlabel("block of the model", fontsize=10)
     figure.supylabel("SQNR in dB", fontsize=10)
     return figure
 
 
 def _wrapped(name: str) -> str:
-    """Break a long module name after a dot, so that the titles of neighbours do not meet."""
-    return textwrap.fill(name.replace(".", ". "), 28).replace(". ", ".")
+    """Break a long module name after a dot, so that the titles of neighbours do not meet; cut one that is too long."""
+    breakable = printable(name).replace(".", ". ")
+    return textwrap.fill(breakable, 28, max_lines=4, placeholder=" …").replace(". ", ".")
 
 
 def _draw_kind(axes: Any, spots: list[Spot]) -> None:

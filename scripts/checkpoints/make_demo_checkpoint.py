@@ -1,9 +1,9 @@
-"""Make a small Llama checkpoint in AutoAWQ's GEMM format, with zero-points: `make_demo_checkpoint.py OUT_DIR`.
+"""Make a small Llama checkpoint in AWQ's GEMM format: `make_demo_checkpoint.py OUT_DIR [--zero-points]`.
 
-The model is random (channels of different sizes, a few large input features), so it says nothing sensible; the
-files are what AutoAWQ 0.2.9 writes: tensor names, shapes, dtypes, nibble order, config keys, metadata. Weights
-are rounded with AutoAWQ's arithmetic but without its activation-aware search, and nothing is taken from the
-package that converts them.
+The model is random (channels of different sizes, a few large input features), so it says nothing sensible. The files
+are what the tools write: tensor names, shapes, dtypes, nibble order, config keys, metadata. They are GPTQModel's, which
+has symmetric AWQ, or with --zero-points AutoAWQ 0.2.9's. Weights are rounded with their arithmetic but without the
+activation-aware search, and nothing is taken from the package that converts them.
 """
 
 import json
@@ -38,14 +38,20 @@ def pack_awq(codes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(packed.view(np.int32))
 
 
-def quantize_awq(weight: np.ndarray) -> dict[str, torch.Tensor]:
-    """Round [N, K] to nearest in asymmetric groups: qweight [K, N/8], qzeros [G, N/8], scales float16 [G, N]."""
+def quantize_awq(weight: np.ndarray, *, zero_points: bool) -> dict[str, torch.Tensor]:
+    """Round [N, K] to nearest in groups: qweight [K, N/8], qzeros [G, N/8], scales float16 [G, N].
+
+    zero_points: from each group's least and largest weight; otherwise all are 8, and the group is symmetric.
+    """
     n, k = weight.shape
     groups = weight.reshape(n, k // GROUP_SIZE, GROUP_SIZE)
     low, high = groups.min(axis=-1), groups.max(axis=-1)
+    if not zero_points:
+        high = np.maximum(high, -low)
+        low = -high
     scales = (np.maximum(high - low, 1e-5) / 15).astype(np.float16)
     step = scales.astype(np.float32)
-    zeros = np.clip(-np.round(low / step), 0, 15)
+    zeros = np.clip(-np.round(low / step), 0, 15) if zero_points else np.full_like(low, 8)
     codes = np.clip(np.round(groups / step[..., None]) + zeros[..., None], 0, 15).astype(np.uint8)
     return {
         "qweight": pack_awq(np.ascontiguousarray(codes.reshape(n, k).T)),
@@ -54,7 +60,7 @@ def quantize_awq(weight: np.ndarray) -> dict[str, torch.Tensor]:
     }
 
 
-def make_tensors(rng: np.random.Generator) -> dict[str, torch.Tensor]:
+def make_tensors(rng: np.random.Generator, *, zero_points: bool) -> dict[str, torch.Tensor]:
     """Return every tensor of the checkpoint."""
     linears = {
         "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
@@ -69,7 +75,7 @@ def make_tensors(rng: np.random.Generator) -> dict[str, torch.Tensor]:
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         for name, (n, k) in linears.items():
-            for part, tensor in quantize_awq(random_weight(rng, n, k)).items():
+            for part, tensor in quantize_awq(random_weight(rng, n, k), zero_points=zero_points).items():
                 tensors[f"{prefix}{name}.{part}"] = tensor
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.float16)
@@ -77,8 +83,18 @@ def make_tensors(rng: np.random.Generator) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def config() -> dict[str, object]:
-    """Return config.json as transformers 4.51 and AutoAWQ write it."""
+def config(*, zero_points: bool) -> dict[str, object]:
+    """Return config.json as transformers 4.51 and AutoAWQ or GPTQModel write it."""
+    common = {"bits": 4, "group_size": GROUP_SIZE, "quant_method": "awq", "version": "gemm", "zero_point": zero_points}
+    auto_awq = {"modules_to_not_convert": None}
+    gptq_model = {
+        "checkpoint_format": "gemm",
+        "format": "gemm",
+        "lm_head": False,
+        "meta": {"quantizer": ["gptqmodel:7.6.0"]},
+        "method": "awq",
+        "pack_dtype": "int32",
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -94,14 +110,7 @@ def config() -> dict[str, object]:
         "num_attention_heads": HEADS,
         "num_hidden_layers": LAYERS,
         "num_key_value_heads": KV_HEADS,
-        "quantization_config": {
-            "bits": 4,
-            "group_size": GROUP_SIZE,
-            "modules_to_not_convert": None,
-            "quant_method": "awq",
-            "version": "gemm",
-            "zero_point": True,
-        },
+        "quantization_config": common | (auto_awq if zero_points else gptq_model),
         "rms_norm_eps": 1e-05,
         "rope_scaling": None,
         "rope_theta": 10000.0,
@@ -136,17 +145,19 @@ def tokenizer() -> dict[str, object]:
 
 def main() -> None:
     """Write the checkpoint, replacing an older one."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    names = [word for word in sys.argv[1:] if word != "--zero-points"]
+    zero_points = "--zero-points" in sys.argv[1:]
+    if len(names) != 1 or names[0].startswith("-"):
         sys.exit(__doc__)
-    out = Path(sys.argv[1])
+    out = Path(names[0])
     if out.exists() and not (out / "config.json").is_file():
         sys.exit(f"{out} exists and is not a checkpoint; choose another directory")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     metadata = {"format": "pt", "lm_head.weight": "model.embed_tokens.weight"}
-    save_file(make_tensors(np.random.default_rng(0)), out / "model.safetensors", metadata)
+    save_file(make_tensors(np.random.default_rng(0), zero_points=zero_points), out / "model.safetensors", metadata)
     files = {
-        "config.json": config(),
+        "config.json": config(zero_points=zero_points),
         "generation_config.json": {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1},
         "tokenizer.json": tokenizer(),
         "tokenizer_config.json": {
@@ -160,7 +171,8 @@ def main() -> None:
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     size = (out / "model.safetensors").stat().st_size
-    print(f"{out}: Llama, {LAYERS} layers, AWQ GEMM with zero-points, group size {GROUP_SIZE}, {size / 1e6:.1f} MB")
+    kind = "with zero-points" if zero_points else "symmetric"
+    print(f"{out}: Llama, {LAYERS} layers, AWQ GEMM, {kind}, groups of {GROUP_SIZE}, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

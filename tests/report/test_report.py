@@ -2,8 +2,10 @@
 
 import base64
 import json
+import shutil
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from factories import CASES, Checkpoint
 from factories.layers import Layer
 from numpy.typing import NDArray
 
+from convert_w4a8 import __version__
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli.convert import convert_command as convert
 from convert_w4a8.cli.main import main
@@ -25,12 +28,13 @@ from convert_w4a8.linear import Packing, W4A8Linear, W4Linear
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.report import html as report_html
 from convert_w4a8.report.collect import Report, aggregate, as_dict, collect, short_kinds
-from convert_w4a8.report.layers import Distributions, Histogram, LayerReport, measure_layer
+from convert_w4a8.report.layers import LABELS, Distributions, Histogram, LayerReport, measure_layer
 from convert_w4a8.report.memory import kv_cache, weight_memory
-from convert_w4a8.report.pictures import draw
+from convert_w4a8.report.pictures import _draw_sqnr, _wrapped, draw
 from convert_w4a8.verification.proof import verify
 
 PNG = b"\x89PNG\r\n\x1a\n"
+NO_PICTURES = dict.fromkeys(("scales", "products", "sqnr"), PNG)
 DENSE, MOE = ("gptq-v1", "gptq-qwen3-moe-sharded")
 Doubles = NDArray[np.float64]
 
@@ -255,7 +259,7 @@ def test_blocks_of_output_channels_add_up(monkeypatch: pytest.MonkeyPatch) -> No
     w4a8 = W4A8Linear(w.packed, w.packing, f, None, torch.full((32,), 1e-3))
     whole, parts = Distributions(), Distributions()
     expected = measure_layer("a", w, w4a8, whole)
-    monkeypatch.setattr("convert_w4a8.encoding.dequantize._BLOCK_WEIGHTS", 16 * 512)
+    monkeypatch.setattr("convert_w4a8.encoding.dequantize.BLOCK_WEIGHTS", 16 * 512)
     measured = measure_layer("a", w, w4a8, parts)
     assert measured.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-9)
     assert torch.equal(parts.products.counts, whole.products.counts)
@@ -436,7 +440,7 @@ def test_html_escapes_names(dense: Report) -> None:
     """A name is text, whatever it contains."""
     named = replace(dense, name="a<script>&b")
     page = Page()
-    page.feed(report_html.render(named, dict.fromkeys(("scales", "products", "sqnr"), PNG)))
+    page.feed(report_html.render(named, NO_PICTURES))
     assert "script" not in page.tags
     assert "a<script>&b" in page.text
 
@@ -463,9 +467,9 @@ def test_pictures_are_drawn_of_a_layer_without_loss() -> None:
 def synthetic(layer: LayerReport, figures: Distributions) -> Report:
     """Return a report of one layer."""
     return Report(
-        name="one", source_format="gptq", target_format="lut", scales_mode=None, layers=(layer,), dequantized=(),
-        distributions=figures, stored_tables=False, weights=weight_memory([(16, 128)], 0), kv=kv_cache({}), nbytes_in=1,
-        nbytes_out=1,
+        name="one", source_name="in", converted_with=None, source_format="gptq", target_format="lut",
+        scales_mode=None, layers=(layer,), dequantized=(), distributions=figures, stored_tables=False,
+        weights=weight_memory([(16, 128)], 0), kv=kv_cache({}), nbytes_in=1, nbytes_out=1,
     )  # fmt: skip
 
 
@@ -496,12 +500,116 @@ def test_missing_matplotlib_is_named(
     assert not (tmp_path / "r").exists()
 
 
-def test_something_must_be_asked_for(converted: dict[str, tuple[Checkpoint, Path]]) -> None:
-    """Without --html, --png-dir or --json there is nothing to do: a usage error."""
+def test_the_summary_is_text_and_needs_no_matplotlib(
+    converted: dict[str, tuple[Checkpoint, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --html, --png-dir or --json it is all that is printed; no file is written."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     source, out = converted[DENSE]
-    result = CliRunner().invoke(main, ["report", str(out), "--source", str(source.path)])
-    assert result.exit_code == 2
-    assert "--html" in result.stderr
+    before = sorted(out.parent.rglob("*"))
+    lines = run(main, "report", out, "--source", source.path).stdout.splitlines()
+    assert lines[0].split() == ["scales", "mean", "dB", "least", "dB", "in"]
+    assert [line.split("  ")[0] for line in lines[2:5]] == list(LABELS.values())
+    assert lines[-1].startswith("memory ")
+    assert sorted(out.parent.rglob("*")) == before
+
+
+def test_the_page_says_where_it_is_from(dense: Report) -> None:
+    """The source's name, what converted it, the date in UTC and our version; the JSON has all but the date."""
+    made = datetime(2026, 1, 31, 23, 30, tzinfo=timezone(timedelta(hours=-2)))
+    page = Page()
+    page.feed(report_html.render(dense, NO_PICTURES, made))
+    assert (
+        f"Source: in, converted with w4a8-convert {__version__}. Measured on 2026-02-01 01:30 UTC with w4a8-convert"
+        f" {__version__}."
+    ) in page.text
+    assert "converted with" not in report_html.render(replace(dense, converted_with=None), NO_PICTURES)
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    assert f"Measured on {today}" in report_html.render(dense, NO_PICTURES)
+    document = as_dict(dense)
+    assert (document["source_name"], document["version"]) == ("in", __version__)
+
+
+def test_a_checkpoint_in_the_hubs_cache_goes_by_its_id(
+    converted: dict[str, tuple[Checkpoint, Path]], tmp_path: Path
+) -> None:
+    """Its directory there has the name of a commit."""
+    source, out = converted[DENSE]
+    snapshots = tmp_path / "models--org--some-name" / "snapshots"
+    shutil.copytree(source.path, snapshots / ("0123456789abcdef" * 2))
+    found = collect(open_checkpoint(out), open_checkpoint(snapshots / ("0123456789abcdef" * 2)))
+    assert found.source_name == "org/some-name@0123456789ab"
+
+
+EVIL = ["a$x_{\\frac", "$\\alpha$", "\x1b[31m\n\x00", "\u202eevil", "\u4e2d\u6587", "_x_", "x" * 1000]
+"""Formulas that are and are none, controls, a change of writing direction, letters that the font lacks, a flood."""
+
+
+@pytest.mark.parametrize("name", EVIL, ids=ascii)
+def test_any_name_can_be_shown(name: str, dense: Report) -> None:
+    """In the pictures as it is, and never as a formula; in the page without control characters."""
+    layers = tuple(
+        replace(layer, kind=layer.kind.replace("mlp", name), module=layer.module.replace("mlp", name))
+        for layer in dense.layers
+    )
+    evil = replace(dense, layers=layers, name=name, source_name=name)
+    pictures = draw(evil)
+    assert all(png.startswith(PNG) for png in pictures.values())
+    text = report_html.render(evil, pictures)
+    Page().feed(text)
+    assert all(character.isprintable() or character == "\n" for character in text)
+
+
+@pytest.mark.parametrize("name", ["$x$", "a_b", "\\alpha"])
+def test_names_are_no_formulas(name: str, dense: Report) -> None:
+    """The title of a picture is the name, letter by letter, and how many layers there are in a block."""
+    figure = _draw_sqnr(replace(dense, layers=tuple(replace(x, kind=name) for x in dense.layers)))
+    title = figure.axes[0].title
+    assert not title.get_parse_math()
+    assert title.get_text() == f"{name} × 7"
+
+
+def test_controls_are_escaped_in_pictures(dense: Report) -> None:
+    """A title is one text of printable characters, broken into four short lines at most."""
+    for name in ("\x1b[31m\n\x00", "x" * 1000, "a." * 500):
+        figure = _draw_sqnr(replace(dense, layers=tuple(replace(x, kind=name) for x in dense.layers)))
+        lines = figure.axes[0].title.get_text().splitlines()
+        assert len(lines) <= 4
+        assert all(line.isprintable() and len(line) < 40 for line in lines)
+    assert "\\x1b[31m\\n\\x00" in _wrapped("\x1b[31m\n\x00")
+
+
+def limits(report: Report) -> list[Any]:
+    """Return the lines at 25 dB that a picture has."""
+    return [line for axes in _draw_sqnr(report).axes for line in axes.lines if list(line.get_ydata()) == [25.0, 25.0]]
+
+
+def test_the_limit_is_drawn_where_it_holds(dense: Report) -> None:
+    """One line in the picture of each projection whose codes are kept, named in the legend and under the picture."""
+    kinds = {layer.kind for layer in dense.layers}
+    assert len(limits(dense)) == len(kinds)
+    legend = _draw_sqnr(dense).legends[0]
+    assert "least with kept codes (25 dB)" in [text.get_text() for text in legend.get_texts()]
+    assert "line at 25 dB" in report_html.render(dense, NO_PICTURES)
+    new = replace(dense, layers=tuple(replace(layer, codes_kept=False) for layer in dense.layers))
+    assert limits(new) == []
+    assert "line at 25 dB" not in report_html.render(new, NO_PICTURES)
+    first = dense.layers[0].kind
+    mixed = replace(dense, layers=tuple(replace(x, codes_kept=x.kind == first) for x in dense.layers))
+    assert len(limits(mixed)) == 1
+
+
+def test_a_page_fits_a_telephone(dense: Report) -> None:
+    """What is wider than the page scrolls by itself: every table and picture lies in such a box.
+
+    That nothing sticks out at 390 pixels was seen in Chromium.
+    """
+    text = report_html.render(dense, NO_PICTURES)
+    assert text.count("<table>") == text.count('<div class="scroll"><table>') > 3
+    assert text.count("<img ") == text.count('<div class="scroll"><img ') == 3
+    assert ".scroll { overflow-x: auto; }" in text
+    assert "overflow-wrap: anywhere" in text
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
 
 
 def test_foreign_source_is_refused(converted: dict[str, tuple[Checkpoint, Path]]) -> None:
@@ -513,14 +621,34 @@ def test_foreign_source_is_refused(converted: dict[str, tuple[Checkpoint, Path]]
     assert result.stderr.count("\n") == 1
 
 
-def test_unwritable_file_is_named(converted: dict[str, tuple[Checkpoint, Path]], tmp_path: Path) -> None:
-    """A file where a directory should be is a user's error."""
+@pytest.mark.parametrize("option", ["--html", "--png-dir"])
+@pytest.mark.parametrize("place", ["file/report.html", "/proc/none/report", "/sys/report"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    option: str, place: str, converted: dict[str, tuple[Checkpoint, Path]], tmp_path: Path
+) -> None:
+    """A file where a directory should be, and directories that nobody can write to."""
     source, out = converted[DENSE]
     (tmp_path / "file").write_text("")
-    target = tmp_path / "file" / "report.html"
-    result = CliRunner().invoke(main, ["report", str(out), "--source", str(source.path), "--html", str(target)])
+    target = tmp_path / place
+    result = CliRunner().invoke(main, ["report", str(out), "--source", str(source.path), option, str(target)])
     assert result.exit_code == 1
     assert "cannot be written" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_place_that_cannot_be_written_is_seen_before_the_work(
+    converted: dict[str, tuple[Checkpoint, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And not after minutes of measuring, where the system says so in advance; nothing is made by looking."""
+    monkeypatch.setattr("convert_w4a8.report.collect.collect", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    source, out = converted[DENSE]
+    result = CliRunner().invoke(
+        main, ["report", str(out), "--source", str(source.path), "--html", str(tmp_path / "a" / "b")]
+    )
+    assert (result.exit_code, list(tmp_path.iterdir())) == (1, [])
+    assert "cannot be written (Permission denied)" in result.stderr
 
 
 def test_real_checkpoint_loses_what_was_measured(shared: Path, tmp_path: Path) -> None:

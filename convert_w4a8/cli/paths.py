@@ -1,0 +1,59 @@
+"""Paths and names of checkpoints on the command line: `~`, and completion in the shell."""
+
+import os
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+
+class LocalPath(click.Path):
+    """A path, with `~` for a home directory: shells do not expand it in `--html=~/report.html`.
+
+    directory: what the shell completes; whether there is one already is for the command to say.
+    """
+
+    def __init__(self, *, directory: bool = False, **kinds: Any) -> None:
+        super().__init__(**kinds)
+        self._directory = directory
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; a usage error where it is empty, as that of a variable that is not set."""
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 - raises nothing
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Leave it to the shell to complete a file or directory."""
+        return (
+            [CompletionItem(incomplete, type="dir")]
+            if self._directory
+            else super().shell_complete(ctx, param, incomplete)
+        )
+
+
+class CheckpointName(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
+    """A checkpoint: a directory, or a Hub id. Shells complete directories."""
+
+    name = "checkpoint"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
+        """Return the name, with `~` expanded."""
+        return os.path.expanduser(str(value))  # noqa: PTH111 - raises nothing
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        """Leave it to the shell to complete a directory."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+CHECKPOINT = CheckpointName()
+
+
+def check_homes(ctx: click.Context) -> None:
+    """Raise ConvertError for a path that begins with the home directory of a user that there is not."""
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name or "")
+        if isinstance(parameter.type, LocalPath | CheckpointName) and str(value or "").startswith("~"):
+            from convert_w4a8.api import local_path
+
+            local_path(str(value))

@@ -1,0 +1,80 @@
+"""How far a command is: a bar on a terminal, now and then a line in a log."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from convert_w4a8.cli.output import echo_error
+from convert_w4a8.text import human_bytes
+
+_SECONDS = 30.0
+"""A line of a log comes after so many seconds, …"""
+_PERCENT = 10
+"""… or after so many percent, …"""
+_LEAST_SECONDS = 10.0
+"""… but not sooner after the one before, or after the beginning: what is quick needs no lines."""
+
+
+def at_terminal() -> bool:
+    """Whether stderr is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+@contextmanager
+def progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how many bytes of a total are done: as a bar if that is a terminal, as lines otherwise.
+
+    What is yielded is called with the number of bytes that are done since the last call, from any thread.
+    """
+    if quiet:
+        yield lambda _nbytes: None
+    elif at_terminal():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=label, unit="B", unit_scale=True) as bar:
+            yield bar.update
+    else:
+        yield ProgressLines(total, label).update
+
+
+class ProgressLines:
+    """Prints a line every 30 s or 10 %."""
+
+    def __init__(self, total: int, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total = total
+        self._label = label
+        self._clock = clock
+        self._started = self._last_time = clock()
+        self._done = self._last_done = 0
+        self._lock = threading.Lock()
+
+    def update(self, nbytes: int) -> None:
+        """Note that so many bytes are done, and print a line if it is time."""
+        with self._lock:
+            self._done += nbytes
+            now = self._clock()
+            waited = now - self._last_time
+            more = 100 * (self._done - self._last_done) >= _PERCENT * self._total
+            if not nbytes or waited < _LEAST_SECONDS or not (waited >= _SECONDS or more):
+                return
+            self._last_time, self._last_done = now, self._done
+            echo_error(self._line(now - self._started))
+
+    def _line(self, seconds: float) -> str:
+        rate = self._done / seconds
+        share = min(1.0, self._done / self._total) if self._total else 1.0
+        return (
+            f"{self._label:<10} {share:4.0%}, {human_bytes(self._done)} of {human_bytes(self._total)},"
+            f" {rate / 1e6:.0f} MB/s, {_duration(max(0, self._total - self._done) / rate)} left"
+        )
+
+
+def _duration(seconds: float) -> str:
+    """Render a time: 45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
