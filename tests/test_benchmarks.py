@@ -18,6 +18,8 @@ sys.path.append(str(ROOT / "scripts" / "bench"))
 import results
 import tables
 
+pytestmark = pytest.mark.slow
+
 RESULTS = ROOT / "docs" / "benchmarks" / "results"
 NAMES = sorted(path.stem for path in RESULTS.glob("*.json"))
 EVERY_TABLE = pytest.mark.parametrize("name", NAMES)

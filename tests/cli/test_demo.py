@@ -12,6 +12,8 @@ from paths import ROOT
 
 from convert_w4a8 import convert, inspect, verify
 
+pytestmark = pytest.mark.slow
+
 MAKE = ROOT / "scripts" / "checkpoints" / "make_demo_checkpoint.py"
 
 

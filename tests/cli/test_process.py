@@ -20,6 +20,8 @@ SLOW = """
 import sys, time
 from convert_w4a8.cli.main import main
 from convert_w4a8.conversion import shard
+
+pytestmark = pytest.mark.slow
 fast, converted = shard.convert_layer, []
 def slow(*arguments):
     converted.append(1)

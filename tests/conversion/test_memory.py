@@ -44,6 +44,7 @@ def measured() -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["gptq-kept", "awq-new", "awq-new-small", "gptq-act-order", "ct-int8", "dense", "gptq-in-bf16"],

@@ -27,6 +27,8 @@ from convert_w4a8.encoding import tables
 from convert_w4a8.targets import find_target
 from convert_w4a8.targets.base import Target
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("llama-31m-gptq", "llama-31m-awq-zp", "llama-31m-ct")
 
 

@@ -134,6 +134,7 @@ def test_second_push_sends_nothing(hub: Hub, out: Path, source: Path) -> None:
     assert hub.repos[REPO].commits == commits
 
 
+@pytest.mark.slow
 def test_convert_pushes_what_it_wrote(hub: Hub, source: Path, tmp_path: Path) -> None:
     """`--push-to` converts, verifies and uploads; a branch follows the @."""
     arguments = ["convert", str(source), str(tmp_path / "out"), "--push-to", f"{REPO}@dev", "--private"]

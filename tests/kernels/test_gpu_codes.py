@@ -17,6 +17,8 @@ from convert_w4a8.linear import W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.layer import to_w4a8
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton is not installed")
 KERNELS = importlib.import_module("convert_w4a8.kernels.codes.gpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -545,6 +545,7 @@ EVIL = ["a$x_{\\frac", "$\\alpha$", "\x1b[31m\n\x00", "\u202eevil", "\u4e2d\u658
 """Formulas that are and are none, controls, a change of writing direction, letters that the font lacks, a flood."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVIL, ids=ascii)
 def test_any_name_can_be_shown(name: str, dense: Report) -> None:
     """In the pictures as it is, and never as a formula; in the page without control characters."""
@@ -621,6 +622,7 @@ def test_foreign_source_is_refused(converted: dict[str, tuple[Checkpoint, Path]]
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--html", "--png-dir"])
 @pytest.mark.parametrize("place", ["file/report.html", "/proc/none/report", "/sys/report"])
 def test_a_place_that_cannot_be_written_is_one_line(

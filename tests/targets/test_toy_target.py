@@ -195,6 +195,7 @@ def test_everything_else_knows_it_too(tmp_path: Path) -> None:
     assert {problem.subject for problem in api.verify(tmp_path / "out", source).problems} == {module}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_toy")
 def test_the_toy_decides_for_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What it cannot hold, which sizes it cannot take and which scales it has: nobody else is asked."""

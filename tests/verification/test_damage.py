@@ -208,6 +208,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return ([path] if path else []) + [leaf for key, inner in value.items() for leaf in leaves(inner, (*path, key))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", ["kept"])
 @pytest.mark.parametrize("output", ["lut", "compressed-tensors"])
 def test_every_key_of_the_configuration_counts(pair: Pair) -> None:
