@@ -212,7 +212,7 @@ def _numba_works() -> bool:
     """Return whether numba can compile kernels here and keep them."""
     try:
         _import_numba()
-    except ImportError as error:  # it is absent, or refuses a NumPy newer than it knows
+    except (ImportError, ValueError) as error:  # absent, a NumPy newer than it knows, or a variable it cannot read
         return _without("numba", str(error))
     try:
         import_module("convert_w4a8.kernels.repack.cpu")

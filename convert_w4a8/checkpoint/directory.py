@@ -61,8 +61,17 @@ def open_checkpoint(root: Path) -> Checkpoint:
         ConvertError: a file is missing, damaged or inconsistent with another.
 
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112  (which takes names that cannot be)
         raise ConvertError(str(root), "is not a directory", "give a checkpoint directory or a Hub id (org/name)")
+    try:
+        return _open(root)
+    except OSError as error:  # a directory that may not be looked into, a name that is too long
+        raise ConvertError(
+            str(error.filename or root), f"cannot be read ({error.strerror})", "check the checkpoint directory"
+        ) from error
+
+
+def _open(root: Path) -> Checkpoint:
     homes = _homes(root)
     for name in (CONFIG, QUANTIZE_CONFIG, CARD, INDEX):
         _check_link(root / name, homes)
@@ -125,7 +134,7 @@ def _read_headers(root: Path) -> dict[str, TensorInfo]:
             f"{len(files)} safetensors files but no {INDEX}",
             "restore the index or keep a single file",
         )
-    return read_header(_check_link(files[0], _homes(root)))[1]
+    return read_header(_check_weights(files[0], _homes(root)))[1]
 
 
 def _read_sharded(root: Path) -> dict[str, TensorInfo]:
@@ -144,7 +153,7 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
             )
         if not os.path.isfile(root / shard):  # noqa: PTH113  (which takes names that cannot be, too)
             raise ConvertError(str(root / shard), f"is named by {INDEX} but is absent", "download the shard")
-        for name, info in read_header(_check_link(root / shard, homes))[1].items():
+        for name, info in read_header(_check_weights(root / shard, homes))[1].items():
             if weight_map.get(name) != shard:
                 where = f"puts it into {weight_map[name]}" if name in weight_map else "does not list it"
                 raise ConvertError(f"{root / shard}: tensor {name!r}", f"{INDEX} {where}", "restore the index")
@@ -172,7 +181,10 @@ def _check_link(path: Path, homes: Iterable[Path]) -> Path:
         ConvertError: a link leads out of the checkpoint, and would carry a file of the machine into the output.
 
     """
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # Python 3.13 has the one, 3.11 the other
+        raise ConvertError(str(path), "is a link that leads nowhere", "copy the file that is meant") from error
     if not any(real.is_relative_to(home) for home in homes):
         raise ConvertError(
             str(path),
@@ -180,6 +192,16 @@ def _check_link(path: Path, homes: Iterable[Path]) -> Path:
             "copy the file, or give the directory that it lies in",
         )
     return path
+
+
+def _check_weights(path: Path, homes: Iterable[Path]) -> Path:
+    """Return a path unchanged. Raises ConvertError for a link out of the checkpoint, or a name that is not UTF-8."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError as error:
+        reason = "has a name that is not UTF-8, which the safetensors library cannot open"
+        raise ConvertError(str(path), reason, "rename it") from error
+    return _check_link(path, homes)
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -228,5 +250,7 @@ def _find_side_files(root: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
             if not path.name.endswith(".safetensors"):
                 left_out.append(f"{relative} (weights in another format)")
         elif not path.name.endswith(".index.json") and str(relative) not in (CONFIG, QUANTIZE_CONFIG, CARD):
+            if not os.access(path, os.R_OK):  # now, rather than when all layers are converted
+                raise ConvertError(str(path), "cannot be read (Permission denied)", "let it be read, or move it away")
             found.append(relative)
     return tuple(found), tuple(left_out)

@@ -43,6 +43,8 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_D
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_RANK = 64
 """Dimensions of a tensor, as torch has them."""
+_MAX_EMPTY = 10_000
+"""Tensors without a byte: a model has few, and a small file could have millions."""
 _SPARE = 1_000_000
 """Marks of a header that belong to no tensor: those in names and metadata. Parsing takes some 100 bytes for each."""
 _DOWNLOAD_AGAIN = "download or write the file again"
@@ -132,6 +134,9 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "__metadata__ is not an object of strings")
+    empty = sum(isinstance(entry, dict) and _is_empty(entry.get("data_offsets")) for entry in header.values())
+    if empty > _MAX_EMPTY:
+        raise _damaged(path, f"holds {empty:,} tensors without a byte")
     data_start = 8 + length
     tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
     _check_layout(path, tensors.values(), data_start, size)
@@ -152,6 +157,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_empty(offsets: object) -> bool:
+    return isinstance(offsets, list) and len(offsets) == 2 and offsets[0] == offsets[1]
 
 
 def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:

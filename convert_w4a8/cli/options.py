@@ -13,6 +13,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _SIZE_PATTERN = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_LARGEST_SIZE = 2.0**63
+"""Bytes that a file can have, on any system."""
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
@@ -25,10 +27,13 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 
         if isinstance(value, int):
             return value
         match = _SIZE_PATTERN.fullmatch(value.strip())
-        if match is None or float(match["number"]) <= 0:
+        if match is None:
             self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
         base = 1024 if "i" in value.lower() else 1000
-        return int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])
+        size = float(match["number"]) * base ** _POWERS[match["unit"].lower()]
+        if not 1 <= size <= _LARGEST_SIZE:
+            self.fail(f"{value[:40]!r} is not a size such as 5GB, up to 8 EiB", param, ctx)
+        return int(size)
 
 
 SIZE = _Size()

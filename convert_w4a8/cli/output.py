@@ -28,9 +28,10 @@ def echo(text: str, *, nl: bool = True) -> None:
 
 
 def echo_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON document on stdout, the only one of this command."""
+    """Print one JSON document on stdout, the only one of this command; null for the numbers that JSON has not."""
     click.get_current_context().meta[_PRINTED] = True
-    echo(json.dumps(value, indent=2))
+    finite = json.loads(json.dumps(value), parse_constant=lambda _infinity_or_nan: None)
+    echo(json.dumps(finite, indent=2))
 
 
 def echo_error(line: str) -> None:
@@ -69,10 +70,16 @@ def escape_what_cannot_be_encoded() -> None:
 def check_writable(*paths: Path) -> None:
     """Raise ConvertError if files cannot be written, as far as can be told before the work; touches nothing."""
     for path in paths:
-        parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
-        if not parent.is_dir():
-            raise ConvertError(str(path), f"cannot be written ({parent} is not a directory)", "choose another path")
-        if not os.access(path if path.exists() else parent, os.W_OK):
+        try:
+            exists = path.exists()
+            parent = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), Path("/"))
+            usable = not path.is_dir() if exists else parent.is_dir()
+        except OSError as error:  # a name that is too long, a directory that may not be entered, links in a circle
+            raise ConvertError(str(path), f"cannot be written ({error.strerror})", "choose another path") from error
+        if not usable:
+            reason = "it is a directory" if exists else f"{parent} is not a directory"
+            raise ConvertError(str(path), f"cannot be written ({reason})", "choose another path")
+        if not os.access(path if exists else parent, os.W_OK):
             raise ConvertError(str(path), "cannot be written (Permission denied)", "choose another path")
 
 

@@ -34,8 +34,8 @@ def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerRes
 def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
     """Set every dtype of a model configuration to bfloat16, those of its sub-models too."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            config[key] = _in_bfloat16(value)
-        elif key in ("dtype", "torch_dtype"):
+        if key in ("dtype", "torch_dtype"):  # whatever it was: an object names a dtype for each sub-model
             config[key] = "bfloat16"
+        elif isinstance(value, dict):
+            config[key] = _in_bfloat16(value)
     return config

@@ -57,7 +57,10 @@ def is_finished(out: Path, source: Checkpoint, plan: Plan) -> bool:
 
     What its tensors hold is not looked at; `verification` does that.
     """
-    if work_path(out.resolve()).exists() or not out.is_dir() or not any(out.iterdir()):
+    try:
+        if work_path(out.resolve()).exists() or not out.is_dir() or not any(out.iterdir()):
+            return False
+    except (OSError, RuntimeError):  # links in a circle, a directory that cannot be read: the conversion says so
         return False
     try:
         check_replaceable(out, source)

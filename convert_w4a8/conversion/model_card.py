@@ -4,6 +4,7 @@ Metadata as in https://huggingface.co/docs/hub/model-cards.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -13,6 +14,7 @@ import yaml
 
 from convert_w4a8.checkpoint.directory import CARD, Checkpoint
 from convert_w4a8.conversion.plan import Plan
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.layer import LayerStats
 from convert_w4a8.text import counted, human_bytes, markdown_code
@@ -59,8 +61,11 @@ def _source_card(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     path = checkpoint.root / CARD
     if not path.is_file():
         return {}, ""
-    with path.open("rb") as file:
-        content = file.read(_CARD_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_CARD_BYTES + 1)
+    except OSError as error:
+        raise ConvertError(str(path), f"cannot be read ({error.strerror})", "check the file") from error
     text = content[:_CARD_BYTES].decode("utf-8", errors="replace")
     if len(content) > _CARD_BYTES:
         text += "\n\n*The source's card is longer than this.*"
@@ -103,7 +108,9 @@ def _strings(value: object) -> list[str]:
 
 def _introduction(checkpoint: Checkpoint, plan: Plan) -> str:
     source = hub_id(checkpoint)
-    name = source.rpartition("/")[2] if source else checkpoint.root.resolve().name
+    # A name may be no UTF-8, or no text where Python takes the system's names for ASCII.
+    here = os.fsencode(checkpoint.root.resolve().name).decode(errors="replace")
+    name = source.rpartition("/")[2] if source else here
     link = f"[{source}](https://huggingface.co/{source})" if source else f"`{name}`"
     return (
         f"# {name}, W4A8\n\n"

@@ -1,4 +1,7 @@
-"""What a conversion will do, decided from headers and configuration alone: a Plan, or every problem at once."""
+"""What a conversion will do, decided from headers and configuration alone: a Plan, or every problem at once.
+
+The warnings of a plan know some zero-points too (`contradictions.py`); they decide nothing.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +13,7 @@ from convert_w4a8.checkpoint.names import fusion_key, is_expert, is_lm_head, lin
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
 from convert_w4a8.conversion.advice import left_out_warnings, size_warnings
+from convert_w4a8.conversion.contradictions import content_warnings, setting_warnings
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
@@ -79,8 +83,10 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.dequantize is None)
 
 
-def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True) -> Plan:
     """Plan a conversion from headers and configuration alone.
+
+    contents: read the zero-points and g_idx of some layers for the warnings, too; not where only headers are here.
 
     Raises:
         ConvertError: the checkpoint is of no known format.
@@ -128,7 +134,12 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         tensors=tensors,
         shards=plan_shards(outputs, options.max_shard_size),
         ignore=ignore,
-        warnings=(*size_warnings(converted), *left_out_warnings(checkpoint)),
+        warnings=(
+            *size_warnings(converted),
+            *setting_warnings(checkpoint, specs),
+            *(content_warnings(source, specs) if contents else ()),
+            *left_out_warnings(checkpoint),
+        ),
         nbytes_in=checkpoint.nbytes,
         nbytes_out=nbytes_out,
         serving_nbytes=_serving_nbytes(layers, tensors),

@@ -1,5 +1,6 @@
 """Carrying out a plan: several layers at a time, in this process."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -33,8 +34,8 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
     """
     for path in (checkpoint.root, out):
         try:
-            str(path.absolute()).encode()
-        except UnicodeEncodeError as error:
+            os.fsencode(path.absolute()).decode()
+        except UnicodeDecodeError as error:
             reason = "is not UTF-8, and the safetensors library opens no other names"
             raise ConvertError(str(path), reason, "rename it, or choose another path") from error
     try:
@@ -49,7 +50,7 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
     check_destination(out, overwrite=overwrite or resume)  # what may be resumed is known once it is locked
     if overwrite:
         check_replaceable(out, checkpoint)
-    existing = next(parent for parent in target.parents if parent.exists())
+    existing = next(parent for parent in target.parents if os.path.exists(parent))  # noqa: PTH110 - raises nothing
     free = shutil.disk_usage(existing).free + occupied(work_path(target))  # what was interrupted is used or replaced
     check_memory(plan)
     if free < plan.disk_nbytes:

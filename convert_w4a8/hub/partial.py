@@ -4,6 +4,7 @@ Each safetensors file becomes a local file of the same size with holes where not
 on a directory works here, as long as it reads no other tensors.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from convert_w4a8.errors import ConvertError
 _PIECE = 64 << 20
 _MAX_HEADER_BYTES = 100_000_000
 """As safetensors itself allows."""
+_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
+"""Names of weights, in characters; the system allows 255 bytes."""
+_TOTAL = re.compile(r"/([0-9]{1,18})\Z")
+"""The size of the whole file at the end of a Content-Range."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,20 @@ def open_remote(name: str, directory: Path) -> RemoteCheckpoint:
         files = HfApi().list_repo_files(repo_id, revision=commit)
     except Exception as error:
         raise _unreachable(name, error) from error
+    _check_names(name, files)
     for file in files:
         if file in (CONFIG, QUANTIZE_CONFIG, INDEX, CARD):
             (directory / file).write_bytes(_read(repo_id, commit, file)[0])
         elif file.endswith(".safetensors") and "/" not in file:
             _write_header(repo_id, commit, directory / file)
     return RemoteCheckpoint(open_checkpoint(directory), repo_id, commit)
+
+
+def _check_names(name: str, files: Iterable[str]) -> None:
+    """Raise ConvertError for names that are no file names here, whatever the Hub says."""
+    for file in files:
+        if file.endswith(".safetensors") and "/" not in file and not _NAME.fullmatch(file):
+            raise ConvertError(f"{name}: {file}", "is no name of a file", "rename it on the Hub")
 
 
 def _write_header(repo_id: str, commit: str, path: Path) -> None:
@@ -74,17 +87,21 @@ def _write_header(repo_id: str, commit: str, path: Path) -> None:
     header, _ = _read(repo_id, commit, path.name, 8, length)
     with path.open("wb") as file:
         file.write(prefix + header)
-        file.truncate(total)
+        try:
+            file.truncate(total)
+        except (OSError, OverflowError) as error:
+            reason = f"has {total} bytes, as the Hub says, which no file here can have"
+            raise ConvertError(f"{repo_id}: {path.name}", reason, "check the file on the Hub") from error
 
 
 def _read(repo_id: str, commit: str, file: str, start: int = 0, size: int | None = None) -> tuple[bytes, int]:
     """Return some of a file's bytes, or all of them, and the size of the file."""
     from huggingface_hub import hf_hub_url, utils  # noqa: PLC0415  (slow to import)
 
-    headers: dict[str, Any] = utils.build_hf_headers()  # type: ignore[attr-defined]
-    if size is not None:
-        headers["Range"] = f"bytes={start}-{start + size - 1}"
     try:
+        headers: dict[str, Any] = utils.build_hf_headers()  # type: ignore[attr-defined]
+        if size is not None:
+            headers["Range"] = f"bytes={start}-{start + size - 1}"
         url = hf_hub_url(repo_id, file, revision=commit)
         response = utils.http_backoff("GET", url, headers=headers)  # type: ignore[attr-defined]
         utils.hf_raise_for_status(response)  # type: ignore[attr-defined]
@@ -93,9 +110,10 @@ def _read(repo_id: str, commit: str, file: str, start: int = 0, size: int | None
     content: bytes = response.content
     if size is None:
         return content, len(content)
-    if response.status_code != 206 or len(content) != size:
+    total = _TOTAL.search(response.headers.get("Content-Range", ""))
+    if response.status_code != 206 or len(content) != size or total is None:
         raise ConvertError(f"{repo_id}: {file}", "cannot be fetched in parts", "download the checkpoint first")
-    return content, int(response.headers["Content-Range"].rpartition("/")[2])
+    return content, int(total[1])
 
 
 def _unreachable(subject: str, error: Exception) -> ConvertError:

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ _NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can be meant as org/name[@revision], rather than as a path; a path that exists wins."""
-    is_path = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
+    is_path = os.path.exists(_expanded(name)) or name.startswith((".", "/", "~"))  # noqa: PTH110 - raises nothing
     return not is_path and name.partition("@")[0].count("/") == 1
+
+
+def _expanded(name: str) -> str:
+    return os.path.expanduser(name)  # noqa: PTH111 - leaves `~nosuchuser` as it is
 
 
 def resolve_input(name: str) -> Path:
@@ -30,8 +35,8 @@ def resolve_input(name: str) -> Path:
         ConvertError: there is no such directory, and the Hub has no such repository or cannot be reached.
 
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(_expanded(name))
+    if os.path.isdir(path):  # noqa: PTH112  (which takes names that cannot be, and directories that cannot be read)
         return path
     repo_id, _, revision = name.partition("@")
     if not is_hub_id(name):
@@ -50,6 +55,9 @@ def resolve_input(name: str) -> Path:
         raise ConvertError(
             name, f"cannot be downloaded ({reason})", "check the id, the revision and `hf auth`"
         ) from error
+    except OSError as error:  # the cache, or the token in it
+        reason = f"cannot be downloaded ({error.filename or 'the cache'}: {error.strerror or error})"
+        raise ConvertError(name, reason, "check the directory of the Hub's cache (HF_HOME)") from error
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from convert_w4a8.checkpoint.directory import read_json
 from convert_w4a8.errors import ConvertError, Problem
 
 VERSION = 2
+_MOST_DB = 10_000
+"""Beyond any SQNR, −1000 for NaN weights included."""
 UNKNOWN = "unknown"
 """The scales of an output that does not record how they were chosen."""
 
@@ -98,13 +100,28 @@ def read_baseline(path: Path) -> Figures:
         raise wrong
     try:
         layers = {str(module): _layer(figures, version) for module, figures in document.pop("layers").items()}
-        found = Figures(layers=layers, dequantized=tuple(document.pop("dequantized")), **document)
+        dequantized = document.pop("dequantized")
+        found = Figures(layers=layers, dequantized=tuple(dequantized), **document)
     except (KeyError, TypeError, AttributeError) as error:
         raise wrong from error
-    numbers = [found.bytes_in, found.bytes_out, *(layer.sqnr_db or 0 for layer in found.layers.values())]
-    if not all(isinstance(number, int | float) for number in numbers):
+    if not isinstance(dequantized, list) or not _is_sound(found):
         raise wrong
     return found
+
+
+def _is_sound(figures: Figures) -> bool:
+    """Whether all values are what their types say: a baseline may be any file."""
+    words = (figures.source, figures.format, figures.scales, *figures.dequantized)
+    sizes = [figures.bytes_in, figures.bytes_out]
+    sizes += [size for layer in figures.layers.values() for size in (layer.out_features, layer.in_features)]
+    flags = [figures.sample, *(layer.codes_kept for layer in figures.layers.values())]
+    errors = [layer.sqnr_db for layer in figures.layers.values() if layer.sqnr_db is not None]
+    return (
+        all(isinstance(word, str) for word in words)
+        and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+        and all(isinstance(flag, bool) for flag in flags)
+        and all(type(error) in (int, float) and abs(error) <= _MOST_DB for error in errors)
+    )
 
 
 def _layer(figures: dict[str, Any], version: int) -> LayerFigures:

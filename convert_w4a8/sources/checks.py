@@ -13,6 +13,14 @@ from convert_w4a8.sources.base import LayerSpec
 
 _LARGEST_SCALE = 65504.0
 """FP16's largest number. No weight of a model is as large; a BF16 scale with a wrong bit may be."""
+_OUTLIER = 1e6
+"""So many times the median scale of a tensor is no weight, but a wrong bit in an exponent."""
+_SAMPLE = 4096
+"""Scales of which the median is taken."""
+_PAGE = 4096
+"""Bytes that a file system leaves out together where nothing was written."""
+_LOOKED_AT = 10_000
+"""Pages that begin with 0, which are looked at one by one: more are not a few holes, but what somebody made."""
 _DOWNLOAD_AGAIN = "the checkpoint is damaged: download it again"
 
 
@@ -112,7 +120,8 @@ def check_content(codes: TensorInfo, scales: TensorInfo, w: W4Linear) -> W4Linea
 
     Raises:
         ConvertError: one of them is all 0 without meaning a layer of zeros, as a download leaves it that reserved its
-            space and never came. A scale of 0 for some groups is no damage: they are dead.
+            space and never came; or whole pages of the codes are. A scale of 0 for some groups is no damage: they are
+            dead.
 
     """
     few = w.packed.flatten()[:1024]
@@ -120,7 +129,41 @@ def check_content(codes: TensorInfo, scales: TensorInfo, w: W4Linear) -> W4Linea
         raise ConvertError(codes.name, "holds nothing but zeros", _DOWNLOAD_AGAIN)
     if not bool(w.scales.any()) and not bool((few == few[0]).all()):
         raise ConvertError(scales.name, "holds nothing but zeros, for codes that mean something", _DOWNLOAD_AGAIN)
+    hole = _find_hole(codes, w)
+    if hole is not None:
+        raise ConvertError(codes.name, f"has a hole of zeros: {_PAGE} bytes, {hole:,} bytes into it", _DOWNLOAD_AGAIN)
     return w
+
+
+def _find_hole(codes: TensorInfo, w: W4Linear) -> int | None:
+    """Return where a page of the file is all 0 within a layer's codes, in bytes from their beginning; None if nowhere.
+
+    A code of 0 is the smallest value, −8 where there are no zero-points: no layer has thousands side by side. Where the
+    zero-points are 0 as well, it is 0, and so it is where the scales are. Reads one word of each page, and the others
+    where that is 0.
+    """
+    first = -codes.start % _PAGE  # pages are those of the file
+    if codes.dtype != "I32" or first % 4 or not w.packed.is_contiguous():  # 0 is another code in bytes
+        return None
+    words = w.packed.flatten()[first // 4 :]
+    pages = words[: len(words) // (_PAGE // 4) * (_PAGE // 4)].view(-1, _PAGE // 4)
+    for page in (pages[:, 0] == 0).nonzero().flatten()[:_LOOKED_AT].tolist():
+        start = first // 4 + page * (_PAGE // 4)
+        if not bool(pages[page].any()) and _means_something(w, torch.arange(start, start + _PAGE // 4)):
+            return int(4 * start)
+    return None
+
+
+def _means_something(w: W4Linear, words: torch.Tensor) -> bool:
+    """Whether codes of 0 in these words are values other than 0, for more than half of them."""
+    width = w.packed.shape[1]
+    at = dict(zip(w.packing.axes, (words[:, None] // width, words[:, None] % width), strict=True))
+    at[w.packing.along] = at[w.packing.along] * 8 + torch.arange(8)
+    groups = at["k"] // w.group_size if w.g_idx is None else w.g_idx[at["k"]].long()
+    values = w.scales[groups, at["n"]] != 0
+    if w.zeros is not None:
+        values &= w.zeros[groups, at["n"]] != 0
+    return int(values.sum()) * 2 > values.numel()
 
 
 def check_scales(info: TensorInfo, scales: torch.Tensor, *, signed: bool = False) -> torch.Tensor:
@@ -130,16 +173,32 @@ def check_scales(info: TensorInfo, scales: torch.Tensor, *, signed: bool = False
         −7 … 8 into −8 … 7).
 
     Raises:
-        ConvertError: one of them is NaN, infinite, absurdly large or, unless `signed`, negative.
+        ConvertError: one of them is NaN, infinite, absurdly large, by itself or beside the others, or, unless `signed`,
+            negative.
 
     """
     if not bool(torch.isfinite(scales).all()):
         raise ConvertError(info.name, "holds NaN or infinite scales", _DOWNLOAD_AGAIN)
-    if float(scales.abs().max()) > _LARGEST_SCALE:
-        raise ConvertError(info.name, f"holds a scale of {float(scales.abs().max()):.3g}", _DOWNLOAD_AGAIN)
+    largest = float(scales.abs().max())
+    if largest > _LARGEST_SCALE:
+        raise ConvertError(info.name, f"holds a scale of {largest:.3g}", _DOWNLOAD_AGAIN)
+    if largest > 1:  # a scale is some hundredths, as weights are: beside tiny ones of dead groups it may look large
+        median = _median_scale(scales)
+        if largest > _OUTLIER * median > 0:
+            raise ConvertError(
+                info.name, f"holds a scale of {largest:.3g}, where the median is {median:.3g}", _DOWNLOAD_AGAIN
+            )
     if not signed and bool((scales < 0).any()):
         raise ConvertError(info.name, "holds negative scales", _DOWNLOAD_AGAIN)
     return scales
+
+
+def _median_scale(scales: torch.Tensor) -> float:
+    """Return the median of the scales that are not 0, of a sample; 0.0 if all are."""
+    flat = scales.flatten()
+    some = flat[:: max(1, len(flat) // _SAMPLE)].float().abs()
+    some = some[some > 0]
+    return float(some.median()) if len(some) else 0.0
 
 
 def real_zeros(zeros: torch.Tensor) -> torch.Tensor | None:

@@ -16,12 +16,13 @@ from checkpoint_edits import snapshot, write_case
 import convert_w4a8
 from convert_w4a8.cli.signals import Stopped, signals_interrupt
 
+pytestmark = pytest.mark.slow
+
 SLOW = """
 import sys, time
 from convert_w4a8.cli.main import main
 from convert_w4a8.conversion import shard
 
-pytestmark = pytest.mark.slow
 fast, converted = shard.convert_layer, []
 def slow(*arguments):
     converted.append(1)

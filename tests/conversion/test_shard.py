@@ -110,7 +110,6 @@ def test_tasks_survive_pickle(whole: tuple[Result, Path], tmp_path: Path) -> Non
 # In another process.
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def elsewhere() -> Callable[..., ProcessPoolExecutor]:
     """Return what makes processes that know nothing of this one: started anew, not forked."""

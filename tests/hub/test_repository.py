@@ -169,3 +169,14 @@ def test_weights_in_other_formats_are_not_fetched(monkeypatch: pytest.MonkeyPatc
     assert not any(
         map(is_ignored, ["model.safetensors", "config.json", "tokenizer.model", "model.safetensors.index.json"])
     )
+
+
+def test_a_cache_that_cannot_be_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HOME within a file, as the system says it when the client looks for a token there."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise NotADirectoryError(20, "Not a directory", "/a/file/token")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConvertError, match=r"cannot be downloaded \(/a/file/token: Not a directory\)"):
+        resolve_input("org/name")

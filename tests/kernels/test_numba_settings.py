@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("numba", reason="numba is not installed")
 
 PLANTED = """\
@@ -29,7 +31,6 @@ import torch
 from convert_w4a8 import devices
 from convert_w4a8.linear import Packing
 
-pytestmark = pytest.mark.slow
 kernels = devices.repack(torch.device("cpu"))
 assert kernels.__name__ == "convert_w4a8.kernels.repack.cpu"
 words = torch.arange(64, dtype=torch.int32).view(4, 16)

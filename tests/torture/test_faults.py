@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent / "fault_injection.py"
 
 
+@pytest.mark.slow
 def test_no_promise_is_broken() -> None:
     """Nothing half-written, nothing altered, and the same bytes at last: the script checks and exits with 0."""
     command = [sys.executable, str(SCRIPT), "--kills=14", "--faults=5", "--races=1", "--scenarios=1", "--seed=3"]

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent / "fuzz_inputs.py"
 
 
+@pytest.mark.slow
 def test_no_damage_goes_wrong() -> None:
     """Every case is refused by name in one line, or converts to what verifies: the script checks and exits with 0."""
     command = [sys.executable, str(SCRIPT), "--cases=36", "--seed=3"]

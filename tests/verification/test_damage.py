@@ -178,8 +178,8 @@ CANNOT: list[tuple[str, str, str, str, Callable[[torch.Tensor], None]]] = [
     ("new", "lut", "weight_chan_scale", "last bit", flip(0)),
     ("kept", "compressed-tensors", "weight_scale", "last bit", flip(0)),
 ]
-"""What is within the rounding of FP8: another choice of a scale could have given it. An entry that no code uses, and the
-last bit of one FP8 group scale among many, cannot be found either."""
+"""What is within the rounding of FP8: another choice of a scale could have given it. An entry that no code uses, and
+the last bit of one FP8 group scale among many, cannot be found either."""
 
 
 @pytest.mark.parametrize(
