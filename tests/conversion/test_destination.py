@@ -116,10 +116,11 @@ def test_a_private_model_stays_private(directory: int, file: int, source: Path, 
 def test_one_private_file_is_enough(source: Path, tmp_path: Path) -> None:
     """A side file keeps its own mode; weights go where the most private weight may go."""
     (source / "tokenizer.json").chmod(0o600)
+    (source / "model.safetensors").chmod(0o600)
     convert(source, tmp_path / "out", device="cpu")
     assert stat.S_IMODE((tmp_path / "out" / "tokenizer.json").stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "out" / "config.json").stat().st_mode) & 0o044
-    assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == 0o600  # as the library writes it
+    assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == 0o600
     (source / "model.safetensors").chmod(0o640)
     convert(source, tmp_path / "out2", device="cpu")
     assert stat.S_IMODE((tmp_path / "out2" / "model.safetensors").stat().st_mode) == 0o640
