@@ -12,7 +12,6 @@ stock. What is printed of a kind are medians over its engines.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -188,7 +187,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        Path(sys.argv[3]).write_text(json.dumps(worker(json.loads(Path(sys.argv[2]).read_text()))))
-    else:
-        sys.exit(main())
+    vllm_engine.start(worker, main)

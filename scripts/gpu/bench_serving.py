@@ -8,7 +8,6 @@ prompts after one warm-up; "faster" is W4A16's time / ours − 1. Which kernel v
 """
 
 import argparse
-import json
 import random
 import shutil
 import statistics
@@ -136,7 +135,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        Path(sys.argv[3]).write_text(json.dumps(worker(json.loads(Path(sys.argv[2]).read_text()))))
-    else:
-        sys.exit(main())
+    vllm_engine.start(worker, main)

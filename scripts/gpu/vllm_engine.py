@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,14 @@ def run_worker(script: str, payload: dict[str, Any], timeout: float = 420) -> di
         result: dict[str, Any] = json.loads(answer.read_text())
         kernels = sorted(set(re.findall(r"Using \S+ (?:for \w+|.*backend\b)", text)))
         return result | {"wall_s": round(seconds, 1), "kernels": kernels}
+
+
+def start(worker: Callable[[dict[str, Any]], dict[str, Any]], main: Callable[[], int]) -> None:
+    """Run a script: its worker where `run_worker` called it, otherwise its main part, which ends the process."""
+    if sys.argv[1:2] == ["--worker"]:
+        Path(sys.argv[3]).write_text(json.dumps(worker(json.loads(Path(sys.argv[2]).read_text()))))
+    else:
+        sys.exit(main())
 
 
 def quantize_scales(scales: Any, arithmetic: str) -> tuple[Any, Any]:
