@@ -5,22 +5,16 @@ from typing import Any
 
 import pytest
 from checkpoint_edits import REMOVE, Tensors, edit_json, edit_quantization, edit_tensors, write_case
+from layer_specs import find_layers
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.errors import ConvertError, PlanError, Problem
-from convert_w4a8.sources import LayerSpec, find_source
+from convert_w4a8.errors import ConvertError, PlanError
+from convert_w4a8.sources import find_source
 from convert_w4a8.sources.checks import setting
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-def find_layers(path: Path) -> tuple[list[LayerSpec], list[Problem]]:
-    """Return what the format of a checkpoint finds in it."""
-    checkpoint = open_checkpoint(path)
-    problems: list[Problem] = []
-    return find_source(checkpoint).find_layers(checkpoint, problems), problems
 
 
 # Configurations that lie. Every one must be a Problem or a ConvertError, never another exception.

@@ -8,23 +8,16 @@ import pytest
 import torch
 from checkpoint_edits import Tensors, edit_json, edit_quantization, edit_tensors, write_case
 from factories.layers import BORROW, pack_columns
+from layer_specs import find_layers
 from safetensors.torch import save_file
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.dequantize import dequantize
-from convert_w4a8.errors import Problem
-from convert_w4a8.sources import LayerSpec, find_source, gptq
+from convert_w4a8.sources import gptq
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"
-
-
-def find_layers(path: Path) -> tuple[list[LayerSpec], list[Problem]]:
-    """Return what the format of a checkpoint finds in it."""
-    checkpoint = open_checkpoint(path)
-    problems: list[Problem] = []
-    return find_source(checkpoint).find_layers(checkpoint, problems), problems
 
 
 # GPTQ's zero-points.

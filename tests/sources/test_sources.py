@@ -8,29 +8,18 @@ import torch
 from checkpoint_edits import write_case
 from factories import CASES, SEVENS, Case
 from factories.layers import nibbles
+from layer_specs import opened
 
-from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
-from convert_w4a8.errors import Problem
 from convert_w4a8.linear import W4Linear
-from convert_w4a8.sources import LayerSpec, Source, find_source, source_named, sources
+from convert_w4a8.sources import LayerSpec, Source, source_named, sources
 from convert_w4a8.sources.checks import unpack_words
 
 # A group size that does not divide K, and 8 bits, are not for a reader; test_plan.py has the first.
 READABLE = [
     pytest.param(case, id=case.id) for case in (*CASES, *SEVENS) if not case.refused and not case.id.endswith("-odd-k")
 ]
-
-
-def opened(path: Path) -> tuple[Checkpoint, Source, list[LayerSpec]]:
-    """Open a checkpoint whose headers are in order; return its format and layers too."""
-    checkpoint = open_checkpoint(path)
-    source = find_source(checkpoint)
-    problems: list[Problem] = []
-    specs = source.find_layers(checkpoint, problems)
-    assert not problems
-    return checkpoint, source, specs
 
 
 def read_layer(source: Source, spec: LayerSpec) -> W4Linear:

@@ -6,31 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_edits import Tensors, edit_tensors, write_case
+from layer_specs import find_layers, opened
 
-from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.dequantize import dequantize
-from convert_w4a8.errors import ConvertError, Problem
-from convert_w4a8.sources import LayerSpec, Source, find_source
+from convert_w4a8.errors import ConvertError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-def find_layers(path: Path) -> tuple[list[LayerSpec], list[Problem]]:
-    """Return what the format of a checkpoint finds in it."""
-    checkpoint = open_checkpoint(path)
-    problems: list[Problem] = []
-    return find_source(checkpoint).find_layers(checkpoint, problems), problems
-
-
-def opened(path: Path) -> tuple[Checkpoint, Source, list[LayerSpec]]:
-    """Open a checkpoint whose headers are in order; return its format and layers too."""
-    checkpoint = open_checkpoint(path)
-    source = find_source(checkpoint)
-    problems: list[Problem] = []
-    specs = source.find_layers(checkpoint, problems)
-    assert not problems
-    return checkpoint, source, specs
 
 
 def read_all(path: Path) -> None:
