@@ -196,12 +196,17 @@ def _check_link(path: Path, homes: Iterable[Path]) -> Path:
 
 def _check_weights(path: Path, homes: Iterable[Path]) -> Path:
     """Return a path unchanged. Raises ConvertError for a link out of the checkpoint, or a name that is not UTF-8."""
+    check_name(path)
+    return _check_link(path, homes)
+
+
+def check_name(path: Path) -> None:
+    """Raise ConvertError for a name that the safetensors library cannot open."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError as error:
         reason = "has a name that is not UTF-8, which the safetensors library cannot open"
-        raise ConvertError(str(path), reason, "rename it") from error
-    return _check_link(path, homes)
+        raise ConvertError(str(path), reason, "rename it, or choose another path") from error
 
 
 def _walk(root: Path) -> Iterator[Path]:

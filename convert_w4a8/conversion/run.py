@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.checkpoint.directory import CARD, CONFIG, Checkpoint
+from convert_w4a8.checkpoint.directory import CARD, CONFIG, Checkpoint, check_name
 from convert_w4a8.checkpoint.disk import check_destination, occupied
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.writer import CheckpointWriter
@@ -33,11 +33,7 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
 
     """
     for path in (checkpoint.root, out):
-        try:
-            os.fsencode(path.absolute()).decode()
-        except UnicodeDecodeError as error:
-            reason = "is not UTF-8, and the safetensors library opens no other names"
-            raise ConvertError(str(path), reason, "rename it, or choose another path") from error
+        check_name(path.absolute())
     try:
         source, target = checkpoint.root.resolve(), out.resolve()
     except (OSError, RuntimeError) as error:  # Python 3.13 has the one, 3.11 the other

@@ -69,7 +69,7 @@ def check(
         figures, found = _verified(open_checkpoint(out), source, min_sqnr_db, progress)
     else:
         try:
-            plan = make_plan(source, options, contents=not sample)  # of a sample nothing has been fetched yet
+            plan = make_plan(source, options, contents=False)  # whose warnings are not shown; a sample is not here yet
             if sample:
                 source, plan = sample_layers(source, plan)
                 fetch(source.tensors)
