@@ -10,15 +10,7 @@ from paths import ROOT
 from convert_w4a8.checkpoint.names import merged_name
 from convert_w4a8.checkpoint.vllm_layers import MERGED, UNQUANTIZED
 from convert_w4a8.checkpoint.vllm_loaders import KEPT, TOUCHED
-from convert_w4a8.checkpoint.vllm_models import (
-    always_in_16_bits,
-    kept_wrongly,
-    loader_row,
-    merged_in,
-    merged_with,
-    model_names,
-    touched_by_loader,
-)
+from convert_w4a8.checkpoint.vllm_models import VllmModel, always_in_16_bits, merged_with, touched_by_loader
 from convert_w4a8.targets import target_names
 
 LLAMA4: dict[str, Any] = {
@@ -31,24 +23,28 @@ LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "l
 LAYER = "model.layers.0"
 
 
+def _names(config: dict[str, Any]) -> frozenset[str]:
+    return VllmModel.of(config).names
+
+
 def test_names_of_a_configuration_and_of_those_in_it() -> None:
     """Damaged values, and what lies deeper than any model has it, are no names."""
-    assert model_names(LLAMA4) == {
+    assert _names(LLAMA4) == {
         "Llama4ForConditionalGeneration",
         "llama4",
         "llama4_text",
         "llama4_vision_model",
     }
-    assert model_names({}) == set()
-    assert model_names({"architectures": "Llama", "model_type": 4, "text_config": ["x"]}) == set()
-    assert model_names({"architectures": [1, "A"], "thinker_config": {"text_config": {"model_type": "b"}}}) == {
+    assert _names({}) == set()
+    assert _names({"architectures": "Llama", "model_type": 4, "text_config": ["x"]}) == set()
+    assert _names({"architectures": [1, "A"], "thinker_config": {"text_config": {"model_type": "b"}}}) == {
         "A",
         "b",
     }
     deep: dict[str, Any] = {"model_type": "deep"}
     for _ in range(2000):
         deep = {"inner": deep}
-    assert model_names(deep) == set()
+    assert _names(deep) == set()
 
 
 @pytest.mark.parametrize(
@@ -86,14 +82,14 @@ def test_only_at_tensor_parallel_sizes(groups: int, row: bool, inner: bool) -> N
         config = {"architectures": ["Wrapper"], "text_config": config}
     module = f"{LAYER}.mamba.in_proj"
     assert touched_by_loader(config, module, "lut") is None
-    assert (loader_row(config, module, "lut", split=True) is not None) == row
+    assert (VllmModel.of(config).loader_row(module, "lut", split=True) is not None) == row
 
 
 def test_layers_that_must_stay_quantized() -> None:
     """GPT-2's 16-bit weights have another shape than ours."""
-    assert kept_wrongly({"model_type": "gpt2"}, "transformer.h.0.attn.c_proj")
-    assert kept_wrongly({"model_type": "gpt2"}, "transformer.wte") is None
-    assert kept_wrongly(LLAMA, "transformer.h.0.attn.c_proj") is None
+    assert VllmModel.of({"model_type": "gpt2"}).kept_wrongly("transformer.h.0.attn.c_proj")
+    assert VllmModel.of({"model_type": "gpt2"}).kept_wrongly("transformer.wte") is None
+    assert VllmModel.of(LLAMA).kept_wrongly("transformer.h.0.attn.c_proj") is None
 
 
 @pytest.mark.parametrize(
@@ -138,7 +134,7 @@ def test_layers_that_are_never_quantized(config: dict[str, Any], module: str, ex
 )
 def test_layers_that_are_merged(config: dict[str, Any], module: str, expected: str | None) -> None:
     """The longest end of a name counts; what `names` merges in every model is not repeated."""
-    assert merged_in(config, module) == expected
+    assert VllmModel.of(config).merged_in(module) == expected
 
 
 def test_rows_are_in_order() -> None:

@@ -17,7 +17,7 @@ from vllm_functions import Loader, cut_out, parameters
 from vllm_sources import VERSIONS
 
 from convert_w4a8.checkpoint.vllm_loaders import Effect
-from convert_w4a8.checkpoint.vllm_models import kept_wrongly, loader_row
+from convert_w4a8.checkpoint.vllm_models import VllmModel
 from convert_w4a8.encoding.lut_layout import restore
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.encoding.tables import decode, expand_tables
@@ -300,7 +300,7 @@ def test_what_the_table_says_is_what_vllm_does(case: Case, target: str) -> None:
     """The worst of both versions and, in `lut`, of both forms of the tables."""
     forms = (False, True) if target == "lut" else (False,)
     runs = [case.make(version) for version in case.versions]
-    row = loader_row(case.config, case.module, target)
+    row = VllmModel.of(case.config).loader_row(case.module, target)
     found = worst(effect(run, case, target, tables=tables) for run in runs for tables in forms)
     assert found == (None if row is None else row.effects[target])
 
@@ -311,7 +311,7 @@ def test_gpt2_is_right_where_it_is_quantized_and_wrong_where_it_is_not(version: 
     """Its 16-bit weights are stored as [K, N], which vLLM transposes; quantized ones are not touched."""
     config, module = {"model_type": "gpt2"}, "h.0.mlp.c_fc"
     run, layer = _gpt2(version), the_layer(N, K, tables=False)
-    assert loader_row(config, module, target) is None
+    assert VllmModel.of(config).loader_row(module, target) is None
     assert torch.equal(read(module, run(stored(module, layer, target), target), target), decode(layer))
-    assert kept_wrongly(config, module)
+    assert VllmModel.of(config).kept_wrongly(module)
     assert run({f"{module}.weight": decode(layer)}, None)[f"{module}.weight"].shape == (K, N)
