@@ -1,9 +1,10 @@
 """Errors that are the user's to mend: what is wrong, why, and what to do about it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from convert_w4a8.text import printable
+from convert_w4a8.text import printable, shortened
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,40 @@ class Problem:
     def as_dict(self) -> dict[str, str]:
         """Return the three parts as a JSON-ready dict."""
         return asdict(self)
+
+
+_NAMED = 6
+"""Subjects that a group of problems names."""
+
+
+@dataclass(frozen=True)
+class ProblemGroup:
+    """Problems of one reason and one remedy: the first subjects, and how many there are."""
+
+    first: Problem
+    subjects: tuple[str, ...]
+    count: int
+
+    def __str__(self) -> str:
+        """Render as one line."""
+        subjects = shortened(self.subjects, self.count)
+        return "; ".join((f"{subjects}: {printable(self.first.reason)}", self.first.remedy))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict: the first problem, and of more than one the first subjects and the count."""
+        several = {"subjects": list(self.subjects), "count": self.count} if self.count > 1 else {}
+        return self.first.as_dict() | several
+
+
+def grouped(problems: Iterable[Problem]) -> list[ProblemGroup]:
+    """Group problems that differ in their subjects only, in the order of their first ones."""
+    found: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        found.setdefault((problem.reason, problem.remedy), []).append(problem)
+    return [
+        ProblemGroup(alike[0], tuple(problem.subject for problem in alike[:_NAMED]), len(alike))
+        for alike in found.values()
+    ]
 
 
 class W4A8Error(Exception):
@@ -44,4 +79,4 @@ class PlanError(W4A8Error):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        super().__init__("\n".join(map(str, grouped(self.problems))))

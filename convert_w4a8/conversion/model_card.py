@@ -134,9 +134,11 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
                 f"{counted(new, 'layer')}; error {_error([s for _, s in converted if not s.codes_kept])}",
             )
         )
-    kept = [layer for layer, s in zip(plan.layers, stats, strict=True) if s is None]
-    if kept:
-        rows.append(("kept in BF16", counted(len(kept), "layer")))
+    rows += [
+        ("kept in BF16", f"{counted(kind.count, 'layer')}, {markdown_code(kind.names[0])} first: {kind.kind}")
+        for kind in plan.sixteen_bits
+        if not kind.of_source
+    ]
     rows.append(("FP8 scales", _SCALES[plan.options.scales]))
     if converted:
         worst, least = min(converted, key=lambda pair: pair[1].sqnr_db)
