@@ -1,6 +1,6 @@
 """Errors that are the user's to mend: what is wrong, why, and what to do about it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,11 +26,13 @@ class Problem:
 
 _NAMED = 6
 """Subjects that a group of problems names."""
+_LISTED = 20
+"""So many problems of one kind are listed one by one."""
 
 
 @dataclass(frozen=True)
 class ProblemGroup:
-    """Problems of one reason and one remedy: the first subjects, and how many there are."""
+    """Problems of one reason and one remedy, or a single one: the first subjects, and how many there are."""
 
     first: Problem
     subjects: tuple[str, ...]
@@ -47,15 +49,22 @@ class ProblemGroup:
         return self.first.as_dict() | several
 
 
-def grouped(problems: Iterable[Problem]) -> list[ProblemGroup]:
-    """Group problems that differ in their subjects only, in the order of their first ones."""
-    found: dict[tuple[str, str], list[Problem]] = {}
+def grouped(problems: Sequence[Problem]) -> list[ProblemGroup]:
+    """Group problems that differ in their subjects only: those of experts, and more than twenty of others.
+
+    A group stands where its first problem stood.
+    """
+    found: dict[tuple[str, str, bool], list[Problem]] = {}
     for problem in problems:
-        found.setdefault((problem.reason, problem.remedy), []).append(problem)
-    return [
-        ProblemGroup(alike[0], tuple(problem.subject for problem in alike[:_NAMED]), len(alike))
-        for alike in found.values()
-    ]
+        found.setdefault((problem.reason, problem.remedy, ".experts." in problem.subject), []).append(problem)
+    groups: dict[Problem, ProblemGroup] = {}
+    for (_, _, are_experts), alike in found.items():
+        if are_experts or len(alike) > _LISTED:
+            subjects = tuple(problem.subject for problem in alike[:_NAMED])
+            groups[alike[0]] = ProblemGroup(alike[0], subjects, len(alike))
+        else:
+            groups |= {problem: ProblemGroup(problem, (problem.subject,), 1) for problem in alike}
+    return [groups.pop(problem) for problem in problems if problem in groups]
 
 
 class W4A8Error(Exception):

@@ -137,6 +137,7 @@ def conversion_options(command: _Command) -> _Command:
 
 def read_options(choices: Mapping[str, Any], max_shard_size: int = DEFAULT_SHARD_SIZE) -> Options:
     """Return what the user chose, from the values of `conversion_options` that decide about layers."""
+    keep = choices["keep"]
     return Options(
         format=choices["output_format"],
         scales=ScalesMode(choices["scales"]),
@@ -145,5 +146,5 @@ def read_options(choices: Mapping[str, Any], max_shard_size: int = DEFAULT_SHARD
         group_size=Policy(choices["group_size"]),
         unsupported=Unsupported(choices["unsupported"]),
         max_shard_size=max_shard_size,
-        keep=choices["keep"],
+        keep=keep if isinstance(keep, tuple) else (),
     )
