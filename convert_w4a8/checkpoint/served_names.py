@@ -6,7 +6,7 @@ another prefix than the checkpoint does. So an entry of `ignore` that is a patte
 
 from collections.abc import Iterable
 
-from convert_w4a8.checkpoint.names import fusion_key, is_expert, merged_names
+from convert_w4a8.checkpoint.names import fusion_key, merged_names
 
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """What vLLM's models call the projections of an expert. Of a layer's experts, compressed-tensors asks for the first."""
@@ -24,12 +24,13 @@ def served_names(modules: Iterable[str]) -> set[str]:
 def asked_names(modules: Iterable[str]) -> set[str]:
     """Return the names under which vLLM asks for linear modules, where its model has the checkpoint's prefixes."""
     found: set[str] = set()
+    experts: set[str] = set()
     for module in modules:
-        if is_expert(module):
-            found.add(fusion_key(module))
+        key = fusion_key(module)
+        if key.endswith(".experts"):
+            experts.add(key)
         else:
             found.update((module, *merged_names(module)))
-    experts = [name for name in found if name.endswith(".experts")]
     return found.union(*map(expert_names, experts))
 
 

@@ -31,7 +31,7 @@ def plan_text(plan: Plan) -> str:
     ]
     lines += [
         f"to BF16    {counted(kind.count, 'layer')}, {human_bytes(kind.nbytes)}: {kind.kind}"
-        f" ({shortened(kind.names, kind.count)})"
+        f" ({shortened(kind.names[:3], kind.count)})"
         for kind in plan.sixteen_bits
         if not kind.of_source
     ]
@@ -42,7 +42,7 @@ def plan_text(plan: Plan) -> str:
     )
     lines += [
         f"16-bit     {counted(kind.count, 'tensor')}, {human_bytes(kind.nbytes)}: {kind.kind}"
-        f" ({shortened(kind.names, kind.count)})"
+        f" ({shortened(kind.names[:3], kind.count)})"
         for kind in plan.sixteen_bits
         if kind.of_source
     ]

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from vllm_ignore import Asked, asked
 from vllm_sources import VERSIONS
 
 import convert_w4a8
 from convert_w4a8 import Options
-from convert_w4a8.errors import PlanError
+from convert_w4a8.cli.main import main
+from convert_w4a8.conversion.fingerprint import fingerprint
+from convert_w4a8.errors import PlanError, Problem, grouped
 
 FORMATS = ("lut", "compressed-tensors")
 LAYER = "model.layers.0"
@@ -414,6 +417,82 @@ def test_a_pattern_that_keeps_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"--keep model\.layers\.0\.q_proj: matches no layer"):
         plan_of(source, keep=("model.layers.0.q_proj",))
     assert not any(plan_of(source, keep=("lm_head",)).values())  # which is in 16 bits as it is
+
+
+def test_another_choice_is_another_conversion(tmp_path: Path) -> None:
+    """`--resume` does not continue with other layers kept."""
+    checkpoint = convert_w4a8.open_checkpoint(write(tmp_path / "in", ATTENTION, {}))
+    plain, kept = (fingerprint(checkpoint, Options(keep=keep)) for keep in ((), (f"{LAYER}.self_attn.o_proj",)))
+    assert {name for name in plain if plain[name] != kept[name]} == {"--keep"}
+
+
+def test_keep_on_the_command_line(tmp_path: Path) -> None:
+    """It can be given again; what is no pattern is wrong usage, and what matches nothing a refusal."""
+    source = write(tmp_path / "in", ATTENTION, {})
+    command = ["convert", str(source), str(tmp_path / "out"), "--dry-run", "--json"]
+    o_proj, q_proj = f"{LAYER}.self_attn.o_proj", f"{LAYER}.self_attn.q_proj"
+    result = CliRunner().invoke(main, [*command, "--keep", o_proj, "--keep", r"re:.*\.q_proj"])
+    document = json.loads(result.stdout)
+    assert document["dequantize"][o_proj] == f"kept by --keep {o_proj}"
+    assert set(document["dequantize"]) == ATTENTION.keys()
+    kinds = {kind["kind"]: kind for kind in document["in_16_bits"]}
+    assert kinds["served together with a layer that stays in 16 bits"] == {
+        "kind": "served together with a layer that stays in 16 bits",
+        "quantized_in_source": True,
+        "count": 2,
+        "bytes": 2 * 256 * 256 * 2,
+        "first": [f"{LAYER}.self_attn.k_proj", f"{LAYER}.self_attn.v_proj"],
+    }
+    assert q_proj in document["dequantize"]
+    wrong = CliRunner().invoke(main, [*command, "--keep", "re:("])
+    assert wrong.exit_code == 2
+    assert "is not a regular expression" in wrong.stderr
+    nothing = CliRunner().invoke(main, [*command, "--keep", "re:.*gate"])
+    assert nothing.exit_code == 1
+    assert json.loads(nothing.stdout)["problems"][0]["subject"] == "--keep re:.*gate"
+
+
+def test_verify_reads_the_list(tmp_path: Path) -> None:
+    """An output whose `ignore` covers what is quantized, or misses what is not, is not right."""
+    source = write(
+        tmp_path / "in",
+        ATTENTION,
+        {"visual.blocks.0.fc1.weight": (128, 128), f"{LAYER}.mlp.experts.down_proj": (4, 256, 256)},
+    )
+    convert(source, "compressed-tensors")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    right = config["quantization_config"]["ignore"]
+    without = [entry for entry in right if "experts" not in entry]
+    for ignore, reason in (
+        ([*right, r"re:.*qkv_proj"], "covers what is quantized"),
+        ([*right, r"re:language_model\.model\.layers\.0\.self_attn\.o_proj"], "covers what is quantized"),
+        ([*right, f"{LAYER}.self_attn.o_proj"], "covers what is quantized"),
+        ([entry for entry in right if "visual" not in entry], "does not list the modules that are not quantized"),
+        (without, f"does not list {LAYER}.mlp.experts"),
+        ([*right, "re:("], "holds what is not a regular expression"),
+        ("lm_head", "is not a list of names"),
+    ):
+        config["quantization_config"]["ignore"] = ignore
+        path.write_text(json.dumps(config))
+        problems = convert_w4a8.verify(tmp_path / "out", source).problems
+        assert [problem.subject for problem in problems] == ["quantization_config: ignore"], ignore
+        assert reason in problems[0].reason
+
+
+def test_many_problems_of_one_kind_are_one_line() -> None:
+    """Of experts, and more than twenty others; each kind once, in the order of the first."""
+    dense = [Problem(f"layers.{i}.o_proj", "is bad", "mend it") for i in range(21)]
+    experts = [Problem(f"layers.0.experts.{i}.up_proj", "is bad", "mend it") for i in range(2)]
+    few = [Problem(f"layers.{i}.q_proj", "is worse", "mend it") for i in range(20)]
+    groups = grouped([experts[0], *dense, *few, experts[1]])
+    assert [group.count for group in groups] == [2, 21, *[1] * 20]
+    assert groups[0].as_dict() == experts[0].as_dict() | {
+        "subjects": [problem.subject for problem in experts],
+        "count": 2,
+    }
+    assert str(groups[1]).endswith("layers.5.o_proj and 15 more: is bad; mend it")
+    assert groups[2].as_dict() == few[0].as_dict()
 
 
 def test_asked_is_a_witness(served: tuple[str, str]) -> None:
