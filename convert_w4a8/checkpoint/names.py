@@ -31,7 +31,7 @@ _TOP_LM_HEADS = frozenset({"output", "output_layer"})
 """Output projections too, where they lie outside the blocks: InternLM2's and ChatGLM's."""
 _EMBEDDING = re.compile(r"embed_tokens\w*|embed_in|embeddings?|embed|word_embeddings|tok_embeddings|wte|wpe")
 _ROUTER = re.compile(
-    r"^(?:(?P<parent>.*)\.)?(?:(?P<plain>gate|wg)|router|shared_experts?_gate|(?:text|vision)_experts_gate)"
+    r"^(?:(?P<parent>.*?)\.)?(?:(?P<plain>gate|wg)|router|shared_experts?_gate|(?:text|vision)_experts_gate)"
     r"(?:\.(?:layer|proj|classifier|wg|linear))?$"
 )
 _EXPERT_COUNT = re.compile(r"(?:num|n)_(?:local_|routed_)?experts|moe_num_experts|num_moe_experts")
@@ -53,6 +53,8 @@ def is_expert(module: str) -> bool:
 def is_lm_head(module: str) -> bool:
     """Whether a linear module is the output projection, which vLLM's W4A8 kernels do not serve."""
     parent, _, leaf = module.rpartition(".")
+    if leaf == "head" and parent.endswith("shared_head"):  # DeepSeek's, of its MTP layers
+        return True
     return leaf in _LM_HEADS or (leaf in _TOP_LM_HEADS and not re.search(r"\d", parent))
 
 
@@ -66,7 +68,7 @@ def is_router(module: str, mixtures: Collection[str]) -> bool:
 
     vLLM builds most routers without the quantization, and all of them work without it.
     """
-    match = _ROUTER.match(module)
+    match = None if ".experts." in module else _ROUTER.match(module)
     return match is not None and (match["plain"] is None or match["parent"] in mixtures)
 
 

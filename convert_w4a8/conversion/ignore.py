@@ -48,7 +48,7 @@ def ignore_list(
     outputs = tuple(outputs)
     plain = {module for spec in outputs if (module := linear_module(spec)) and module not in converted}
     stacked = find_stacked_mixtures((spec for spec in outputs if spec.dtype in ("BF16", "F32")), config)
-    asked, served = asked_names(converted), served_names(converted)
+    asked, served = asked_names(converted), sorted(served_names(converted))
     components = find_components(plain, converted)
     routers = _routers(plain, {*stacked, *filter(None, map(mixture_of, (*plain, *converted)))})
     names = linear_modules(outputs) | _fused(plain) | _experts(plain, stacked, config)
@@ -58,7 +58,7 @@ def ignore_list(
     special |= {name for tensors in stacked.values() for name in tensors}
     patterns: dict[str, None] = {}
     for exclusion in find_exclusions(quantization_config):
-        entry = _carried(exclusion, asked, served, warnings)
+        entry = _carried(exclusion, served, warnings)
         if entry is None:
             continue
         if not entry.startswith(PATTERN):
@@ -113,13 +113,13 @@ def _first_experts(modules: Iterable[str]) -> set[str]:
     return {module for module in modules if not is_expert(module) or ".experts.0." in module}
 
 
-def _carried(exclusion: Exclusion, asked: Collection[str], served: Collection[str], warnings: list[str]) -> str | None:
+def _carried(exclusion: Exclusion, served: Collection[str], warnings: list[str]) -> str | None:
     """Return an entry that says what the source excludes; None and a warning if it would match what is quantized."""
     matched = None
     for entry in exclusion.entries:
         try:
             if not entry.startswith(PATTERN):
-                matched = entry if entry in asked else None
+                matched = entry if entry in served else None
             else:
                 matched = first_match(entry.removeprefix(PATTERN), served, exclusion.setting)
         except (ConvertError, PlanError) as error:

@@ -287,6 +287,18 @@ def test_what_is_kept_without_being_asked(
     ) | {"down_proj"}
 
 
+def test_embeddings_of_a_group_of_their_own(tmp_path: Path) -> None:
+    """Some recipes have a config group for `Embedding`."""
+    source = write(tmp_path / "in", ATTENTION | {"model.embed_tokens": (512, 256)}, {})
+    config = json.loads((source / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = groups["group_0"] | {"targets": ["Embedding"]}
+    groups["group_0"] = groups["group_0"] | {"targets": [r"re:.*self_attn.*"]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert plan_of(source)["model.embed_tokens"] == "the kernel does not serve embeddings"
+    assert "model.embed_tokens" not in convert(source, "lut")["ignore"]
+
+
 def test_sizes_that_do_not_fit_still_need_the_option(tmp_path: Path) -> None:
     """What the format cannot hold is refused, unless it is kept for another reason anyway."""
     source = write(tmp_path / "in", ATTENTION | {f"{LAYER}.mlp.gate_proj": (40, 256)}, {})
