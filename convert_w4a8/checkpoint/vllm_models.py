@@ -1,6 +1,7 @@
-"""What vLLM's model loaders do to the tensors of some layers, which a format must survive."""
+"""What vLLM's models do that names do not tell: tensors that their loaders change, layers that they call otherwise."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,26 @@ _TOUCHED = (
         without=frozenset({"vision_model"}),
     ),
 )
+
+
+_CALLED_OTHERWISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
+    (
+        frozenset({"granitemoehybrid", "falcon_h1", "jamba", "zamba2"}),
+        re.compile(r"(?:\.mamba_decoder)?\.mamba(?=\.)"),
+        ".mixer",
+    ),
+    (frozenset({"falcon_h1"}), re.compile(r"\.self_attn(?=\.)"), ""),
+    (frozenset({"minimax_m2"}), re.compile(r"\.block_sparse_moe(?=\.)"), ".mlp"),
+    (frozenset({"exaone"}), re.compile(r"^transformer(?=\.)"), "model"),
+)
+"""Model types whose layers have another name where vLLM asks whether they are quantized (`prefix`) than where it loads
+them, which no mapper of vLLM's says."""
+
+
+def also_called(models: Collection[str], modules: Iterable[str]) -> set[str]:
+    """Return the other names under which vLLM's model asks for some modules; `models` is what `model_names` returns."""
+    rules = [(pattern, new) for types, pattern, new in _CALLED_OTHERWISE if not types.isdisjoint(models)]
+    return {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
 
 
 def model_names(config: Mapping[str, Any]) -> set[str]:

@@ -23,6 +23,7 @@ from convert_w4a8.checkpoint.names import (
 )
 from convert_w4a8.checkpoint.safetensors_file import TensorSpec
 from convert_w4a8.checkpoint.served_names import PREFIX_PARTS, asked_names, expert_names, served_names
+from convert_w4a8.checkpoint.vllm_models import also_called, model_names
 from convert_w4a8.errors import ConvertError, PlanError
 from convert_w4a8.lut_format import PATTERN
 from convert_w4a8.sources.patterns import Exclusion, find_exclusions, first_match
@@ -48,11 +49,14 @@ def ignore_list(
     outputs = tuple(outputs)
     plain = {module for spec in outputs if (module := linear_module(spec)) and module not in converted}
     stacked = find_stacked_mixtures((spec for spec in outputs if spec.dtype in ("BF16", "F32")), config)
-    asked, served = asked_names(converted), sorted(served_names(converted))
+    models = model_names(config)
+    called = {*converted, *also_called(models, converted)}
+    asked, served = asked_names(called), sorted(served_names(called))
     components = find_components(plain, converted)
     routers = _routers(plain, {*stacked, *filter(None, map(mixture_of, (*plain, *converted)))})
     names = linear_modules(outputs) | _fused(plain) | _experts(plain, stacked, config)
-    names = (names | set(routers.values())) - asked
+    names |= set(routers.values())
+    names = (names | also_called(models, names)) - asked
     # What the names may miss: vLLM's models have other modules there than the checkpoint.
     special = {module for module in plain if module in routers or any(root in components for root in _roots(module))}
     special |= {name for tensors in stacked.values() for name in tensors}

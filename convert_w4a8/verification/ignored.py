@@ -10,6 +10,7 @@ from convert_w4a8.checkpoint.names import (
     linear_modules,
 )
 from convert_w4a8.checkpoint.served_names import asked_names, expert_names, served_names
+from convert_w4a8.checkpoint.vllm_models import also_called, model_names
 from convert_w4a8.lut_format import PATTERN, IgnoreList
 
 
@@ -32,9 +33,10 @@ def find_contradictions(out: Checkpoint, converted: Collection[str], *, whole: b
         yield f"does not list the modules that are not quantized, such as {missing}"
     names = IgnoreList(frozenset(entry for entry in entries if not entry.startswith(PATTERN)))
     patterns = IgnoreList(ignored.entries - names.entries)
-    asked = asked_names(converted)
+    called = {*converted, *also_called(model_names(out.config), converted)}
+    asked = asked_names(called)
     wrong = next((name for name in sorted(asked) if name in names), None) or next(
-        (name for name in sorted(served_names(converted)) if name in patterns), None
+        (name for name in sorted(served_names(called)) if name in patterns), None
     )
     if wrong:
         yield f"covers what is quantized, such as {wrong}"

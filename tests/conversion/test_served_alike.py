@@ -299,6 +299,29 @@ def test_embeddings_of_a_group_of_their_own(tmp_path: Path) -> None:
     assert "model.embed_tokens" not in convert(source, "lut")["ignore"]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "kept", "asked_for"),
+    [
+        ("granitemoehybrid", "mamba.in_proj", "mixer.in_proj"),
+        ("zamba2", "mamba_decoder.mamba.in_proj", "mixer.in_proj"),
+        ("falcon_h1", "self_attn.x_proj", "x_proj"),
+        ("minimax_m2", "block_sparse_moe.gate", "mlp.gate"),
+    ],
+)
+def test_layers_that_vllm_asks_for_under_another_name(
+    model_type: str, kept: str, asked_for: str, served: tuple[str, str], tmp_path: Path
+) -> None:
+    """Where its model gives a layer another prefix than the attribute that it is loaded into."""
+    form, version = served
+    quantized = ATTENTION | {f"{LAYER}.{kept}": (272, 256)}
+    source = write(tmp_path / "in", quantized, {}, model_type=model_type)
+    block = convert(source, form, keep=(f"{LAYER}.{kept}",))
+    with asked(version, block, {}, QKV) as vllm:
+        assert not vllm.quantizes(f"{LAYER}.{asked_for}")
+        assert vllm.quantizes(f"{LAYER}.self_attn.qkv_proj")
+        assert vllm.quantizes(f"{LAYER}.qkv_proj")
+
+
 def test_sizes_that_do_not_fit_still_need_the_option(tmp_path: Path) -> None:
     """What the format cannot hold is refused, unless it is kept for another reason anyway."""
     source = write(tmp_path / "in", ATTENTION | {f"{LAYER}.mlp.gate_proj": (40, 256)}, {})
