@@ -3,9 +3,11 @@
 What the converter writes into it (`targets/lut.py`) is named here too, so that writer and reader cannot drift apart.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from convert_w4a8.errors import Problem
@@ -16,8 +18,16 @@ METHOD = "w4a8_lut"
 """`quant_method` in config.json."""
 
 
-VERSION = 1
-"""The version of the format that is written, and the newest that is read."""
+VERSION = 2
+"""The newest version of the format, which is written only where it is needed."""
+
+PATTERN = "re:"
+"""What an entry of `ignore` begins with that is a regular expression, as in compressed-tensors."""
+
+
+def version_for(ignore: Iterable[str]) -> int:
+    """Return the oldest version of the format that can hold these entries of `ignore`: patterns came with 2."""
+    return 2 if any(entry.startswith(PATTERN) for entry in ignore) else 1
 
 
 LAYOUT = "cutlass_sm90_16x32"
@@ -51,14 +61,60 @@ def not_loaded(module: str) -> ValueError:
 
 
 @dataclass(frozen=True)
+class IgnoreList:
+    """Modules that are not quantized: names, and patterns that begin with `re:` and match from the beginning of a name.
+
+    They mean what they mean to vLLM's compressed-tensors (`should_ignore_layer`).
+
+    Raises re.error for a pattern that is no regular expression.
+    """
+
+    entries: frozenset[str]
+
+    def __post_init__(self) -> None:
+        """Compile the patterns."""
+        _ = self._patterns
+
+    @cached_property
+    def _patterns(self) -> tuple[re.Pattern[str], ...]:
+        return tuple(
+            re.compile(entry.removeprefix(PATTERN)) for entry in sorted(self.entries) if entry.startswith(PATTERN)
+        )
+
+    def __contains__(self, module: object) -> bool:
+        """Whether an entry names a module, or matches its name."""
+        return isinstance(module, str) and (
+            module in self.entries or any(pattern.match(module) for pattern in self._patterns)
+        )
+
+    def count(self, module: str, parts: Sequence[str]) -> int:
+        """Return how many parts of a fused module are ignored: all of them where the module itself is."""
+        return len(parts) if module in self else sum(part in self for part in parts)
+
+    def renamed(self, rename: Callable[[list[str]], list[str]]) -> "IgnoreList":
+        """Apply a renaming of tensors (`WeightsMapper.apply_list`) to the names; patterns are the model's already.
+
+        Mappers are written for tensor names, and some of theirs end in a dot, so each module is renamed by way of its
+        `.weight`. Modules that the mapper drops are dropped.
+        """
+        names = [entry for entry in self.entries if not entry.startswith(PATTERN)]
+        tensors = rename([f"{name}.weight" for name in sorted(names)])
+        return IgnoreList(self.entries - set(names) | {name.rpartition(".")[0] for name in tensors})
+
+
+@dataclass(frozen=True)
 class LutFormat:
     """What a reader needs to know of the block.
 
-    ignore: full names of the linear modules that are not quantized; every other one is.
+    ignore: the linear modules that are not quantized, by full names and by patterns; every other one is.
     """
 
     tables: TableForm
     ignore: frozenset[str]
+
+    @cached_property
+    def _ignored(self) -> IgnoreList:
+        return IgnoreList(self.ignore)
 
     @classmethod
     def parse(cls, block: Mapping[str, Any]) -> "LutFormat":
@@ -78,16 +134,19 @@ class LutFormat:
         tables = block.get("tables")
         if tables not in tuple(TableForm):
             raise _refuse_field("tables", tables, " or ".join(repr(str(known)) for known in TableForm))
-        return cls(TableForm(tables), frozenset(block.get("ignore") or ()))
+        ignore = block.get("ignore") or []
+        if not isinstance(ignore, list | tuple) or not all(isinstance(entry, str) for entry in ignore):
+            raise _refuse_field("ignore", ignore, "a list of strings")
+        found = cls(TableForm(tables), frozenset(ignore))
+        try:
+            _ = found._ignored
+        except (re.error, RecursionError, OverflowError) as error:
+            raise _refuse_field("ignore", str(error), "a regular expression") from error
+        return found
 
     def renamed(self, rename: Callable[[list[str]], list[str]]) -> "LutFormat":
-        """Apply a renaming of tensors (`WeightsMapper.apply_list`) to the module names.
-
-        Mappers are written for tensor names, and some patterns end in a dot, so each module is renamed by way of its
-        `.weight`. Modules that the mapper drops are dropped.
-        """
-        tensors = rename([f"{name}.weight" for name in sorted(self.ignore)])
-        return replace(self, ignore=frozenset(name.rpartition(".")[0] for name in tensors))
+        """Apply a renaming of tensors (`WeightsMapper.apply_list`) to `ignore`."""
+        return replace(self, ignore=self._ignored.renamed(rename).entries)
 
     def is_ignored(self, module: str, fused: Mapping[str, Sequence[str]]) -> bool:
         """Return whether a linear module, perhaps a fused one, is not quantized.
@@ -97,22 +156,24 @@ class LutFormat:
         """
         parent, _, leaf = module.rpartition(".")
         shards = [f"{parent}.{shard}" if parent else shard for shard in fused.get(leaf, [leaf])]
-        return module in self.ignore or self._all_ignored(module, shards)
+        return self._all_ignored(module, shards)
 
     def are_experts_ignored(self, module: str, experts: int, projections: Sequence[str]) -> bool:
         """Return whether the experts `MODULE.E.PROJECTION` of a MoE layer are not quantized; ValueError if mixed."""
-        names = [f"{module}.{expert}.{projection}" for expert in range(experts) for projection in projections]
-        return module in self.ignore or self._all_ignored(module, names)
+        return self._all_ignored(
+            module, [f"{module}.{expert}.{projection}" for expert in range(experts) for projection in projections]
+        )
 
     def _all_ignored(self, module: str, parts: Sequence[str]) -> bool:
-        plain = [part for part in parts if part in self.ignore]
-        if plain and len(plain) < len(parts):
+        count = self._ignored.count(module, parts)
+        if 0 < count < len(parts):
+            first = next(part for part in parts if part in self._ignored)
             raise refusal(
                 module,
-                f"{len(plain)} of the {len(parts)} layers that vLLM fuses here are unquantized (first: {plain[0]})",
+                f"{count} of the {len(parts)} layers that vLLM fuses here are unquantized (first: {first})",
                 "convert it again with all or none of them quantized",
             )
-        return bool(plain)
+        return count > 0
 
 
 def _refuse_field(field: str, value: object, known: str) -> ValueError:

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
+PATTERN = "re:"
+"""What a layer to keep begins with that is a regular expression."""
 
 
 class ScalesMode(StrEnum):
@@ -42,6 +45,8 @@ class Options:
     group_size: Policy = Policy.ERROR
     unsupported: Unsupported = Unsupported.ERROR
     max_shard_size: int = DEFAULT_SHARD_SIZE
+    keep: tuple[str, ...] = ()
+    """Layers to keep in BF16: full names, or `re:` and a regular expression that matches from the beginning."""
 
     def __post_init__(self) -> None:
         """Take the values of choices as strings too. Raises ValueError for a choice that there is not."""
@@ -53,3 +58,5 @@ class Options:
             ("unsupported", Unsupported),
         ):
             object.__setattr__(self, name, kind(getattr(self, name)))
+        keep: Any = self.keep
+        object.__setattr__(self, "keep", (keep,) if isinstance(keep, str) else tuple(keep))

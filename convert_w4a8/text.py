@@ -7,6 +7,8 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 _LONGEST = 600
+_LISTED = 6
+"""Names that are listed."""
 
 
 def printable(text: str) -> str:
@@ -31,6 +33,13 @@ def human_bytes(nbytes: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Render a count with its noun: 1 layer, 1,024 layers."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def shortened(names: Sequence[str], count: int | None = None) -> str:
+    """Render the first names that a file says, and how many more there are; `count`: of all, where these are some."""
+    count = len(names) if count is None else count
+    more = f" and {count - len(names[:_LISTED]):,} more" if count > len(names[:_LISTED]) else ""
+    return ", ".join(map(printable, names[:_LISTED])) + more
 
 
 def markdown_code(name: str) -> str:

@@ -15,7 +15,7 @@ from convert_w4a8.cli.output import (
 from convert_w4a8.cli.paths import check_homes
 from convert_w4a8.cli.signals import exit_code, signal_name, signals_interrupt
 from convert_w4a8.cli.startup import import_torch
-from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error
+from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error, grouped
 
 
 class _Printing(click.Command):
@@ -53,8 +53,8 @@ class W4A8Command(_Printing):
         except PlanError as error:
             count = len(error.problems)
             echo_error(f"Error: {count} problem{'s' * (count != 1)}; nothing was written.")
-            for refusal in error.problems:
-                echo_error(f"  {refusal}")
+            for group in grouped(error.problems):
+                echo_error(f"  {group}")
             _refuse(ctx, error, error.problems)
         except W4A8Error as error:
             echo_error("; ".join([f"Error: {error}", *_notes(error)]))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
@@ -67,7 +68,7 @@ def check_command(
     workers: int | None,
     verbose: bool,
     as_json: bool,
-    **choices: str,
+    **choices: Any,
 ) -> None:
     """Check that IN still converts as well as it did: convert, verify, compare with a baseline. For CI.
 

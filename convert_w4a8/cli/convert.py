@@ -1,6 +1,7 @@
 """`w4a8-convert` and `w4a8 convert`: the conversion itself."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,7 +42,7 @@ def convert_command(
     private: bool,
     quiet: bool,
     as_json: bool,
-    **choices: str,
+    **choices: Any,
 ) -> None:
     """Convert a W4A16 checkpoint (AWQ, GPTQ, compressed-tensors) to W4A8 for vLLM on Hopper.
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from convert_w4a8.options import DEFAULT_SHARD_SIZE, Options, Policy, ScalesMode, Unsupported
+from convert_w4a8.options import DEFAULT_SHARD_SIZE, PATTERN, Options, Policy, ScalesMode, Unsupported
 from convert_w4a8.targets import target_names
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -36,7 +36,23 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 
         return int(size)
 
 
+class _Layers(click.ParamType):  # type: ignore[type-arg]
+    """Names of layers: one, or `re:` and a regular expression."""
+
+    name = "pattern"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the pattern; a usage error if it is none."""
+        try:
+            re.compile(value.removeprefix(PATTERN))
+        except (re.error, RecursionError, OverflowError) as error:
+            if value.startswith(PATTERN):
+                self.fail(f"{value[:40]!r} is not a regular expression ({error})", param, ctx)
+        return str(value)
+
+
 SIZE = _Size()
+_LAYERS = _Layers()
 _CONVERSION_OPTIONS = (
     click.option(
         "--format",
@@ -96,6 +112,14 @@ _CONVERSION_OPTIONS = (
         help="Layers whose size the kernel cannot take: refuse, or keep them in BF16.",
     ),
     click.option(
+        "--keep",
+        type=_LAYERS,
+        multiple=True,
+        metavar="PATTERN",
+        help="Keep these layers in BF16, with all that vLLM serves together with them: a full name, or re: and a"
+        " regular expression. Can be given more than once.",
+    ),
+    click.option(
         "--verbose",
         "-v",
         is_flag=True,
@@ -111,8 +135,9 @@ def conversion_options(command: _Command) -> _Command:
     return command
 
 
-def read_options(choices: Mapping[str, str], max_shard_size: int = DEFAULT_SHARD_SIZE) -> Options:
+def read_options(choices: Mapping[str, Any], max_shard_size: int = DEFAULT_SHARD_SIZE) -> Options:
     """Return what the user chose, from the values of `conversion_options` that decide about layers."""
+    keep = choices["keep"]
     return Options(
         format=choices["output_format"],
         scales=ScalesMode(choices["scales"]),
@@ -121,4 +146,5 @@ def read_options(choices: Mapping[str, str], max_shard_size: int = DEFAULT_SHARD
         group_size=Policy(choices["group_size"]),
         unsupported=Unsupported(choices["unsupported"]),
         max_shard_size=max_shard_size,
+        keep=keep if isinstance(keep, tuple) else (),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from convert_w4a8.errors import ConvertError, Problem
+from convert_w4a8.errors import ConvertError, Problem, grouped
 
 _CLOSED_PIPE = 141
 """What a shell says of a process that SIGPIPE ended, which Python ignores."""
@@ -43,7 +43,7 @@ def echo_error(line: str) -> None:
 def echo_refusal(problems: Sequence[Problem], notes: Iterable[str]) -> None:
     """Print what was refused as a JSON document, unless a document was printed before or stdout is what failed."""
     if not click.get_current_context().meta.get(_PRINTED):
-        document = {"ok": False, "problems": [problem.as_dict() for problem in problems], "notes": list(notes)}
+        document = {"ok": False, "problems": [group.as_dict() for group in grouped(problems)], "notes": list(notes)}
         with suppress(ConvertError, click.exceptions.Exit):
             echo_json(document)
 

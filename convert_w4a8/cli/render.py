@@ -10,11 +10,10 @@ from typing import Any
 
 from convert_w4a8.conversion.plan import LayerPlan, Plan, kinds
 from convert_w4a8.conversion.result import Result
-from convert_w4a8.text import counted, human_bytes, printable, table
+from convert_w4a8.errors import grouped
+from convert_w4a8.text import counted, human_bytes, printable, shortened, table
 from convert_w4a8.verification.layers import LayerCheck
 from convert_w4a8.verification.proof import Verification
-
-_LISTED = 6
 
 
 def plan_text(plan: Plan) -> str:
@@ -31,15 +30,23 @@ def plan_text(plan: Plan) -> str:
         f"codes      {counted(count, 'layer')}: {fate}" for fate, count in _tally(map(_codes, plan.converted)).items()
     ]
     lines += [
-        f"to BF16    {counted(count, 'layer')}: {reason}"
-        for reason, count in _tally(layer.dequantize for layer in plan.layers).items()
+        f"to BF16    {counted(kind.count, 'layer')}, {human_bytes(kind.nbytes)}: {kind.kind}"
+        f" ({shortened(kind.names[:3], kind.count)})"
+        for kind in plan.sixteen_bits
+        if not kind.of_source
     ]
     halves = sum(tensor.info.dtype == "F16" for tensor in plan.tensors)
     lines.append(
         f"as it is   {counted(len(plan.tensors) - halves, 'tensor')} byte for byte,"
         f" {counted(halves, 'tensor')} from FP16 to BF16"
     )
-    lines.append(f"16-bit     {_shortened(plan.ignore)} (not quantized in the source, or not served by the kernel)")
+    lines += [
+        f"16-bit     {counted(kind.count, 'tensor')}, {human_bytes(kind.nbytes)}: {kind.kind}"
+        f" ({shortened(kind.names[:3], kind.count)})"
+        for kind in plan.sixteen_bits
+        if kind.of_source
+    ]
+    lines.append(f"ignore     {shortened(plan.ignore)}")
     lines.append(
         f"memory     {human_bytes(plan.serving_nbytes)} of weights when served;"
         f" free disk needed: {human_bytes(plan.disk_nbytes)}"
@@ -59,6 +66,16 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "dequantize": {layer.module: layer.dequantize for layer in plan.layers if layer.dequantize is not None},
         "copied_tensors": len(plan.tensors),
         "ignore": list(plan.ignore),
+        "in_16_bits": [
+            {
+                "kind": kind.kind,
+                "quantized_in_source": not kind.of_source,
+                "count": kind.count,
+                "bytes": kind.nbytes,
+                "first": list(kind.names),
+            }
+            for kind in plan.sixteen_bits
+        ],
         "warnings": list(plan.warnings),
         "files": [shard.file_name for shard in plan.shards],
         "bytes_in": plan.nbytes_in,
@@ -143,7 +160,7 @@ def verification_text(verification: Verification) -> str:
             f" worst {worst.sqnr_db:.2f} dB ({printable(worst.module)})"
         )
     lines += [f"added      {printable(name)}: in the output, but not in the source" for name in verification.added]
-    lines += [f"problem    {problem}" for problem in verification.problems]
+    lines += [f"problem    {group}" for group in grouped(verification.problems)]
     lines.append("FAILED" if verification.problems else "OK: every tensor and side file of the source is accounted for")
     return "\n".join(lines)
 
@@ -157,7 +174,7 @@ def verification_dict(verification: Verification) -> dict[str, Any]:
             {key: _finite(value) if isinstance(value, float) else value for key, value in asdict(check).items()}
             for check in verification.layers
         ],
-        "problems": [problem.as_dict() for problem in verification.problems],
+        "problems": [group.as_dict() for group in grouped(verification.problems)],
         "added_files": list(verification.added),
     }
 
@@ -182,8 +199,3 @@ def _tally(reasons: Iterable[str | None]) -> dict[str, int]:
         if reason is not None:
             counts[reason] = counts.get(reason, 0) + 1
     return counts
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(printable, names[:_LISTED])) + more

@@ -1,42 +1,38 @@
-"""What converts, but cannot be served as it is, and what is not carried over: a plan's warnings."""
+"""What is kept in BF16 although nobody asked for it, and what is not carried over: a plan's warnings."""
 
 from collections.abc import Iterable
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert, merged_name
-from convert_w4a8.sources import LayerSpec
-from convert_w4a8.text import counted
+from convert_w4a8.conversion.layers import Kept, LayerPlan
+from convert_w4a8.targets.base import DENSE_MULTIPLE, EXPERT_MULTIPLE
+from convert_w4a8.text import counted, shortened
 
-_LISTED = 6
 
-
-def size_warnings(layers: Iterable[tuple[str, LayerSpec]]) -> Iterable[str]:
-    """Yield what converts, but cannot be served: layers (name in the output, spec) of a size that vLLM refuses."""
-    merged: dict[str, int] = {}
-    experts = []
-    for module, spec in layers:
-        if not is_expert(module):
-            name = merged_name(module)
-            merged[name] = merged.get(name, 0) + spec.out_features
-        elif spec.out_features % 256 or spec.in_features % 256:
-            experts.append(module)
-    wide = {name: width for name, width in merged.items() if width % 128}
+def width_warnings(layers: Iterable[LayerPlan]) -> Iterable[str]:
+    """Yield which layers are kept in BF16 since vLLM's kernels refuse their sizes on any number of GPUs."""
+    wide: dict[str, str] = {}
+    experts: list[str] = []
+    for layer in layers:
+        if layer.kept is not Kept.WIDTH:
+            continue
+        if is_expert(layer.module):
+            experts.append(layer.module)
+        else:
+            wide.setdefault(merged_name(layer.module), str(layer.dequantize).rpartition(": ")[2])
     if wide:
-        name, width = next(iter(wide.items()))
         yield (
-            f"{counted(len(wide), 'layer')} of a width that is no multiple of 128, which vLLM's kernel needs:"
-            f" {name} has N = {width}"
+            f"{counted(len(wide), 'layer')} of a width that is no multiple of {DENSE_MULTIPLE}, which vLLM's kernel"
+            f" needs: {next(iter(wide.values()))}; kept in BF16"
         )
     if experts:
         yield (
-            f"{counted(len(experts), 'expert layer')} of a size that is no multiple of 256, which vLLM's kernel needs:"
-            f" {experts[0]}"
+            f"{counted(len(experts), 'expert layer')} of a size that is no multiple of {EXPERT_MULTIPLE}, which vLLM's"
+            f" kernel needs: {experts[0]}; kept in BF16"
         )
 
 
 def left_out_warnings(checkpoint: Checkpoint) -> Iterable[str]:
     """Yield what of the input is neither read nor copied."""
     if checkpoint.left_out:
-        listed = ", ".join(checkpoint.left_out[:_LISTED])
-        more = len(checkpoint.left_out) - _LISTED
-        yield f"not carried over: {listed}" + (f" and {more} more" if more > 0 else "")
+        yield f"not carried over: {shortened(checkpoint.left_out)}"

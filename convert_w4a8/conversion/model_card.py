@@ -17,7 +17,7 @@ from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.layer import LayerStats
-from convert_w4a8.text import counted, human_bytes, markdown_code
+from convert_w4a8.text import counted, human_bytes, markdown_code, printable
 from convert_w4a8.version import __version__
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -134,9 +134,14 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
                 f"{counted(new, 'layer')}; error {_error([s for _, s in converted if not s.codes_kept])}",
             )
         )
-    kept = [layer for layer, s in zip(plan.layers, stats, strict=True) if s is None]
+    kept = len(stats) - len(converted)
     if kept:
-        rows.append(("kept in BF16", counted(len(kept), "layer")))
+        rows.append(("kept in BF16", counted(kept, "layer")))
+        rows += [
+            (f"… {_cell(kind.kind)}", f"{counted(kind.count, 'layer')}, first {markdown_code(kind.names[0])}")
+            for kind in plan.sixteen_bits
+            if not kind.of_source
+        ]
     rows.append(("FP8 scales", _SCALES[plan.options.scales]))
     if converted:
         worst, least = min(converted, key=lambda pair: pair[1].sqnr_db)
@@ -163,6 +168,10 @@ def _error(stats: Sequence[LayerStats]) -> str:
 
 def _decibels(value: float) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else "no error"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"[|`<>\[\]]", "?", printable(text))
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

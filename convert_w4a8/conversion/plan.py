@@ -6,46 +6,25 @@ The warnings of a plan know some zero-points too (`contradictions.py`); they dec
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.names import fusion_key, is_expert, is_lm_head, linear_modules, natural_key, output_name
+from convert_w4a8.checkpoint.names import find_mixtures, is_expert, natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
-from convert_w4a8.conversion.advice import left_out_warnings, size_warnings
+from convert_w4a8.conversion.advice import left_out_warnings, width_warnings
 from convert_w4a8.conversion.contradictions import content_warnings, setting_warnings
+from convert_w4a8.conversion.ignore import ignore_list
+from convert_w4a8.conversion.layers import Codes, LayerPlan, plan_layers
+from convert_w4a8.conversion.sixteen_bits import Kind, find_kinds
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
-from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
-from convert_w4a8.sources import LayerSpec, Source, find_source
+from convert_w4a8.options import Options, Policy, ScalesMode
+from convert_w4a8.sources import Source, find_source
 from convert_w4a8.targets import target_named, target_names, targets
 from convert_w4a8.targets.base import Target
 
-
-class Codes(StrEnum):
-    """What becomes of a layer's INT4 codes, as far as headers tell (`linear.kept_groups` says what kept means)."""
-
-    KEPT = "kept"
-    NEW = "new"
-    UNDECIDED = "decided when read"
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One layer and what becomes of it under its name in the output. Plain data, which can be pickled.
-
-    dequantize: why the layer is kept in BF16, or None where it is converted.
-    codes, why: what becomes of its codes, and why they are new or not decided yet.
-    specs: the tensors of the output that it becomes.
-    """
-
-    spec: LayerSpec
-    module: str
-    dequantize: str | None
-    codes: Codes
-    why: str | None
-    specs: tuple[TensorSpec, ...]
+__all__ = ["Codes", "LayerPlan", "Plan", "TensorPlan", "check_tensors", "kinds", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +39,8 @@ class TensorPlan:
 class Plan:
     """Everything that a conversion will do. Sizes are in bytes.
 
-    ignore: the linear modules of the output that are not quantized.
+    ignore: the linear modules of the output that are not quantized, by name and by pattern.
+    sixteen_bits: all that is not W4A8 in the output, by kind.
     serving_nbytes: weight memory at serving time, the expanded tables included.
     """
 
@@ -76,6 +56,7 @@ class Plan:
     nbytes_out: int
     serving_nbytes: int
     disk_nbytes: int
+    sixteen_bits: tuple[Kind, ...] = ()
 
     @property
     def converted(self) -> tuple[LayerPlan, ...]:
@@ -113,7 +94,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         )
     problems.extend(target.find_problems(checkpoint.quantization_config))
     problems.extend(_orphans(checkpoint, source))
-    layers = _plan_layers(checkpoint, specs, target, options, problems)
+    layers = plan_layers(checkpoint, specs, target, options, problems)
     consumed = {part.name for spec in specs for part in spec.parts.values()}
     tensors = tuple(_plan_tensor(checkpoint, info) for name, info in checkpoint.tensors.items() if name not in consumed)
     problems.extend(_collisions(layers, tensors))
@@ -122,8 +103,11 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
 
     outputs = [spec for layer in layers for spec in layer.specs] + [tensor.output for tensor in tensors]
     outputs.sort(key=lambda spec: natural_key(spec.name))
-    ignore = tuple(sorted(linear_modules(outputs), key=natural_key))
-    converted = [(layer.module, layer.spec) for layer in layers if layer.dequantize is None]
+    plain = [spec for layer in layers if layer.dequantize is not None for spec in layer.specs]
+    plain += [tensor.output for tensor in tensors]
+    converted = {layer.module for layer in layers if layer.dequantize is None}
+    excluded: list[str] = []
+    ignore = ignore_list(checkpoint.config, checkpoint.quantization_config, converted, plain, excluded)
     nbytes_out = sum(spec.nbytes for spec in outputs)
     side_nbytes = sum((checkpoint.root / path).stat().st_size for path in checkpoint.side_files)
     return Plan(
@@ -135,7 +119,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         shards=plan_shards(outputs, options.max_shard_size),
         ignore=ignore,
         warnings=(
-            *size_warnings(converted),
+            *width_warnings(layers),
+            *excluded,
             *setting_warnings(checkpoint, specs),
             *(content_warnings(source, specs) if contents else ()),
             *left_out_warnings(checkpoint),
@@ -144,6 +129,12 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         nbytes_out=nbytes_out,
         serving_nbytes=_serving_nbytes(layers, tensors),
         disk_nbytes=nbytes_out + side_nbytes,
+        sixteen_bits=find_kinds(
+            layers,
+            [tensor.output for tensor in tensors],
+            find_mixtures(checkpoint.tensors.values(), checkpoint.config),
+            checkpoint.config,
+        ),
     )
 
 
@@ -200,63 +191,6 @@ def _collisions(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> I
     for name, count in claims.items():
         if count > 1:
             yield Problem(name, f"is claimed by {count} tensors of the checkpoint", "remove all but one of them")
-
-
-def _plan_layers(
-    checkpoint: Checkpoint, specs: Sequence[LayerSpec], target: Target, options: Options, problems: list[Problem]
-) -> tuple[LayerPlan, ...]:
-    kept: dict[str, str] = {}
-    for spec in specs:
-        reason = _unsupported_reason(spec, target)
-        if reason is None:
-            if spec.group_size % GROUP_SIZE and options.group_size is Policy.ERROR:
-                problems.append(
-                    Problem(
-                        spec.name,
-                        f"group_size {spec.group_size} is not a multiple of the kernel's {GROUP_SIZE}",
-                        "pass --group-size requantize to choose new codes (with a loss that is reported)",
-                    )
-                )
-        elif options.unsupported is Unsupported.DEQUANTIZE or is_lm_head(spec.name):
-            kept[spec.name] = reason
-        else:
-            problems.append(Problem(spec.name, reason, "pass --unsupported dequantize to keep it in BF16"))
-    # vLLM quantizes merged layers, and the experts of a layer, all or none.
-    fused = {fusion_key(name): name for name in kept}
-    layers = []
-    for spec in sorted(specs, key=lambda spec: natural_key(spec.name)):
-        reason = kept.get(spec.name)
-        if reason is None and fusion_key(spec.name) in fused:
-            reason = f"served together with {fused[fusion_key(spec.name)]}"
-        module = output_name(spec.name, checkpoint.config)
-        n, k = spec.out_features, spec.in_features
-        if reason is None and not _unsupported_reason(spec, target):
-            outputs = target.tensor_specs(module, n, k, options.scales)
-        else:
-            outputs = (TensorSpec(f"{module}.weight", "BF16", (n, k)),)
-        layers.append(LayerPlan(spec, module, reason, *_codes(spec), outputs))
-    return tuple(layers)
-
-
-def _unsupported_reason(spec: LayerSpec, target: Target) -> str | None:
-    if is_lm_head(spec.name):
-        return "the kernel does not serve lm_head"
-    return target.unsupported_size(spec.out_features, spec.in_features)
-
-
-def _codes(spec: LayerSpec) -> tuple[Codes, str | None]:
-    """Return what headers tell about a layer's codes, and why they are not kept for sure."""
-    if spec.dense:
-        return Codes.NEW, "not quantized in the source"
-    if spec.group_size % GROUP_SIZE:
-        return Codes.NEW, f"group size {spec.group_size}"
-    if spec.act_order:
-        return Codes.UNDECIDED, "activation order: new, unless g_idx is trivial"
-    if not spec.symmetric:
-        return Codes.UNDECIDED, "zero-points: kept where all are 8 or 7"
-    if spec.has_zeros or spec.has_g_idx:
-        return Codes.UNDECIDED, "kept, if the layer is symmetric as the configuration says"
-    return Codes.KEPT, None
 
 
 def _plan_tensor(checkpoint: Checkpoint, info: TensorInfo) -> TensorPlan:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from convert_w4a8.errors import ProblemGroup, grouped
 from convert_w4a8.regression.baseline import Figures, LayerFigures, baseline_dict
 from convert_w4a8.regression.check import Check
 from convert_w4a8.text import human_bytes, markdown_code, printable
@@ -18,7 +19,7 @@ def as_dict(outcome: Check) -> dict[str, Any]:
         "name": outcome.name,
         "verified": outcome.verified,
         "figures": None if outcome.figures is None else baseline_dict(outcome.figures),
-        "problems": [problem.as_dict() for problem in outcome.problems],
+        "problems": [group.as_dict() for group in grouped(outcome.problems)],
         "notes": list(outcome.notes),
     }
 
@@ -31,12 +32,10 @@ def as_markdown(outcome: Check) -> str:
         extent = "one layer of each kind" if now.sample else "every layer"
         parts.append(f"{now.source} to {now.format}, scales: {now.scales}, {extent}.")
     if outcome.problems:
-        rows = [
-            [markdown_code(problem.subject), _cell(problem.reason), _cell(problem.remedy)]
-            for problem in outcome.problems[:_LISTED]
-        ]
+        groups = grouped(outcome.problems)
+        rows = [[_where(group), _cell(group.first.reason), _cell(group.first.remedy)] for group in groups[:_LISTED]]
         parts += [
-            f"### {_more('Problems', len(outcome.problems))}",
+            f"### {_more('Problems', len(groups))}",
             _table(["where", "what", "what to do"], rows, "lll"),
         ]
     if now is not None:
@@ -51,6 +50,11 @@ def as_markdown(outcome: Check) -> str:
         parts.append(f"### {_more('Better than the baseline', len(outcome.notes))}")
         parts.append("\n".join(f"* {_cell(note)}" for note in outcome.notes[:_LISTED]))
     return "\n\n".join(parts) + "\n"
+
+
+def _where(group: ProblemGroup) -> str:
+    more = f" and {group.count - 1:,} more" if group.count > 1 else ""
+    return markdown_code(group.first.subject) + more
 
 
 def _more(title: str, count: int) -> str:

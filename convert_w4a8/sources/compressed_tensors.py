@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.names import is_embedding
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.errors import ConvertError, Problem
@@ -73,7 +74,7 @@ def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """Return the `weights` block of the config group that a module belongs to.
 
     As in compressed-tensors, a target that names the module wins over a pattern, and a pattern over a class name;
-    the class of a module with quantized weights is taken to be Linear.
+    the class of a module with quantized weights is taken to be Linear, or Embedding where its name says so.
     """
     best: tuple[int, Mapping[str, Any]] | None = None
     for name, group in setting(config, "config_groups", dict, {}).items():
@@ -93,7 +94,7 @@ def _target_rank(target: str, module: str) -> int:
         return 2 if matches_pattern(target.removeprefix("re:"), module, "targets") else 0
     if target == module:
         return 3
-    return 1 if target == "Linear" else 0
+    return 1 if target == "Linear" or (target == "Embedding" and is_embedding(module)) else 0
 
 
 def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) -> LayerSpec:

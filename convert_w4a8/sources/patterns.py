@@ -4,9 +4,11 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 
@@ -16,6 +18,8 @@ _SECONDS_TOGETHER = 5.0
 """The longest that slow patterns may take for all texts."""
 _SLOW = 0.01
 """Seconds of processor time. Patterns that people write take some millionths."""
+_TEXTS = 1000
+"""So many texts may take as much again."""
 _spent = 0.0
 
 
@@ -28,13 +32,27 @@ def matches(pattern: str, text: str, setting: str) -> bool:
             longer than five. They would for other texts, too.
 
     """
+    return first_match(pattern, (text,), setting) is not None
+
+
+def first_match(pattern: str, texts: Iterable[str], setting: str) -> str | None:
+    """Return the first of some texts that a pattern of a setting matches at its beginning; None if it matches none.
+
+    Raises what `matches` raises; half a second is for all texts together.
+    """
     global _spent  # noqa: PLW0603 - of all settings and checkpoints of a process
     began = time.thread_time()
+    text = ""
     try:
         with _time_limit():
-            found = re.match(pattern, text) is not None
+            match = re.compile(pattern).match
+            found, count = None, 0
+            for count, text in enumerate(texts, start=1):  # noqa: B007
+                if match(text) is not None:
+                    found = text
+                    break
         seconds = time.thread_time() - began
-        _spent += seconds if seconds > _SLOW else 0.0
+        _spent += seconds if seconds > _SLOW * (1 + count / _TEXTS) else 0.0
         if _spent > _SECONDS_TOGETHER:
             _spent = 0.0
             raise TimeoutError  # noqa: TRY301
@@ -45,6 +63,39 @@ def matches(pattern: str, text: str, setting: str) -> bool:
     except TimeoutError as error:
         reason = f"{pattern!r} takes too long to match {text!r}"
         raise PlanError([Problem(f"quantization_config: {setting}", reason, "repair the pattern")]) from error
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Something that a source's settings exclude from quantization: the setting, what it says, and what that means.
+
+    entries: the same as entries of compressed-tensors' `ignore` (names, and `re:` patterns), which vLLM matches with
+        its own module names. The later ones match less, for where the first also match what is quantized.
+    """
+
+    setting: str
+    value: str
+    entries: tuple[str, ...]
+
+
+def find_exclusions(config: Mapping[str, Any]) -> Iterator[Exclusion]:
+    """Yield what a quantization_config excludes, whatever its format, as vLLM 0.25.1 to 0.33.0 reads it.
+
+    `ignore` (compressed-tensors): names and patterns. `modules_to_not_convert` (AWQ, `is_layer_skipped`): any part of a
+    name. `dynamic` (GPTQModel): patterns that begin with `-:`.
+    """
+    for entry in _strings(config.get("ignore")):
+        yield Exclusion("ignore", entry, (entry,))
+    for entry in _strings(config.get("modules_to_not_convert")):
+        part = re.escape(entry)
+        yield Exclusion("modules_to_not_convert", entry, (f"re:.*{part}", rf"re:(?:.*\.)?{part}(?:\.|$)"))
+    for entry in _strings(config.get("dynamic")):
+        if entry.startswith("-:"):
+            yield Exclusion("dynamic", entry, (f"re:{entry.removeprefix('-:')}",))
+
+
+def _strings(value: object) -> list[str]:
+    return [item for item in value if isinstance(item, str) and item] if isinstance(value, list | dict) else []
 
 
 @contextmanager

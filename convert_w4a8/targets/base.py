@@ -12,6 +12,11 @@ from convert_w4a8.linear import GROUP_SIZE, W4A8Linear
 from convert_w4a8.lut_format import TILE_N
 from convert_w4a8.options import ScalesMode
 
+DENSE_MULTIPLE = 128
+"""What the width N of a layer, as vLLM merges it, is a multiple of for its dense kernel (`cutlass_w4a8_mm`)."""
+EXPERT_MULTIPLE = 256
+"""The same of N and K of an expert for its grouped kernel."""
+
 
 class Target(Protocol):
     """An output format: a module of `targets/` with these names. All that depends on the format is said here."""

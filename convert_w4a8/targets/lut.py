@@ -10,7 +10,7 @@ from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
-from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, VERSION, TableForm, reordered_shape
+from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, TableForm, reordered_shape, version_for
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.targets.base import check_tensors, kernel_problem, packed_shape
 from convert_w4a8.version import INSTALL_NOTE, install_command
@@ -104,7 +104,7 @@ def quantization_config(
     """Return the quantization_config block of the output's config.json."""
     return {
         "quant_method": METHOD,
-        "version": VERSION,
+        "version": version_for(ignore),
         "layout": LAYOUT,
         "bits": 4,
         "group_size": GROUP_SIZE,

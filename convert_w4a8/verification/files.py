@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint
-from convert_w4a8.checkpoint.names import linear_modules, natural_key
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
 from convert_w4a8.errors import Problem
 from convert_w4a8.targets.base import Target
+from convert_w4a8.verification.ignored import find_contradictions
 from convert_w4a8.verification.reading import LibraryReader
 
 _CHUNK_BYTES = 8 << 20
@@ -40,8 +40,13 @@ def check_copy(source: TensorInfo, copy: TensorInfo | None, name: str, read: Lib
     return []
 
 
-def check_config(out: Checkpoint, source: Checkpoint, target: Target, converted: set[str]) -> list[Problem]:
-    """Check that config.json is the source's, but for bfloat16 and the block of the format."""
+def check_config(
+    out: Checkpoint, source: Checkpoint, target: Target, converted: set[str], *, whole: bool = True
+) -> list[Problem]:
+    """Check that config.json is the source's, but for bfloat16 and the block of the format.
+
+    whole: whether the output has all layers of the source, and not a sample.
+    """
     found = []
     dtypes = {str(out.config[key]) for key in _DTYPE_KEYS if key in out.config}
     if dtypes != {"bfloat16"}:
@@ -55,13 +60,12 @@ def check_config(out: Checkpoint, source: Checkpoint, target: Target, converted:
         if not _same(ours[key], theirs[key])
     ]
     block = out.quantization_config
-    ignore = block.get("ignore")
-    modules = linear_modules(out.tensors.values()) - converted
     expected = target.quantization_config(
-        source.quantization_config, sorted(modules, key=natural_key), target.stored_mode(out), {}
+        source.quantization_config, _strings(block.get("ignore")), target.stored_mode(out), {}
     )
-    if not isinstance(ignore, list) or not modules <= set(map(str, ignore)) or converted & set(map(str, ignore)):
-        found.append(problem("quantization_config: ignore", "does not list the modules that are not quantized"))
+    found += [
+        problem("quantization_config: ignore", reason) for reason in find_contradictions(out, converted, whole=whole)
+    ]
     for key in sorted(expected.keys() | block.keys()):
         if key not in ("ignore", "conversion") and not (
             key in block and key in expected and _same(block[key], expected[key])
@@ -77,6 +81,10 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in (*_DTYPE_KEYS, "quantization_config")
     }
+
+
+def _strings(value: object) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def _same(a: Any, b: Any) -> bool:

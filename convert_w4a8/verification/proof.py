@@ -89,7 +89,7 @@ def verify(
     problems.extend(
         problem(name, "is in the output, but not in the source") for name in out.tensors if name not in expected
     )
-    problems.extend(check_config(out, source, target, converted))
+    problems.extend(check_config(out, source, target, converted, whole=only is None))
     side_problems, added = check_side_files(out, source)
     return Verification(target.NAME, tuple(checks), (*problems, *side_problems), tuple(added))
 

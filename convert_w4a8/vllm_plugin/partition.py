@@ -95,6 +95,6 @@ def check(
     remedy = (
         f"tensor-parallel sizes that work for this layer: {', '.join(map(str, good))}"
         if good
-        else "no tensor-parallel size works for it: convert the checkpoint again with this layer unquantized"
+        else "no tensor-parallel size works for it: convert the checkpoint again with this layer unquantized (--keep)"
     )
     raise refusal(name, f"at tensor-parallel size {tp}, {problem} per rank", remedy)

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_w4a8.checkpoint.names import fusion_key, is_expert, is_lm_head, merged_name, output_name
+from convert_w4a8.checkpoint.names import (
+    find_mixtures,
+    find_stacked_mixtures,
+    fusion_key,
+    is_expert,
+    is_lm_head,
+    is_router,
+    merged_name,
+    output_name,
+)
+from convert_w4a8.checkpoint.safetensors_file import TensorSpec
 
 MIXTRAL = {"model_type": "mixtral"}
 LAYER = "model.layers.3"
@@ -56,11 +66,68 @@ def test_what_vllm_merges(module: str, expert: bool, merged: str, fused: str | N
 
 @pytest.mark.parametrize(
     ("module", "expected"),
-    [("lm_head", True), ("model.lm_head", True), ("language_model.lm_head", True), ("my_lm_head", False), ("", False)],
+    [
+        ("lm_head", True),
+        ("model.lm_head", True),
+        ("language_model.lm_head", True),
+        ("my_lm_head", False),
+        ("", False),
+        ("embed_out", True),
+        ("output", True),
+        ("model.layers.0.output", False),
+        ("transformer.output_layer", True),
+        ("model.layers.61.shared_head.head", True),
+        ("head", False),
+    ],
 )
 def test_lm_head(module: str, expected: bool) -> None:
     """The output projection, wherever a multi-modal model puts it."""
     assert is_lm_head(module) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (f"{LAYER}.mlp.gate", True),
+        (f"{LAYER}.mlp.gate.wg", True),
+        (f"{LAYER}.mlp.gate_proj", False),
+        (f"{LAYER}.self_attn.gate", False),
+        (f"{LAYER}.mlp.shared_expert_gate", True),
+        (f"{LAYER}.feed_forward.router", True),
+        (f"{LAYER}.block_sparse_moe.router.layer", True),
+        (f"{LAYER}.router.proj", True),
+        (f"{LAYER}.altup.modality_router", False),
+        (f"{LAYER}.per_layer_input_gate", False),
+        ("router", True),
+        ("gate", False),
+    ],
+)
+def test_routers(module: str, expected: bool) -> None:
+    """What chooses experts, by its name and by whether there are experts beside it."""
+    assert is_router(module, {f"{LAYER}.mlp"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "mixture", "is_stacked"),
+    [
+        ("mlp.experts.gate_up_proj", (4, 256, 512), "mlp", True),
+        ("mlp.experts.mlp.w1", (1024, 256), "mlp", True),
+        ("block_sparse_moe.input_linear.weight", (4, 512, 256), "block_sparse_moe", True),
+        ("moe.w1", (4, 512, 256), "moe", True),
+        ("mlp.experts.0.up_proj.weight", (256, 256), "mlp", False),
+        ("mlp.experts.gate_bias", (4,), "mlp", False),
+        ("mamba.conv1d.weight", (4, 1, 4), None, False),
+        ("visual.patch_embed.weight", (128, 3, 16), None, False),
+        ("mlp.up_proj.weight", (512, 256), None, False),
+    ],
+)
+def test_experts_in_one_tensor(name: str, shape: tuple[int, ...], mixture: str | None, is_stacked: bool) -> None:
+    """By `.experts` in the name, or by a first dimension that is the model's number of experts."""
+    config = {"text_config": {"num_local_experts": 4, "num_experts_per_tok": 3}, "num_experts": True}
+    tensors = [TensorSpec(f"{LAYER}.{name}", "BF16", shape)]
+    expected = set() if mixture is None else {f"{LAYER}.{mixture}"}
+    assert find_mixtures(tensors, config) == expected
+    assert find_stacked_mixtures(tensors, config).keys() == (expected if is_stacked else set())
 
 
 @pytest.mark.parametrize(

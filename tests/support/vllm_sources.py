@@ -34,6 +34,8 @@ _REAL = (
     "vllm.model_executor.layers.linear",
     "vllm.model_executor.layers.quantization",
     "vllm.model_executor.layers.quantization.base_config",
+    "vllm.model_executor.layers.quantization.compressed_tensors.utils",
+    "vllm.model_executor.layers.quantization.utils.config_utils",
     "vllm.model_executor.model_loader.reload.layerwise",
     "vllm.model_executor.model_loader.reload.meta",
     "vllm.model_executor.model_loader.reload.sanitize",

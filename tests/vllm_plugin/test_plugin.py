@@ -55,14 +55,17 @@ def test_the_entry_point_leads_to_register() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("version", 2, "the checkpoint has format version 2, this plugin reads up to 1; upgrade it: pip install"),
-        ("version", None, "version: None is not an integer from 1 to 1"),
+        ("version", 3, "the checkpoint has format version 3, this plugin reads up to 2; upgrade it: pip install"),
+        ("version", None, "version: None is not an integer from 1 to 2"),
         ("version", "1", "version: '1' is not an integer"),
         ("layout", "cutlass_sm100", "layout: 'cutlass_sm100' is not 'cutlass_sm90_16x32'"),
         ("bits", 8, "bits: 8 is not 4"),
         ("group_size", 64, "group_size: 64 is not 128"),
         ("tables", "lut", "tables: 'lut' is not 'scale' or 'entries'"),
         ("tables", ["scale"], "tables: ['scale'] is not"),
+        ("ignore", "lm_head", "ignore: 'lm_head' is not a list of strings"),
+        ("ignore", [1], "ignore: [1] is not a list of strings"),
+        ("ignore", ["re:("], "is not a regular expression"),
     ],
 )
 def test_a_block_that_cannot_be_served_is_refused_in_one_line(field: str, value: object, says: str) -> None:

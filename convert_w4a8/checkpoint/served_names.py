@@ -1,0 +1,69 @@
+"""Under which names vLLM asks whether a layer is quantized, as far as the names of a checkpoint tell.
+
+vLLM asks for merged layers and for the experts of a layer together, and its models put their language model under
+another prefix than the checkpoint does. So an entry of `ignore` that is a pattern has to be tried on all of these.
+"""
+
+import re
+from collections.abc import Iterable
+
+from convert_w4a8.checkpoint.names import fusion_key, merged_names
+from convert_w4a8.checkpoint.vllm_models import VllmModel
+
+_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What vLLM's models call the projections of an expert. Of a layer's experts, compressed-tensors asks for the first."""
+_PREFIXES = ("", "model.", "language_model.", "language_model.model.", "model.language_model.")
+PREFIX_PARTS = frozenset({"model", "language_model"})
+"""What the prefixes consist of, under which vLLM puts a language model."""
+_ROOTS = frozenset({"model", "language_model", "text_model", "thinker", "transformer", "backbone", "llm", "vlm"})
+
+_CALLED_OTHERWISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
+    (
+        frozenset({"granitemoehybrid", "falcon_h1", "jamba", "zamba2"}),
+        re.compile(r"(?:\.mamba_decoder)?\.mamba(?=\.)"),
+        ".mixer",
+    ),
+    (frozenset({"falcon_h1"}), re.compile(r"\.self_attn(?=\.)"), ""),
+    (frozenset({"minimax_m2"}), re.compile(r"\.block_sparse_moe(?=\.)"), ".mlp"),
+    (frozenset({"exaone"}), re.compile(r"^transformer(?=\.)"), "model"),
+)
+"""Model types whose layers have another name where vLLM asks whether they are quantized (`prefix`) than where it loads
+them, which no mapper of vLLM's says."""
+
+
+def also_called(model: VllmModel, modules: Iterable[str]) -> set[str]:
+    """Return the other names under which vLLM's model asks for some modules."""
+    rules = [(pattern, new) for types, pattern, new in _CALLED_OTHERWISE if not types.isdisjoint(model.names)]
+    return {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
+
+
+def served_names(modules: Iterable[str]) -> set[str]:
+    """Return all names under which vLLM may ask for linear modules that are quantized: merged, and moved."""
+    return {prefix + core for name in asked_names(modules) for core in _cores(name) for prefix in _PREFIXES}
+
+
+def asked_names(modules: Iterable[str]) -> set[str]:
+    """Return the names under which vLLM asks for linear modules, where its model has the checkpoint's prefixes."""
+    found: set[str] = set()
+    experts: set[str] = set()
+    for module in modules:
+        key = fusion_key(module)
+        if key.endswith(".experts"):
+            experts.add(key)
+        else:
+            found.update((module, *merged_names(module)))
+    return found.union(*map(expert_names, experts))
+
+
+def expert_names(experts: str) -> tuple[str, ...]:
+    """Return the names under which vLLM 0.25.1 to 0.33.0 asks for the experts of a layer, `….experts`."""
+    return (experts, *(f"{experts}.0.{name}" for names in _PROJECTIONS for name in names))
+
+
+def _cores(name: str) -> tuple[str, ...]:
+    """Return a name as it is, and without what stands before its blocks."""
+    parts = name.split(".")
+    start = 0
+    while start < len(parts) - 1 and parts[start] in _ROOTS:
+        start += 1
+    return (name, ".".join(parts[start:]))
