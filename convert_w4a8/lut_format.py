@@ -16,8 +16,12 @@ METHOD = "w4a8_lut"
 """`quant_method` in config.json."""
 
 
-VERSION = 1
-"""The version of the format that is written, and the newest that is read."""
+VERSION = 2
+"""The newest version of the format that is read and written: the one with `carried`."""
+
+
+PLAIN_VERSION = 1
+"""The version that is written where nothing of a newer one is needed, so that older readers take it."""
 
 
 LAYOUT = "cutlass_sm90_16x32"
@@ -54,11 +58,14 @@ def not_loaded(module: str) -> ValueError:
 class LutFormat:
     """What a reader needs to know of the block.
 
-    ignore: full names of the linear modules that are not quantized; every other one is.
+    ignore: full names of the linear modules that are not quantized.
+    carried: a block of compressed-tensors whose config groups target the layers that vLLM serves by its own methods.
+    Every other linear module is quantized.
     """
 
     tables: TableForm
     ignore: frozenset[str]
+    carried: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, block: Mapping[str, Any]) -> "LutFormat":
@@ -78,7 +85,12 @@ class LutFormat:
         tables = block.get("tables")
         if tables not in tuple(TableForm):
             raise _refuse_field("tables", tables, " or ".join(repr(str(known)) for known in TableForm))
-        return cls(TableForm(tables), frozenset(block.get("ignore") or ()))
+        carried = block.get("carried")
+        if carried is not None and not (
+            isinstance(carried, Mapping) and isinstance(carried.get("config_groups"), dict)
+        ):
+            raise _refuse_field("carried", carried, "a block of compressed-tensors")
+        return cls(TableForm(tables), frozenset(block.get("ignore") or ()), carried)
 
     def renamed(self, rename: Callable[[list[str]], list[str]]) -> "LutFormat":
         """Apply a renaming of tensors (`WeightsMapper.apply_list`) to the module names.

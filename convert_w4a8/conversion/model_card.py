@@ -137,6 +137,8 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
     kept = [layer for layer, s in zip(plan.layers, stats, strict=True) if s is None]
     if kept:
         rows.append(("kept in BF16", counted(len(kept), "layer")))
+    if plan.carried:
+        rows.append(("carried over in FP8, byte for byte", counted(len(plan.carried), "layer")))
     rows.append(("FP8 scales", _SCALES[plan.options.scales]))
     if converted:
         worst, least = min(converted, key=lambda pair: pair[1].sqnr_db)

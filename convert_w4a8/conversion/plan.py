@@ -7,18 +7,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.names import fusion_key, is_expert, is_lm_head, linear_modules, natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
 from convert_w4a8.conversion.advice import left_out_warnings, size_warnings
 from convert_w4a8.conversion.contradictions import content_warnings, setting_warnings
+from convert_w4a8.conversion.fused import mixed_problems
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 from convert_w4a8.sources import LayerSpec, Source, find_source
+from convert_w4a8.sources.carried import CarriedLayer, carried_groups, find_carried
 from convert_w4a8.targets import target_named, target_names, targets
 from convert_w4a8.targets.base import Target
 
@@ -50,7 +54,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor that is copied: byte for byte, or from FP16 to BF16."""
+    """One tensor that is copied: byte for byte, or from FP16 to BF16 where it is of no carried layer."""
 
     info: TensorInfo
     output: TensorSpec
@@ -61,6 +65,7 @@ class Plan:
     """Everything that a conversion will do. Sizes are in bytes.
 
     ignore: the linear modules of the output that are not quantized.
+    carried: the FP8 layers, whose tensors are among `tensors`.
     serving_nbytes: weight memory at serving time, the expanded tables included.
     """
 
@@ -76,11 +81,16 @@ class Plan:
     nbytes_out: int
     serving_nbytes: int
     disk_nbytes: int
+    carried: tuple[CarriedLayer, ...] = ()
 
     @property
     def converted(self) -> tuple[LayerPlan, ...]:
         """The layers that become W4A8."""
         return tuple(layer for layer in self.layers if layer.dequantize is None)
+
+    def mixture(self, config: Mapping[str, Any]) -> Mixture:
+        """Return the layers of each kind, by their names in the output of a model with this config."""
+        return Mixture(tuple(layer.module for layer in self.converted), carried_groups(self.carried, config))
 
 
 def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True) -> Plan:
@@ -101,8 +111,14 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
     target = target_named(options.format)
     problems: list[Problem] = []
     specs = source.find_layers(checkpoint, problems)
+    carried = find_carried(source, checkpoint, problems)
     if not specs and not problems:
-        problems.append(Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config"))
+        problems.append(
+            Problem(str(checkpoint.root), "has FP8 layers only: nothing to convert", "serve it as it is")
+            if carried
+            else Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config")
+        )
+    problems.extend(mixed_problems(checkpoint, specs, carried))
     if options.scales not in target.MODES:
         problems.append(
             Problem(
@@ -115,14 +131,22 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
     problems.extend(_orphans(checkpoint, source))
     layers = _plan_layers(checkpoint, specs, target, options, problems)
     consumed = {part.name for spec in specs for part in spec.parts.values()}
-    tensors = tuple(_plan_tensor(checkpoint, info) for name, info in checkpoint.tensors.items() if name not in consumed)
+    names = {info.name: name for layer in carried for name, info in layer.outputs(checkpoint.config).items()}
+    tensors = tuple(
+        TensorPlan(info, TensorSpec(names[name], info.dtype, info.shape))
+        if name in names
+        else _plan_tensor(checkpoint, info)
+        for name, info in checkpoint.tensors.items()
+        if name not in consumed
+    )
     problems.extend(_collisions(layers, tensors))
     if problems:
         raise PlanError(tuple(dict.fromkeys(problems)))  # a wrong setting is refused by every layer
 
     outputs = [spec for layer in layers for spec in layer.specs] + [tensor.output for tensor in tensors]
     outputs.sort(key=lambda spec: natural_key(spec.name))
-    ignore = tuple(sorted(linear_modules(outputs), key=natural_key))
+    eight_bit = {output_name(layer.name, checkpoint.config) for layer in carried}
+    ignore = tuple(sorted(linear_modules(outputs) - eight_bit, key=natural_key))
     converted = [(layer.module, layer.spec) for layer in layers if layer.dequantize is None]
     nbytes_out = sum(spec.nbytes for spec in outputs)
     side_nbytes = sum((checkpoint.root / path).stat().st_size for path in checkpoint.side_files)
@@ -144,6 +168,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         nbytes_out=nbytes_out,
         serving_nbytes=_serving_nbytes(layers, tensors),
         disk_nbytes=nbytes_out + side_nbytes,
+        carried=carried,
     )
 
 
@@ -282,4 +307,5 @@ def kinds(plan: Plan) -> Mapping[str, int]:
         "codes_new": codes[Codes.NEW],
         "codes_decided_when_read": codes[Codes.UNDECIDED],
         "in_bf16": len(plan.layers) - len(plan.converted),
+        "carried": len(plan.carried),
     }

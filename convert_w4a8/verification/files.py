@@ -1,17 +1,18 @@
 """The files of an output against the source's: copied tensors, config.json, side files, and files that were added."""
 
 import filecmp
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import torch
 
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint
+from convert_w4a8.checkpoint.mixture import ConfigGroup, Mixture
 from convert_w4a8.checkpoint.names import linear_modules, natural_key
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
 from convert_w4a8.errors import Problem
-from convert_w4a8.targets.base import Target
+from convert_w4a8.targets.base import Target, make_block
 from convert_w4a8.verification.reading import LibraryReader
 
 _CHUNK_BYTES = 8 << 20
@@ -23,24 +24,29 @@ _CODE_SUFFIXES = frozenset({
 """Files that run code or hold weights, for one program or another; pickles among them."""
 
 
-def check_copy(source: TensorInfo, copy: TensorInfo | None, name: str, read: LibraryReader) -> list[Problem]:
-    """Compare a tensor that was copied, byte for byte or from FP16 to BF16."""
+def check_copy(
+    source: TensorInfo, copy: TensorInfo | None, name: str, read: LibraryReader, *, carried: bool = False
+) -> list[Problem]:
+    """Compare a tensor that was copied, byte for byte, or from FP16 to BF16 where it is of no carried layer."""
     if copy is None:
         return [problem(name, "is not in the output")]
-    dtype = "BF16" if source.dtype == "F16" else source.dtype
+    rounds = source.dtype == "F16" and not carried
+    dtype = "BF16" if rounds else source.dtype
     if (copy.dtype, copy.shape) != (dtype, source.shape):
         return [problem(name, f"is {copy.dtype} {list(copy.shape)}, not {dtype} {list(source.shape)}")]
     ours, theirs = read.flat_bytes(copy), read.flat_bytes(source)
     for start in range(0, source.nbytes, _CHUNK_BYTES):
         part = theirs[start : start + _CHUNK_BYTES]
-        if source.dtype == "F16":
+        if rounds:
             part = part.view(torch.float16).bfloat16().view(torch.uint8)
         if not torch.equal(ours[start : start + _CHUNK_BYTES], part):
             return [problem(name, "differs from the source")]
     return []
 
 
-def check_config(out: Checkpoint, source: Checkpoint, target: Target, converted: set[str]) -> list[Problem]:
+def check_config(
+    out: Checkpoint, source: Checkpoint, target: Target, converted: set[str], carried: Sequence[ConfigGroup]
+) -> list[Problem]:
     """Check that config.json is the source's, but for bfloat16 and the block of the format."""
     found = []
     dtypes = {str(out.config[key]) for key in _DTYPE_KEYS if key in out.config}
@@ -56,9 +62,14 @@ def check_config(out: Checkpoint, source: Checkpoint, target: Target, converted:
     ]
     block = out.quantization_config
     ignore = block.get("ignore")
-    modules = linear_modules(out.tensors.values()) - converted
-    expected = target.quantization_config(
-        source.quantization_config, sorted(modules, key=natural_key), target.stored_mode(out), {}
+    modules = linear_modules(out.tensors.values()) - converted - {name for group in carried for name in group.modules}
+    expected = make_block(
+        target,
+        source.quantization_config,
+        sorted(modules, key=natural_key),
+        target.stored_mode(out),
+        {},
+        Mixture(tuple(converted), tuple(carried)),
     )
     if not isinstance(ignore, list) or not modules <= set(map(str, ignore)) or converted & set(map(str, ignore)):
         found.append(problem("quantization_config: ignore", "does not list the modules that are not quantized"))
