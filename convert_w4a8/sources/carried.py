@@ -2,8 +2,9 @@
 
 `weight` float8_e4m3fn [N, K], and `weight_scale`: [N/rows, K/columns] for blocks, [N, 1] for output channels, [1] for
 the tensor; `input_scale` [1] where activations are static. That is what vLLM's compressed-tensors reads
-(`CompressedTensorsW8A8Fp8`, `CompressedTensorsW8A16Fp8`). Other kinds of layers that are not INT4 are refused, in one
-line a kind.
+(`CompressedTensorsW8A8Fp8`, `CompressedTensorsW8A16Fp8`). DeepSeek calls the scales of blocks of 128×128
+`weight_scale_inv`, by which weights are multiplied too; such layers are known by their tensors alone, beside INT4 of
+whatever format. Other kinds of layers that are not INT4 are refused, in one line a kind.
 """
 
 import re
@@ -26,6 +27,30 @@ _LOOKED_UP = re.compile(r"embed|wte|wpe")
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _REQUANTIZE = "quantize it to 4 bits or to FP8, or leave it in 16"
 _LEAVE = "leave it in 16 bits"
+INVERSE = "weight_scale_inv"
+"""DeepSeek's name for the scales of blocks."""
+_UNKNOWN = f"is FP8, and neither quantization_config nor a {INVERSE} says by what it is to be multiplied"
+FP8_BLOCKS: Mapping[str, Any] = {
+    "format": "float-quantized",
+    "weights": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "block",
+        "block_structure": [128, 128],
+        "dynamic": False,
+    },
+    "input_activations": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 128,
+        "dynamic": True,
+    },
+    "output_activations": None,
+}
+"""Layers of DeepSeek's kind as a config group of compressed-tensors."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +85,24 @@ class CarriedLayer:
 def find_carried(source: Source, checkpoint: Checkpoint, problems: list[Problem]) -> tuple[CarriedLayer, ...]:
     """Return the layers of a checkpoint to be carried over; what can be neither converted nor carried is a problem.
 
-    A source that has such layers finds them by a function of this name, without its first argument.
+    A source whose configuration describes such layers finds them by a function of this name that takes the rest.
     """
     finder = getattr(source, "find_carried", None)
-    return () if finder is None else tuple(finder(checkpoint, problems))
+    found = [] if finder is None else list(finder(checkpoint, problems))
+    refused: dict[tuple[str, str], list[str]] = {}
+    for name, info in checkpoint.tensors.items():
+        module, _, role = name.rpartition(".")
+        if not info.dtype.startswith("F8_") or len(info.shape) < 2:
+            continue
+        if role == "weight" and f"{module}.{INVERSE}" in checkpoint.tensors:
+            try:
+                found.append(describe(checkpoint, module, FP8_BLOCKS, (INVERSE,)))
+            except ConvertError as error:
+                refused.setdefault((error.problem.reason, error.problem.remedy), []).append(error.problem.subject)
+        elif finder is None or f"{module}.weight_scale" not in checkpoint.tensors:
+            refused.setdefault((_UNKNOWN, _REQUANTIZE), []).append(name)
+    problems.extend(grouped(refused))
+    return tuple(found)
 
 
 def carried_groups(layers: Iterable[CarriedLayer], config: Mapping[str, Any]) -> tuple[ConfigGroup, ...]:

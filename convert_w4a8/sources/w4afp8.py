@@ -2,13 +2,10 @@
 
 Experts are INT4: `weight` int8 [N, K/2], two values −8 … 7 a byte in two's complement, the even input channel in the
 low nibble; `weight_scale_inv` [N, K/128], by which they are multiplied. Every other quantized layer is FP8: `weight`
-float8_e4m3fn [N, K], `weight_scale_inv` [N/128, K/128]; it is carried over, and the scale is called `weight_scale`, as
-vLLM's compressed-tensors wants it. config.json has `quant_method` w4afp8, or hf_quant_config.json has `quant_algo`
-MIXED_PRECISION. The experts' `input_scale`, for static activations, is left out: W4A8 computes it for each token.
+float8_e4m3fn [N, K], `weight_scale_inv` [N/128, K/128]; it is carried over (`carried.py`). config.json has
+`quant_method` w4afp8, or hf_quant_config.json has `quant_algo` MIXED_PRECISION. The experts' `input_scale`, for static
+activations, is left out: W4A8 computes it for each token.
 """
-
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -17,40 +14,19 @@ from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.sources.base import LayerSpec
-from convert_w4a8.sources.carried import CarriedLayer, describe, grouped
+from convert_w4a8.sources.carried import INVERSE
 from convert_w4a8.sources.checks import check_content, check_rank_two, check_scales, check_tensor, collect_parts
 
 NAME = "w4afp8"
 
-ROLES = ("weight", "weight_scale_inv")
-ANCHOR = "weight_scale_inv"
+ROLES = ("weight", INVERSE)
+ANCHOR = INVERSE
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-_BLOCK = 128
+_GROUP = 128
 _SHORT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 """What the tools call an expert's projections in the names of input scales."""
 _SIGNS = -0x77777778  # 0x88888888 as int32
-FP8_BLOCKS: dict[str, Any] = {
-    "format": "float-quantized",
-    "weights": {
-        "num_bits": 8,
-        "type": "float",
-        "symmetric": True,
-        "strategy": "block",
-        "block_structure": [_BLOCK, _BLOCK],
-        "dynamic": False,
-    },
-    "input_activations": {
-        "num_bits": 8,
-        "type": "float",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": _BLOCK,
-        "dynamic": True,
-    },
-    "output_activations": None,
-}
-"""The FP8 layers as a config group of compressed-tensors."""
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -77,19 +53,6 @@ def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSp
     return layers
 
 
-def find_carried(checkpoint: Checkpoint, problems: list[Problem]) -> Iterable[CarriedLayer]:
-    """Yield the FP8 layers."""
-    refused: dict[tuple[str, str], list[str]] = {}
-    for module in checkpoint.modules_with(ANCHOR):
-        if _is_fp8(checkpoint, module):
-            try:
-                yield describe(checkpoint, module, FP8_BLOCKS, (ANCHOR,))
-            except ConvertError as error:
-                key = error.problem.reason, error.problem.remedy
-                refused.setdefault(key, []).append(error.problem.subject)
-    problems.extend(grouped(refused))
-
-
 def _is_fp8(checkpoint: Checkpoint, module: str) -> bool:
     info = checkpoint.tensors.get(f"{module}.weight")
     return info is not None and info.dtype == "F8_E4M3"
@@ -103,12 +66,12 @@ def _describe(checkpoint: Checkpoint, module: str) -> LayerSpec:
     k = 2 * columns
     if k % 8:
         raise ConvertError(f"{module}.weight", f"has {columns} columns, not K/2", "check the checkpoint")
-    check_tensor(module, parts, ANCHOR, ("F16", "BF16", "F32"), (n, -(-k // _BLOCK)), f"[N, K/{_BLOCK}]")
+    check_tensor(module, parts, ANCHOR, ("F16", "BF16", "F32"), (n, -(-k // _GROUP)), f"[N, K/{_GROUP}]")
     expert, _, leaf = module.rpartition(".")
     for name in (f"{module}.input_scale", f"{expert}.{_SHORT.get(leaf, leaf)}.input_scale"):
         if name in checkpoint.tensors:
             parts["input_scale"] = checkpoint.tensors[name]
-    return LayerSpec(module, NAME, n, k, _BLOCK, symmetric=True, act_order=False, parts=parts)
+    return LayerSpec(module, NAME, n, k, _GROUP, symmetric=True, act_order=False, parts=parts)
 
 
 def read_zeros(spec: LayerSpec, read: Reader) -> torch.Tensor | None:  # noqa: ARG001  (part of the Source interface)

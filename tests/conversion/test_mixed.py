@@ -14,8 +14,11 @@ from click.testing import CliRunner, Result
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
+from factories.checkpoints import write
+from factories.formats import Awq, Format, Gptq
+from factories.layers import Scheme
 from factories.models import Model, llama, mixtral, qwen3_moe
-from mixtures import ATTENTION, PRESETS, add_fp8, config_group, write_mixture
+from mixtures import ATTENTION, PRESETS, add_fp8, config_group, quantize, write_mixture
 from safetensors.torch import load_file
 
 from convert_w4a8 import api
@@ -31,6 +34,8 @@ KINDS = {
     "FP8_DYNAMIC": "FP8, a scale per channel, dynamic FP8 activations",
     "FP8_BLOCK": "FP8, a scale per block of 128×128, dynamic FP8 activations",
 }
+SKIPPED = ("q_proj", "k_proj", "v_proj", "o_proj")
+UNTOUCHED: dict[str, dict[str, Any]] = {"-:.*self_attn.*": {}}
 LAST = r"model\.layers\.1\.mlp\.experts.*"
 
 
@@ -211,8 +216,9 @@ def test_the_other_commands_know_them(form: str, tmp_path: Path) -> None:
     succeed("check", source, "--format", form)
     succeed("check", source, "--format", form, "--sample")
     succeed("convert", source, out, "--format", form, "--overwrite")
+    write_mixture(tmp_path / "theirs", llama())
     with pytest.raises(ConvertError, match="is not an output of w4a8-convert"):
-        api.convert(out, source, Options(format=form), overwrite=True)
+        api.convert(source, tmp_path / "theirs", Options(format=form), overwrite=True)
     if form != "lut":
         api.convert(out, tmp_path / "again", Options(format="lut"))
         assert not api.verify(tmp_path / "again", out).problems
@@ -368,6 +374,36 @@ def test_two_schemes_are_two_groups(tmp_path: Path) -> None:
     groups = block_of(out)["config_groups"]
     assert [group["weights"]["strategy"] for group in groups.values()] == ["group", "block", "channel"]
     assert groups["group_1"] == {**config_group("FP8_BLOCK", groups["group_1"]["targets"])}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("case", [Awq(Scheme(), skip=SKIPPED), Gptq(dynamic=UNTOUCHED)], ids=["awq", "gptq"])
+def test_deepseeks_blocks_beside_int4_of_other_formats(case: Format, form: str, tmp_path: Path) -> None:
+    """FP8 with a weight_scale_inv, of which the settings of AWQ and GPTQ say nothing; the scale gets vLLM's name."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    written = write(source, llama(), case)
+    fp8 = [name.removesuffix(".weight") for name in written.dense if ".self_attn." in name]
+    assert len(fp8) == 8
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for module in fp8:
+            found = quantize(tensors.pop(f"{module}.weight"), "FP8_BLOCK")
+            tensors[f"{module}.weight"] = found["weight"]
+            tensors[f"{module}.weight_scale_inv"] = found["weight_scale"].float()
+
+    edit_tensors(source, edit)
+    plan = api.convert(source, out, Options(format=form)).plan
+    assert {layer.kind for layer in plan.carried} == {KINDS["FP8_BLOCK"]}
+    assert not api.verify(out, source).problems
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    for module in fp8:
+        assert same_bytes(after[f"{module}.weight_scale"], before[f"{module}.weight_scale_inv"])
+
+    edit_tensors(source, lambda tensors: tensors.pop(f"{Q_PROJ}.weight_scale_inv"))
+    assert any(
+        problem.startswith(f"{Q_PROJ}.weight: is FP8, and neither quantization_config nor a weight_scale_inv says")
+        for problem in problems_of(source)
+    )
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:
