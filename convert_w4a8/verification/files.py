@@ -62,7 +62,8 @@ def check_config(
     ]
     block = out.quantization_config
     ignore = block.get("ignore")
-    modules = linear_modules(out.tensors.values()) - converted - {name for group in carried for name in group.modules}
+    quantized = converted | {name for group in carried for name in group.modules}
+    modules = linear_modules(out.tensors.values()) - quantized
     expected = make_block(
         target,
         source.quantization_config,
@@ -71,7 +72,7 @@ def check_config(
         {},
         Mixture(tuple(converted), tuple(carried)),
     )
-    if not isinstance(ignore, list) or not modules <= set(map(str, ignore)) or converted & set(map(str, ignore)):
+    if not isinstance(ignore, list) or not modules <= set(map(str, ignore)) or quantized & set(map(str, ignore)):
         found.append(problem("quantization_config: ignore", "does not list the modules that are not quantized"))
     for key in sorted(expected.keys() | block.keys()):
         if key not in ("ignore", "conversion") and not (
