@@ -307,5 +307,4 @@ def kinds(plan: Plan) -> Mapping[str, int]:
         "codes_new": codes[Codes.NEW],
         "codes_decided_when_read": codes[Codes.UNDECIDED],
         "in_bf16": len(plan.layers) - len(plan.converted),
-        "carried": len(plan.carried),
     }

@@ -77,7 +77,6 @@ def test_fp8_layers_are_carried_over(form: str, preset: str, model: Callable[[],
     plan = json.loads(succeed("convert", source, out, "--format", form, "--dry-run", "--json"))
     plan = plan.get("plan", plan)
     assert plan["carried"] == {KINDS[preset]: 8}
-    assert plan["layers"]["carried"] == 8
     assert not set(plan["ignore"]) & meant.keys()
     text = run("convert", source, out, "--format", form)
     assert text.exit_code == 0, text.output
