@@ -8,6 +8,10 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
 
+E4M3_NAN = 0x7F
+"""The bits of NaN without the sign. There are no infinities."""
+
+
 CODE_MAX = 8
 """The largest magnitude of a code: that of minus eight."""
 

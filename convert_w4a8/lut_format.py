@@ -19,15 +19,15 @@ METHOD = "w4a8_lut"
 
 
 VERSION = 2
-"""The newest version of the format, which is written only where it is needed."""
+"""The newest version of the format, which is written only where it is needed: the one with patterns and `carried`."""
 
 PATTERN = "re:"
 """What an entry of `ignore` begins with that is a regular expression, as in compressed-tensors."""
 
 
-def version_for(ignore: Iterable[str]) -> int:
-    """Return the oldest version of the format that can hold these entries of `ignore`: patterns came with 2."""
-    return 2 if any(entry.startswith(PATTERN) for entry in ignore) else 1
+def version_for(ignore: Iterable[str], *, carried: bool) -> int:
+    """Return the oldest version of the format that can hold these entries of `ignore`, and `carried` where it is."""
+    return 2 if carried or any(entry.startswith(PATTERN) for entry in ignore) else 1
 
 
 LAYOUT = "cutlass_sm90_16x32"
@@ -106,11 +106,14 @@ class IgnoreList:
 class LutFormat:
     """What a reader needs to know of the block.
 
-    ignore: the linear modules that are not quantized, by full names and by patterns; every other one is.
+    ignore: the linear modules that are not quantized, by full names and by patterns.
+    carried: a block of compressed-tensors whose config groups target the layers that vLLM serves by its own methods.
+    Every other linear module is quantized.
     """
 
     tables: TableForm
     ignore: frozenset[str]
+    carried: Mapping[str, Any] | None = None
 
     @cached_property
     def _ignored(self) -> IgnoreList:
@@ -137,7 +140,12 @@ class LutFormat:
         ignore = block.get("ignore") or []
         if not isinstance(ignore, list | tuple) or not all(isinstance(entry, str) for entry in ignore):
             raise _refuse_field("ignore", ignore, "a list of strings")
-        found = cls(TableForm(tables), frozenset(ignore))
+        carried = block.get("carried")
+        if carried is not None and not (
+            isinstance(carried, Mapping) and isinstance(carried.get("config_groups"), dict)
+        ):
+            raise _refuse_field("carried", carried, "a block of compressed-tensors")
+        found = cls(TableForm(tables), frozenset(ignore), carried)
         try:
             _ = found._ignored
         except (re.error, RecursionError, OverflowError) as error:

@@ -35,7 +35,11 @@ def plan_text(plan: Plan) -> str:
         for kind in plan.sixteen_bits
         if not kind.of_source
     ]
-    halves = sum(tensor.info.dtype == "F16" for tensor in plan.tensors)
+    lines += [
+        f"carried    {counted(count, 'layer')}, byte for byte: {printable(kind)}"
+        for kind, count in _tally(layer.kind for layer in plan.carried).items()
+    ]
+    halves = sum(tensor.output.dtype != tensor.info.dtype for tensor in plan.tensors)
     lines.append(
         f"as it is   {counted(len(plan.tensors) - halves, 'tensor')} byte for byte,"
         f" {counted(halves, 'tensor')} from FP16 to BF16"
@@ -64,6 +68,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "layers": dict(kinds(plan)),
         "codes": _tally(map(_codes, plan.converted)),
         "dequantize": {layer.module: layer.dequantize for layer in plan.layers if layer.dequantize is not None},
+        "carried": _tally(layer.kind for layer in plan.carried),
         "copied_tensors": len(plan.tensors),
         "ignore": list(plan.ignore),
         "in_16_bits": [
@@ -159,6 +164,8 @@ def verification_text(verification: Verification) -> str:
             f"\n{counted(len(verification.layers), 'layer')}: mean {mean:.2f} dB,"
             f" worst {worst.sqnr_db:.2f} dB ({printable(worst.module)})"
         )
+    if verification.carried:
+        lines.append(f"carried    {counted(verification.carried, 'layer')}, byte for byte")
     lines += [f"added      {printable(name)}: in the output, but not in the source" for name in verification.added]
     lines += [f"problem    {group}" for group in grouped(verification.problems)]
     lines.append("FAILED" if verification.problems else "OK: every tensor and side file of the source is accounted for")
@@ -174,6 +181,7 @@ def verification_dict(verification: Verification) -> dict[str, Any]:
             {key: _finite(value) if isinstance(value, float) else value for key, value in asdict(check).items()}
             for check in verification.layers
         ],
+        "carried_layers": verification.carried,
         "problems": [group.as_dict() for group in grouped(verification.problems)],
         "added_files": list(verification.added),
     }

@@ -7,6 +7,7 @@ from typing import Any
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import LayerResult
+from convert_w4a8.targets.base import make_block
 from convert_w4a8.version import __version__
 
 
@@ -25,8 +26,13 @@ def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerRes
     config = _in_bfloat16(json.loads(json.dumps(checkpoint.config)))
     if not {"dtype", "torch_dtype"} & set(config):
         config["torch_dtype"] = "bfloat16"
-    config["quantization_config"] = plan.target.quantization_config(
-        checkpoint.quantization_config, plan.ignore, plan.options.scales, conversion
+    config["quantization_config"] = make_block(
+        plan.target,
+        checkpoint.quantization_config,
+        plan.ignore,
+        plan.options.scales,
+        conversion,
+        plan.mixture(checkpoint.config),
     )
     return config
 

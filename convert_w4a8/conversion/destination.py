@@ -5,11 +5,14 @@ from pathlib import Path
 
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint, open_checkpoint
 from convert_w4a8.checkpoint.journal import work_path
+from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.shards import ShardWriter
 from convert_w4a8.checkpoint.writer import Privacy
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.errors import ConvertError, W4A8Error
+from convert_w4a8.sources.carried import carried_groups, find_by_groups
 from convert_w4a8.targets import find_target
+from convert_w4a8.targets.base import make_block
 
 
 def check_replaceable(out: Path, source: Checkpoint) -> None:
@@ -25,11 +28,13 @@ def check_replaceable(out: Path, source: Checkpoint) -> None:
     try:
         found = open_checkpoint(out)
         target = find_target(found)
-        ours = target.quantization_config(found.quantization_config, [], target.stored_mode(found), {})
+        block = found.quantization_config
+        carried = carried_groups(find_by_groups(found, block.get("carried") or block, []), {})
+        mixture = Mixture(tuple(target.find_layers(found)), carried)
+        ours = make_block(target, block, [], target.stored_mode(found), {}, mixture)
     except W4A8Error:
         raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy) from None
-    theirs = found.quantization_config
-    if any(theirs.get(key) != value for key, value in ours.items() if key not in ("ignore", "conversion")):
+    if any(block.get(key) != value for key, value in ours.items() if key not in ("ignore", "conversion")):
         raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy)
     known = {CONFIG, CARD, INDEX, *map(str, source.side_files)}
     known |= {info.path.name for info in found.tensors.values()}
@@ -71,7 +76,9 @@ def is_finished(out: Path, source: Checkpoint, plan: Plan) -> bool:
     conversion = block.get("conversion")
     if isinstance(conversion, dict) and conversion.get("scales") != str(plan.options.scales):
         return False
-    expected = plan.target.quantization_config(source.quantization_config, plan.ignore, plan.options.scales, {})
+    expected = make_block(
+        plan.target, source.quantization_config, plan.ignore, plan.options.scales, {}, plan.mixture(source.config)
+    )
     if any(block.get(key) != value for key, value in expected.items() if key != "conversion"):
         return False
     sizes = {out / shard.file_name: ShardWriter(out, shard).size for shard in plan.shards}

@@ -37,23 +37,24 @@ _SHARED = (
 def ignore_list(
     config: Mapping[str, Any],
     quantization_config: Mapping[str, Any],
-    converted: Collection[str],
+    quantized: Collection[str],
     outputs: Iterable[TensorSpec],
     warnings: list[str],
 ) -> tuple[str, ...]:
     """Return the entries of the output's `ignore`: names in natural order, then patterns.
 
-    config, quantization_config: the source's. converted: the modules that become W4A8, by their names in the output.
-    outputs: the tensors of the output. warnings: what the source excludes and the output cannot say is appended.
+    config, quantization_config: the source's. quantized: the modules that are W4A8 or carried over in FP8, by their
+    names in the output. outputs: the other tensors of the output. warnings: what the source excludes and the output
+    cannot say is appended.
     """
     outputs = tuple(outputs)
-    plain = {module for spec in outputs if (module := linear_module(spec)) and module not in converted}
+    plain = {module for spec in outputs if (module := linear_module(spec)) and module not in quantized}
     stacked = find_stacked_mixtures((spec for spec in outputs if spec.dtype in ("BF16", "F32")), config)
     model = VllmModel.of(config)
-    called = {*converted, *also_called(model, converted), *_merged(model, converted)}
+    called = {*quantized, *also_called(model, quantized), *_merged(model, quantized)}
     asked, served = asked_names(called), sorted(served_names(called))
-    components = find_components(plain, converted)
-    routers = _routers(plain, {*stacked, *filter(None, map(mixture_of, (*plain, *converted)))})
+    components = find_components(plain, quantized)
+    routers = _routers(plain, {*stacked, *filter(None, map(mixture_of, (*plain, *quantized)))})
     names = linear_modules(outputs) | _fused(plain) | _merged(model, plain) | _experts(plain, stacked, config)
     names |= set(routers.values())
     names = (names | also_called(model, names)) - asked

@@ -11,6 +11,7 @@ from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, Reader, Tenso
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.dequantize import BLOCK_WEIGHTS, dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.fp8 import E4M3_NAN
 from convert_w4a8.linear import GROUP_SIZE, DenseLinear, W4Linear
 from convert_w4a8.options import Options
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
@@ -98,5 +99,7 @@ def copy_tensor(
         values = piece.view(TORCH_DTYPES[info.dtype])
         # A maximum is NaN where a value is, and costs no time.
         if values.is_floating_point() and values.itemsize > 1 and values.max().isnan():
+            raise ConvertError(info.name, "holds NaN", "the checkpoint is damaged: download it again")
+        if info.dtype == "F8_E4M3" and int((piece & E4M3_NAN).max()) == E4M3_NAN:
             raise ConvertError(info.name, "holds NaN", "the checkpoint is damaged: download it again")
         yield values.bfloat16() if tensor.output.dtype != info.dtype else values  # FP16 → BF16, or as it is

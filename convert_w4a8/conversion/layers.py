@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -73,11 +73,19 @@ _Reasons = dict[str, tuple[Kept, str]]
 
 
 def plan_layers(
-    checkpoint: Checkpoint, specs: Sequence[LayerSpec], target: Target, options: Options, problems: list[Problem]
+    checkpoint: Checkpoint,
+    specs: Sequence[LayerSpec],
+    carried: Collection[str],
+    target: Target,
+    options: Options,
+    problems: list[Problem],
 ) -> tuple[LayerPlan, ...]:
-    """Return what becomes of each layer, in natural order; what is refused is appended to `problems`."""
+    """Return what becomes of each layer, in natural order; what is refused is appended to `problems`.
+
+    carried: the layers that are carried over in FP8, by their names in the source.
+    """
     reasons: _Reasons = {}
-    _keep_asked(checkpoint, specs, options.keep, reasons, problems)
+    _keep_asked(checkpoint, specs, carried, options.keep, reasons, problems)
     model = VllmModel.of(checkpoint.config)
     _keep_unserved(checkpoint, model, specs, target, reasons, problems)
     groups: dict[str, list[LayerSpec]] = {}
@@ -107,6 +115,7 @@ def plan_layers(
 def _keep_asked(
     checkpoint: Checkpoint,
     specs: Sequence[LayerSpec],
+    carried: Collection[str],
     patterns: Sequence[str],
     reasons: _Reasons,
     problems: list[Problem],
@@ -120,7 +129,10 @@ def _keep_asked(
             if any(map(matches, (*names, *map(fusion_key, names)))):
                 reasons.setdefault(spec.name, (Kept.ASKED, f"kept by --keep {pattern}"))
                 found = True
-        if not found and not any(matches(name.rpartition(".")[0]) for name in checkpoint.tensors):
+        if eight_bit := next((name for name in sorted(carried) if matches(name)), None):
+            reason = f"matches {eight_bit}, which is in FP8 and carried over as it is"
+            problems.append(Problem(f"--keep {pattern}", reason, "name INT4 layers only"))
+        elif not found and not any(matches(name.rpartition(".")[0]) for name in checkpoint.tensors):
             problems.append(
                 Problem(
                     f"--keep {pattern}",

@@ -142,6 +142,8 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
             for kind in plan.sixteen_bits
             if not kind.of_source
         ]
+    if plan.carried:
+        rows.append(("carried over in FP8, byte for byte", counted(len(plan.carried), "layer")))
     rows.append(("FP8 scales", _SCALES[plan.options.scales]))
     if converted:
         worst, least = min(converted, key=lambda pair: pair[1].sqnr_db)

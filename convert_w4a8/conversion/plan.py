@@ -6,13 +6,16 @@ The warnings of a plan know some zero-points too (`contradictions.py`); they dec
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.names import find_mixtures, is_expert, natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
 from convert_w4a8.conversion.advice import left_out_warnings, width_warnings
 from convert_w4a8.conversion.contradictions import content_warnings, setting_warnings
+from convert_w4a8.conversion.fused import mixed_problems
 from convert_w4a8.conversion.ignore import ignore_list
 from convert_w4a8.conversion.layers import Codes, LayerPlan, plan_layers
 from convert_w4a8.conversion.sixteen_bits import Kind, find_kinds
@@ -21,6 +24,7 @@ from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
 from convert_w4a8.options import Options, Policy, ScalesMode
 from convert_w4a8.sources import Source, find_source
+from convert_w4a8.sources.carried import CarriedLayer, carried_groups, find_carried
 from convert_w4a8.targets import target_named, target_names, targets
 from convert_w4a8.targets.base import Target
 
@@ -29,7 +33,7 @@ __all__ = ["Codes", "LayerPlan", "Plan", "TensorPlan", "check_tensors", "kinds",
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor that is copied: byte for byte, or from FP16 to BF16."""
+    """One tensor that is copied: byte for byte, or from FP16 to BF16 where it is of no carried layer."""
 
     info: TensorInfo
     output: TensorSpec
@@ -40,7 +44,8 @@ class Plan:
     """Everything that a conversion will do. Sizes are in bytes.
 
     ignore: the linear modules of the output that are not quantized, by name and by pattern.
-    sixteen_bits: all that is not W4A8 in the output, by kind.
+    sixteen_bits: all that is in 16 bits or more in the output, by kind.
+    carried: the FP8 layers, whose tensors are among `tensors`.
     serving_nbytes: weight memory at serving time, the expanded tables included.
     """
 
@@ -57,11 +62,16 @@ class Plan:
     serving_nbytes: int
     disk_nbytes: int
     sixteen_bits: tuple[Kind, ...] = ()
+    carried: tuple[CarriedLayer, ...] = ()
 
     @property
     def converted(self) -> tuple[LayerPlan, ...]:
         """The layers that become W4A8."""
         return tuple(layer for layer in self.layers if layer.dequantize is None)
+
+    def mixture(self, config: Mapping[str, Any]) -> Mixture:
+        """Return the layers of each kind, by their names in the output of a model with this config."""
+        return Mixture(tuple(layer.module for layer in self.converted), carried_groups(self.carried, config))
 
 
 def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True) -> Plan:
@@ -82,8 +92,14 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
     target = target_named(options.format)
     problems: list[Problem] = []
     specs = source.find_layers(checkpoint, problems)
+    carried = find_carried(source, checkpoint, problems)
     if not specs and not problems:
-        problems.append(Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config"))
+        problems.append(
+            Problem(str(checkpoint.root), "has FP8 layers only: nothing to convert", "serve it as it is")
+            if carried
+            else Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config")
+        )
+    problems.extend(mixed_problems(checkpoint, specs, carried))
     if options.scales not in target.MODES:
         problems.append(
             Problem(
@@ -94,9 +110,16 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         )
     problems.extend(target.find_problems(checkpoint.quantization_config))
     problems.extend(_orphans(checkpoint, source))
-    layers = plan_layers(checkpoint, specs, target, options, problems)
+    layers = plan_layers(checkpoint, specs, {layer.name for layer in carried}, target, options, problems)
     consumed = {part.name for spec in specs for part in spec.parts.values()}
-    tensors = tuple(_plan_tensor(checkpoint, info) for name, info in checkpoint.tensors.items() if name not in consumed)
+    names = {info.name: name for layer in carried for name, info in layer.outputs(checkpoint.config).items()}
+    tensors = tuple(
+        TensorPlan(info, TensorSpec(names[name], info.dtype, info.shape))
+        if name in names
+        else _plan_tensor(checkpoint, info)
+        for name, info in checkpoint.tensors.items()
+        if name not in consumed
+    )
     problems.extend(_collisions(layers, tensors))
     if problems:
         raise PlanError(tuple(dict.fromkeys(problems)))  # a wrong setting is refused by every layer
@@ -104,10 +127,11 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
     outputs = [spec for layer in layers for spec in layer.specs] + [tensor.output for tensor in tensors]
     outputs.sort(key=lambda spec: natural_key(spec.name))
     plain = [spec for layer in layers if layer.dequantize is not None for spec in layer.specs]
-    plain += [tensor.output for tensor in tensors]
-    converted = {layer.module for layer in layers if layer.dequantize is None}
+    plain += [tensor.output for tensor in tensors if tensor.info.name not in names]
+    quantized = {layer.module for layer in layers if layer.dequantize is None}
+    quantized |= {output_name(layer.name, checkpoint.config) for layer in carried}
     excluded: list[str] = []
-    ignore = ignore_list(checkpoint.config, checkpoint.quantization_config, converted, plain, excluded)
+    ignore = ignore_list(checkpoint.config, checkpoint.quantization_config, quantized, plain, excluded)
     nbytes_out = sum(spec.nbytes for spec in outputs)
     side_nbytes = sum((checkpoint.root / path).stat().st_size for path in checkpoint.side_files)
     return Plan(
@@ -131,10 +155,11 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         disk_nbytes=nbytes_out + side_nbytes,
         sixteen_bits=find_kinds(
             layers,
-            [tensor.output for tensor in tensors],
+            [tensor.output for tensor in tensors if tensor.info.name not in names],
             find_mixtures(checkpoint.tensors.values(), checkpoint.config),
             checkpoint.config,
         ),
+        carried=carried,
     )
 
 

@@ -163,6 +163,7 @@ def sample_layers(source: Checkpoint, plan: Plan) -> tuple[Checkpoint, Plan]:
         plan,
         layers=layers,
         tensors=(),
+        carried=(),
         ignore=tuple(sorted(linear_modules(outputs))),
         shards=plan_shards(outputs, plan.options.max_shard_size),
         nbytes_in=sum(info.nbytes for info in tensors.values()),

@@ -1,5 +1,6 @@
 """What a checkpoint holds, source or converted, tensor by tensor where the configuration cannot be trusted."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.sources import find_source, sources
+from convert_w4a8.sources.carried import find_by_groups, find_carried
 from convert_w4a8.targets import targets
 from convert_w4a8.targets.base import Target
 from convert_w4a8.text import counted, human_bytes, printable, table
@@ -30,7 +32,10 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint at a glance. Sizes in bytes."""
+    """A checkpoint at a glance. Sizes in bytes.
+
+    carried: how many layers of each kind are beside those that are, or can be, converted: FP8 ones.
+    """
 
     format: str
     architectures: tuple[str, ...]
@@ -39,6 +44,7 @@ class Inspection:
     tensors: int
     kinds: Mapping[LayerKind, int]
     settings: Mapping[str, Any]
+    carried: Mapping[str, int]
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
@@ -51,6 +57,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     """
     config = checkpoint.quantization_config
     kinds: dict[LayerKind, int] = {}
+    problems: list[Problem] = []
     source = next((source for source in sources() if source.matches(checkpoint)), None)
     if source is None:
         target = _target_of(checkpoint)
@@ -62,7 +69,6 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
             )
     else:
         name = source.NAME
-        problems: list[Problem] = []
         for spec in source.find_layers(checkpoint, problems):
             kind = LayerKind(
                 projection=spec.name.rpartition(".")[2],
@@ -74,8 +80,14 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
                 act_order=source.read_g_idx(spec, read_tensor) is not None,
             )
             _count(kinds, kind)
-        if problems:
-            raise PlanError(problems)
+    carried = (
+        find_by_groups(checkpoint, config.get("carried") or {}, problems)
+        if source is None
+        else find_carried(source, checkpoint, problems)
+    )
+    counts = Counter(layer.kind for layer in carried)
+    if problems:
+        raise PlanError(problems)
     return Inspection(
         format=name,
         architectures=_architectures(checkpoint.config.get("architectures")),
@@ -84,6 +96,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         tensors=len(checkpoint.tensors),
         kinds=kinds,
         settings={key: value for key, value in config.items() if isinstance(value, str | int | float | bool)},
+        carried=counts,
     )
 
 
@@ -117,6 +130,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         "tensors": found.tensors,
         "layers": [{**asdict(kind), "count": count} for kind, count in found.kinds.items()],
         "settings": dict(found.settings),
+        "carried": dict(found.carried),
     }
 
 
@@ -138,6 +152,7 @@ def as_text(found: Inspection) -> str:
         f"format     {printable(found.format)} ({architectures or 'architecture not named'})",
         f"size       {human_bytes(found.nbytes)} in {counted(found.files, 'file')}, {counted(found.tensors, 'tensor')}",
         "settings   " + ", ".join(printable(f"{key}={value}") for key, value in found.settings.items()),
+        *(f"beside     {counted(count, 'layer')}: {printable(kind)}" for kind, count in found.carried.items()),
         "",
     ]
     return "\n".join(head) + table(rows, ("layer", "count", "N×K", "group", "zero-points", "act-order"))

@@ -11,7 +11,7 @@ from convert_w4a8.sources.base import LayerSpec, Source
 
 __all__ = ["LayerSpec", "Source", "find_source", "source_named", "sources"]
 
-_NOT_FORMATS = ("base", "checks", "patterns")
+_NOT_FORMATS = ("base", "carried", "checks", "config_groups", "patterns")
 
 
 @cache

@@ -46,7 +46,10 @@ class LayerSpec:
 
 
 class Source(Protocol):
-    """An input format: a module of `sources/` with these names."""
+    """An input format: a module of `sources/` with these names.
+
+    One that describes FP8 layers as well has `find_carried`, too (`carried.py`).
+    """
 
     @property
     def NAME(self) -> str:  # noqa: N802  (a module constant where it is implemented)

@@ -2,7 +2,8 @@
 
 pack-quantized: `weight_packed` int32 [N, K/8] (code + 8), `weight_scale` [N, G], `weight_zero_point` int32
 [N/8, G] packed along N (zero + 8), `weight_shape`. int-quantized: `weight` int8 [N, K], `weight_zero_point` int8
-[N, G]. `weight_g_idx` int32 [K] in files of older versions. Which layer has which scheme: `config_groups`.
+[N, G]. `weight_g_idx` int32 [K] in files of older versions. Which layer has which scheme: `config_groups`; those of FP8
+are carried over (`carried.py`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.names import is_embedding
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import SYMMETRIC_ZERO, Packing, W4Linear
 from convert_w4a8.sources.base import LayerSpec
+from convert_w4a8.sources.carried import CarriedLayer, find_by_groups, is_int4
 from convert_w4a8.sources.checks import (
     check_bits,
     check_content,
@@ -30,7 +31,7 @@ from convert_w4a8.sources.checks import (
     setting,
     unpack_words,
 )
-from convert_w4a8.sources.patterns import matches as matches_pattern
+from convert_w4a8.sources.config_groups import group_of
 
 NAME = "compressed-tensors"
 
@@ -50,13 +51,20 @@ def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSp
     layers = []
     for module in checkpoint.modules_with(ANCHOR):
         try:
-            layers.append(_describe(checkpoint, module, _scheme_of(config, module)))
+            group = group_of(config, module)
+            if is_int4(group):
+                layers.append(_describe(checkpoint, module, group["weights"]))
         except ConvertError as error:
             problems.append(error.problem)
     for name, info in checkpoint.tensors.items():
         if name.endswith(".weight") and info.dtype == "I8" and f"{name}_scale" not in checkpoint.tensors:
             problems.append(Problem(f"{name}_scale", "is missing", "download or write the checkpoint again"))
     return layers
+
+
+def find_carried(checkpoint: Checkpoint, problems: list[Problem]) -> Iterable[CarriedLayer]:
+    """Return the FP8 layers, which are carried over; other layers that are not INT4 are problems."""
+    return find_by_groups(checkpoint, checkpoint.quantization_config, problems)
 
 
 def _unsupported_features(config: Mapping[str, Any]) -> Iterable[Problem]:
@@ -68,33 +76,6 @@ def _unsupported_features(config: Mapping[str, Any]) -> Iterable[Problem]:
     sparsity = config.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         yield Problem("quantization_config: sparsity_config", "sparse weights are not supported", remedy)
-
-
-def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """Return the `weights` block of the config group that a module belongs to.
-
-    As in compressed-tensors, a target that names the module wins over a pattern, and a pattern over a class name;
-    the class of a module with quantized weights is taken to be Linear, or Embedding where its name says so.
-    """
-    best: tuple[int, Mapping[str, Any]] | None = None
-    for name, group in setting(config, "config_groups", dict, {}).items():
-        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-            continue
-        for target in setting(group, "targets", list, [], f"quantization_config: {name}"):
-            rank = _target_rank(str(target), module)
-            if rank and (best is None or rank > best[0]):
-                best = rank, group["weights"]
-    if best is None:
-        raise ConvertError(module, "has quantized weights, but no config group targets it", "repair config_groups")
-    return best[1]
-
-
-def _target_rank(target: str, module: str) -> int:
-    if target.startswith("re:"):
-        return 2 if matches_pattern(target.removeprefix("re:"), module, "targets") else 0
-    if target == module:
-        return 3
-    return 1 if target == "Linear" or (target == "Embedding" and is_embedding(module)) else 0
 
 
 def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) -> LayerSpec:

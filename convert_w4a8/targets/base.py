@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, W4A8Linear
@@ -58,15 +59,37 @@ class Target(Protocol):
         """Return a mode whose tensors a checkpoint of this format holds."""
 
     def quantization_config(
-        self, source_config: Mapping[str, Any], ignore: Sequence[str], mode: ScalesMode, conversion: Mapping[str, Any]
+        self,
+        source_config: Mapping[str, Any],
+        ignore: Sequence[str],
+        mode: ScalesMode,
+        conversion: Mapping[str, Any],
+        mixture: Mixture | None = None,
     ) -> dict[str, Any]:
-        """Return the quantization_config block of the output's config.json."""
+        """Return the quantization_config block of the output's config.json.
+
+        mixture: given where layers are carried over beside those that are converted.
+        """
 
     def serve_command(self, name: str) -> str:
         """Return how to serve a checkpoint, in one line."""
 
     def card_section(self) -> str:
         """Return what the model card says of serving, in Markdown."""
+
+
+def make_block(
+    target: Target,
+    source_config: Mapping[str, Any],
+    ignore: Sequence[str],
+    mode: ScalesMode,
+    conversion: Mapping[str, Any],
+    mixture: Mixture,
+) -> dict[str, Any]:
+    """Return the quantization_config block of an output. It names its layers only where some are carried over."""
+    if mixture.carried:
+        return target.quantization_config(source_config, ignore, mode, conversion, mixture)
+    return target.quantization_config(source_config, ignore, mode, conversion)
 
 
 def kernel_problem(n: int, k: int) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.encoding import packing
 from convert_w4a8.errors import ConvertError, Problem
@@ -98,36 +99,35 @@ def quantization_config(
     ignore: Sequence[str],
     mode: ScalesMode,  # noqa: ARG001  (part of the Target interface)
     conversion: Mapping[str, Any],  # noqa: ARG001  (readers of this format reject keys that they do not know)
+    mixture: Mixture | None = None,
 ) -> dict[str, Any]:
     """Return the quantization_config block of the output's config.json."""
+    scheme = {
+        "format": "pack-quantized",
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": GROUP_SIZE,
+            "dynamic": False,
+        },
+        "input_activations": {
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        },
+        "output_activations": None,
+    }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "mixed-precision" if mixture else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": list(ignore),
         "kv_cache_scheme": source_config.get("kv_cache_scheme"),
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "format": "pack-quantized",
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": GROUP_SIZE,
-                    "dynamic": False,
-                },
-                "input_activations": {
-                    "num_bits": 8,
-                    "type": "float",
-                    "symmetric": True,
-                    "strategy": "token",
-                    "dynamic": True,
-                },
-                "output_activations": None,
-            }
-        },
+        "config_groups": mixture.groups(scheme) if mixture else {"group_0": {"targets": ["Linear"], **scheme}},
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.errors import ConvertError, Problem
@@ -100,18 +101,31 @@ def quantization_config(
     ignore: Sequence[str],
     mode: ScalesMode,
     conversion: Mapping[str, Any],
+    mixture: Mixture | None = None,
 ) -> dict[str, Any]:
     """Return the quantization_config block of the output's config.json."""
     return {
         "quant_method": METHOD,
-        "version": version_for(ignore),
+        "version": version_for(ignore, carried=mixture is not None),
         "layout": LAYOUT,
         "bits": 4,
         "group_size": GROUP_SIZE,
         "tables": str(TableForm.ENTRIES if mode is ScalesMode.DIRECT else TableForm.SCALE),
         "activations": {"type": "float8_e4m3fn", "strategy": "token", "dynamic": True},
         "ignore": list(ignore),
+        **({"carried": _carried(mixture)} if mixture else {}),
         "conversion": dict(conversion),
+    }
+
+
+def _carried(mixture: Mixture) -> dict[str, Any]:
+    """Return the block of compressed-tensors from which vLLM serves the layers that are carried over."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": [],
+        "config_groups": mixture.groups(None),
     }
 
 

@@ -1,16 +1,17 @@
 """The files of an output against the source's: copied tensors, config.json, side files, and files that were added."""
 
 import filecmp
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import torch
 
 from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint
+from convert_w4a8.checkpoint.mixture import ConfigGroup, Mixture
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
 from convert_w4a8.errors import Problem
-from convert_w4a8.targets.base import Target
+from convert_w4a8.targets.base import Target, make_block
 from convert_w4a8.verification.ignored import find_contradictions
 from convert_w4a8.verification.reading import LibraryReader
 
@@ -23,17 +24,20 @@ _CODE_SUFFIXES = frozenset({
 """Files that run code or hold weights, for one program or another; pickles among them."""
 
 
-def check_copy(source: TensorInfo, copy: TensorInfo | None, name: str, read: LibraryReader) -> list[Problem]:
-    """Compare a tensor that was copied, byte for byte or from FP16 to BF16."""
+def check_copy(
+    source: TensorInfo, copy: TensorInfo | None, name: str, read: LibraryReader, *, carried: bool = False
+) -> list[Problem]:
+    """Compare a tensor that was copied, byte for byte, or from FP16 to BF16 where it is of no carried layer."""
     if copy is None:
         return [problem(name, "is not in the output")]
-    dtype = "BF16" if source.dtype == "F16" else source.dtype
+    rounds = source.dtype == "F16" and not carried
+    dtype = "BF16" if rounds else source.dtype
     if (copy.dtype, copy.shape) != (dtype, source.shape):
         return [problem(name, f"is {copy.dtype} {list(copy.shape)}, not {dtype} {list(source.shape)}")]
     ours, theirs = read.flat_bytes(copy), read.flat_bytes(source)
     for start in range(0, source.nbytes, _CHUNK_BYTES):
         part = theirs[start : start + _CHUNK_BYTES]
-        if source.dtype == "F16":
+        if rounds:
             part = part.view(torch.float16).bfloat16().view(torch.uint8)
         if not torch.equal(ours[start : start + _CHUNK_BYTES], part):
             return [problem(name, "differs from the source")]
@@ -41,7 +45,13 @@ def check_copy(source: TensorInfo, copy: TensorInfo | None, name: str, read: Lib
 
 
 def check_config(
-    out: Checkpoint, source: Checkpoint, target: Target, converted: set[str], *, whole: bool = True
+    out: Checkpoint,
+    source: Checkpoint,
+    target: Target,
+    converted: set[str],
+    carried: Sequence[ConfigGroup],
+    *,
+    whole: bool = True,
 ) -> list[Problem]:
     """Check that config.json is the source's, but for bfloat16 and the block of the format.
 
@@ -60,11 +70,17 @@ def check_config(
         if not _same(ours[key], theirs[key])
     ]
     block = out.quantization_config
-    expected = target.quantization_config(
-        source.quantization_config, _strings(block.get("ignore")), target.stored_mode(out), {}
+    expected = make_block(
+        target,
+        source.quantization_config,
+        _strings(block.get("ignore")),
+        target.stored_mode(out),
+        {},
+        Mixture(tuple(converted), tuple(carried)),
     )
+    quantized = converted | {name for group in carried for name in group.modules}
     found += [
-        problem("quantization_config: ignore", reason) for reason in find_contradictions(out, converted, whole=whole)
+        problem("quantization_config: ignore", reason) for reason in find_contradictions(out, quantized, whole=whole)
     ]
     for key in sorted(expected.keys() | block.keys()):
         if key not in ("ignore", "conversion") and not (

@@ -12,6 +12,7 @@ from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear, keeps_codes
 from convert_w4a8.sources import find_source
+from convert_w4a8.sources.carried import carried_groups, find_carried
 from convert_w4a8.targets import find_target
 from convert_w4a8.targets.base import Target
 from convert_w4a8.verification.files import check_config, check_copy, check_side_files, problem
@@ -23,6 +24,7 @@ from convert_w4a8.verification.reading import LibraryReader
 class Verification:
     """The checks of all layers, and every problem found; without problems the conversion is right.
 
+    carried: how many layers were carried over, byte for byte.
     added: files of the output that the source has not, and that run no code and hold no weights.
     """
 
@@ -30,6 +32,7 @@ class Verification:
     layers: tuple[LayerCheck, ...]
     problems: tuple[Problem, ...]
     added: tuple[str, ...] = ()
+    carried: int = 0
 
 
 def verify(
@@ -58,6 +61,8 @@ def verify(
     target, reader, read = find_target(out), find_source(source), LibraryReader()
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
+    carried = find_carried(reader, source, problems)
+    copies = {info.name: name for layer in carried for name, info in layer.outputs(source.config).items()}
     consumed = {part.name for spec in specs.values() for part in spec.parts.values()}
     if only is not None:
         specs = {module: spec for module, spec in specs.items() if module in only}
@@ -82,16 +87,18 @@ def verify(
         progress(spec.nbytes)
     for info in source.tensors.values():
         if info.name not in consumed:
-            name = output_name(info.name, source.config)
+            name = copies.get(info.name) or output_name(info.name, source.config)
             expected.add(name)
-            problems.extend(check_copy(info, out.tensors.get(name), name, read))
+            problems.extend(check_copy(info, out.tensors.get(name), name, read, carried=info.name in copies))
             progress(info.nbytes)
     problems.extend(
         problem(name, "is in the output, but not in the source") for name in out.tensors if name not in expected
     )
-    problems.extend(check_config(out, source, target, converted, whole=only is None))
+    problems.extend(
+        check_config(out, source, target, converted, carried_groups(carried, source.config), whole=only is None)
+    )
     side_problems, added = check_side_files(out, source)
-    return Verification(target.NAME, tuple(checks), (*problems, *side_problems), tuple(added))
+    return Verification(target.NAME, tuple(checks), (*problems, *side_problems), tuple(added), len(carried))
 
 
 def _decode(

@@ -21,9 +21,15 @@ class W4A8LutConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, form: LutFormat) -> None:
         super().__init__()
         self.form = form
+        self.carried = None
+        if form.carried is not None:
+            from convert_w4a8.vllm_plugin.carried import Carried  # noqa: PLC0415
+
+            self.carried = Carried(form.carried)
 
     def __repr__(self) -> str:
-        return f"W4A8LutConfig(tables={self.form.tables}, ignore={len(self.form.ignore)} modules)"
+        others = "" if self.carried is None else ", others by compressed-tensors"
+        return f"W4A8LutConfig(tables={self.form.tables}, ignore={len(self.form.ignore)} modules{others})"
 
     @classmethod
     def get_name(cls) -> str:
@@ -56,9 +62,17 @@ class W4A8LutConfig(QuantizationConfig):  # type: ignore[misc]
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename `ignore` from the checkpoint's modules to the model's (multimodal prefixes, for one)."""
         self.form = self.form.renamed(hf_to_vllm_mapper.apply_list)
+        if self.carried is not None:
+            self.carried.config.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def has_blocked_weights(self) -> bool:
+        """Return whether some layers are FP8 with a scale per block, for which vLLM sets up the compilation."""
+        return self.carried is not None and self.carried.has_blocked_weights()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return how vLLM runs the layer called `prefix`; None for what is neither linear nor experts."""
+        if self.carried is not None and self.carried.targets(layer, prefix, self.packed_modules_mapping):
+            return self.carried.config.get_quant_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
             projections = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
             if self.form.are_experts_ignored(prefix, layer.moe_config.num_logical_experts, projections):

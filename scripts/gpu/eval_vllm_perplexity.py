@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,42 +81,14 @@ def score(result: dict[str, Any], base: dict[str, Any], targets: list[int]) -> d
     }
 
 
-def parse() -> argparse.Namespace:
-    """Return the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text-file", type=Path, help="documents, separated by NUL")
-    text.add_argument("--tokens-file", type=Path, help="a JSON list of token ids")
-    parser.add_argument("--baseline", help="the checkpoint that differences are to; default: the first")
-    parser.add_argument("--tokens", type=int, default=60_000)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--compiled", action="store_true", help="vLLM as it comes; default: enforce_eager")
-    parser.add_argument("--kv-cache-gib", type=float, default=4.0)
-    parser.add_argument("--jobs", type=int, default=4, help="engines at a time, on the same GPU")
-    add_options(parser)
-    args = parser.parse_args()
-    pairs = [named.partition("=")[::2] for named in args.checkpoints]
-    args.directories = {name: Path(directory) for name, directory in pairs}
-    args.baseline = args.baseline or pairs[0][0]
-    if args.baseline not in args.directories:
-        parser.error(f"no checkpoint is named {args.baseline}")
-    for directory in args.directories.values():
-        if not (directory / "config.json").is_file():
-            parser.error(f"{directory} is not a checkpoint")
-    return args
-
-
-def main() -> int:
-    """Run the engines and print the table."""
-    args = parse()
-    windows = read_windows(args, args.directories[args.baseline])
-    targets = [token for window in windows for token in window[1:]]
-    print(f"{len(windows)} windows of {args.window}, {len(targets)} tokens scored", flush=True)
+def serve(
+    args: argparse.Namespace, directories: Mapping[str, Path], windows: Sequence[Sequence[int]]
+) -> dict[str, dict[str, Any]]:
+    """Score the windows with an engine for each checkpoint, and return what `worker` found by name."""
 
     def run(name: str) -> dict[str, Any]:
         llm = {
-            "model": str(args.directories[name]),
+            "model": str(directories[name]),
             "dtype": "bfloat16",
             "enforce_eager": not args.compiled,
             "skip_tokenizer_init": True,
@@ -136,7 +109,48 @@ def main() -> int:
         return result
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(args.directories, pool.map(run, args.directories), strict=True))
+        return dict(zip(directories, pool.map(run, directories), strict=True))
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `serve` and `read_windows` take."""
+    parser.add_argument("--tokens", type=int, default=60_000)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--compiled", action="store_true", help="vLLM as it comes; default: enforce_eager")
+    parser.add_argument("--kv-cache-gib", type=float, default=4.0)
+    parser.add_argument("--jobs", type=int, default=4, help="engines at a time, on the same GPU")
+    add_options(parser)
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text-file", type=Path, help="documents, separated by NUL")
+    text.add_argument("--tokens-file", type=Path, help="a JSON list of token ids")
+    parser.add_argument("--baseline", help="the checkpoint that differences are to; default: the first")
+    add_engine_options(parser)
+    args = parser.parse_args()
+    pairs = [named.partition("=")[::2] for named in args.checkpoints]
+    args.directories = {name: Path(directory) for name, directory in pairs}
+    args.baseline = args.baseline or pairs[0][0]
+    if args.baseline not in args.directories:
+        parser.error(f"no checkpoint is named {args.baseline}")
+    for directory in args.directories.values():
+        if not (directory / "config.json").is_file():
+            parser.error(f"{directory} is not a checkpoint")
+    return args
+
+
+def main() -> int:
+    """Run the engines and print the table."""
+    args = parse()
+    windows = read_windows(args, args.directories[args.baseline])
+    targets = [token for window in windows for token in window[1:]]
+    print(f"{len(windows)} windows of {args.window}, {len(targets)} tokens scored", flush=True)
+
+    results = serve(args, args.directories, windows)
     scores = {name: score(result, results[args.baseline], targets) for name, result in results.items()}
     text = vllm_engine.table(
         ("checkpoint", "perplexity", f"nats/token over {args.baseline}", "accuracy", "relative", "agrees"),

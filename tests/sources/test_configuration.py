@@ -15,6 +15,7 @@ from convert_w4a8.sources.checks import setting
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"
 DOWN = "model.layers.1.mlp.down_proj"
+FIRST = "model.layers.0.mlp.down_proj"
 
 
 # Configurations that lie. Every one must be a Problem or a ConvertError, never another exception.
@@ -101,9 +102,11 @@ LIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
 }
 
 CT_WEIGHTS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "bits-8": ({"num_bits": 8}, Q_PROJ, "has 8 bits"),
+    "bits-8": ({"num_bits": 8}, f"{FIRST} and 13 more", "INT8 weights are neither converted nor carried over"),
     "bits-absent": ({"num_bits": REMOVE}, Q_PROJ, "has None bits"),
-    "float": ({"type": "float"}, Q_PROJ, "has float weights, not INT4"),
+    "float": ({"type": "float"}, f"{FIRST} and 13 more", "FP4 weights are neither converted nor carried over"),
+    "float-3": ({"type": "float", "num_bits": 3}, Q_PROJ, "has 3 bits"),
+    "type-text": ({"type": "uint"}, Q_PROJ, "has uint weights, not INT4"),
     "tensor-group": ({"strategy": "tensor_group"}, Q_PROJ, "strategy 'tensor_group' is not supported"),
     "block": ({"strategy": "block"}, Q_PROJ, "strategy 'block' is not supported"),
     "strategy-list": ({"strategy": ["group"]}, Q_PROJ, "strategy ['group'] is not supported"),
@@ -182,7 +185,7 @@ def test_the_most_specific_target_wins(tmp_path: Path) -> None:
     assert [spec.name for spec in specs] == [Q_PROJ]
     reasons = {problem.subject: problem.reason for problem in problems}
     assert reasons[K_PROJ].startswith("has 3 bits")
-    assert reasons[DOWN].startswith("has 8 bits")
+    assert reasons[f"{FIRST} and 5 more"].startswith("INT8 weights")
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "fp8", None, 7, ["gptq"], "w4a8_lut"])
@@ -193,7 +196,7 @@ def test_unknown_methods_are_refused(method: object, tmp_path: Path) -> None:
     with pytest.raises(ConvertError) as caught:
         find_source(open_checkpoint(written.path))
     assert caught.value.problem.reason == f"{method!r} is not supported"
-    assert caught.value.problem.remedy == "supported are awq, compressed-tensors, gptq, with 4-bit weights"
+    assert caught.value.problem.remedy == "supported are awq, compressed-tensors, gptq, w4afp8, with 4-bit weights"
 
 
 def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
@@ -205,7 +208,7 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     assert caught.value.problem.subject == str(tmp_path / "in")
     reason = "is not quantized: no quantization_config in config.json and no quantize_config.json"
     assert caught.value.problem.reason == reason
-    assert caught.value.problem.remedy == "give a W4A16 checkpoint (awq, compressed-tensors, gptq)"
+    assert caught.value.problem.remedy == "give a W4A16 checkpoint (awq, compressed-tensors, gptq, w4afp8)"
 
 
 def test_all_problems_are_found_at_once(tmp_path: Path) -> None:

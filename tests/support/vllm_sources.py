@@ -27,6 +27,8 @@ VERSIONS = ("0.25.1", "0.33.0")
 SOURCES = Path(os.environ.get("W4A8_VLLM_SOURCES", Path.home() / ".cache" / "w4a8-convert" / "vllm"))
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_CT = f"{_QUANTIZATION}.compressed_tensors"
 _REAL = (
     "vllm.model_executor.custom_op",
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
@@ -34,8 +36,11 @@ _REAL = (
     "vllm.model_executor.layers.linear",
     "vllm.model_executor.layers.quantization",
     "vllm.model_executor.layers.quantization.base_config",
-    "vllm.model_executor.layers.quantization.compressed_tensors.utils",
-    "vllm.model_executor.layers.quantization.utils.config_utils",
+    f"{_CT}.compressed_tensors",
+    f"{_CT}.compressed_tensors_moe",
+    f"{_CT}.compressed_tensors_moe.compressed_tensors_moe",
+    f"{_CT}.utils",
+    f"{_QUANTIZATION}.utils.config_utils",
     "vllm.model_executor.model_loader.reload.layerwise",
     "vllm.model_executor.model_loader.reload.meta",
     "vllm.model_executor.model_loader.reload.sanitize",
@@ -142,6 +147,34 @@ class _QuantFP8:
         return quantize_tokens(x)
 
 
+class _Capability(tuple[int, int]):
+    """As vLLM's `DeviceCapability`."""
+
+    __slots__ = ()
+
+    def to_int(self) -> int:
+        return self[0] * 10 + self[1]
+
+
+class _Scheme:
+    """Keeps what a scheme of compressed-tensors is made of."""
+
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update(settings)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+
+class _Embedding(torch.nn.Module):
+    """As vLLM's `VocabParallelEmbedding`, of which its `ParallelLMHead` is one."""
+
+
+def _subclass(name: str, base: type) -> type:
+    return type(name, (base,), {})
+
+
 class _CutlassExperts:
     """Keeps what it is made of."""
 
@@ -192,7 +225,9 @@ def isolated(version: str) -> Iterator[Ranks]:
         return size // parts
 
     device = types.SimpleNamespace(
-        get_device_capability=lambda: ranks.capability,
+        get_device_capability=lambda: None if ranks.capability is None else _Capability(ranks.capability),
+        is_rocm=lambda: False,
+        is_xpu=lambda: False,
         use_sync_weight_loader=lambda: False,
         is_cpu=lambda: False,
         supported_quantization=[],
@@ -220,12 +255,21 @@ def isolated(version: str) -> Iterator[Ranks]:
         },
         f"{_FUSED_MOE}.config": {"int4_w4afp8_moe_quant_config": types.SimpleNamespace},
         f"{_FUSED_MOE}.experts.cutlass_moe": {"CutlassExpertsW4A8Fp8": _CutlassExperts},
-        "vllm.model_executor.layers.quantization.input_quant_fp8": {"QuantFP8": _QuantFP8},
+        f"{_QUANTIZATION}.input_quant_fp8": {"QuantFP8": _QuantFP8},
+        f"{_CT}.schemes": {
+            name: _subclass(name, _Scheme)
+            for name in ("CompressedTensorsW4A8Fp8", "CompressedTensorsW8A8Fp8", "CompressedTensorsW8A16Fp8")
+        },
+        f"{_CT}.transform.linear": {"get_linear_transform_schemes": lambda *_: ({}, {})},
+        "vllm.model_executor.layers.vocab_parallel_embedding": {
+            "VocabParallelEmbedding": _Embedding,
+            "ParallelLMHead": _subclass("ParallelLMHead", _Embedding),
+        },
     }
     finder = _Finder(root, overrides)
 
     def forget() -> None:
-        ours = ("config", "linear", "moe")
+        ours = ("carried", "config", "linear", "moe")
         for name in list(sys.modules):
             if name.partition(".")[0] == "vllm" or name in {f"convert_w4a8.vllm_plugin.{part}" for part in ours}:
                 del sys.modules[name]

@@ -22,6 +22,7 @@ _LINEAR = f"{_LAYERS}.linear"
 _QUANT = f"{_LAYERS}.quantization"
 _BASE = f"{_QUANT}.base_config"
 _UTILS = f"{_QUANT}.utils.quant_utils"
+_CT = f"{_QUANT}.compressed_tensors.compressed_tensors"
 _PARAMETER = "vllm.model_executor.parameter"
 _OPS = "vllm._custom_ops"
 _METHOD = f"{_MOE}.fused_moe_method_base"
@@ -81,6 +82,11 @@ CALLS = (
     ),
     Call("vllm.model_executor.models.utils", "WeightsMapper.apply_list", 2),
     Call(f"{_MOE}.routed_experts", "RoutedExperts._expert_routing_tables", 1),
+    Call(_CT, "CompressedTensorsConfig.from_config", 2),
+    Call(_CT, "CompressedTensorsConfig.apply_vllm_mapper", 2),
+    Call(_CT, "CompressedTensorsConfig.get_quant_method", 3),
+    Call(_CT, "CompressedTensorsConfig.get_scheme_dict", 3),
+    Call(_CT, "CompressedTensorsConfig.has_blocked_weights", 1),
     # scripts/
     Call(_OPS, "cutlass_encode_and_reorder_int4b", 1),
     Call(_OPS, "cutlass_pack_scale_fp8", 1),
@@ -103,6 +109,8 @@ NAMES = (
     (_LINEAR, "QKVParallelLinear"),
     (_LINEAR, "ReplicatedLinear"),
     (_LINEAR, "RowParallelLinear"),
+    (_CT, "CompressedTensorsConfig"),
+    (f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
     (_MOE, "RoutedExperts"),
     (_MOE, "FusedMoEMethodBase"),
     (_MOE, "FusedMoeWeightScaleSupported.GROUP"),

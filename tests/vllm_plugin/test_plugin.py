@@ -57,6 +57,8 @@ def test_the_entry_point_leads_to_register() -> None:
     [
         ("version", 3, "the checkpoint has format version 3, this plugin reads up to 2; upgrade it: pip install"),
         ("version", None, "version: None is not an integer from 1 to 2"),
+        ("carried", ["q_proj"], "carried: ['q_proj'] is not a block of compressed-tensors"),
+        ("carried", {"config_groups": None}, "carried: {'config_groups': None} is not a block"),
         ("version", "1", "version: '1' is not an integer"),
         ("layout", "cutlass_sm100", "layout: 'cutlass_sm100' is not 'cutlass_sm90_16x32'"),
         ("bits", 8, "bits: 8 is not 4"),
