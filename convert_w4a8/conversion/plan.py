@@ -14,11 +14,12 @@ from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, rea
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
 from convert_w4a8.conversion.advice import left_out_warnings, size_warnings
 from convert_w4a8.conversion.contradictions import content_warnings, setting_warnings
+from convert_w4a8.conversion.leftovers import leftover_notes, leftover_problems
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
-from convert_w4a8.sources import LayerSpec, Source, find_source
+from convert_w4a8.sources import LayerSpec, Source, find_notes, find_source
 from convert_w4a8.targets import target_named, target_names, targets
 from convert_w4a8.targets.base import Target
 
@@ -101,6 +102,10 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
     target = target_named(options.format)
     problems: list[Problem] = []
     specs = source.find_layers(checkpoint, problems)
+    consumed = {part.name for spec in specs for part in spec.parts.values()}
+    orphans = list(_orphans(checkpoint, source))
+    if not problems:  # settings that are not read may explain tensors that are not
+        problems.extend(leftover_problems(checkpoint, specs, consumed | {orphan.subject for orphan in orphans}))
     if not specs and not problems:
         problems.append(Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config"))
     if options.scales not in target.MODES:
@@ -112,9 +117,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
             )
         )
     problems.extend(target.find_problems(checkpoint.quantization_config))
-    problems.extend(_orphans(checkpoint, source))
+    problems.extend(orphans)
     layers = _plan_layers(checkpoint, specs, target, options, problems)
-    consumed = {part.name for spec in specs for part in spec.parts.values()}
     tensors = tuple(_plan_tensor(checkpoint, info) for name, info in checkpoint.tensors.items() if name not in consumed)
     problems.extend(_collisions(layers, tensors))
     if problems:
@@ -136,6 +140,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         ignore=ignore,
         warnings=(
             *size_warnings(converted),
+            *find_notes(source, checkpoint),
+            *leftover_notes(checkpoint, consumed),
             *setting_warnings(checkpoint, specs),
             *(content_warnings(source, specs) if contents else ()),
             *left_out_warnings(checkpoint),

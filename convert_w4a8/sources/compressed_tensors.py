@@ -29,7 +29,22 @@ from convert_w4a8.sources.checks import (
     setting,
     unpack_words,
 )
+from convert_w4a8.sources.fused_experts import split_experts, stacks
 from convert_w4a8.sources.patterns import matches as matches_pattern
+from convert_w4a8.sources.settings import (
+    ANY,
+    Table,
+    any_of,
+    layout_problems,
+    named,
+    only,
+    setting_notes,
+    setting_problems,
+    table_of,
+    tables_of,
+    without,
+)
+from convert_w4a8.text import counted
 
 NAME = "compressed-tensors"
 
@@ -37,36 +52,123 @@ ROLES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight
 ANCHOR = "weight_scale"
 
 
+_AGAIN = "save the model without it"
+_ACTIVATIONS: Table = any_of("group_size block_structure actorder scale_dtype zp_dtype observer observer_kwargs") | {
+    "num_bits": named(8, reason="activations become FP8, of 8 bits"),
+    "type": named("float", reason="activations become FP8"),
+    "symmetric": ANY,
+    "strategy": named("token", reason="activations become FP8, quantized token by token"),
+    "dynamic": ANY,
+}
+_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision", "dense")
+_FORMAT = only(
+    *_FORMATS, reason="its layout of the weights is not read", remedy="save the model as pack-quantized", layout=True
+)
+
+SETTINGS: Table = any_of(
+    "quant_method ignore kv_cache_scheme global_compression_ratio version provider quantization_status run_compressed"
+    " total_num_heads total_num_kv_heads targets"
+) | {
+    "format": _FORMAT,
+    "transform_config": only(reason="online rotations cannot be served by this kernel", remedy=_AGAIN),
+    "sparsity_config": only("dense", reason="sparse weights are not supported", remedy=_AGAIN),  # its format
+    "moe_sparsity_config": only(reason="experts are left out or replaced, which vLLM does not know", remedy=_AGAIN),
+    "attention_input_activations": named(reason="the output does not quantize attention"),
+    "config_groups": tables_of(
+        {
+            "targets": ANY,
+            "format": _FORMAT,
+            "weights": table_of(
+                any_of("num_bits type symmetric strategy group_size block_structure observer observer_kwargs")
+                | any_of("scale_dtype zp_dtype")
+                | {
+                    "dynamic": only(reason="the weights are quantized at run time", remedy="save the model compressed"),
+                    "actorder": only(
+                        *("static", "weight", "group", "dynamic", True),
+                        reason="an order of the input channels that is not known",
+                        remedy="save the model with actorder static",
+                    ),
+                }
+            ),
+            "input_activations": table_of(_ACTIVATIONS),
+            "output_activations": only(
+                reason="outputs of layers are quantized, which the kernel does not do",
+                remedy="remove output_activations from config.json to convert the weights without it",
+            ),
+        }
+    ),
+}
+
+
 def matches(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's quantization_config is of this format."""
     return checkpoint.quantization_config.get("quant_method") in ("compressed-tensors", "compressed_tensors")
 
 
+def find_notes(checkpoint: Checkpoint) -> Iterable[str]:
+    """Yield what the plan has to say of the settings."""
+    return setting_notes(_settings(checkpoint.quantization_config), SETTINGS)
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings without the groups whose weights are not INT4, and of sparsity_config only the format."""
+
+    def is_other(group: Any) -> bool:
+        weights = group.get("weights") if isinstance(group, dict) else None
+        return isinstance(weights, dict) and (weights.get("num_bits"), weights.get("type", "int")) != (4, "int")
+
+    sparsity = config.get("sparsity_config")
+    sparsity = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+    return {**without(config, "config_groups", is_other), "sparsity_config": sparsity}
+
+
+def _frozen(checkpoint: Checkpoint) -> Iterable[Problem]:
+    """Yield a problem where quantized weights are stored in 16 bits: rounded, beside their scales, but not packed."""
+    tensors = checkpoint.tensors
+    frozen = [
+        module
+        for module in checkpoint.modules_with(ANCHOR)
+        if (weight := tensors.get(f"{module}.weight")) is not None
+        and weight.dtype in ("BF16", "F16", "F32")
+        and f"{module}.weight_packed" not in tensors
+    ]
+    if frozen:
+        yield Problem(
+            f"{frozen[0]}.weight",
+            f"is not compressed: {counted(len(frozen), 'weight')} of 16 or 32 bits beside scales,"
+            f" quantization_status {checkpoint.quantization_config.get('quantization_status')!r}",
+            "save the model with save_compressed=True",
+        )
+
+
 def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
     """Return the quantized layers, from headers alone; what cannot be read is appended to `problems`."""
     config = checkpoint.quantization_config
-    problems.extend(_unsupported_features(config))
+    wrong = [*layout_problems(_settings(config), SETTINGS), *_frozen(checkpoint)]
+    problems.extend([*wrong, *setting_problems(_settings(config), SETTINGS)])
+    if wrong:
+        return []
     layers = []
+    stacked = stacks(checkpoint, ROLES)
     for module in checkpoint.modules_with(ANCHOR):
+        if module in stacked:
+            continue
         try:
-            layers.append(_describe(checkpoint, module, _scheme_of(config, module)))
+            parts = collect_parts(checkpoint, module, ROLES)
+            layers.append(_describe(module, parts, _scheme_of(config, module)))
+        except ConvertError as error:
+            problems.append(error.problem)
+    for stack, parts in stacked.items():
+        try:
+            scheme = _scheme_of(config, stack)
+            experts = split_experts(stack, parts, checkpoint.config)
+            layers += [_describe(module, of_expert, scheme) for module, of_expert in experts]
         except ConvertError as error:
             problems.append(error.problem)
     for name, info in checkpoint.tensors.items():
         if name.endswith(".weight") and info.dtype == "I8" and f"{name}_scale" not in checkpoint.tensors:
             problems.append(Problem(f"{name}_scale", "is missing", "download or write the checkpoint again"))
     return layers
-
-
-def _unsupported_features(config: Mapping[str, Any]) -> Iterable[Problem]:
-    remedy = "save the model without it"
-    if config.get("transform_config"):
-        yield Problem(
-            "quantization_config: transform_config", "online rotations cannot be served by this kernel", remedy
-        )
-    sparsity = config.get("sparsity_config")
-    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        yield Problem("quantization_config: sparsity_config", "sparse weights are not supported", remedy)
 
 
 def _scheme_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -96,11 +198,10 @@ def _target_rank(target: str, module: str) -> int:
     return 1 if target == "Linear" else 0
 
 
-def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) -> LayerSpec:
+def _describe(module: str, parts: Mapping[str, TensorInfo], scheme: Mapping[str, Any]) -> LayerSpec:
     check_bits(module, scheme.get("num_bits"))
     if scheme.get("type", "int") != "int":
         raise ConvertError(module, f"has {scheme['type']} weights, not INT4", "only integer weights can be converted")
-    parts = collect_parts(checkpoint, module, ROLES)
     packed = "weight_packed" in parts
     if packed and "weight" in parts:
         raise ConvertError(
@@ -124,7 +225,7 @@ def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) ->
         raise ConvertError(f"{module}.weight_zero_point", "is missing", "download or write the checkpoint again")
     if "weight_g_idx" in parts:
         check_tensor(module, parts, "weight_g_idx", ("I32",), (in_features,), "[K]")
-    if "weight_shape" in parts:
+    if "weight_shape" in parts and parts["weight_shape"].whole is None:
         check_tensor(module, parts, "weight_shape", ("I64", "I32"), (2,), "[N, K]")
     return LayerSpec(
         name=module,
@@ -162,9 +263,15 @@ def read_zeros(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
 
 
 def read_g_idx(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
-    """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
+    """Read one layer's g_idx int32 [K]; None where it says only k // group_size.
+
+    compressed-tensors begins with −1 and fills it in when a layer is calibrated; a −1 anywhere means that it was not.
+    """
     info = spec.parts.get("weight_g_idx")
-    return None if info is None else real_g_idx(info, read(info), spec)
+    if info is None:
+        return None
+    g_idx = read(info)
+    return None if bool((g_idx == -1).any()) else real_g_idx(info, g_idx, spec)
 
 
 def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
@@ -175,7 +282,7 @@ def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
 
     """
     parts = spec.parts
-    if "weight_shape" in parts:
+    if "weight_shape" in parts and parts["weight_shape"].whole is None:  # of a stack of experts it says nothing more
         shape = tuple(read(parts["weight_shape"]).tolist())
         if shape != (spec.out_features, spec.in_features):
             raise ConvertError(
@@ -191,7 +298,7 @@ def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
     w = W4Linear(
         packed=packed,
         packing=Packing.PACK_QUANTIZED,
-        scales=check_scales(scale, read(scale), signed=True).t().contiguous(),
+        scales=check_scales(scale, read(scale)).t().contiguous(),
         zeros=read_zeros(spec, read),
         g_idx=read_g_idx(spec, read),
         group_size=spec.group_size,

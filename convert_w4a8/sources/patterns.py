@@ -4,11 +4,13 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from convert_w4a8.errors import ConvertError, PlanError, Problem
+from convert_w4a8.sources.checks import setting
 
 _SECONDS = 0.5
 """The longest that one pattern may take for one text."""
@@ -19,8 +21,8 @@ _SLOW = 0.01
 _spent = 0.0
 
 
-def matches(pattern: str, text: str, setting: str) -> bool:
-    """Whether a pattern of a setting matches at the beginning of a text.
+def matches(pattern: str, text: str, key: str, *, anywhere: bool = False) -> bool:
+    """Whether a pattern of a setting matches at the beginning of a text, or anywhere in it.
 
     Raises:
         ConvertError: it is no regular expression.
@@ -32,7 +34,7 @@ def matches(pattern: str, text: str, setting: str) -> bool:
     began = time.thread_time()
     try:
         with _time_limit():
-            found = re.match(pattern, text) is not None
+            found = (re.search if anywhere else re.match)(pattern, text) is not None
         seconds = time.thread_time() - began
         _spent += seconds if seconds > _SLOW else 0.0
         if _spent > _SECONDS_TOGETHER:
@@ -41,10 +43,10 @@ def matches(pattern: str, text: str, setting: str) -> bool:
         return found  # noqa: TRY300
     except (re.error, RecursionError, OverflowError) as error:
         reason = f"{pattern!r} is not a regular expression ({error})"
-        raise ConvertError(f"quantization_config: {setting}", reason, "repair the pattern") from error
+        raise ConvertError(f"quantization_config: {key}", reason, "repair the pattern") from error
     except TimeoutError as error:
         reason = f"{pattern!r} takes too long to match {text!r}"
-        raise PlanError([Problem(f"quantization_config: {setting}", reason, "repair the pattern")]) from error
+        raise PlanError([Problem(f"quantization_config: {key}", reason, "repair the pattern")]) from error
 
 
 @contextmanager
@@ -64,3 +66,17 @@ def _time_limit() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, *before)
         signal.signal(signal.SIGALRM, handler)
+
+
+def overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Apply GPTQModel's `dynamic`: the first pattern that matches a module's name overrides the configuration.
+
+    A pattern may begin with "+:"; one that begins with "-:" excludes modules, which then have no qweight.
+    """
+    dynamic = setting(config, "dynamic", dict, {})
+    for pattern in dynamic:
+        if pattern.startswith("-:"):
+            continue
+        if matches(pattern.removeprefix("+:"), module, "dynamic"):
+            return {**config, **setting(dynamic, pattern, dict, {}, "quantization_config: dynamic")}
+    return config
