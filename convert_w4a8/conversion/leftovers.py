@@ -28,6 +28,12 @@ _HARMLESS = re.compile(
     r"(?:position|token_type)_ids$|relative_position\w*$|(?:^|[._])mask(?:ed_bias)?$|tid2eid$|\.bias$"
 )
 """Tables and masks of models in integers."""
+_IN_MARLIN = "is in Marlin's own layout"
+_BESIDE_CODES = "stands beside the INT4 weights of a layer, and what it does to them is not known"
+_REMEDIES = {
+    _IN_MARLIN: "give the GPTQ checkpoint that it was made from",
+    _BESIDE_CODES: "save the model without it, or remove it if it does nothing",
+}
 _REMEDY = "leave these layers in 16 bits, or give a checkpoint in one of the formats that are read"
 
 
@@ -45,7 +51,8 @@ def leftover_problems(checkpoint: Checkpoint, specs: Sequence[LayerSpec], known:
     for reason, infos in found.items():
         first = infos[0]
         more = f", as {len(infos) - 1:,} more" if len(infos) > 1 else ""
-        yield Problem(first.name, f"{first.dtype} {list(first.shape)} {reason}{more}", _REMEDY)
+        what = f"{first.dtype} {list(first.shape)} {reason}{more}"
+        yield Problem(first.name, what, _REMEDIES.get(reason, _REMEDY))
 
 
 def leftover_notes(checkpoint: Checkpoint, known: Collection[str]) -> Iterator[str]:
@@ -63,9 +70,9 @@ def _is_table(info: TensorInfo) -> bool:
 def _reason(checkpoint: Checkpoint, info: TensorInfo, modules: Collection[str]) -> str | None:
     module, _, role = info.name.rpartition(".")
     if role in _MARLIN and all(f"{module}.{other}" in checkpoint.tensors for other in _MARLIN):
-        return "is in Marlin's own layout"
+        return _IN_MARLIN
     if module in modules and role not in _BESIDE:
-        return "stands beside the INT4 weights of a layer, and what it does to them is not known"
+        return _BESIDE_CODES
     if info.dtype.startswith("F8"):
         return "is quantized in a way that is not read"
     if _QUANTIZED.search(info.name) or (_is_table(info) and (role == "weight" or ".experts." in info.name)):
