@@ -69,7 +69,7 @@ def test_input_and_output_formats_do_not_know_each_other() -> None:
 def test_nothing_knows_which_formats_there_are() -> None:
     """A new format is one file: no module imports a format, but by way of the folder that lists them."""
     formats = {name for name in MODULES if name.partition(".")[0] in ("sources", "targets")}
-    shared = {f"sources.{name}" for name in ("base", "checks", "fused_experts", "patterns", "settings")}
+    shared = {f"sources.{name}" for name in ("base", "checks", "ct_settings", "fused_experts", "patterns", "settings")}
     formats -= {"sources", "targets", "targets.base", *shared}
     assert formats
     imports = {name: imported & formats for name, imported in MODULES.items() if imported & formats}

@@ -12,7 +12,7 @@ from convert_w4a8.sources.base import LayerSpec, Source
 
 __all__ = ["LayerSpec", "Source", "find_notes", "find_source", "source_named", "sources"]
 
-_NOT_FORMATS = ("base", "checks", "fused_experts", "patterns", "settings")
+_NOT_FORMATS = ("base", "checks", "ct_settings", "fused_experts", "patterns", "settings")
 
 
 @cache

@@ -103,9 +103,8 @@ def _format_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
                 "give the checkpoint that it was made from, or save the model in one of " + ", ".join(_ZERO_OFFSETS),
             )
             return
-    if (
-        len(set(found.values())) > 1 and config.get("sym") is not True
-    ):  # else the zero-points tell, and the plan says it
+    # Of a symmetric model the zero-points tell which of the two it is, and the plan says so.
+    if len(set(found.values())) > 1 and config.get("sym") is not True:
         said = " and ".join(f"{key} {value}" for key, value in found.items())
         yield Problem("quantization_config", f"contradicts itself: {said}", "keep the one in which the model was saved")
 
