@@ -18,12 +18,13 @@ from convert_w4a8.conversion.contradictions import content_warnings, setting_war
 from convert_w4a8.conversion.fused import mixed_problems
 from convert_w4a8.conversion.ignore import ignore_list
 from convert_w4a8.conversion.layers import Codes, LayerPlan, plan_layers
+from convert_w4a8.conversion.leftovers import leftover_notes, leftover_problems
 from convert_w4a8.conversion.sixteen_bits import Kind, find_kinds
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
 from convert_w4a8.lut_format import TABLE_BYTES
 from convert_w4a8.options import Options, Policy, ScalesMode
-from convert_w4a8.sources import Source, find_source
+from convert_w4a8.sources import Source, find_notes, find_source
 from convert_w4a8.sources.carried import CarriedLayer, carried_groups, find_carried
 from convert_w4a8.targets import target_named, target_names, targets
 from convert_w4a8.targets.base import Target
@@ -93,6 +94,11 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
     problems: list[Problem] = []
     specs = source.find_layers(checkpoint, problems)
     carried = find_carried(source, checkpoint, problems)
+    consumed = {part.name for spec in specs for part in spec.parts.values()}
+    known = consumed | {part.name for layer in carried for part in layer.parts.values()}
+    orphans = list(_orphans(checkpoint, source))
+    if not problems:  # settings that are not read may explain tensors that are not
+        problems.extend(leftover_problems(checkpoint, specs, known | {orphan.subject for orphan in orphans}))
     if not specs and not problems:
         problems.append(
             Problem(str(checkpoint.root), "has FP8 layers only: nothing to convert", "serve it as it is")
@@ -109,9 +115,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
             )
         )
     problems.extend(target.find_problems(checkpoint.quantization_config))
-    problems.extend(_orphans(checkpoint, source))
+    problems.extend(orphans)
     layers = plan_layers(checkpoint, specs, {layer.name for layer in carried}, target, options, problems)
-    consumed = {part.name for spec in specs for part in spec.parts.values()}
     names = {info.name: name for layer in carried for name, info in layer.outputs(checkpoint.config).items()}
     tensors = tuple(
         TensorPlan(info, TensorSpec(names[name], info.dtype, info.shape))
@@ -145,6 +150,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         warnings=(
             *width_warnings(layers),
             *excluded,
+            *find_notes(source, checkpoint),
+            *leftover_notes(checkpoint, known),
             *setting_warnings(checkpoint, specs),
             *(content_warnings(source, specs) if contents else ()),
             *left_out_warnings(checkpoint),

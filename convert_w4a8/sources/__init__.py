@@ -1,5 +1,6 @@
 """Whose format: input formats, a module each. A module here with the names of `base.Source` is one; that is all."""
 
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -9,9 +10,18 @@ from convert_w4a8.checkpoint.directory import CONFIG, QUANTIZE_CONFIG, Checkpoin
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.sources.base import LayerSpec, Source
 
-__all__ = ["LayerSpec", "Source", "find_source", "source_named", "sources"]
+__all__ = ["LayerSpec", "Source", "find_notes", "find_source", "source_named", "sources"]
 
-_NOT_FORMATS = ("base", "carried", "checks", "config_groups", "patterns")
+_NOT_FORMATS = (
+    "base",
+    "carried",
+    "checks",
+    "config_groups",
+    "ct_settings",
+    "fused_experts",
+    "patterns",
+    "settings",
+)
 
 
 @cache
@@ -47,3 +57,9 @@ def find_source(checkpoint: Checkpoint) -> Source:
     raise ConvertError(
         f"{checkpoint.root}: quant_method", f"{method!r} is not supported", f"supported are {known}, with 4-bit weights"
     )
+
+
+def find_notes(source: Source, checkpoint: Checkpoint) -> Iterable[str]:
+    """Return what a format has to say of a checkpoint's settings in the plan; it need not have a `find_notes`."""
+    find = getattr(source, "find_notes", None)
+    return find(checkpoint) if find else ()

@@ -5,7 +5,7 @@
 gemv, gemv_fast, exllama and marlin are others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,30 @@ from convert_w4a8.sources.checks import (
     setting,
     unpack_words,
 )
+from convert_w4a8.sources.patterns import overridden
+from convert_w4a8.sources.settings import (
+    OF_AUTO_ROUND,
+    OF_TOOLS,
+    Table,
+    any_of,
+    layout_problems,
+    never,
+    setting_notes,
+    setting_problems,
+    tables_of,
+)
 
 NAME = "awq"
 ROLES = ("qweight", "qzeros", "scales")
 ANCHOR = "qweight"
+
+SETTINGS: Table = {
+    **OF_AUTO_ROUND,
+    **OF_TOOLS,
+    **any_of("zero_point w_bit q_group_size"),
+    "backend": never("llm-awq", reason="its layout is another", remedy="save the model in AWQ's GEMM version"),
+    "dynamic": tables_of({**OF_AUTO_ROUND, **OF_TOOLS}),
+}
 
 # Column c of a word lies in nibble _NIBBLE_OF_COLUMN[c]: the inverse of the order above.
 _NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -38,22 +58,40 @@ _NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
 
 def matches(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's quantization_config is of this format."""
-    return checkpoint.quantization_config.get("quant_method") == "awq"
+    return str(checkpoint.quantization_config.get("quant_method")).lower() == NAME
+
+
+def find_notes(checkpoint: Checkpoint) -> Iterable[str]:
+    """Yield what the plan has to say of the settings."""
+    return setting_notes(checkpoint.quantization_config, SETTINGS)
 
 
 def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
     """Return the quantized layers, from headers alone; what cannot be read is appended to `problems`."""
     config = checkpoint.quantization_config
-    version = str(config.get("version") or config.get("checkpoint_format") or "gemm").lower()
-    if version != "gemm":
-        problems.append(
-            Problem("quantization_config: version", f"is {version!r}", "save the model in AWQ's GEMM version")
-        )
+    wrong = [*_version_problems(config), *layout_problems(config, SETTINGS)]
+    problems.extend([*wrong, *setting_problems(config, SETTINGS)])
+    if wrong:
         return []
+    return describe_all(checkpoint, problems, lambda module: overridden(config, module))
+
+
+def _version_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    for key in ("version", "checkpoint_format", "format"):
+        version = str(config.get(key) or "gemm").lower()
+        if version != "gemm":
+            yield Problem(f"quantization_config: {key}", f"is {version!r}", "save the model in AWQ's GEMM version")
+            return
+
+
+def describe_all(
+    checkpoint: Checkpoint, problems: list[Problem], settings: Callable[[str], Mapping[str, Any]]
+) -> list[LayerSpec]:
+    """Return the layers; what cannot be read is appended to `problems`. settings: those of a module, by its name."""
     layers = []
     for module in checkpoint.modules_with(ANCHOR):
         try:
-            layers.append(_describe(checkpoint, module, config))
+            layers.append(_describe(checkpoint, module, settings(module)))
         except ConvertError as error:
             problems.append(error.problem)
     return layers

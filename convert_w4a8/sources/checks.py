@@ -21,7 +21,7 @@ _PAGE = 4096
 """Bytes that a file system leaves out together where nothing was written."""
 _LOOKED_AT = 10_000
 """Pages that begin with 0, which are looked at one by one: more are not a few holes, but what somebody made."""
-_DOWNLOAD_AGAIN = "the checkpoint is damaged: download it again"
+_DOWNLOAD_AGAIN = "compare its checksum and download it again; if it was written so, quantize the model again"
 
 
 def setting(
@@ -166,15 +166,11 @@ def _means_something(w: W4Linear, words: torch.Tensor) -> bool:
     return int(values.sum()) * 2 > values.numel()
 
 
-def check_scales(info: TensorInfo, scales: torch.Tensor, *, signed: bool = False) -> torch.Tensor:
-    """Return the scales unchanged.
-
-    signed: whether the format's tools may write negative scales, as this one does (a negated scale turns the values
-        −7 … 8 into −8 … 7).
+def check_scales(info: TensorInfo, scales: torch.Tensor) -> torch.Tensor:
+    """Return the scales unchanged. They may be negative: AutoRound takes the sign with which a group fits best.
 
     Raises:
-        ConvertError: one of them is NaN, infinite, absurdly large, by itself or beside the others, or, unless `signed`,
-            negative.
+        ConvertError: one of them is NaN, infinite or absurdly large, by itself or beside the others.
 
     """
     if not bool(torch.isfinite(scales).all()):
@@ -188,8 +184,6 @@ def check_scales(info: TensorInfo, scales: torch.Tensor, *, signed: bool = False
             raise ConvertError(
                 info.name, f"holds a scale of {largest:.3g}, where the median is {median:.3g}", _DOWNLOAD_AGAIN
             )
-    if not signed and bool((scales < 0).any()):
-        raise ConvertError(info.name, "holds negative scales", _DOWNLOAD_AGAIN)
     return scales
 
 
@@ -209,12 +203,17 @@ def real_zeros(zeros: torch.Tensor) -> torch.Tensor | None:
 def real_g_idx(info: TensorInfo, g_idx: torch.Tensor, spec: LayerSpec) -> torch.Tensor | None:
     """Return g_idx int32 [K], or None where it says only k // group_size.
 
+    So does one that was never filled in, −1 or 0 throughout, where the settings know of no activation order: AutoGPTQ's
+    kernels take it so.
+
     Raises:
         ConvertError: an index names no group, or they do not spread the input channels evenly over the groups.
 
     """
     contiguous = torch.arange(spec.in_features, dtype=g_idx.dtype) // spec.group_size
     if torch.equal(g_idx, contiguous):
+        return None
+    if not spec.act_order and (bool((g_idx == -1).all()) or not bool(g_idx.any())):
         return None
     groups = -(-spec.in_features // spec.group_size)
     low, high = int(g_idx.min()), int(g_idx.max())

@@ -32,6 +32,10 @@ from convert_w4a8.sources.checks import (
     unpack_words,
 )
 from convert_w4a8.sources.config_groups import group_of
+from convert_w4a8.sources.ct_settings import SETTINGS, settings_of_int4
+from convert_w4a8.sources.fused_experts import split_experts, stacks
+from convert_w4a8.sources.settings import layout_problems, setting_notes, setting_problems
+from convert_w4a8.text import counted
 
 NAME = "compressed-tensors"
 
@@ -44,16 +48,54 @@ def matches(checkpoint: Checkpoint) -> bool:
     return checkpoint.quantization_config.get("quant_method") in ("compressed-tensors", "compressed_tensors")
 
 
+def find_notes(checkpoint: Checkpoint) -> Iterable[str]:
+    """Yield what the plan has to say of the settings."""
+    return setting_notes(settings_of_int4(checkpoint.quantization_config), SETTINGS)
+
+
+def _frozen(checkpoint: Checkpoint) -> Iterable[Problem]:
+    """Yield a problem where quantized weights are stored in 16 bits: rounded, beside their scales, but not packed."""
+    tensors = checkpoint.tensors
+    frozen = [
+        module
+        for module in checkpoint.modules_with(ANCHOR)
+        if (weight := tensors.get(f"{module}.weight")) is not None
+        and weight.dtype in ("BF16", "F16", "F32")
+        and f"{module}.weight_packed" not in tensors
+    ]
+    if frozen:
+        yield Problem(
+            f"{frozen[0]}.weight",
+            f"is not compressed: {counted(len(frozen), 'weight')} of 16 or 32 bits beside scales,"
+            f" quantization_status {checkpoint.quantization_config.get('quantization_status')!r}",
+            "save the model with save_compressed=True",
+        )
+
+
 def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
     """Return the quantized layers, from headers alone; what cannot be read is appended to `problems`."""
     config = checkpoint.quantization_config
-    problems.extend(_unsupported_features(config))
+    wrong = [*layout_problems(settings_of_int4(config), SETTINGS), *_frozen(checkpoint)]
+    problems.extend([*wrong, *setting_problems(settings_of_int4(config), SETTINGS)])
+    if wrong:
+        return []
     layers = []
+    stacked = stacks(checkpoint, ROLES)
     for module in checkpoint.modules_with(ANCHOR):
+        if module in stacked:
+            continue
         try:
             group = group_of(config, module)
             if is_int4(group):
-                layers.append(_describe(checkpoint, module, group["weights"]))
+                parts = collect_parts(checkpoint, module, ROLES)
+                layers.append(_describe(module, parts, group["weights"]))
+        except ConvertError as error:
+            problems.append(error.problem)
+    for stack, parts in stacked.items():
+        try:
+            scheme = group_of(config, stack)["weights"]
+            experts = split_experts(stack, parts, checkpoint.config)
+            layers += [_describe(module, of_expert, scheme) for module, of_expert in experts]
         except ConvertError as error:
             problems.append(error.problem)
     for name, info in checkpoint.tensors.items():
@@ -67,22 +109,10 @@ def find_carried(checkpoint: Checkpoint, problems: list[Problem]) -> Iterable[Ca
     return find_by_groups(checkpoint, checkpoint.quantization_config, problems)
 
 
-def _unsupported_features(config: Mapping[str, Any]) -> Iterable[Problem]:
-    remedy = "save the model without it"
-    if config.get("transform_config"):
-        yield Problem(
-            "quantization_config: transform_config", "online rotations cannot be served by this kernel", remedy
-        )
-    sparsity = config.get("sparsity_config")
-    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        yield Problem("quantization_config: sparsity_config", "sparse weights are not supported", remedy)
-
-
-def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) -> LayerSpec:
+def _describe(module: str, parts: Mapping[str, TensorInfo], scheme: Mapping[str, Any]) -> LayerSpec:
     check_bits(module, scheme.get("num_bits"))
     if scheme.get("type", "int") != "int":
         raise ConvertError(module, f"has {scheme['type']} weights, not INT4", "only integer weights can be converted")
-    parts = collect_parts(checkpoint, module, ROLES)
     packed = "weight_packed" in parts
     if packed and "weight" in parts:
         raise ConvertError(
@@ -106,7 +136,7 @@ def _describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any]) ->
         raise ConvertError(f"{module}.weight_zero_point", "is missing", "download or write the checkpoint again")
     if "weight_g_idx" in parts:
         check_tensor(module, parts, "weight_g_idx", ("I32",), (in_features,), "[K]")
-    if "weight_shape" in parts:
+    if "weight_shape" in parts and parts["weight_shape"].whole is None:
         check_tensor(module, parts, "weight_shape", ("I64", "I32"), (2,), "[N, K]")
     return LayerSpec(
         name=module,
@@ -144,9 +174,15 @@ def read_zeros(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
 
 
 def read_g_idx(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
-    """Read one layer's g_idx int32 [K]; None where it says only k // group_size."""
+    """Read one layer's g_idx int32 [K]; None where it says only k // group_size.
+
+    compressed-tensors begins with −1 and fills it in when a layer is calibrated; a −1 anywhere means that it was not.
+    """
     info = spec.parts.get("weight_g_idx")
-    return None if info is None else real_g_idx(info, read(info), spec)
+    if info is None:
+        return None
+    g_idx = read(info)
+    return None if bool((g_idx == -1).any()) else real_g_idx(info, g_idx, spec)
 
 
 def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
@@ -157,7 +193,7 @@ def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
 
     """
     parts = spec.parts
-    if "weight_shape" in parts:
+    if "weight_shape" in parts and parts["weight_shape"].whole is None:  # of a stack of experts it says nothing more
         shape = tuple(read(parts["weight_shape"]).tolist())
         if shape != (spec.out_features, spec.in_features):
             raise ConvertError(
@@ -173,7 +209,7 @@ def read_layer(spec: LayerSpec, read: Reader) -> W4Linear:
     w = W4Linear(
         packed=packed,
         packing=Packing.PACK_QUANTIZED,
-        scales=check_scales(scale, read(scale), signed=True).t().contiguous(),
+        scales=check_scales(scale, read(scale)).t().contiguous(),
         zeros=read_zeros(spec, read),
         g_idx=read_g_idx(spec, read),
         group_size=spec.group_size,

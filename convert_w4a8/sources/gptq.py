@@ -5,7 +5,7 @@ zero-point less one, subtracted from the packed word as a whole: a zero-point of
 the 1 must be added to the word as well (0x11111111, modulo 2³²). Nothing in the tensors tells v1 from v2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,18 @@ from convert_w4a8.sources.checks import (
     setting,
     unpack_words,
 )
-from convert_w4a8.sources.patterns import matches as matches_pattern
+from convert_w4a8.sources.patterns import overridden
+from convert_w4a8.sources.settings import (
+    OF_AUTO_ROUND,
+    OF_TOOLS,
+    Table,
+    any_of,
+    layout_problems,
+    only,
+    setting_notes,
+    setting_problems,
+    tables_of,
+)
 
 NAME = "gptq"
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
@@ -36,58 +47,100 @@ ANCHOR = "qweight"
 
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 _ONE_IN_EVERY_NIBBLE = 0x11111111
+_FORMATS = ("checkpoint_format", "format", "version")
+"""Settings that name the format, in the order in which they count."""
+
+SETTINGS: Table = {
+    **OF_AUTO_ROUND,
+    **OF_TOOLS,
+    "is_marlin_format": only(
+        reason="the tensors are in Marlin's own layout",
+        remedy="give the GPTQ checkpoint that it was made from",
+        layout=True,
+    ),
+    "dynamic": tables_of({**OF_AUTO_ROUND, **OF_TOOLS}),
+    **any_of("zero_point w_bit wbits q_group_size"),
+}
 
 
 def matches(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's quantization_config is of this format."""
-    return checkpoint.quantization_config.get("quant_method") == "gptq"
+    return str(checkpoint.quantization_config.get("quant_method")).lower() in _ZERO_OFFSETS
+
+
+def find_notes(checkpoint: Checkpoint) -> Iterable[str]:
+    """Yield what the plan has to say of the settings."""
+    return setting_notes(checkpoint.quantization_config, SETTINGS)
 
 
 def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
     """Return the quantized layers, from headers alone; what cannot be read is appended to `problems`."""
     config = checkpoint.quantization_config
-    stored_format = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if not isinstance(stored_format, str) or stored_format not in _ZERO_OFFSETS:
-        problems.append(
-            Problem(
-                "quantization_config: checkpoint_format",
-                f"is {stored_format!r}",
-                "save the model in one of " + ", ".join(_ZERO_OFFSETS),
-            )
-        )
+    wrong = [*_format_problems(config), *layout_problems(config, SETTINGS)]
+    problems.extend([*wrong, *setting_problems(config, SETTINGS)])
+    if wrong:
         return []
+    zero_offset = _ZERO_OFFSETS[next(_formats(config), (None, str(config.get("quant_method")).lower()))[1]]
+    return describe_all(checkpoint, problems, lambda module: overridden(config, module), zero_offset)
+
+
+def _formats(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key in _FORMATS:
+        value = config.get(key)
+        if value:
+            yield key, value.lower() if isinstance(value, str) else value
+
+
+def _format_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a format that is another, or that two settings contradict each other about."""
+    found = dict(_formats(config))
+    for key, value in found.items():
+        if not isinstance(value, str) or value not in _ZERO_OFFSETS:
+            of_marlin = ", Marlin's own layout" if value == "marlin" else ""
+            yield Problem(
+                f"quantization_config: {key}",
+                f"is {value!r}{of_marlin}",
+                "give the checkpoint that it was made from, or save the model in one of " + ", ".join(_ZERO_OFFSETS),
+            )
+            return
+    # Of a symmetric model the zero-points tell which of the two it is, and the plan says so.
+    if len(set(found.values())) > 1 and config.get("sym") is not True:
+        said = " and ".join(f"{key} {value}" for key, value in found.items())
+        yield Problem("quantization_config", f"contradicts itself: {said}", "keep the one in which the model was saved")
+
+
+def describe_all(
+    checkpoint: Checkpoint,
+    problems: list[Problem],
+    settings: Callable[[str], Mapping[str, Any]],
+    zero_offset: int,
+) -> list[LayerSpec]:
+    """Return the layers; what cannot be read is appended to `problems`. settings: those of a module, by its name."""
+    modules = checkpoint.modules_with(ANCHOR)
+    zeros_stored = any(f"{module}.qzeros" in checkpoint.tensors for module in modules)
     layers = []
-    for module in checkpoint.modules_with(ANCHOR):
+    for module in modules:
         try:
-            layers.append(_describe(checkpoint, module, _overridden(config, module), _ZERO_OFFSETS[stored_format]))
+            layers.append(_describe(checkpoint, module, settings(module), zero_offset, zeros_stored=zeros_stored))
         except ConvertError as error:
             problems.append(error.problem)
     return layers
 
 
-def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """Apply GPTQModel's `dynamic`: the first pattern that matches a module's name overrides the configuration.
-
-    A pattern may begin with "+:"; one that begins with "-:" excludes modules, which then have no qweight.
-    """
-    dynamic = setting(config, "dynamic", dict, {})
-    for pattern in dynamic:
-        if pattern.startswith("-:"):
-            continue
-        if matches_pattern(pattern.removeprefix("+:"), module, "dynamic"):
-            return {**config, **setting(dynamic, pattern, dict, {}, "quantization_config: dynamic")}
-    return config
-
-
-def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], zero_offset: int) -> LayerSpec:
+def _describe(
+    checkpoint: Checkpoint, module: str, config: Mapping[str, Any], zero_offset: int, *, zeros_stored: bool
+) -> LayerSpec:
     parts = collect_parts(checkpoint, module, ROLES)
-    check_bits(module, config.get("bits", 4))
+    check_bits(module, next((config[key] for key in ("bits", "w_bit", "wbits") if key in config), 4))
     words, out_features = check_rank_two(parts["qweight"], "I32")
     in_features = words * 8
-    group_size, groups = resolve_groups(module, setting(config, "group_size", int, 128), in_features)
+    stored = setting(config, "group_size", int, setting(config, "q_group_size", int, 128))
+    group_size, groups = resolve_groups(module, stored, in_features)
     if out_features % 8:
         raise ConvertError(module, f"out_features = {out_features} is not a multiple of 8", "check the checkpoint")
-    check_tensor(module, parts, "qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
+    symmetric = setting(config, "sym", bool, default=True)
+    if zeros_stored or config.get("sym") is not True:  # some tools leave them out of a symmetric model
+        check_tensor(module, parts, "qzeros", ("I32",), (groups, out_features // 8), "[K/group_size, N/8]")
     check_tensor(module, parts, "scales", ("F16", "BF16", "F32"), (groups, out_features), "[K/group_size, N]")
     act_order = setting(config, "desc_act", bool, default=False)
     if "g_idx" in parts or (act_order and not setting(config, "static_groups", bool, default=False)):
@@ -98,18 +151,26 @@ def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any], ze
         out_features=out_features,
         in_features=in_features,
         group_size=group_size,
-        symmetric=setting(config, "sym", bool, default=True),
+        symmetric=symmetric,
         act_order=act_order and "g_idx" in parts,
         parts=parts,
-        has_zeros=True,
+        has_zeros="qzeros" in parts,
         has_g_idx="g_idx" in parts,
         zero_offset=zero_offset,
     )
 
 
 def read_zeros(spec: LayerSpec, read: Reader) -> torch.Tensor | None:
-    """Read one layer's zero-points uint8 [G, N]; None where all are 8."""
+    """Read one layer's zero-points uint8 [G, N]; None where all are 8.
+
+    They are 8 also where a symmetric layer has nothing but zeros stored: those were never filled in, and no kernel of a
+    symmetric layer reads them.
+    """
+    if "qzeros" not in spec.parts:
+        return None
     qzeros = read(spec.parts["qzeros"])
+    if spec.symmetric and not bool(qzeros.any()):
+        return None
     return real_zeros(unpack_words(qzeros + spec.zero_offset * _ONE_IN_EVERY_NIBBLE))  # int32 addition wraps around
 
 

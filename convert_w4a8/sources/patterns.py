@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from convert_w4a8.errors import ConvertError, PlanError, Problem
+from convert_w4a8.sources.checks import setting
 
 _SECONDS = 0.5
 """The longest that one pattern may take for one text."""
@@ -23,8 +24,8 @@ _TEXTS = 1000
 _spent = 0.0
 
 
-def matches(pattern: str, text: str, setting: str) -> bool:
-    """Whether a pattern of a setting matches at the beginning of a text.
+def matches(pattern: str, text: str, key: str, *, anywhere: bool = False) -> bool:
+    """Whether a pattern of a setting matches at the beginning of a text, or anywhere in it.
 
     Raises:
         ConvertError: it is no regular expression.
@@ -32,11 +33,11 @@ def matches(pattern: str, text: str, setting: str) -> bool:
             longer than five. They would for other texts, too.
 
     """
-    return first_match(pattern, (text,), setting) is not None
+    return first_match(pattern, (text,), key, anywhere=anywhere) is not None
 
 
-def first_match(pattern: str, texts: Iterable[str], setting: str) -> str | None:
-    """Return the first of some texts that a pattern of a setting matches at its beginning; None if it matches none.
+def first_match(pattern: str, texts: Iterable[str], key: str, *, anywhere: bool = False) -> str | None:
+    """Return the first of some texts that a pattern of a setting matches, as `matches` does; None if it matches none.
 
     Raises what `matches` raises; half a second is for all texts together.
     """
@@ -45,7 +46,8 @@ def first_match(pattern: str, texts: Iterable[str], setting: str) -> str | None:
     text = ""
     try:
         with _time_limit():
-            match = re.compile(pattern).match
+            compiled = re.compile(pattern)
+            match = compiled.search if anywhere else compiled.match
             found, count = None, 0
             for count, text in enumerate(texts, start=1):  # noqa: B007
                 if match(text) is not None:
@@ -59,10 +61,10 @@ def first_match(pattern: str, texts: Iterable[str], setting: str) -> str | None:
         return found  # noqa: TRY300
     except (re.error, RecursionError, OverflowError) as error:
         reason = f"{pattern!r} is not a regular expression ({error})"
-        raise ConvertError(f"quantization_config: {setting}", reason, "repair the pattern") from error
+        raise ConvertError(f"quantization_config: {key}", reason, "repair the pattern") from error
     except TimeoutError as error:
         reason = f"{pattern!r} takes too long to match {text!r}"
-        raise PlanError([Problem(f"quantization_config: {setting}", reason, "repair the pattern")]) from error
+        raise PlanError([Problem(f"quantization_config: {key}", reason, "repair the pattern")]) from error
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,17 @@ def _time_limit() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, *before)
         signal.signal(signal.SIGALRM, handler)
+
+
+def overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Apply GPTQModel's `dynamic`: the first pattern that matches a module's name overrides the configuration.
+
+    A pattern may begin with "+:"; one that begins with "-:" excludes modules, which then have no qweight.
+    """
+    dynamic = setting(config, "dynamic", dict, {})
+    for pattern in dynamic:
+        if pattern.startswith("-:"):
+            continue
+        if matches(pattern.removeprefix("+:"), module, "dynamic"):
+            return {**config, **setting(dynamic, pattern, dict, {}, "quantization_config: dynamic")}
+    return config

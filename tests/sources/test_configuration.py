@@ -196,7 +196,8 @@ def test_unknown_methods_are_refused(method: object, tmp_path: Path) -> None:
     with pytest.raises(ConvertError) as caught:
         find_source(open_checkpoint(written.path))
     assert caught.value.problem.reason == f"{method!r} is not supported"
-    assert caught.value.problem.remedy == "supported are awq, compressed-tensors, gptq, w4afp8, with 4-bit weights"
+    expected = "supported are auto-round, awq, compressed-tensors, gptq, w4afp8, with 4-bit weights"
+    assert caught.value.problem.remedy == expected
 
 
 def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     assert caught.value.problem.subject == str(tmp_path / "in")
     reason = "is not quantized: no quantization_config in config.json and no quantize_config.json"
     assert caught.value.problem.reason == reason
-    assert caught.value.problem.remedy == "give a W4A16 checkpoint (awq, compressed-tensors, gptq, w4afp8)"
+    assert caught.value.problem.remedy == "give a W4A16 checkpoint (auto-round, awq, compressed-tensors, gptq, w4afp8)"
 
 
 def test_all_problems_are_found_at_once(tmp_path: Path) -> None:

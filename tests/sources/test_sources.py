@@ -31,7 +31,7 @@ def read_layer(source: Source, spec: LayerSpec) -> W4Linear:
 
 def test_formats_are_the_files_of_the_folder() -> None:
     """All of them, by name; what is beside them is no format."""
-    assert [source.NAME for source in sources()] == ["awq", "compressed-tensors", "gptq", "w4afp8"]
+    assert [source.NAME for source in sources()] == ["auto-round", "awq", "compressed-tensors", "gptq", "w4afp8"]
     for source in sources():
         assert source_named(source.NAME) is source
         assert source.ANCHOR in source.ROLES

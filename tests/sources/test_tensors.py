@@ -106,10 +106,9 @@ def set_first(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 BAD_CONTENT: dict[str, tuple[str, str, float, str]] = {
     **{
-        f"{case}-scale-{value}": (case, role, value, "NaN or infinite" if value != -1 else "negative")
+        f"{case}-scale-{value}": (case, role, value, "NaN or infinite")
         for case, role in (("gptq-v1", "scales"), ("awq-zero-points", "scales"), ("ct-w4a16", "weight_scale"))
-        for value in (float("nan"), float("inf"), -1.0)
-        if value != -1 or case != "ct-w4a16"  # compressed-tensors files of this tool's own hold negative scales
+        for value in (float("nan"), float("inf"), float("-inf"))
     },
     "gptq-g-idx-beyond": ("gptq-v1", "g_idx", 2, "names groups 0 … 2, but there are 2"),
     "gptq-g-idx-negative": ("gptq-v1", "g_idx", -1, "names groups -1 … 1, but there are 2"),

@@ -276,8 +276,9 @@ def test_experts_that_the_kernel_cannot_take(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_toy")
 def test_the_formats_beside_it_are_what_they_were(tmp_path: Path) -> None:
     """A file more changes nothing for the others."""
-    assert [source.NAME for source in sources.sources()] == ["awq", "compressed-tensors", "gptq", "toy", "w4afp8"]
+    names = ["auto-round", "awq", "compressed-tensors", "gptq", "toy", "w4afp8"]
+    assert [source.NAME for source in sources.sources()] == names
     write(tmp_path / "in", qwen3_moe())
     (tmp_path / "in" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ConvertError, match="'fp8' is not supported; supported are awq, compressed-tensors, gptq, toy"):
+    with pytest.raises(ConvertError, match=r"'fp8' is not supported; supported are auto-round, awq, .*, toy"):
         make_plan(open_checkpoint(tmp_path / "in"), Options())

@@ -173,4 +173,37 @@ def config_surely_wrong(root: Path, rng: random.Random) -> Expect:
     return Expect(("quantization_config", "model.", "quant_method", CONFIG))
 
 
-MUTATIONS: tuple[Mutation, ...] = (index_lies, directory, config_text, config_lies, config_surely_wrong)
+def settings_of_other_bytes(root: Path, rng: random.Random) -> Expect:
+    """Let a setting say that the bytes, or what belongs to them, are others than are read."""
+    path = root / (CONFIG if "quantization_config" in (root / CONFIG).read_text() else "quantize_config.json")
+    config = json.loads(path.read_text())
+    block = config.get("quantization_config", config)
+    by_method: dict[str, dict[str, Any]] = {
+        "gptq": {"is_marlin_format": True, "pack_dtype": "int16", "rotation": "random", "adapter": {"path": "eora"}},
+        "awq": {"backend": "llm-awq", "rotation": "hadamard", "version": "gemv_fast"},
+        "auto-round": {"packing_format": "auto_round:fp8", "data_type": "mx_fp", "act_bits": 8, "super_bits": 6},
+        "compressed-tensors": {"format": "marlin-24", "transform_config": {"R1": {}}},
+    }
+    anywhere = {"packing_order": "x", "layout": 3, "weight_layout": ["a"], "interleave": True, "tile_size": 16}
+    values = by_method[block.get("quant_method", "gptq")] | anywhere
+    key = rng.choice(list(values))
+    block[key] = values[key]
+    path.write_text(json.dumps(config))
+    return Expect((key,))
+
+
+def settings_that_are_not_known(root: Path, rng: random.Random) -> Expect:
+    """Add settings that no tool writes, and that do not speak of a layout."""
+    path = root / (CONFIG if "quantization_config" in (root / CONFIG).read_text() else "quantize_config.json")
+    config = json.loads(path.read_text())
+    block = config.get("quantization_config", config)
+    for number in range(rng.choice((1, 3, 1000))):
+        block[rng.choice(("clip", "é\n\x1b[2J", "x" * 3000)) + str(number)] = rng.choice(ODD)
+    path.write_text(json.dumps(config))
+    return Expect(("quantization_config", CONFIG), refused=False)
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    *(index_lies, directory, config_text, config_lies, config_surely_wrong),
+    *(settings_of_other_bytes, settings_that_are_not_known),
+)

@@ -194,10 +194,10 @@ def tensor_form(root: Path, rng: random.Random) -> Expect:
 
 
 def scale_values(root: Path, rng: random.Random) -> Expect:
-    """Put NaN, an infinity or a negative number among the scales, or nothing but zeros."""
+    """Put NaN or an infinity among the scales, a negative number, which may be meant, or nothing but zeros."""
     path, name = pick(root, rng, *SCALES) or (Path(), "")
     value = rng.choice((math.nan, math.inf, -math.inf, -0.25, None, 0.0, 6e4))
-    harmless = value in (0.0, 6e4) or (value == -0.25 and name.endswith("weight_scale"))  # which ours has, too
+    harmless = value in (0.0, 6e4, -0.25)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         flat = tensors[name].flatten().clone()
@@ -249,12 +249,62 @@ def g_idx_values(root: Path, rng: random.Random) -> Expect:
             flat = tensors[name].flatten().clone()
             flat[0] = (flat[0] + 1) % (flat.max() + 1)
         tensors[name] = flat.view(tensors[name].shape)
+        unfilled.append(name.endswith("weight_g_idx") and bool((flat == -1).any()))
 
+    unfilled: list[bool] = []
     edit(path, change)
-    return Expect((name,))
+    return Expect((name,), refused=not unfilled[0])  # a -1 says that calibration did not come to this layer
+
+
+# What tools write on purpose, and what they write otherwise than is read here.
+
+
+def unfilled_tensors(root: Path, rng: random.Random) -> Expect:
+    """Leave g_idx at -1 or 0 throughout, or all zero-points at 0, or take them away; negate the scales of groups."""
+    for path in shards(root):
+        how, fill = rng.randrange(4), rng.choice((-1, 0))
+
+        def change(tensors: dict[str, torch.Tensor], how: int = how, fill: int = fill) -> None:
+            for name in list(tensors):
+                if how == 0 and name.endswith("g_idx"):
+                    tensors[name] = torch.full_like(tensors[name], fill)
+                elif how == 1 and name.endswith(("qzeros", "weight_zero_point")):
+                    tensors[name] = torch.zeros_like(tensors[name])
+                elif how == 2 and name.endswith(("qzeros", "weight_zero_point")):
+                    del tensors[name]
+                elif name.endswith(SCALES):
+                    signs = torch.tensor([rng.choice((-1.0, 1.0)) for _ in range(tensors[name].shape[0])])
+                    tensors[name] = (tensors[name].float() * signs[:, None]).to(tensors[name].dtype)
+
+        edit(path, change)
+    return Expect(("model.", "index.json"), refused=False)
+
+
+def unread_tensors(root: Path, rng: random.Random) -> Expect:
+    """Add a tensor that is quantized in a way that is not read, or that does something to a quantized layer."""
+    path, name = pick(root, rng, "qweight", "weight_scale") or (Path(), "")
+    module = name.rpartition(".")[0]
+    words = torch.ones(4, 8, 8, dtype=torch.int32)
+    others = {
+        f"{module}.channel_scale": torch.ones(8),
+        f"{module}.lora_A": torch.ones(8, 8),
+        f"{module}.input_scale": torch.ones(1),
+        "model.extra.weight": torch.ones(8, 8).to(torch.float8_e4m3fn),
+        "model.extra.weight_scale_inv": torch.ones(1, 1),
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": words.to(torch.uint8),
+        "model.layers.0.mlp.experts.gate_up_proj_packed": words,
+        "model.layers.0.mlp.experts.w13": words,
+    }
+    new = rng.choice(list(others))
+    if (root / "model.safetensors.index.json").exists():
+        index = json.loads((root / "model.safetensors.index.json").read_text())
+        index["weight_map"][new] = path.name
+        (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit(path, lambda tensors: tensors.update({new: others[new]}))
+    return Expect((new, new.rpartition(".")[0]))
 
 
 MUTATIONS: tuple[Mutation, ...] = (
     *(file_bytes, header_text, header_entry, data_flips, tensor_missing, tensor_extra, tensor_form),
-    *(scale_values, code_values, dense_values, g_idx_values),
+    *(scale_values, code_values, dense_values, g_idx_values, unfilled_tensors, unread_tensors),
 )

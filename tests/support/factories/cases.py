@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from factories.checkpoints import SIDE_FILES, Checkpoint, Options, write
-from factories.formats import Awq, AwqOfGptqModel, CompressedTensors, Format, Gptq
+from factories.formats import AutoRound, Awq, AwqOfGptqModel, CompressedTensors, Format, Gptq
 from factories.layers import Scheme
 from factories.models import Model, llama, mixtral, qwen2, qwen3_moe
 
@@ -138,6 +138,42 @@ CASES: tuple[Case, ...] = (
             stale={"quantize_config.json": b'{"bits": 4}', "pytorch_model.bin.index.json": b"{}"},
         ),
     ),
+    # Negative scales, as AutoRound's exports to these formats have them
+    Case("gptq-signed", Gptq(Scheme(signed=True))),
+    Case(
+        "gptq-signed-odd-k",
+        Gptq(Scheme(signed=True)),
+        lambda: llama(intermediate=576),
+        PLAIN,
+        DEQUANTIZE,
+        dequantized=("down_proj",),
+    ),
+    Case("awq-signed", Awq(Scheme(signed=True)), options=AUTOAWQ),
+    Case("ct-signed", _ct(signed=True)),
+    Case("gptq-signed-g32", Gptq(Scheme(signed=True, group_size=32)), needs=REGROUP, requantized=True),
+    # AutoRound
+    Case("auto-round", AutoRound()),
+    Case("auto-round-asymmetric", AutoRound(Scheme(symmetric=False), "auto_round:auto_gptq"), requantized=True),
+    Case("auto-round-plain-asymmetric", AutoRound(Scheme(symmetric=False), "auto_round"), requantized=True),
+    Case("auto-round-gptqmodel", AutoRound(packing="auto_round:gptqmodel", method="autoround")),
+    Case("auto-round-awq", AutoRound(packing="auto_round:auto_awq"), options=AUTOAWQ),
+    Case("auto-round-awq-asymmetric", AutoRound(Scheme(symmetric=False), "auto_round:auto_awq"), requantized=True),
+    Case("auto-round-0.4", AutoRound(packing="auto_round:gptq:exllamav2", method="intel/auto-round", key="backend")),
+    Case(
+        "auto-round-extra-config",
+        AutoRound(
+            extra={
+                "model.layers.0.mlp.up_proj": {"bits": 16, "data_type": "float"},
+                "o_proj": {"group_size": 256},
+                r".*layers\.1\.mlp.*": {"group_size": -1},
+                "lm_head": {"bits": 4, "group_size": 128, "sym": True, "data_type": "int"},
+            }
+        ),
+        lambda: llama(tied=False),
+        dequantized=("lm_head",),
+    ),
+    Case("auto-round-8-bit", AutoRound(extra={"down_proj": {"bits": 8}}), refused=("down_proj",)),
+    Case("auto-round-qwen3-moe", AutoRound(), qwen3_moe, Options(shards=2)),
     # compressed-tensors
     Case("ct-w4a16", _ct()),
     Case("ct-w4a16-sharded-untied", _ct(), lambda: llama(tied=False), Options(shards=3)),

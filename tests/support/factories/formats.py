@@ -150,6 +150,69 @@ class Gptq:
 
 
 @dataclass(frozen=True)
+class AutoRound:
+    """AutoRound's own format, in any of its packings."""
+
+    default: Scheme = field(default_factory=lambda: Scheme(signed=True))
+    packing: str = "auto_round:auto_gptq"
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """`extra_config`: name, end of a name or pattern → overrides."""
+    method: str = "auto-round"
+    key: str = "packing_format"
+    """Before 0.5 `backend`."""
+    name: str = "auto-round"
+
+    def scheme(self, module: str) -> Scheme | None:
+        """Return the scheme after the overrides of extra_config; None where those leave 16 bits."""
+        entry = self._entry(module)
+        if entry is None and module == "lm_head":
+            return None
+        entry = entry or {}
+        if entry.get("bits", 4) >= 16:
+            return None
+        known = {"bits": "bits", "group_size": "group_size", "sym": "symmetric"}
+        changes = {known[key]: value for key, value in entry.items() if key in known}
+        scheme = replace(self.default, **changes)
+        return scheme if scheme.symmetric else replace(scheme, signed=False)
+
+    def _entry(self, module: str) -> Mapping[str, Any] | None:
+        if module in self.extra:
+            return self.extra[module]
+        for key, entry in self.extra.items():
+            if module.endswith(f".{key}") or (set(key) & set("*+?^$()[]{}|\\") and re.search(key, module)):
+                return entry
+        return None
+
+    def tensors(self, module: str, layer: Layer) -> Tensors:
+        """Return the tensors that AutoRound's packers make: GPTQ's without g_idx, or AWQ's."""
+        if "awq" in self.packing:
+            return Awq().tensors(module, layer)
+        less_one = "gptq" in self.packing and "gptqmodel" not in self.packing
+        tensors = Gptq(v2=not less_one).tensors(module, layer)
+        del tensors[f"{module}.g_idx"]
+        return tensors
+
+    def config(self) -> dict[str, Any]:
+        """Return the keys that AutoRound leaves when it filters its settings."""
+        block: dict[str, Any] = {
+            "autoround_version": "0.9.0",
+            "batch_size": 4,
+            "bits": self.default.bits,
+            "block_name_to_quantize": "model.layers",
+            "data_type": "int",
+            "enable_quanted_input": False,
+            "group_size": self.default.group_size,
+            "iters": 50,
+            "low_gpu_mem_usage": True,
+            "nsamples": 32,
+            self.key: self.packing,
+            "quant_method": self.method,
+            "sym": self.default.symmetric,
+        }
+        return block | ({"extra_config": {key: dict(entry) for key, entry in self.extra.items()}} if self.extra else {})
+
+
+@dataclass(frozen=True)
 class CompressedTensors:
     """llm-compressor's output, packed or (`int8`) one signed code a byte."""
 

@@ -29,6 +29,8 @@ class Scheme:
     """Whether the file speaks of zero-points although every one is the middle code."""
     zero: int | None = None
     """What every zero-point is, if they are all the same without being the middle code; for `symmetric=False`."""
+    signed: bool = False
+    """Whether a group's largest weight has the code for −8, whatever its sign: half of the scales are negative."""
     act_order: bool = False
     """Whether the input channels are scattered over the groups."""
     bits: int = 4
@@ -92,7 +94,11 @@ def quantize(rng: np.random.Generator, n: int, k: int, scheme: Scheme) -> Layer:
     zeros = np.empty((count, n), dtype=np.uint8)
     for group in range(count):
         part = weight[:, groups == group]
-        if even:
+        if scheme.signed:
+            largest = np.abs(part).argmax(axis=1)[:, None]
+            scales[group] = np.take_along_axis(part, largest, axis=1)[:, 0] / -(top // 2 + 1)
+            zeros[group] = top // 2 + 1
+        elif even:
             scales[group] = np.abs(part).max(axis=1) / (top / 2)
             zeros[group] = (top + 1) // 2 if scheme.zero is None else scheme.zero
         else:

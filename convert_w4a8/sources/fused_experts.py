@@ -1,0 +1,86 @@
+"""Experts of a block in one tensor, as Hugging Face's models hold them and compressed-tensors can pack them.
+
+`experts.gate_up_proj` [E, 2·I, H] and `experts.down_proj` [E, H, I]: the packed weights and their scales have one more
+dimension, and are called `experts.gate_up_proj.weight_packed` or `experts.gate_up_proj_packed`. Each expert's rows lie
+side by side in the file, so each of its projections is a part of these tensors: gate is the first half of the rows.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo
+from convert_w4a8.errors import ConvertError
+
+_LEAVES: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+"""What a tensor of all experts holds → the projections, in the order of its rows."""
+_STACK = re.compile(rf"^(?P<stack>.+\.experts\.(?:{'|'.join(_LEAVES)}))(?:\.weight)?_(?P<role>\w+)$")
+_OTHER_LAYOUTS = frozenset({"gpt_oss", "llama4", "llama4_text"})
+"""Models that hold the transposed weights, [E, H, 2·I], or the rows of gate and up by turns."""
+_REMEDY = "save the model with each expert's projections as layers of their own"
+
+
+def stacks(checkpoint: Checkpoint, roles: tuple[str, ...]) -> dict[str, dict[str, TensorInfo]]:
+    """Return module → role → tensor for the packed weights of all experts in one tensor."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        match = _STACK.match(name)
+        if match and f"weight_{match['role']}" in roles:
+            found.setdefault(match["stack"], {})[f"weight_{match['role']}"] = info
+    return {stack: parts for stack, parts in found.items() if "weight_packed" in parts}
+
+
+def split_experts(
+    stack: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
+    """Yield (module, role → its part of the tensors) for each projection of each expert.
+
+    config: the model's, whose hidden size tells whether the tensors are laid out as is read here.
+
+    Raises:
+        ConvertError: they are not.
+
+    """
+    parent, _, leaf = stack.rpartition(".")
+    packed = parts["weight_packed"]
+    text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
+    hidden = text.get("hidden_size", config.get("hidden_size"))
+    if len(packed.shape) != 3 or 0 in packed.shape:
+        raise ConvertError(packed.name, f"is {packed.dtype} {list(packed.shape)}, not [E, N, K/8]", _REMEDY)
+    count, rows, words = packed.shape
+    types = {str(config.get("model_type")), str(text.get("model_type"))}
+    if types & _OTHER_LAYOUTS or (rows if leaf == "down_proj" else words * 8) != hidden:
+        reason = f"is {list(packed.shape)}, which is not laid out as the experts of a block with hidden_size {hidden}"
+        raise ConvertError(packed.name, reason, _REMEDY)
+    if "weight_g_idx" in parts:
+        raise ConvertError(parts["weight_g_idx"].name, "reorders the input channels of experts in one tensor", _REMEDY)
+    leaves = _LEAVES[leaf]
+    for role, info in parts.items():
+        # The rows of a tensor are output channels, of packed zero-points eight in one.
+        if role != "weight_shape" and (len(info.shape) < 2 or info.shape[0] != count or info.shape[1] % len(leaves)):
+            raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, beside {list(packed.shape)}", _REMEDY)
+    for expert in range(count):
+        for half, name in enumerate(leaves):
+            yield (
+                f"{parent}.{expert}.{name}",
+                {
+                    role: _whole(info) if role == "weight_shape" else _rows(info.part(expert), half, len(leaves))
+                    for role, info in parts.items()
+                },
+            )
+
+
+def _rows(info: TensorInfo, half: int, halves: int) -> TensorInfo:
+    size = info.shape[0] // halves
+    return info.part(half * size, (half + 1) * size)
+
+
+def _whole(info: TensorInfo) -> TensorInfo:
+    """Return a tensor marked as one of several layers."""
+    return info.part(0, info.shape[0]) if info.shape and info.shape[0] else info
