@@ -1,0 +1,101 @@
+"""Tiny random models of transformers' architectures, saved as transformers saves them."""
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.auto.modeling_auto as auto
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from zoo.architectures import Architecture
+from zoo.sizes import TEXT, VISION
+
+_HEADS = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_MAPPING",
+)
+"""transformers' mappings from a configuration to a model class, the most capable class first."""
+_MAX_PARAMETERS = 60_000_000
+_NOT_TEXT = re.compile("vision|audio|visual|encoder|projector|qformer")
+_LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
+
+
+def build(architecture: Architecture, directory: Path) -> None:
+    """Save a model of random weights. Raises whatever transformers raises for settings that do not go together."""
+    config = make_config(architecture)
+    kind = _class_of(config)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in kind(copy.deepcopy(config)).parameters())
+    if size > _MAX_PARAMETERS:
+        raise ValueError(f"{size / 1e6:.0f} million parameters: not all sizes of {config.model_type} are made small")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = kind(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Vectors too: norms that are all ones, and biases that are all zeros, could change places unseen.
+            offset = 0.0 if parameter.dim() > 1 else 1.0
+            torch.nn.init.normal_(parameter, mean=offset, std=0.02)
+    model.save_pretrained(directory)
+    if architecture.saved:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | architecture.saved))
+
+
+def make_config(architecture: Architecture) -> PretrainedConfig:
+    """Return transformers' default configuration of a model type, made tiny."""
+    kind = CONFIG_MAPPING[architecture.model_type]
+    config: PretrainedConfig = kind()
+    parts = [name for name in kind.sub_configs if isinstance(getattr(config, name, None), PretrainedConfig)]
+    for name in parts:
+        _shrink(getattr(config, name), VISION if _NOT_TEXT.search(name) and "text" not in name else TEXT)
+    if not parts:
+        _shrink(config, TEXT)
+    _put(config, architecture.settings)
+    config.dtype = torch.bfloat16
+    return config
+
+
+def _shrink(config: PretrainedConfig, sizes: Mapping[str, object]) -> None:
+    for name, size in sizes.items():
+        before = getattr(config, name, None)
+        if (before is not None or (name == "head_dim" and hasattr(config, name))) and not _is_computed(config, name):
+            setattr(config, name, size)
+    for name in _LAYER_KINDS:
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list) and not _is_computed(config, name):
+            distinct = list(dict.fromkeys(kinds))
+            setattr(config, name, (distinct * 2)[:2])
+
+
+def _is_computed(config: PretrainedConfig, name: str) -> bool:
+    return isinstance(getattr(type(config), name, None), property)
+
+
+def _put(config: PretrainedConfig, settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        inner = getattr(config, name, None)
+        if isinstance(value, dict) and isinstance(inner, PretrainedConfig):
+            _put(inner, value)
+        else:
+            setattr(config, name, value)
+
+
+def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    for name in _HEADS:
+        mapping = getattr(auto, name, {})
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise LookupError(f"transformers has no model class for {type(config).__name__}")

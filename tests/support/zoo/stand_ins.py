@@ -1,0 +1,31 @@
+"""What vLLM and transformers import but never call while a model is built and filled, and has no build for this torch."""
+
+import torch
+
+_TORCHVISION_OPS = (
+    "deform_conv2d",
+    "nms",
+    "ps_roi_align",
+    "ps_roi_pool",
+    "qnms",
+    "qroi_align",
+    "roi_align",
+    "roi_pool",
+    "_deform_conv2d_backward",
+    "_ps_roi_align_backward",
+    "_ps_roi_pool_backward",
+    "_roi_align_backward",
+    "_roi_pool_backward",
+)
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def define_torchvision_ops() -> None:
+    """Declare torchvision's compiled operations, which its import describes: its build is for a torch with CUDA.
+
+    Before anything that imports torchvision or transformers.
+    """
+    library = torch.library.Library("torchvision", "DEF")
+    for name in _TORCHVISION_OPS:
+        library.define(f"{name}(Tensor a) -> Tensor")
+    _LIBRARIES.append(library)  # it lives as long as this
