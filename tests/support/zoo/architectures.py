@@ -22,7 +22,9 @@ class Architecture:
     split_experts: bool = False
 
 
-_SIGLIP = ((r"vision_tower\.(embeddings|encoder|post_layernorm|pre_layrnorm|head)(?=\.)", r"vision_tower.vision_model.\1"),)
+_SIGLIP = (
+    (r"vision_tower\.(embeddings|encoder|post_layernorm|pre_layrnorm|head)(?=\.)", r"vision_tower.vision_model.\1"),
+)
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3": {"renames": _SIGLIP},

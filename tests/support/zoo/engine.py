@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm.distributed.parallel_state as parallel_state
 import vllm.model_executor.kernels.linear as linear_kernels
-import vllm.model_executor.models.registry as registry
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
@@ -25,11 +23,12 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
 from vllm.model_executor.kernels.linear.mixed_precision import cutlass
 from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.torch_utils import set_default_torch_dtype

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
-from zoo.engine import NOT_OF_CHECKPOINTS
 
 from convert_w4a8.encoding import lut_layout, tables
 from convert_w4a8.linear import Packing, W4A8Linear
+from zoo.engine import NOT_OF_CHECKPOINTS
 
 GROUP = 128
 _PARTS = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")

@@ -1,47 +1,26 @@
 """What vLLM holds of a converted checkpoint, against what it holds of the BF16 twin."""
 
-import json
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from zoo import engine
-from zoo.engine import Rank
-from zoo.holdings import Weight, holdings
+from safetensors import safe_open
 
 from convert_w4a8 import api
 from convert_w4a8.errors import W4A8Error
 from convert_w4a8.options import Options
+from zoo import engine
+from zoo.engine import Rank
+from zoo.holdings import Weight, holdings
+from zoo.rows import FAILS, MODES, REFUSED, RIGHT, UNLOADABLE, WRONG, Row
 
-MODES = (("lut", "search"), ("lut", "direct"), ("compressed-tensors", "search"))
 RANKS = (Rank(), Rank(2, 1))
-RIGHT, REFUSED, FAILS, WRONG, UNLOADABLE = "right", "refused", "fails", "wrong", "unloadable"
 _MIN_DB = 25.0
 """Of a whole weight: FP8's steps of scales leave 30 dB or so, a weight in the wrong place leaves −3."""
 _MIN_ROW_DB = 18.0
 """Of each output channel, so that one strange row among many shows."""
 _MIN_EXACT_DB = 45.0
 """Of what is not INT4: at most rounding to BF16 lies between."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One output, loaded by one rank.
-
-    status: "right"; "refused" by the converter, or by its plugin, with a reason; "fails" where vLLM raises another
-    error for an output; "wrong" where it loads what is not the source; "unloadable" where vLLM cannot load the twin.
-    """
-
-    architecture: str
-    format: str
-    scales: str
-    tp: int
-    status: str
-    reason: str = ""
-    weights: int = 0
-    int4: int = 0
-    options: str = ""
 
 
 def convert(source: Path, out: Path, output_format: str, scales: str) -> str:
@@ -71,17 +50,27 @@ def judge(name: str, source: Path, twin: Path, work: Path) -> list[Row]:
         except Exception as error:  # noqa: BLE001 (whatever vLLM raises is its answer)
             references[rank.size] = brief(error)
     rows = []
+    layers = count_layers(source)
     for output_format, scales in MODES:
         out = work / f"{output_format}-{scales}"
         try:
             used = convert(source, out, output_format, scales)
         except W4A8Error as error:
-            rows += [Row(name, output_format, scales, rank.size, REFUSED, str(error)) for rank in RANKS]
+            rows += [Row(name, output_format, scales, rank.size, REFUSED, str(error), layers) for rank in RANKS]
             continue
         for rank in RANKS:
             status, reason, weights, int4 = compare(out, rank, references[rank.size])
-            rows.append(Row(name, output_format, scales, rank.size, status, reason, weights, int4, used))
+            rows.append(Row(name, output_format, scales, rank.size, status, reason, layers, weights, int4, used))
     return rows
+
+
+def count_layers(source: Path) -> int:
+    """Return how many INT4 layers a checkpoint has, by the names of their codes."""
+    count = 0
+    for file in source.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            count += sum(name.endswith((".weight_packed", ".qweight")) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 def compare(out: Path, rank: Rank, reference: dict[str, Weight] | str) -> tuple[str, str, int, int]:
@@ -148,8 +137,3 @@ def brief(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" [{Path(frames[-1].filename).name}:{frames[-1].lineno}]" if frames else ""
     return text + where
-
-
-def dump(rows: list[Row]) -> str:
-    """Return rows as JSON, one a line."""
-    return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers.models.auto.modeling_auto as auto
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
 from zoo.architectures import Architecture
 from zoo.sizes import TEXT, VISION
 
@@ -27,6 +29,12 @@ _NOT_TEXT = re.compile("vision|audio|visual|encoder|projector|qformer")
 _LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 
 
+def silence() -> None:
+    """Turn off progress bars and advice."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
 def build(architecture: Architecture, directory: Path) -> None:
     """Save a model of random weights. Raises whatever transformers raises for settings that do not go together."""
     config = make_config(architecture)
@@ -41,7 +49,7 @@ def build(architecture: Architecture, directory: Path) -> None:
         model = kind(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.to(torch.bfloat16)
+    torch.nn.Module.to(model, torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             # Vectors too: norms that are all ones, and biases that are all zeros, could change places unseen.
@@ -97,5 +105,6 @@ def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
         mapping = getattr(auto, name, {})
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            kind: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+            return kind
     raise LookupError(f"transformers has no model class for {type(config).__name__}")

@@ -12,7 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from zoo.architectures import Architecture
+
 GROUP = 128
+
+_FUSED_EXPERTS = re.compile(r"(?P<module>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 
 _KEPT = re.compile(
     r"lm_head|embed|norm|vision|visual|image|audio|speech|projector|merger|connector|mm_|resampler|abstractor|qformer"
@@ -22,25 +26,24 @@ _KEPT = re.compile(
 """Names of tensors that quantization tools leave in 16 bits."""
 
 
-def write_pair(saved: Path, source: Path, twin: Path) -> list[str]:
-    """Write `source` (INT4) and `twin` (BF16) from a saved model; return the names of the quantized modules."""
+def write_pair(saved: Path, source: Path, twin: Path, architecture: Architecture) -> None:
+    """Write `source` (INT4) and `twin` (BF16) from a saved model."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(saved.glob("*.safetensors")):
         tensors |= load_file(file)
+    for pattern, replacement in architecture.renames:
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
     packed: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
-    quantized, kept = [], ["lm_head"]
+    kept = ["lm_head"]
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and is_quantized(name, tensor):
-            codes, scale = quantize(tensor)
-            packed |= {
-                f"{module}.weight_packed": pack(codes),
-                f"{module}.weight_scale": scale,
-                f"{module}.weight_shape": torch.tensor(tensor.shape),
-            }
-            plain[name] = dequantize(codes, scale)
-            quantized.append(module)
+            layer, plain[name] = quantized_layer(module, tensor)
+            packed |= layer
+        elif architecture.split_experts and (match := _FUSED_EXPERTS.fullmatch(name)):
+            experts, plain[name] = _split(match["module"], match["projection"], tensor)
+            packed |= experts
         else:
             packed[name] = plain[name] = tensor.contiguous()
             if tensor.dim() == 2 and name.endswith(".weight"):
@@ -48,7 +51,32 @@ def write_pair(saved: Path, source: Path, twin: Path) -> list[str]:
     config = json.loads((saved / "config.json").read_text())
     _write(saved, twin, plain, config)
     _write(saved, source, packed, config | {"quantization_config": quantization_config(sorted(set(kept)))})
-    return quantized
+
+
+def quantized_layer(module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return a layer's tensors, and the weight that they stand for, bfloat16 [N, K]."""
+    codes, scale = quantize(weight)
+    tensors = {
+        f"{module}.weight_packed": pack(codes),
+        f"{module}.weight_scale": scale,
+        f"{module}.weight_shape": torch.tensor(weight.shape),
+    }
+    return tensors, dequantize(codes, scale)
+
+
+def _split(module: str, projection: str, fused: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the layers of fused experts [E, K, N] (gate beside up along N), and the fused weight they stand for."""
+    tensors: dict[str, torch.Tensor] = {}
+    names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+    twin = torch.empty_like(fused)
+    for expert in range(len(fused)):
+        width = fused.shape[2] // len(names)
+        for index, name in enumerate(names):
+            columns = slice(index * width, (index + 1) * width)
+            layer, plain = quantized_layer(f"{module}.{expert}.{name}", fused[expert, :, columns].t().contiguous())
+            tensors |= layer
+            twin[expert, :, columns] = plain.t()
+    return tensors, twin
 
 
 def is_quantized(name: str, weight: torch.Tensor) -> bool:
@@ -58,7 +86,7 @@ def is_quantized(name: str, weight: torch.Tensor) -> bool:
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return unsigned codes uint8 [N, K] and scales bfloat16 [N, K/128], symmetric, nearest."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.float().view(len(weight), -1, GROUP)
     scale = (groups.abs().amax(-1) / 7.5).clamp(min=1e-6).bfloat16()
     codes = (groups / scale.float()[..., None]).round().clamp(-8, 7) + 8
     return codes.to(torch.uint8).flatten(1), scale
@@ -66,14 +94,14 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return (code − 8)·scale as bfloat16 [N, K]."""
-    groups = codes.float().unflatten(1, (-1, GROUP)) - 8
+    groups = codes.float().view(len(codes), -1, GROUP) - 8
     return (groups * scale.float()[..., None]).flatten(1).bfloat16()
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """Pack codes uint8 [N, K] into int32 [N, K/8], low nibble first."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int64)
-    words = (codes.long().unflatten(1, (-1, 8)) << shifts).sum(-1)
+    words = (codes.long().view(len(codes), -1, 8) << shifts).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 

@@ -1,4 +1,4 @@
-"""What vLLM and transformers import but never call while a model is built and filled, and has no build for this torch."""
+"""What is imported but never called while a model is built and filled, and has no build for this torch."""
 
 import torch
 
@@ -25,7 +25,7 @@ def define_torchvision_ops() -> None:
 
     Before anything that imports torchvision or transformers.
     """
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in _TORCHVISION_OPS:
-        library.define(f"{name}(Tensor a) -> Tensor")
+        library.define(f"{name}(Tensor a) -> Tensor")  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)  # it lives as long as this

@@ -1,0 +1,47 @@
+"""Get what the zoo needs (tests/support/zoo): vLLM's Python sources, and what vLLM imports besides.
+
+The sources are those of scripts/fetch_vllm_wheels.py. The packages of tests/support/zoo/requirements.txt (40 MB to
+download, 130 MB on disk) go into a directory of their own, whole or not at all: ~/.cache/w4a8-convert/zoo, or
+$W4A8_ZOO. Torch and the like are those of the environment that runs this, which must be the project's own. What is
+there is not fetched again. Exits with 1 and pip's words where something cannot be had.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests" / "support"))
+from zoo import environment  # noqa: E402
+
+
+def install_packages() -> None:
+    """Install the packages, unless they are there."""
+    target = environment.packages()
+    if target.is_dir():
+        print(f"the zoo's packages: already in {target}")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".packages-", dir=target.parent) as name:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir", "--no-compile"]
+        where = ["--target", f"{name}/packages", "--requirement", str(environment.REQUIREMENTS)]
+        if subprocess.run([*pip, *where], check=False).returncode:
+            sys.exit("the zoo's packages cannot be installed")
+        (Path(name) / "packages").rename(target)
+    print(f"the zoo's packages: in {target}")
+
+
+def main() -> None:
+    """Get what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.parse_args()
+    fetch = [sys.executable, str(ROOT / "scripts" / "fetch_vllm_wheels.py"), *environment.VERSIONS]
+    if subprocess.run(fetch, check=False).returncode:
+        sys.exit(1)
+    install_packages()
+
+
+if __name__ == "__main__":
+    main()
