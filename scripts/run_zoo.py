@@ -32,7 +32,7 @@ def run(version: str, action: str, names: Iterable[str]) -> list[dict[str, Any]]
         sys.exit(reason)
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "rows.json"
-        command = [sys.executable, "-m", "zoo", action, "--json", str(out), *names]
+        command = [sys.executable, "-m", "zoo", action, *names, "--json", str(out)]
         process = subprocess.run(command, env=environment.variables(version), check=False)
         if not out.is_file():
             sys.exit(f"the zoo of vLLM {version} ended with exit code {process.returncode}")

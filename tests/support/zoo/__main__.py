@@ -30,7 +30,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    stand_ins.claim_cpu_build()
     stand_ins.define_torchvision_ops()
+    stand_ins.define_vllm_ops()
     from zoo import engine, judge, models, reference, sources
     from zoo.architectures import ARCHITECTURES
 

@@ -11,6 +11,7 @@ class Architecture:
 
     settings: what replaces the sizes of `sizes`; a mapping goes into a configuration's part of that name.
     saved: keys that are put into the saved config.json.
+    files: other JSON files of the checkpoint.
     renames: (pattern, replacement) of tensors' names, where published checkpoints have others than transformers saves.
     split_experts: whether the tool that quantizes writes fused experts [E, K, N] as one layer each.
     """
@@ -18,6 +19,7 @@ class Architecture:
     model_type: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
     split_experts: bool = False
 
@@ -26,13 +28,60 @@ _SIGLIP = (
     (r"vision_tower\.(embeddings|encoder|post_layernorm|pre_layrnorm|head)(?=\.)", r"vision_tower.vision_model.\1"),
 )
 
+_LFM2: dict[str, Any] = {
+    "block_dim": 256,
+    "conv_dim": 256,
+    "conv_dim_out": 256,
+    "block_ff_dim": 512,
+    "block_auto_adjust_ff_dim": False,
+    "block_multiple_of": 128,
+    "block_ffn_dim_multiplier": 1.0,
+}
+
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "afmoe": {"saved": {"score_func": "sigmoid"}},
+    "cohere2_vision": {"renames": _SIGLIP},
+    "dbrx": {"settings": {"attn_config": {"rope_theta": 10000.0}}},
+    "deepseek_v3": {"saved": {"topk_method": "noaux_tc"}},
+    "deepseek_v32": {"saved": {"topk_method": "noaux_tc"}},
+    "dots1": {"settings": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}},
+    "ernie4_5_moe": {"settings": {"moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 1}},
+    "falcon": {"settings": {"new_decoder_architecture": True}},
     "gemma3": {"renames": _SIGLIP},
+    "glm4_moe": {"saved": {"head_dim": 64}},
+    "glm4_moe_lite": {"saved": {"first_k_dense_replace": 1}},
+    "glm4v_moe": {"saved": {"text_config": {"head_dim": 64}}},
+    "glm5_next": {"settings": {"num_key_value_heads": 4}},
+    "hunyuan_vl": {"files": {"preprocessor_config.json": {"image_processor_type": "HunYuanVLImageProcessor"}}},
+    "hy_v3": {"saved": {"first_k_dense_replace": 1}},
+    "inkling_text": {"saved": {"padded_vocab_size": 512}},
+    "laguna": {"settings": {"num_attention_heads_per_layer": [4, 4]}},
+    "lfm2": {"saved": _LFM2},
+    "lfm2_moe": {"settings": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
+    "lfm2_vl": {"saved": {"text_config": _LFM2}},
     "llama4": {"split_experts": True},
+    "longcat_flash": {"saved": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True}},
+    "mamba2": {"settings": {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1}},
+    "mimo_v2_flash": {"saved": {"hybrid_layer_pattern": [0, 1]}},
+    "minimax_m2": {"saved": {"rotary_dim": 32}},
+    "nemotron": {"settings": {"head_dim": 64}},
+    "paligemma": {"settings": {"projection_dim": 256, "hidden_size": 256, "vision_config": {"projection_dim": 256}}},
+    "qwen3_vl_moe": {"saved": {"text_config": {"norm_topk_prob": True}}},
+    "zamba2": {"settings": {"attention_hidden_size": 512, "attention_head_dim": 128, "num_key_value_heads": 4}},
 }
 
 _TYPES = """
-llama qwen2 qwen3 gemma3_text gemma3 phi3 mixtral qwen3_moe deepseek_v3 llama4 granitemoehybrid glm4v gpt_neox falcon
+afmoe apertus arcee aria audioflamingo3 bamba bloom cohere cohere2 cohere2_moe cohere2_vision dbrx deepseek_v2
+deepseek_v3 deepseek_v32 deepseek_v4 dots1 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone4 exaone4_5 exaone_moe falcon
+falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified
+glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr gpt2 gpt_bigcode gpt_neox gpt_oss gptj
+granite granite4_vision granite_speech granitemoe granitemoehybrid granitemoeshared hunyuan_v1_dense hunyuan_v1_moe
+hunyuan_vl hy_v3 hyperclovax idefics3 inkling_text internvl jais2 jamba kimi_k25 kimi_linear laguna lfm2 lfm2_moe lfm2_vl
+llama llama4 llava llava_next llava_onevision longcat_flash mamba mamba2 mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl
+ministral3 mistral mistral3 mixtral mllama molmo2 nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt paddleocr_vl
+paligemma persimmon phi phi3 phimoe qwen2 qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
+qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl qwen3_vl_moe seed_oss smollm3 smolvlm solar_open stablelm
+starcoder2 step3p7 vaultgemma voxtral whisper zamba2
 """
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.kernels.linear as linear_kernels
+import vllm.model_executor.layers.fused_moe.config as moe_config
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
@@ -31,7 +32,9 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.triton_utils import triton
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from convert_w4a8 import vllm_plugin
 
@@ -60,15 +63,30 @@ class Rank:
 
 
 class _Hopper:
-    """The platform as CUTLASS's own check of a layer's shape wants to see it."""
+    """The platform as some modules want to see it: a GPU's where they ask, a CPU's in all else."""
 
     @staticmethod
     def is_cuda() -> bool:
         return True
 
     @staticmethod
+    def is_cuda_alike() -> bool:
+        return True
+
+    @staticmethod
     def is_device_capability(capability: int) -> bool:
         return capability == 90
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(current_platform, name)
+
+
+def _attention_backend(_cls: type, _selected: Any, config: Any, num_heads: int | None = None) -> str:  # noqa: ARG001
+    """Return a backend for attention that a CPU may not have: its layers are made, and never run."""
+    kinds = AttentionBackendEnum
+    if config.use_mla:
+        return str((kinds.FLASHMLA_SPARSE if config.use_sparse else kinds.TRITON_MLA).get_path())
+    return str(kinds.CPU_ATTN.get_path())
 
 
 def prepare() -> None:
@@ -78,7 +96,10 @@ def prepare() -> None:
     platform.has_device_capability = classmethod(lambda *_args, **_named: True)
     platform.is_device_capability = classmethod(lambda *_args, **_named: True)
     platform.verify_quantization = classmethod(lambda _cls, _name: None)
-    cutlass.current_platform = _Hopper
+    platform.get_attn_backend_cls = classmethod(_attention_backend)
+    cutlass.current_platform = moe_config.current_platform = _Hopper()
+    if not hasattr(triton, "set_allocator"):
+        triton.set_allocator = lambda _allocator: None
     linear_kernels._POSSIBLE_KERNELS[current_platform._enum] = [cutlass.CutlassW4A8LinearKernel]
     CutlassExpertsW4A8Fp8._supports_current_device = staticmethod(lambda: True)
     # vLLM asks another process what a model class can do; this one may as well import it.
@@ -86,7 +107,8 @@ def prepare() -> None:
         self.load_model_cls()
     )
     vllm_plugin.register()
-    with tempfile.NamedTemporaryFile() as file, set_current_vllm_config(VllmConfig()):
+    cpu = VllmConfig(device_config=DeviceConfig("cpu"))
+    with tempfile.NamedTemporaryFile() as file, set_current_vllm_config(cpu):
         init_distributed_environment(1, 0, f"file://{file.name}-group", 0, "gloo")
         initialize_model_parallel(1, 1)
 

@@ -1,5 +1,6 @@
 """What vLLM holds of a converted checkpoint, against what it holds of the BF16 twin."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from zoo.holdings import Weight, holdings
 from zoo.rows import FAILS, MODES, REFUSED, RIGHT, UNLOADABLE, WRONG, Row
 
 RANKS = (Rank(), Rank(2, 1))
+_SIZES = re.compile("multiple of|divisible by")
+"""In the errors for a rank's part of a layer that the kernels cannot take."""
 _MIN_DB = 25.0
 """Of a whole weight: FP8's steps of scales leave 30 dB or so, a weight in the wrong place leaves −3."""
 _MIN_ROW_DB = 18.0
@@ -56,7 +59,10 @@ def judge(name: str, source: Path, twin: Path, work: Path) -> list[Row]:
         try:
             used = convert(source, out, output_format, scales)
         except W4A8Error as error:
-            rows += [Row(name, output_format, scales, rank.size, REFUSED, str(error), layers) for rank in RANKS]
+            rows += [
+                Row(name, output_format, scales, rank.size, REFUSED, " ".join(str(error).split()), layers)
+                for rank in RANKS
+            ]
             continue
         for rank in RANKS:
             status, reason, weights, int4 = compare(out, rank, references[rank.size])
@@ -81,7 +87,7 @@ def compare(out: Path, rank: Rank, reference: dict[str, Weight] | str) -> tuple[
         model = engine.load(out, rank)
     except Exception as error:  # noqa: BLE001
         reason = brief(error)
-        return (REFUSED if "w4a8_lut: " in reason else FAILS), reason, 0, 0
+        return (REFUSED if rank.size > 1 and _SIZES.search(reason) else FAILS), reason, 0, 0
     lacking = engine.unfilled(model)
     found = holdings(model)
     faults = [*lacking, *differences(reference, found)]
@@ -89,9 +95,13 @@ def compare(out: Path, rank: Rank, reference: dict[str, Weight] | str) -> tuple[
     if not faults:
         return RIGHT, "" if int4 else "nothing of it is INT4", len(found), int4
     reason = "; ".join([*faults[:3], *([f"{len(faults) - 3} more"] if len(faults) > 3 else [])])
-    if lacking and hasattr(getattr(model, "quant_config", None), "form"):
-        return REFUSED, reason, len(found), int4
-    return WRONG, reason, len(found), int4
+    return (FAILS if _plugin_notices(model) else WRONG), reason, len(found), int4
+
+
+def _plugin_notices(model: torch.nn.Module) -> bool:
+    """Whether our plugin raises an error once the weights are loaded: it does where channel scales are not."""
+    scales = (value for name, value in model.named_parameters() if name.endswith("weight_chan_scale"))
+    return any(bool(scale.isnan().any()) for scale in scales)
 
 
 def differences(reference: dict[str, Weight], found: dict[str, Weight]) -> list[str]:

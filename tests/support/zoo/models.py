@@ -1,5 +1,6 @@
 """Tiny random models of transformers' architectures, saved as transformers saves them."""
 
+import contextlib
 import copy
 import json
 import re
@@ -17,8 +18,8 @@ from zoo.sizes import TEXT, VISION
 
 _HEADS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "MODEL_MAPPING",
@@ -58,37 +59,64 @@ def build(architecture: Architecture, directory: Path) -> None:
     model.save_pretrained(directory)
     if architecture.saved:
         path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | architecture.saved))
+        path.write_text(json.dumps(_merged(json.loads(path.read_text()), architecture.saved), indent=1))
+    for name, content in architecture.files.items():
+        (directory / name).write_text(json.dumps(content))
 
 
 def make_config(architecture: Architecture) -> PretrainedConfig:
     """Return transformers' default configuration of a model type, made tiny."""
     kind = CONFIG_MAPPING[architecture.model_type]
     config: PretrainedConfig = kind()
-    parts = [name for name in kind.sub_configs if isinstance(getattr(config, name, None), PretrainedConfig)]
-    for name in parts:
-        _shrink(getattr(config, name), VISION if _NOT_TEXT.search(name) and "text" not in name else TEXT)
-    if not parts:
-        _shrink(config, TEXT)
+    _make_small(config, TEXT)
     _put(config, architecture.settings)
     config.dtype = torch.bfloat16
     return config
 
 
+def _make_small(config: PretrainedConfig, sizes: Mapping[str, object]) -> None:
+    """Replace the sizes of a configuration, or of its parts, down to those that have none."""
+    parts = [name for name in type(config).sub_configs if isinstance(getattr(config, name, None), PretrainedConfig)]
+    for name in parts:
+        _make_small(getattr(config, name), VISION if _NOT_TEXT.search(name) and "text" not in name else sizes)
+    if not parts:
+        _shrink(config, sizes)
+
+
 def _shrink(config: PretrainedConfig, sizes: Mapping[str, object]) -> None:
     for name, size in sizes.items():
-        before = getattr(config, name, None)
-        if (before is not None or (name == "head_dim" and hasattr(config, name))) and not _is_computed(config, name):
-            setattr(config, name, size)
+        before = _get(config, name)
+        if before is not None or (name == "head_dim" and hasattr(config, name)):
+            # Some sizes are lists, of one a layer.
+            _set(config, name, [size] * 2 if isinstance(before, list) and not isinstance(size, list) else size)
     for name in _LAYER_KINDS:
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list) and not _is_computed(config, name):
+        kinds = _get(config, name)
+        if isinstance(kinds, list):
             distinct = list(dict.fromkeys(kinds))
-            setattr(config, name, (distinct * 2)[:2])
+            _set(config, name, (distinct * 2)[:2])
 
 
-def _is_computed(config: PretrainedConfig, name: str) -> bool:
-    return isinstance(getattr(type(config), name, None), property)
+def _get(config: PretrainedConfig, name: str) -> Any:
+    """Return a setting; None where there is none, or where it differs between layers."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 (transformers' own for what differs between layers)
+        return None
+
+
+def _set(config: PretrainedConfig, name: str, value: object) -> None:
+    """Set a setting, unless it is computed from others."""
+    with contextlib.suppress(AttributeError):
+        setattr(config, name, value)
+
+
+def _merged(before: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with more keys, also in its parts."""
+    inner = {
+        key: _merged(before[key], value) if isinstance(value, dict) and isinstance(before.get(key), dict) else value
+        for key, value in more.items()
+    }
+    return before | inner
 
 
 def _put(config: PretrainedConfig, settings: Mapping[str, Any]) -> None:

@@ -13,9 +13,10 @@ MODES = (("lut", "search"), ("lut", "direct"), ("compressed-tensors", "search"))
 class Row:
     """One output, loaded by one rank of `tp`.
 
-    status: "right"; "refused" by the converter, or by its plugin, with a reason; "fails" where vLLM raises another
-        error for an output; "wrong" where it loads what is not the source, without an error; "unloadable" where vLLM
-        cannot load the BF16 twin on a CPU; "not built" where there is no such tiny model.
+    status: "right"; "refused" by the converter, or at this tensor-parallel size for a rank's part of a layer; "fails"
+        where vLLM, or our plugin in it, raises an error for an output; "wrong" where vLLM loads what is not the source,
+        without an error; "unloadable" where it cannot load the BF16 twin on a CPU; "not built" where there is no such
+        tiny model.
     layers: INT4 layers of the source. weights, int4: what vLLM holds, and how many of them in INT4.
     options: what the converter had to be told.
     """

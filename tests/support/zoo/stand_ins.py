@@ -1,5 +1,7 @@
 """What is imported but never called while a model is built and filled, and has no build for this torch."""
 
+import importlib.metadata
+
 import torch
 
 _TORCHVISION_OPS = (
@@ -20,6 +22,12 @@ _TORCHVISION_OPS = (
 _LIBRARIES: list[torch.library.Library] = []
 
 
+def claim_cpu_build() -> None:
+    """Make vLLM, which is not installed as a package, find itself as a build for CPUs."""
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda name: "0+cpu" if name == "vllm" else version(name)
+
+
 def define_torchvision_ops() -> None:
     """Declare torchvision's compiled operations, which its import describes: its build is for a torch with CUDA.
 
@@ -29,3 +37,11 @@ def define_torchvision_ops() -> None:
     for name in _TORCHVISION_OPS:
         library.define(f"{name}(Tensor a) -> Tensor")  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)  # it lives as long as this
+
+
+def define_vllm_ops() -> None:
+    """Declare the compiled activations that vLLM's layers look for when they are made."""
+    library = torch.library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in ("gelu_fast", "gelu_new", "gelu_quick"):
+        library.define(f"{name}(Tensor(a!) out, Tensor a) -> ()")  # type: ignore[no-untyped-call]
+    _LIBRARIES.append(library)
