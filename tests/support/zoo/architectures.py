@@ -71,17 +71,17 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 _TYPES = """
-afmoe apertus arcee aria audioflamingo3 bamba bloom cohere cohere2 cohere2_moe cohere2_vision dbrx deepseek_v2
+ afmoe apertus arcee aria audioflamingo3 bamba bloom cohere cohere2 cohere2_moe cohere2_vision dbrx deepseek_v2
 deepseek_v3 deepseek_v32 deepseek_v4 dots1 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone4 exaone4_5 exaone_moe falcon
-falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified
-glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr gpt2 gpt_bigcode gpt_neox gpt_oss gptj
-granite granite4_vision granite_speech granitemoe granitemoehybrid granitemoeshared hunyuan_v1_dense hunyuan_v1_moe
-hunyuan_vl hy_v3 hyperclovax idefics3 inkling_text internvl jais2 jamba kimi_k25 kimi_linear laguna lfm2 lfm2_moe lfm2_vl
-llama llama4 llava llava_next llava_onevision longcat_flash mamba mamba2 mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl
-ministral3 mistral mistral3 mixtral mllama molmo2 nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt paddleocr_vl
-paligemma persimmon phi phi3 phimoe qwen2 qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
-qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl qwen3_vl_moe seed_oss smollm3 smolvlm solar_open stablelm
-starcoder2 step3p7 vaultgemma voxtral whisper zamba2
+falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text
+gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr gpt2 gpt_bigcode gpt_neox
+gpt_oss gptj granite granite4_vision granite_speech granitemoe granitemoehybrid granitemoeshared hunyuan_v1_dense
+hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax idefics3 inkling_text internvl jais2 jamba kimi_k25 kimi_linear laguna
+lfm2 lfm2_moe lfm2_vl llama llama4 llava llava_next llava_onevision longcat_flash mamba mamba2 mimo_v2_flash minicpm3
+minimax_m2 minimax_m3_vl ministral3 mistral mistral3 mixtral mllama molmo2 nemotron nemotron_h olmo olmo2 olmo3
+olmo_hybrid olmoe opt paddleocr_vl paligemma persimmon phi phi3 phimoe qwen2 qwen2_5_omni qwen2_5_vl qwen2_audio
+qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl qwen3_vl_moe
+seed_oss smollm3 smolvlm solar_open stablelm starcoder2 step3p7 vaultgemma voxtral whisper zamba2
 """
 
 ARCHITECTURES: dict[str, Architecture] = {

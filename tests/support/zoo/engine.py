@@ -81,11 +81,16 @@ class _Hopper:
         return getattr(current_platform, name)
 
 
-def _attention_backend(_cls: type, _selected: Any, config: Any, num_heads: int | None = None) -> str:  # noqa: ARG001
+def _attention_backend(
+    _cls: type,
+    selected_backend: Any,  # noqa: ARG001 (the signature is vLLM's)
+    attn_selector_config: Any,
+    num_heads: int | None = None,  # noqa: ARG001
+) -> str:
     """Return a backend for attention that a CPU may not have: its layers are made, and never run."""
     kinds = AttentionBackendEnum
-    if config.use_mla:
-        return str((kinds.FLASHMLA_SPARSE if config.use_sparse else kinds.TRITON_MLA).get_path())
+    if attn_selector_config.use_mla:
+        return str((kinds.FLASHMLA_SPARSE if attn_selector_config.use_sparse else kinds.TRITON_MLA).get_path())
     return str(kinds.CPU_ATTN.get_path())
 
 

@@ -59,10 +59,8 @@ def judge(name: str, source: Path, twin: Path, work: Path) -> list[Row]:
         try:
             used = convert(source, out, output_format, scales)
         except W4A8Error as error:
-            rows += [
-                Row(name, output_format, scales, rank.size, REFUSED, " ".join(str(error).split()), layers)
-                for rank in RANKS
-            ]
+            reason = " ".join(str(error).split())
+            rows += [Row(name, output_format, scales, rank.size, REFUSED, reason, layers) for rank in RANKS]
             continue
         for rank in RANKS:
             status, reason, weights, int4 = compare(out, rank, references[rank.size])
@@ -145,5 +143,6 @@ def brief(error: BaseException) -> str:
     """Return an error in one line, with where it was raised."""
     text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" [{Path(frames[-1].filename).name}:{frames[-1].lineno}]" if frames else ""
+    ours = [frame for frame in frames if "/vllm" in frame.filename] or frames
+    where = f" [{Path(ours[-1].filename).name}:{ours[-1].lineno}]" if ours else ""
     return text + where
