@@ -17,20 +17,20 @@ sys.path.append(str(ROOT / "tests" / "support"))
 from zoo import environment  # noqa: E402
 
 
-def install_packages() -> None:
-    """Install the packages, unless they are there."""
-    target = environment.packages()
+def install(requirement: Path) -> None:
+    """Install the packages of a list, unless they are there."""
+    target = environment.packages(requirement)
     if target.is_dir():
-        print(f"the zoo's packages: already in {target}")
+        print(f"{requirement.name}: already in {target}")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".packages-", dir=target.parent) as name:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir", "--no-compile"]
-        where = ["--target", f"{name}/packages", "--requirement", str(environment.REQUIREMENTS)]
+        where = ["--only-binary", ":all:", "--target", f"{name}/packages", "--requirement", str(requirement)]
         if subprocess.run([*pip, *where], check=False).returncode:
-            sys.exit("the zoo's packages cannot be installed")
+            sys.exit(f"the packages of {requirement} cannot be installed")
         (Path(name) / "packages").rename(target)
-    print(f"the zoo's packages: in {target}")
+    print(f"{requirement.name}: in {target}")
 
 
 def main() -> None:
@@ -40,7 +40,9 @@ def main() -> None:
     fetch = [sys.executable, str(ROOT / "scripts" / "fetch_vllm_wheels.py"), *environment.VERSIONS]
     if subprocess.run(fetch, check=False).returncode:
         sys.exit(1)
-    install_packages()
+    for version in environment.VERSIONS:
+        for requirement in environment.requirements(version):
+            install(requirement)
 
 
 if __name__ == "__main__":

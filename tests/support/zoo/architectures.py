@@ -46,7 +46,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"saved": {"topk_method": "noaux_tc"}},
     "dots1": {"settings": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}},
     "ernie4_5_moe": {"settings": {"moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 1}},
-    "falcon": {"settings": {"new_decoder_architecture": True}},
+    "falcon": {"settings": {"new_decoder_architecture": True, "ffn_hidden_size": 1024}},
     "gemma3": {"renames": _SIGLIP},
     "glm4_moe": {"saved": {"head_dim": 64}},
     "glm4_moe_lite": {"saved": {"first_k_dense_replace": 1}},

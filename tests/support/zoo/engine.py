@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import vllm.model_executor.kernels.linear as linear_kernels
@@ -26,6 +27,7 @@ from vllm.config import (
 )
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
 from vllm.model_executor.kernels.linear.mixed_precision import cutlass
+from vllm.model_executor.layers.attention import mla_attention
 from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -103,6 +105,8 @@ def prepare() -> None:
     platform.verify_quantization = classmethod(lambda _cls, _name: None)
     platform.get_attn_backend_cls = classmethod(_attention_backend)
     cutlass.current_platform = moe_config.current_platform = _Hopper()
+    if hasattr(mla_attention, "get_mla_prefill_backend"):  # 0.25.1
+        mla_attention.get_mla_prefill_backend = lambda _config: MagicMock
     if not hasattr(triton, "set_allocator"):
         triton.set_allocator = lambda _allocator: None
     linear_kernels._POSSIBLE_KERNELS[current_platform._enum] = [cutlass.CutlassW4A8LinearKernel]
@@ -172,12 +176,20 @@ def fill_with_sentinels(model: torch.nn.Module) -> None:
             data.fill_(_INT32_SENTINEL)
 
 
+def is_ours(module: torch.nn.Module) -> bool:
+    """Whether our plugin loads a layer."""
+    return type(getattr(module, "quant_method", None)).__name__.startswith("W4A8Lut")
+
+
 def unfilled(model: torch.nn.Module) -> list[str]:
     """Return the parameters that still hold sentinels, with how many."""
     found = []
+    # vLLM's own W4A8 experts have channel scales too, which it computes.
+    ours = {id(value) for module in model.modules() if is_ours(module) for value in module.parameters()}
     for name, parameter in model.named_parameters():
         data = parameter.data
-        if name.endswith(NOT_OF_CHECKPOINTS) or not data.numel():
+        computed = name.endswith("weight_chan_scale") and id(parameter) not in ours
+        if name.endswith(NOT_OF_CHECKPOINTS) or computed or not data.numel():
             continue
         if data.dtype == torch.float8_e4m3fn:
             count = int((data.view(torch.uint8) == _FP8_SENTINEL).sum())

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from convert_w4a8.encoding import lut_layout, tables
 from convert_w4a8.linear import Packing, W4A8Linear
-from zoo.engine import NOT_OF_CHECKPOINTS
+from zoo.engine import NOT_OF_CHECKPOINTS, is_ours
 
 GROUP = 128
 _PARTS = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
@@ -33,7 +33,7 @@ def holdings(model: torch.nn.Module) -> dict[str, Weight]:
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
             if hasattr(module, "weight_packed"):
-                found[f"{name}.weight"] = _matrix(module, "")
+                found[f"{name}.weight"] = _matrix(module, "", is_ours(module))
         elif isinstance(module, RoutedExperts):
             for projection in ("w13_", "w2_"):
                 if hasattr(module, f"{projection}weight_packed"):
@@ -44,7 +44,7 @@ def holdings(model: torch.nn.Module) -> dict[str, Weight]:
     return found
 
 
-def _matrix(layer: Any, prefix: str, expert: int | None = None) -> Weight:
+def _matrix(layer: Any, prefix: str, lut: bool, expert: int | None = None) -> Weight:
     """Decode the parameters PREFIXweight_… of a module, or of one expert in them, to float32 [N, K]."""
 
     def part(role: str) -> torch.Tensor:
@@ -52,7 +52,7 @@ def _matrix(layer: Any, prefix: str, expert: int | None = None) -> Weight:
         return (data if expert is None else data[expert]).contiguous()
 
     packed = part("weight_packed")
-    if not hasattr(layer, f"{prefix}weight_chan_scale"):
+    if not lut:
         return Weight("compressed-tensors", decode_packed(packed, part("weight_scale")))
     n = packed.shape[-1] // 4
     scale = part("weight_scale") if hasattr(layer, f"{prefix}weight_scale") else None
@@ -65,7 +65,7 @@ def _matrix(layer: Any, prefix: str, expert: int | None = None) -> Weight:
 def _experts(layer: Any, prefix: str) -> Weight:
     """Decode all experts of a module, [experts, N, K]."""
     count = len(getattr(layer, f"{prefix}weight_packed"))
-    weights = [_matrix(layer, prefix, expert) for expert in range(count)]
+    weights = [_matrix(layer, prefix, is_ours(layer), expert) for expert in range(count)]
     return Weight(weights[0].kind, torch.stack([weight.values for weight in weights]))
 
 

@@ -98,8 +98,8 @@ def compare(out: Path, rank: Rank, reference: dict[str, Weight] | str) -> tuple[
 
 def _plugin_notices(model: torch.nn.Module) -> bool:
     """Whether our plugin raises an error once the weights are loaded: it does where channel scales are not."""
-    scales = (value for name, value in model.named_parameters() if name.endswith("weight_chan_scale"))
-    return any(bool(scale.isnan().any()) for scale in scales)
+    parameters = (pair for module in model.modules() if engine.is_ours(module) for pair in module.named_parameters())
+    return any(bool(value.isnan().any()) for name, value in parameters if name.endswith("weight_chan_scale"))
 
 
 def differences(reference: dict[str, Weight], found: dict[str, Weight]) -> list[str]:

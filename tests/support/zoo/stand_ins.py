@@ -19,6 +19,21 @@ _TORCHVISION_OPS = (
     "_roi_align_backward",
     "_roi_pool_backward",
 )
+_ACTIVATIONS = (
+    "fatrelu_and_mul",
+    "gelu_and_mul",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_quick",
+    "gelu_tanh",
+    "gelu_tanh_and_mul",
+    "mul_and_silu",
+    "relu2_no_mul",
+    "relu_squared",
+    "silu_and_mul",
+    "silu_and_mul_with_clamp",
+    "situ_and_mul",
+)
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -42,6 +57,7 @@ def define_torchvision_ops() -> None:
 def define_vllm_ops() -> None:
     """Declare the compiled activations that vLLM's layers look for when they are made."""
     library = torch.library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for name in ("gelu_fast", "gelu_new", "gelu_quick"):
-        library.define(f"{name}(Tensor(a!) out, Tensor a) -> ()")  # type: ignore[no-untyped-call]
+    for name in _ACTIVATIONS:
+        if not hasattr(torch.ops._C, name):
+            library.define(f"{name}(Tensor(a!) out, Tensor a) -> ()")  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)
