@@ -39,7 +39,8 @@ _LFM2: dict[str, Any] = {
 }
 
 _SPECIAL: dict[str, dict[str, Any]] = {
-    "afmoe": {"saved": {"score_func": "sigmoid"}},
+    "afmoe": {"saved": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0}},
+    "bamba": {"saved": {"layer_types": ["mamba", "attention"]}},
     "cohere2_vision": {"renames": _SIGLIP},
     "dbrx": {"settings": {"attn_config": {"rope_theta": 10000.0}}},
     "deepseek_v3": {"saved": {"topk_method": "noaux_tc"}},
@@ -47,25 +48,31 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"settings": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}},
     "ernie4_5_moe": {"settings": {"moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 1}},
     "falcon": {"settings": {"new_decoder_architecture": True, "ffn_hidden_size": 1024}},
+    "gemma3n_text": {"settings": {"activation_sparsity_pattern": [0.0, 0.0]}},
     "gemma3": {"renames": _SIGLIP},
     "glm4_moe": {"saved": {"head_dim": 64}},
     "glm4_moe_lite": {"saved": {"first_k_dense_replace": 1}},
-    "glm4v_moe": {"saved": {"text_config": {"head_dim": 64}}},
+    "glm4v_moe": {"saved": {"text_config": {"head_dim": 64, "use_qk_norm": False}}},
     "glm5_next": {"settings": {"num_key_value_heads": 4}},
     "hunyuan_vl": {"files": {"preprocessor_config.json": {"image_processor_type": "HunYuanVLImageProcessor"}}},
-    "hy_v3": {"saved": {"first_k_dense_replace": 1}},
+    "hy_v3": {"saved": {"first_k_dense_replace": 1, "expert_hidden_dim": 512}},
     "inkling_text": {"saved": {"padded_vocab_size": 512}},
     "laguna": {"settings": {"num_attention_heads_per_layer": [4, 4]}},
     "lfm2": {"saved": _LFM2},
     "lfm2_moe": {"settings": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
-    "lfm2_vl": {"saved": {"text_config": _LFM2}},
+    "lfm2_vl": {"saved": {"text_config": _LFM2}, "renames": _SIGLIP},
     "llama4": {"split_experts": True},
-    "longcat_flash": {"saved": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True}},
+    "longcat_flash": {"saved": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"}},
     "mamba2": {"settings": {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1}},
-    "mimo_v2_flash": {"saved": {"hybrid_layer_pattern": [0, 1]}},
-    "minimax_m2": {"saved": {"rotary_dim": 32}},
+    "mimo_v2_flash": {"saved": {"hybrid_layer_pattern": [0, 1], "layernorm_epsilon": 1e-5}},
+    "minimax_m2": {"saved": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}},
     "nemotron": {"settings": {"head_dim": 64}},
-    "paligemma": {"settings": {"projection_dim": 256, "hidden_size": 256, "vision_config": {"projection_dim": 256}}},
+    "paligemma": {
+        "settings": {"projection_dim": 256, "hidden_size": 256, "vision_config": {"projection_dim": 256}},
+        "renames": _SIGLIP,
+    },
+    "qwen2_audio": {"renames": ((r"^model\.language_model\.", "language_model.model."), (r"^model\.", ""))},
+    "audioflamingo3": {"renames": ((r"^model\.language_model\.", "language_model.model."), (r"^model\.", ""))},
     "qwen3_vl_moe": {"saved": {"text_config": {"norm_topk_prob": True}}},
     "zamba2": {"settings": {"attention_hidden_size": 512, "attention_head_dim": 128, "num_key_value_heads": 4}},
 }
@@ -74,7 +81,7 @@ _TYPES = """
  afmoe apertus arcee aria audioflamingo3 bamba bloom cohere cohere2 cohere2_moe cohere2_vision dbrx deepseek_v2
 deepseek_v3 deepseek_v32 deepseek_v4 dots1 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone4 exaone4_5 exaone_moe falcon
 falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text
-gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr gpt2 gpt_bigcode gpt_neox
+gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr gpt_bigcode gpt_neox
 gpt_oss gptj granite granite4_vision granite_speech granitemoe granitemoehybrid granitemoeshared hunyuan_v1_dense
 hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax idefics3 inkling_text internvl jais2 jamba kimi_k25 kimi_linear laguna
 lfm2 lfm2_moe lfm2_vl llama llama4 llava llava_next llava_onevision longcat_flash mamba mamba2 mimo_v2_flash minicpm3

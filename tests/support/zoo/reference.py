@@ -77,15 +77,14 @@ def dequantize(parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -
         return _apply(codes, parts["weight_scale"].float(), zeros, parts.get("weight_g_idx"))
     if "qweight" in parts:
         words, scales = parts["qweight"], parts["scales"].float().t()
-        zeros = nibbles(parts["qzeros"])
         n = scales.shape[0]
         if words.shape[1] == n:
-            # GPTQ: [K/8, N] with codes along K, zeros [G, N/8] less 1 in version 1.
-            offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+            # GPTQ: [K/8, N] with codes along K, zeros [G, N/8]; version 1 has taken 1 from each, with a borrow.
+            offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 0x11111111
             codes = nibbles(words.t().contiguous())
-            return _apply(codes, scales, ((zeros.int() + offset) & 15).float().t(), parts.get("g_idx"))
+            return _apply(codes, scales, nibbles(parts["qzeros"] + offset).float().t(), parts.get("g_idx"))
         codes = _awq_order(nibbles(words)).t()
-        zeros = _awq_order(zeros).t()
+        zeros = _awq_order(nibbles(parts["qzeros"])).t()
         return _apply(codes, scales, zeros.float(), None)
     weight = parts["weight"]
     if weight.dtype == torch.int8 and "weight_scale" in parts:
@@ -127,13 +126,13 @@ def _matrix_shape(scale: torch.Tensor) -> tuple[int, int]:
 
 def _settings(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the quantization settings of a source, wherever they stand."""
-    for name in ("quantize_config.json", "quant_config.json"):
-        if (source / name).is_file():
-            return dict(json.loads((source / name).read_text()))
     for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _CONFIG_KEYS:
             if isinstance(holder.get(key), dict):
                 return dict(holder[key])
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (source / name).is_file():
+            return dict(json.loads((source / name).read_text()))
     return {}
 
 
