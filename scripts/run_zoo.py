@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,12 @@ from zoo.rows import BAD  # noqa: E402
 
 def run(version: str, action: str, names: Iterable[str]) -> list[dict[str, Any]]:
     """Run the zoo of one version of vLLM in a process of its own; return its rows."""
-    if reason := environment.missing(version):
-        sys.exit(reason)
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "rows.json"
         command = [sys.executable, "-m", "zoo", action, *names, "--json", str(out)]
         process = subprocess.run(command, env=environment.variables(version), check=False)
         if not out.is_file():
-            sys.exit(f"the zoo of vLLM {version} ended with exit code {process.returncode}")
+            raise SystemExit(f"the zoo of vLLM {version} ended with exit code {process.returncode}")
         rows: list[Mapping[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
     return [{"vllm": version, **row} for row in rows]
 
@@ -50,15 +50,20 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.action == "check" and not args.names:
         parser.error("check needs a directory")
-    rows = [row for version in args.version or environment.VERSIONS for row in run(version, args.action, args.names)]
+    versions = args.version or environment.VERSIONS
+    for version in versions:
+        if reason := environment.missing(version):
+            sys.exit(reason)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(run, versions, repeat(args.action), repeat(args.names))
+        rows = [row for some in found for row in some]
     bad = [row for row in rows if row["status"] in BAD]
     for row in bad:
         where = f"{row['format']} {row['scales']}, TP {row['tp']}, vLLM {row['vllm']}"
         print(f"{row['status']}: {row['architecture']}, {where}")
     if args.json or args.keep:
         question = "Which architectures does vLLM load from our outputs, weight by weight?"
-        versions = {"vllm": " and ".join(args.version or environment.VERSIONS)}
-        results.save(args, question, table.summarize(rows), versions=versions)
+        results.save(args, question, table.summarize(rows), versions={"vllm": " and ".join(versions)})
     return int(bool(bad))
 
 

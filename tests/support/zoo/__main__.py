@@ -67,8 +67,8 @@ def main() -> int:
             lines.append("; ".join(filter(None, words)))
         print(*lines, sep="\n", flush=True)  # noqa: T201
     if args.json:
-        lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
-        args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        text = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+        args.json.write_text(f"[\n{text}\n]\n", encoding="utf-8")
     return int(any(row.status in BAD for row in rows))
 
 

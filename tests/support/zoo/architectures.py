@@ -39,8 +39,9 @@ _LFM2: dict[str, Any] = {
 }
 
 _SPECIAL: dict[str, dict[str, Any]] = {
-    "afmoe": {"saved": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0}},
-    "bamba": {"saved": {"layer_types": ["mamba", "attention"]}},
+    "afmoe": {
+        "saved": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1}
+    },
     "cohere2_vision": {"renames": _SIGLIP},
     "dbrx": {"settings": {"attn_config": {"rope_theta": 10000.0}}},
     "deepseek_v3": {"saved": {"topk_method": "noaux_tc"}},
@@ -50,13 +51,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {"settings": {"new_decoder_architecture": True, "ffn_hidden_size": 1024}},
     "gemma3n_text": {"settings": {"activation_sparsity_pattern": [0.0, 0.0]}},
     "gemma3": {"renames": _SIGLIP},
+    "gemma4": {"saved": {"text_config": {"per_layer_config": None}}},
+    "gemma4_text": {"saved": {"per_layer_config": None}},
     "glm4_moe": {"saved": {"head_dim": 64}},
     "glm4_moe_lite": {"saved": {"first_k_dense_replace": 1}},
     "glm4v_moe": {"saved": {"text_config": {"head_dim": 64, "use_qk_norm": False}}},
     "glm5_next": {"settings": {"num_key_value_heads": 4}},
     "hunyuan_vl": {"files": {"preprocessor_config.json": {"image_processor_type": "HunYuanVLImageProcessor"}}},
-    "hy_v3": {"saved": {"first_k_dense_replace": 1, "expert_hidden_dim": 512}},
+    "hy_v3": {"saved": {"first_k_dense_replace": 1, "expert_hidden_dim": 512, "route_norm": True}},
     "inkling_text": {"saved": {"padded_vocab_size": 512}},
+    "internvl": {"settings": {"vision_config": {"image_size": [56, 56], "patch_size": [14, 14]}}},
     "laguna": {"settings": {"num_attention_heads_per_layer": [4, 4]}},
     "lfm2": {"saved": _LFM2},
     "lfm2_moe": {"settings": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
@@ -64,15 +68,25 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "llama4": {"split_experts": True},
     "longcat_flash": {"saved": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"}},
     "mamba2": {"settings": {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1}},
-    "mimo_v2_flash": {"saved": {"hybrid_layer_pattern": [0, 1], "layernorm_epsilon": 1e-5}},
+    "mimo_v2_flash": {
+        "saved": {
+            "hybrid_layer_pattern": [0, 1],
+            "layernorm_epsilon": 1e-5,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 64,
+            "swa_v_head_dim": 64,
+            "swa_rope_theta": 10000.0,
+            "sliding_window_size": 128,
+        }
+    },
     "minimax_m2": {"saved": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}},
-    "nemotron": {"settings": {"head_dim": 64}},
+    "nemotron": {"settings": {"head_dim": 64, "num_key_value_heads": 2}},
+    "nemotron_h": {"settings": {"layers_block_type": ["linear_attention", "full_attention"]}},
     "paligemma": {
         "settings": {"projection_dim": 256, "hidden_size": 256, "vision_config": {"projection_dim": 256}},
         "renames": _SIGLIP,
     },
-    "qwen2_audio": {"renames": ((r"^model\.language_model\.", "language_model.model."), (r"^model\.", ""))},
-    "audioflamingo3": {"renames": ((r"^model\.language_model\.", "language_model.model."), (r"^model\.", ""))},
     "qwen3_vl_moe": {"saved": {"text_config": {"norm_topk_prob": True}}},
     "zamba2": {"settings": {"attention_hidden_size": 512, "attention_head_dim": 128, "num_key_value_heads": 4}},
 }

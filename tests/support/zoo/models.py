@@ -86,7 +86,7 @@ def _make_small(config: PretrainedConfig, sizes: Mapping[str, object]) -> None:
 def _shrink(config: PretrainedConfig, sizes: Mapping[str, object]) -> None:
     for name, size in sizes.items():
         before = _get(config, name)
-        if before is not None or (name == "head_dim" and hasattr(config, name)):
+        if before is not None or name == "head_dim":
             # Some sizes are lists, of one a layer.
             _set(config, name, [size] * 2 if isinstance(before, list) and not isinstance(size, list) else size)
     for name in _LAYER_KINDS:

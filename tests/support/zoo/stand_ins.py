@@ -40,7 +40,11 @@ _LIBRARIES: list[torch.library.Library] = []
 def claim_cpu_build() -> None:
     """Make vLLM, which is not installed as a package, find itself as a build for CPUs."""
     version = importlib.metadata.version
-    importlib.metadata.version = lambda name: "0+cpu" if name == "vllm" else version(name)
+
+    def claimed(distribution_name: str) -> str:
+        return "0+cpu" if distribution_name == "vllm" else version(distribution_name)
+
+    importlib.metadata.version = claimed
 
 
 def define_torchvision_ops() -> None:
