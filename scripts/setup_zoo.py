@@ -1,7 +1,7 @@
 """Get what the zoo needs (tests/support/zoo): vLLM's Python sources, and what vLLM imports besides.
 
-The sources are those of scripts/fetch_vllm_wheels.py. The packages of tests/support/zoo/requirements.txt (40 MB to
-download, 130 MB on disk) go into a directory of their own, whole or not at all: ~/.cache/w4a8-convert/zoo, or
+The sources are those of scripts/fetch_vllm_wheels.py. The packages of tests/support/zoo/requirements*.txt (75 MB to
+download, 290 MB on disk) go into directories of their own, each whole or not at all, below ~/.cache/w4a8-convert/zoo or
 $W4A8_ZOO. Torch and the like are those of the environment that runs this, which must be the project's own. What is
 there is not fetched again. Exits with 1 and pip's words where something cannot be had.
 """
