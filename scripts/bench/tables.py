@@ -106,7 +106,7 @@ COLUMNS: dict[str, Columns] = {
     ),
     "architectures": (
         ("architecture", "`{architecture}`"),
-        ("INT4 layers", "{layers:d}"),
+        ("INT4 layers", "{layers:.0f}"),
         ("`lut`, `search`", "{lut_search}"),
         ("`lut`, `direct`", "{lut_direct}"),
         ("`compressed-tensors`", "{compressed_tensors_search}"),

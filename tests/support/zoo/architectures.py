@@ -66,6 +66,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"settings": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
     "lfm2_vl": {"saved": {"text_config": _LFM2}, "renames": _SIGLIP},
     "llama4": {"split_experts": True},
+    "llava": {"renames": _SIGLIP},
+    "llava_next": {"renames": _SIGLIP},
+    "llava_onevision": {"renames": _SIGLIP},
     "longcat_flash": {"saved": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"}},
     "mamba2": {"settings": {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1}},
     "mimo_v2_flash": {

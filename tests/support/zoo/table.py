@@ -6,6 +6,8 @@ from typing import Any
 
 from zoo.rows import MODES, RIGHT
 
+_UNSTABLE = re.compile(r"/\S*/zoo-\w+/|The available parameters.*?(?=\[\w+\.py|$)|\{'.*?(?=\[\w+\.py|$)")
+"""What differs from run to run: temporary directories, and sets in any order."""
 _REASON = 200
 """Characters of a reason in a table."""
 
@@ -30,7 +32,8 @@ def _line(name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     )
     options = sorted({row["options"] for row in rows if row["options"]})
     said = [*(f"with `{option}`" for option in options), *list(reasons)[:2]]
-    return {"architecture": name, "layers": max(row["layers"] for row in rows), **cells, "why": "; ".join(said)}
+    why = {"why": "; ".join(said)} if said else {}
+    return {"architecture": name, "layers": max(row["layers"] for row in rows), **cells, **why}
 
 
 def column_of(output_format: str, scales: str) -> str:
@@ -58,5 +61,6 @@ def _places(some: list[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> str
 
 def _plain(reason: str) -> str:
     """Return a reason that is as long as a table's cell may be, without what Markdown would read."""
+    reason = _UNSTABLE.sub("", reason)
     text = re.sub(r"[|<>*_`]", lambda found: f"\\{found[0]}", reason)
     return text if len(text) <= _REASON else f"{text[:_REASON].rstrip(chr(92))} …"
