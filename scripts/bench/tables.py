@@ -104,6 +104,14 @@ COLUMNS: dict[str, Columns] = {
         ("compared", "{what}"),
         ("mean gap", "{mean_gap:#.3g}"),
     ),
+    "architectures": (
+        ("architecture", "`{architecture}`"),
+        ("INT4 layers", "{layers:.0f}"),
+        ("`lut`, `search`", "{lut_search}"),
+        ("`lut`, `direct`", "{lut_direct}"),
+        ("`compressed-tensors`", "{compressed_tensors_search}"),
+        ("why", "{why}"),
+    ),
     "repacking-gpu": (
         ("kernel", "`{kernel}`"),
         ("from", "{packing}"),
