@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from convert_w4a8.checkpoint.files import SAFETENSORS, LeftOut
 from convert_w4a8.conversion.plan import LayerPlan, Plan, kinds
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.text import counted, human_bytes, printable, table
@@ -39,6 +40,10 @@ def plan_text(plan: Plan) -> str:
         f"as it is   {counted(len(plan.tensors) - halves, 'tensor')} byte for byte,"
         f" {counted(halves, 'tensor')} from FP16 to BF16"
     )
+    if plan.side_files:
+        weights = [str(path) for path in plan.side_files if path.name.endswith(SAFETENSORS)]
+        among = f", weights among them: {_shortened(weights)}" if weights else ""
+        lines.append(f"files      {counted(len(plan.side_files), 'side file')} byte for byte{among}")
     lines.append(f"16-bit     {_shortened(plan.ignore)} (not quantized in the source, or not served by the kernel)")
     lines.append(
         f"memory     {human_bytes(plan.serving_nbytes)} of weights when served;"
@@ -61,11 +66,18 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "ignore": list(plan.ignore),
         "warnings": list(plan.warnings),
         "files": [shard.file_name for shard in plan.shards],
+        "side_files": list(map(str, plan.side_files)),
+        "left_out_files": left_out_dict(plan.left_out),
         "bytes_in": plan.nbytes_in,
         "bytes_out": plan.nbytes_out,
         "serving_bytes": plan.serving_nbytes,
         "disk_bytes": plan.disk_nbytes,
     }
+
+
+def left_out_dict(left_out: Iterable[LeftOut]) -> dict[str, str]:
+    """Return file → why it is left out."""
+    return {item.path: item.reason for item in left_out}
 
 
 def result_text(result: Result, source: str, out: Path) -> str:
@@ -142,9 +154,14 @@ def verification_text(verification: Verification) -> str:
             f"\n{counted(len(verification.layers), 'layer')}: mean {mean:.2f} dB,"
             f" worst {worst.sqnr_db:.2f} dB ({printable(worst.module)})"
         )
+    if verification.copied_weights:
+        lines.append(f"copied     {_shortened(verification.copied_weights)}: weights beside those of the model")
+    lines += [f"left out   {printable(str(item))}" for item in verification.left_out[:_LISTED]]
+    if len(verification.left_out) > _LISTED:
+        lines.append(f"left out   {len(verification.left_out) - _LISTED} more; --json lists them all")
     lines += [f"added      {printable(name)}: in the output, but not in the source" for name in verification.added]
     lines += [f"problem    {problem}" for problem in verification.problems]
-    lines.append("FAILED" if verification.problems else "OK: every tensor and side file of the source is accounted for")
+    lines.append("FAILED" if verification.problems else "OK: every tensor and file of the source is accounted for")
     return "\n".join(lines)
 
 
@@ -159,6 +176,8 @@ def verification_dict(verification: Verification) -> dict[str, Any]:
         ],
         "problems": [problem.as_dict() for problem in verification.problems],
         "added_files": list(verification.added),
+        "left_out_files": left_out_dict(verification.left_out),
+        "copied_weights": list(verification.copied_weights),
     }
 
 

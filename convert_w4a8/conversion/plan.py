@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import LeftOut
 from convert_w4a8.checkpoint.names import fusion_key, is_expert, is_lm_head, linear_modules, natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
-from convert_w4a8.conversion.advice import left_out_warnings, size_warnings
+from convert_w4a8.conversion.advice import left_out_warnings, module_problems, size_warnings, unlisted_warnings
 from convert_w4a8.conversion.contradictions import content_warnings, setting_warnings
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
@@ -62,6 +64,7 @@ class Plan:
 
     ignore: the linear modules of the output that are not quantized.
     serving_nbytes: weight memory at serving time, the expanded tables included.
+    side_files, left_out: what else of the input is copied as it is, and what is not carried over.
     """
 
     source: Source
@@ -76,6 +79,8 @@ class Plan:
     nbytes_out: int
     serving_nbytes: int
     disk_nbytes: int
+    side_files: tuple[Path, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def converted(self) -> tuple[LayerPlan, ...]:
@@ -113,6 +118,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         )
     problems.extend(target.find_problems(checkpoint.quantization_config))
     problems.extend(_orphans(checkpoint, source))
+    problems.extend(module_problems(checkpoint))
     layers = _plan_layers(checkpoint, specs, target, options, problems)
     consumed = {part.name for spec in specs for part in spec.parts.values()}
     tensors = tuple(_plan_tensor(checkpoint, info) for name, info in checkpoint.tensors.items() if name not in consumed)
@@ -132,19 +138,30 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         options=options,
         layers=layers,
         tensors=tensors,
-        shards=plan_shards(outputs, options.max_shard_size),
+        shards=plan_shards(outputs, options.max_shard_size, _named(checkpoint, layers, tensors)),
         ignore=ignore,
         warnings=(
             *size_warnings(converted),
             *setting_warnings(checkpoint, specs),
             *(content_warnings(source, specs) if contents else ()),
+            *unlisted_warnings(checkpoint),
             *left_out_warnings(checkpoint),
         ),
         nbytes_in=checkpoint.nbytes,
         nbytes_out=nbytes_out,
         serving_nbytes=_serving_nbytes(layers, tensors),
         disk_nbytes=nbytes_out + side_nbytes,
+        side_files=checkpoint.side_files,
+        left_out=checkpoint.left_out,
     )
+
+
+def _named(checkpoint: Checkpoint, layers: Iterable[LayerPlan], tensors: Iterable[TensorPlan]) -> dict[str, str]:
+    """Return output tensor → file, of the files that keep their names (`Checkpoint.named_files`)."""
+    files = {tensor.output.name: tensor.info.path.name for tensor in tensors}
+    for layer in layers:
+        files |= dict.fromkeys((spec.name for spec in layer.specs), min(i.path.name for i in layer.spec.parts.values()))
+    return {name: file for name, file in files.items() if file in checkpoint.named_files}
 
 
 def _formats_with(mode: ScalesMode) -> str:

@@ -30,7 +30,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint at a glance. Sizes in bytes."""
+    """A checkpoint at a glance. Sizes in bytes. settings_place: where its quantization's settings are, in words."""
 
     format: str
     architectures: tuple[str, ...]
@@ -39,6 +39,7 @@ class Inspection:
     tensors: int
     kinds: Mapping[LayerKind, int]
     settings: Mapping[str, Any]
+    settings_place: str = ""
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
@@ -84,6 +85,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         tensors=len(checkpoint.tensors),
         kinds=kinds,
         settings={key: value for key, value in config.items() if isinstance(value, str | int | float | bool)},
+        settings_place=checkpoint.settings_place,
     )
 
 
@@ -117,6 +119,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         "tensors": found.tensors,
         "layers": [{**asdict(kind), "count": count} for kind, count in found.kinds.items()],
         "settings": dict(found.settings),
+        "settings_place": found.settings_place,
     }
 
 
@@ -138,6 +141,7 @@ def as_text(found: Inspection) -> str:
         f"format     {printable(found.format)} ({architectures or 'architecture not named'})",
         f"size       {human_bytes(found.nbytes)} in {counted(found.files, 'file')}, {counted(found.tensors, 'tensor')}",
         "settings   " + ", ".join(printable(f"{key}={value}") for key, value in found.settings.items()),
+        f"           in {printable(found.settings_place)}",
         "",
     ]
     return "\n".join(head) + table(rows, ("layer", "count", "N×K", "group", "zero-points", "act-order"))
