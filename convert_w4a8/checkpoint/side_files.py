@@ -117,14 +117,16 @@ def _judge(root: Path, directory: Path, files: Iterable[Path], weights: Weights,
     at_the_top, index = directory == Path(), weights.index or INDEX
     names = {name for tensors in headers.values() for name in tensors}
     described = not at_the_top and _has_settings(root, directory)
+    modules = {_module(name) for name in weights.tensors}
     is_copy = not at_the_top and _is_copy(names, weights.tensors)
     kept = []
     for file, tensors in headers.items():
         reason = None
-        if is_copy or (at_the_top and not weights.tensors.keys().isdisjoint(tensors)):
+        if is_copy or (at_the_top and 2 * sum(map(modules.__contains__, map(_module, tensors))) > len(tensors)):
             reason = OTHER_FORM
         elif not described and any(name.rpartition(".")[2] in _INT4_ROLES for name in tensors):
-            reason = f"INT4 weights that {index} does not list" if at_the_top else "INT4 weights without settings"
+            where = f"that {index} does not list: list them there to have them converted"
+            reason = f"INT4 weights {where if at_the_top else 'without settings'}"
         elif at_the_top and is_ours(file.name):
             reason = f"weights that {index} does not list"
         if reason is None:
@@ -132,6 +134,10 @@ def _judge(root: Path, directory: Path, files: Iterable[Path], weights: Weights,
         else:
             left_out.append(LeftOut(str(file), reason))
     return kept
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _is_copy(names: set[str], tensors: Mapping[str, TensorInfo]) -> bool:

@@ -85,10 +85,14 @@ def _find_index(root: Path) -> str | None:
 
 def _read_without_index(root: Path) -> Weights:
     homes = homes_of(root)
-    files = _files_without_index(root)
+    files, used = _files_without_index(root), []
     found: dict[str, TensorInfo] = {}
     for name in files:
-        for tensor, info in read_header(check_weights(root / name, homes))[1].items():
+        tensors = read_header(check_weights(root / name, homes))[1]
+        if len(files) > 1 and tensors and all(".lora_" in tensor for tensor in tensors):
+            continue  # an adapter by another name
+        used.append(name)
+        for tensor, info in tensors.items():
             if tensor in found:
                 raise ConvertError(
                     str(root),
@@ -96,8 +100,10 @@ def _read_without_index(root: Path) -> Weights:
                     "keep the one that is meant, or restore the index",
                 )
             found[tensor] = info
-    main = SINGLE_FILE if SINGLE_FILE in files else max(files, key=lambda name: (root / name).stat().st_size)
-    return Weights(found, frozenset(map(Path, files)), None, frozenset(files) - {main})
+    if not used:
+        raise _without_weights(root, files, "adapters without their model")
+    main = SINGLE_FILE if SINGLE_FILE in used else max(used, key=lambda name: (root / name).stat().st_size)
+    return Weights(found, frozenset(map(Path, used)), None, frozenset(used) - {main})
 
 
 def _files_without_index(root: Path) -> list[str]:
@@ -112,12 +118,8 @@ def _files_without_index(root: Path) -> list[str]:
     files = [name for name in seen if not (is_consolidated(name) or is_adapter(name) or is_variant(name, seen))]
     if not files:
         if names:
-            what = "Mistral's own form of a model" if is_consolidated(seen[0]) else "an adapter without its model"
-            raise ConvertError(
-                str(root),
-                f"has no weights but {_listed(seen)}, {what}",
-                f"give a checkpoint with {SINGLE_FILE} or {INDEX}",
-            )
+            what = "Mistral's own form of a model" if is_consolidated(seen[0]) else "adapters without their model"
+            raise _without_weights(root, seen, what)
         others = sorted(path.name for path in root.iterdir() if path.name.endswith((*PICKLES, *OTHER_FORMATS)))
         reason = f"no safetensors file, only {others[0]} (a pickle can run code)" if others else "no safetensors file"
         raise ConvertError(str(root), reason, "save the model with safe_serialization=True first")
@@ -128,6 +130,11 @@ def _files_without_index(root: Path) -> list[str]:
             "restore the index or keep a single file",
         )
     return files
+
+
+def _without_weights(root: Path, names: Sequence[str], what: str) -> ConvertError:
+    reason = f"has no weights but {_listed(names)}, {what}"
+    return ConvertError(str(root), reason, f"give a checkpoint with {SINGLE_FILE} or {INDEX}")
 
 
 def _read_indexed(root: Path, index: str) -> Weights:

@@ -176,7 +176,7 @@ class _Reasons:
         if relative.name.startswith("adapter_model"):
             return None
         at_the_top = relative.parent == Path()
-        if at_the_top and names & self._source.tensors.keys():
+        if at_the_top and 2 * sum(name.rpartition(".")[0] in self._modules for name in names) > len(names):
             return "the weights in another form"
         if not at_the_top and self._plain and self._plain <= self._names_in(relative.parent):
             return "the weights in another form"
@@ -187,6 +187,10 @@ class _Reasons:
             return "INT4 weights that the index does not list"
         is_ours = any(fnmatchcase(relative.name, name) for name in ("model.safetensors", "model-*-of-*.safetensors"))
         return "weights that the index does not list" if is_ours else None
+
+    @cached_property
+    def _modules(self) -> set[str]:
+        return {name.rpartition(".")[0] for name in self._source.tensors}
 
     @cached_property
     def _plain(self) -> set[str]:

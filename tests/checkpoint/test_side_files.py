@@ -101,7 +101,7 @@ def test_what_is_no_part_of_the_model_is_left_out(name: str, reason: str, source
 
 
 def test_other_copies_of_the_weights_are_left_out(source: Path) -> None:
-    """Beside the index's files one tensor of the same name tells; in a directory, all that is not quantized."""
+    """Beside the index's files most modules tell; in a directory, all that is not quantized."""
     tensors = load_file(source / "model-00001-of-00003.safetensors")
     first = next(name for name in tensors if name.endswith("norm.weight"))
     add(source, "model.safetensors", {first: tensors[first]})
@@ -125,6 +125,19 @@ def test_other_copies_of_the_weights_are_left_out(source: Path) -> None:
     )
 
 
+def test_a_copy_in_16_bits_is_one(source: Path) -> None:
+    """Its tensors have other names than the quantized ones, but those of the same modules."""
+    modules = [name.removesuffix(".qweight") for name in open_checkpoint(source).tensors if name.endswith(".qweight")]
+    add(source, "fp16.safetensors", {f"{module}.weight": torch.ones(1) for module in modules})
+    assert left_out(source) == {"fp16.safetensors": OTHER_FORM}
+
+
+def test_one_shared_tensor_makes_no_copy(source: Path) -> None:
+    """Layers for multi-token prediction may have the embeddings with them."""
+    add(source, "mtp.safetensors", {**PLAIN, "mtp.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2)})
+    assert copied(source) == {"mtp.safetensors"}
+
+
 def test_a_smaller_model_in_a_directory_is_no_copy(source: Path) -> None:
     """A draft model has names of the model's, but not all of them. Its index comes with it."""
     add(source, "draft/model-00001-of-00001.safetensors", {"model.embed_tokens.weight": torch.ones(2)})
@@ -139,7 +152,7 @@ def test_weights_that_the_old_settings_describe_are_left_out(source: Path) -> No
     add(source, "draft/model.safetensors", INT4)
     reasons = {
         "draft/model.safetensors": "INT4 weights without settings",
-        "mtp.safetensors": f"INT4 weights that {INDEX} does not list",
+        "mtp.safetensors": f"INT4 weights that {INDEX} does not list: list them there to have them converted",
     }
     assert (copied(source), left_out(source)) == (set(), reasons)
     add(source, "draft/config.json", json.dumps({"quantization_config": {"quant_method": "gptq"}}).encode())

@@ -113,6 +113,15 @@ def test_an_index_of_a_variant_is_not_that_of_the_weights(tmp_path: Path) -> Non
     assert names_of(read_weights(tmp_path)) == {"model.safetensors"}
 
 
+def test_an_adapter_is_known_by_its_tensors(tmp_path: Path) -> None:
+    """By whatever name, unless there is nothing else, as model.safetensors."""
+    write(tmp_path, model=["a"], style=["base_model.a.lora_A.weight"])
+    assert names_of(read_weights(tmp_path)) == {"model.safetensors"}
+    write(tmp_path, model=["base_model.b.lora_A.weight"])
+    with pytest.raises(ConvertError, match="adapters without their model"):
+        read_weights(tmp_path)
+
+
 @pytest.mark.parametrize(("main", "files"), [("model", ["model", "mtp"]), ("gptq_model", ["gptq_model", "mtp"])])
 def test_files_without_index_are_one_set(main: str, files: list[str], tmp_path: Path) -> None:
     """As vLLM loads them; all but the largest, or model.safetensors, keep their names."""
@@ -134,7 +143,7 @@ REFUSED: dict[str, tuple[dict[str, list[str]], str]] = {
         "has no weights but consolidated-00001-of-00002.safetensors, consolidated-00002-of-00002.safetensors,"
         " Mistral's own form of a model",
     ),
-    "adapter-alone": ({"adapter_model": ["a"]}, "has no weights but adapter_model.safetensors, an adapter"),
+    "adapter-alone": ({"adapter_model": ["a"]}, "has no weights but adapter_model.safetensors, adapters without"),
 }
 
 
