@@ -7,7 +7,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 _LONGEST = 600
-_LISTED = 6
+LISTED = 6
 """Names that are listed."""
 
 
@@ -38,8 +38,8 @@ def counted(number: int, noun: str) -> str:
 def shortened(names: Sequence[str], count: int | None = None) -> str:
     """Render the first names that a file says, and how many more there are; `count`: of all, where these are some."""
     count = len(names) if count is None else count
-    more = f" and {count - len(names[:_LISTED]):,} more" if count > len(names[:_LISTED]) else ""
-    return ", ".join(map(printable, names[:_LISTED])) + more
+    more = f" and {count - len(names[:LISTED]):,} more" if count > len(names[:LISTED]) else ""
+    return ", ".join(map(printable, names[:LISTED])) + more
 
 
 def markdown_code(name: str) -> str:

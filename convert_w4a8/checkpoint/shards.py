@@ -3,15 +3,16 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from convert_w4a8.checkpoint.checksum import Piece, checksum
-from convert_w4a8.checkpoint.directory import SINGLE_FILE
 from convert_w4a8.checkpoint.disk import disk_errors
+from convert_w4a8.checkpoint.files import SINGLE_FILE
 from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorSpec, layout_file
 
 _COPY_BYTES = 16 << 20
@@ -31,23 +32,29 @@ class ShardPlan:
         return sum(spec.nbytes for spec in self.specs)
 
 
-def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> tuple[ShardPlan, ...]:
-    """Fill shards in the given order up to `max_shard_size` bytes; a larger tensor gets a shard of its own."""
+def plan_shards(
+    specs: Iterable[TensorSpec], max_shard_size: int, named: Mapping[str, str] = MappingProxyType({})
+) -> tuple[ShardPlan, ...]:
+    """Fill shards in the given order up to `max_shard_size` bytes; a larger tensor gets a shard of its own.
+
+    named: of tensors that go into another file, its name.
+    """
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
+    others: dict[str, list[TensorSpec]] = {}
     for spec in specs:
+        if spec.name in named:
+            others.setdefault(named[spec.name], []).append(spec)
+            continue
         if groups[-1] and filled + spec.nbytes > max_shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(spec)
         filled += spec.nbytes
-    if len(groups) == 1:
-        return (ShardPlan(SINGLE_FILE, tuple(groups[0])),)
     total = len(groups)
-    return tuple(
-        ShardPlan(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(group))
-        for number, group in enumerate(groups, 1)
-    )
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    shards = dict(zip([SINGLE_FILE] if total == 1 else names, groups, strict=True)) | others
+    return tuple(ShardPlan(name, tuple(group)) for name, group in shards.items())
 
 
 def _at_once(work: Callable[[], None]) -> None:

@@ -15,8 +15,8 @@ from typing import Any, Self
 from safetensors import safe_open
 
 from convert_w4a8.checkpoint.checksum import Piece, is_intact
-from convert_w4a8.checkpoint.directory import INDEX
 from convert_w4a8.checkpoint.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
+from convert_w4a8.checkpoint.files import INDEX, needs_index
 from convert_w4a8.checkpoint.journal import REPLACED, Fingerprint, FinishedFile, WorkDirectory, work_path
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter
 from convert_w4a8.errors import ConvertError, DiskError, W4A8Error
@@ -65,6 +65,7 @@ class CheckpointWriter:
         self._writers: list[ShardWriter] = []
         self._lock = threading.Lock()
         self._background: list[Future[None]] = []
+        self._needs_index = len(shards) > 1
 
     def __enter__(self) -> Self:
         check_destination(self._out, overwrite=self._overwrite or self._resume)
@@ -168,6 +169,7 @@ class CheckpointWriter:
 
     def copy_file(self, source: Path, relative: Path) -> None:
         """Copy a side file byte for byte."""
+        self._needs_index |= needs_index(relative)
         target = self.directory / relative
         with disk_errors(source, "copied"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,11 +185,11 @@ class CheckpointWriter:
             future.result()
 
     def commit(self) -> None:
-        """Write the index, wait until everything is on the disk and make it appear as `out`."""
+        """Write the index, where it is needed, wait until everything is on the disk and make it appear as `out`."""
         self.wait()
         if self.unfinished:
             raise ValueError(f"never finished: {self.unfinished[:3]}")
-        if len(self._plans) > 1:
+        if self._needs_index:
             specs = {spec.name: (name, spec.nbytes) for name, plan in self._plans.items() for spec in plan.specs}
             weight_map = {name: file for name, (file, _) in sorted(specs.items())}
             total = sum(nbytes for _, nbytes in specs.values())

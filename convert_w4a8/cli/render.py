@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from convert_w4a8.checkpoint.files import SAFETENSORS, LeftOut
 from convert_w4a8.conversion.plan import LayerPlan, Plan, kinds
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.errors import grouped
-from convert_w4a8.text import counted, human_bytes, printable, shortened, table
+from convert_w4a8.text import LISTED, counted, human_bytes, printable, shortened, table
 from convert_w4a8.verification.layers import LayerCheck
 from convert_w4a8.verification.proof import Verification
 
@@ -44,6 +45,10 @@ def plan_text(plan: Plan) -> str:
         f"as it is   {counted(len(plan.tensors) - halves, 'tensor')} byte for byte,"
         f" {counted(halves, 'tensor')} from FP16 to BF16"
     )
+    if plan.side_files:
+        weights = [str(path) for path in plan.side_files if path.name.endswith(SAFETENSORS)]
+        among = f", weights among them: {shortened(weights)}" if weights else ""
+        lines.append(f"files      {counted(len(plan.side_files), 'side file')} byte for byte{among}")
     lines += [
         f"16-bit     {counted(kind.count, 'tensor')}, {human_bytes(kind.nbytes)}: {kind.kind}"
         f" ({shortened(kind.names[:3], kind.count)})"
@@ -83,11 +88,18 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         ],
         "warnings": list(plan.warnings),
         "files": [shard.file_name for shard in plan.shards],
+        "side_files": list(map(str, plan.side_files)),
+        "left_out_files": left_out_dict(plan.left_out),
         "bytes_in": plan.nbytes_in,
         "bytes_out": plan.nbytes_out,
         "serving_bytes": plan.serving_nbytes,
         "disk_bytes": plan.disk_nbytes,
     }
+
+
+def left_out_dict(left_out: Iterable[LeftOut]) -> dict[str, str]:
+    """Return file → why it is left out."""
+    return {item.path: item.reason for item in left_out}
 
 
 def result_text(result: Result, source: str, out: Path) -> str:
@@ -166,9 +178,14 @@ def verification_text(verification: Verification) -> str:
         )
     if verification.carried:
         lines.append(f"carried    {counted(verification.carried, 'layer')}, byte for byte")
+    if verification.copied_weights:
+        lines.append(f"copied     {shortened(verification.copied_weights)}: weights beside those of the model")
+    lines += [f"left out   {printable(str(item))}" for item in verification.left_out[:LISTED]]
+    if len(verification.left_out) > LISTED:
+        lines.append(f"left out   {len(verification.left_out) - LISTED} more; --json lists them all")
     lines += [f"added      {printable(name)}: in the output, but not in the source" for name in verification.added]
     lines += [f"problem    {group}" for group in grouped(verification.problems)]
-    lines.append("FAILED" if verification.problems else "OK: every tensor and side file of the source is accounted for")
+    lines.append("FAILED" if verification.problems else "OK: every tensor and file of the source is accounted for")
     return "\n".join(lines)
 
 
@@ -184,6 +201,8 @@ def verification_dict(verification: Verification) -> dict[str, Any]:
         "carried_layers": verification.carried,
         "problems": [group.as_dict() for group in grouped(verification.problems)],
         "added_files": list(verification.added),
+        "left_out_files": left_out_dict(verification.left_out),
+        "copied_weights": list(verification.copied_weights),
     }
 
 

@@ -1,10 +1,10 @@
 """The output's config.json."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.settings import without_settings
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import LayerResult
 from convert_w4a8.targets.base import make_block
@@ -12,7 +12,10 @@ from convert_w4a8.version import __version__
 
 
 def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult]) -> dict[str, Any]:
-    """Return the output's config.json: the source's, in bfloat16, with the new quantization_config."""
+    """Return the output's config.json: the source's, in bfloat16, with the new quantization_config and no other.
+
+    It is at the top, where vLLM looks first, wherever the source had its own.
+    """
     stats = [result.stats for result in results if result.stats is not None]
     conversion = {
         "tool": "w4a8-convert",
@@ -23,7 +26,7 @@ def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerRes
         "layers_with_new_codes": sum(not s.codes_kept for s in stats),
         "layers_in_bf16": len(results) - len(stats),
     }
-    config = _in_bfloat16(json.loads(json.dumps(checkpoint.config)))
+    config = _in_bfloat16(without_settings(checkpoint.config))
     if not {"dtype", "torch_dtype"} & set(config):
         config["torch_dtype"] = "bfloat16"
     config["quantization_config"] = make_block(

@@ -3,7 +3,8 @@
 import stat
 from pathlib import Path
 
-from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.files import CARD, CONFIG, INDEX, needs_index
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.shards import ShardWriter
@@ -37,7 +38,7 @@ def check_replaceable(out: Path, source: Checkpoint) -> None:
     if any(block.get(key) != value for key, value in ours.items() if key not in ("ignore", "conversion")):
         raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy)
     known = {CONFIG, CARD, INDEX, *map(str, source.side_files)}
-    known |= {info.path.name for info in found.tensors.values()}
+    known |= {str(info.path.relative_to(out)) for info in found.tensors.values()}
     for path in sorted(out.rglob("*")):
         relative = path.relative_to(out)
         if (path.is_symlink() or not path.is_dir()) and str(relative) not in known:
@@ -82,5 +83,7 @@ def is_finished(out: Path, source: Checkpoint, plan: Plan) -> bool:
     if any(block.get(key) != value for key, value in expected.items() if key != "conversion"):
         return False
     sizes = {out / shard.file_name: ShardWriter(out, shard).size for shard in plan.shards}
+    if any(map(needs_index, source.side_files)) and not (out / INDEX).is_file():
+        return False
     sizes |= {out / relative: (source.root / relative).stat().st_size for relative in source.side_files}
     return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.checkpoint.directory import CARD, CONFIG, QUANTIZE_CONFIG, Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import CARD, CONFIG, SETTINGS_FILES
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.version import __version__
 
@@ -22,7 +23,7 @@ def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
     for key, value in asdict(options).items():
         found[f"--{key.replace('_', '-')}"] = value
     relatives = {info.path.relative_to(checkpoint.root) for info in checkpoint.tensors.values()}
-    relatives |= {*checkpoint.side_files, Path(CONFIG), Path(QUANTIZE_CONFIG), Path(CARD)}
+    relatives |= {*checkpoint.side_files, *map(Path, (CONFIG, *SETTINGS_FILES, CARD))}
     for relative in sorted(relatives):
         path = checkpoint.root / relative
         if path.is_file():

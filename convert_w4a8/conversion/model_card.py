@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from convert_w4a8.checkpoint.directory import CARD, Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import CARD
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import ScalesMode
@@ -22,6 +23,7 @@ from convert_w4a8.version import __version__
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _FRONT_MATTER_CHARS = 1 << 16
+_LISTED = 6
 _CARD_BYTES = 1 << 20
 """As much of the source's card is carried over."""
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -151,6 +153,8 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
             ("error of all layers converted", _error([s for _, s in converted])),
             ("worst layer", f"{markdown_code(worst.module)}, {_decibels(least.sqnr_db)}"),
         ]
+    if plan.left_out:
+        rows.append(("files of the source that are not here", _left_out(plan)))
     rows += [
         ("size of the tensors", f"{human_bytes(plan.nbytes_in)} before, {human_bytes(plan.nbytes_out)} now"),
         ("weights in GPU memory", human_bytes(plan.serving_nbytes)),
@@ -161,6 +165,11 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
         + "\n\nErrors are signal-to-noise ratios of the weights that the GPU multiplies by against the source's"
         " weights, estimated from a sample of the codes: 30 dB is a relative error of 3.2 %, 20 dB one of 10 %."
     )
+
+
+def _left_out(plan: Plan) -> str:
+    more = f" and {len(plan.left_out) - _LISTED} more" if len(plan.left_out) > _LISTED else ""
+    return ", ".join(markdown_code(item.path) for item in plan.left_out[:_LISTED]) + more
 
 
 def _error(stats: Sequence[LayerStats]) -> str:

@@ -6,14 +6,16 @@ The warnings of a plan know some zero-points too (`contradictions.py`); they dec
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import LeftOut
 from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.names import find_mixtures, is_expert, natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
-from convert_w4a8.conversion.advice import left_out_warnings, width_warnings
+from convert_w4a8.conversion.advice import left_out_warnings, module_problems, unlisted_warnings, width_warnings
 from convert_w4a8.conversion.contradictions import content_warnings, setting_warnings
 from convert_w4a8.conversion.fused import mixed_problems
 from convert_w4a8.conversion.ignore import ignore_list
@@ -48,6 +50,7 @@ class Plan:
     sixteen_bits: all that is in 16 bits or more in the output, by kind.
     carried: the FP8 layers, whose tensors are among `tensors`.
     serving_nbytes: weight memory at serving time, the expanded tables included.
+    side_files, left_out: what else of the input is copied as it is, and what is not carried over.
     """
 
     source: Source
@@ -64,6 +67,8 @@ class Plan:
     disk_nbytes: int
     sixteen_bits: tuple[Kind, ...] = ()
     carried: tuple[CarriedLayer, ...] = ()
+    side_files: tuple[Path, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def converted(self) -> tuple[LayerPlan, ...]:
@@ -116,6 +121,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         )
     problems.extend(target.find_problems(checkpoint.quantization_config))
     problems.extend(orphans)
+    problems.extend(module_problems(checkpoint))
     layers = plan_layers(checkpoint, specs, {layer.name for layer in carried}, target, options, problems)
     names = {info.name: name for layer in carried for name, info in layer.outputs(checkpoint.config).items()}
     tensors = tuple(
@@ -145,7 +151,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         options=options,
         layers=layers,
         tensors=tensors,
-        shards=plan_shards(outputs, options.max_shard_size),
+        shards=plan_shards(outputs, options.max_shard_size, _named(checkpoint, layers, tensors)),
         ignore=ignore,
         warnings=(
             *width_warnings(layers),
@@ -154,6 +160,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
             *leftover_notes(checkpoint, known),
             *setting_warnings(checkpoint, specs),
             *(content_warnings(source, specs) if contents else ()),
+            *unlisted_warnings(checkpoint),
             *left_out_warnings(checkpoint),
         ),
         nbytes_in=checkpoint.nbytes,
@@ -167,7 +174,17 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
             checkpoint.config,
         ),
         carried=carried,
+        side_files=checkpoint.side_files,
+        left_out=checkpoint.left_out,
     )
+
+
+def _named(checkpoint: Checkpoint, layers: Iterable[LayerPlan], tensors: Iterable[TensorPlan]) -> dict[str, str]:
+    """Return output tensor → file, of the files that keep their names (`Checkpoint.named_files`)."""
+    files = {tensor.output.name: tensor.info.path.name for tensor in tensors}
+    for layer in layers:
+        files |= dict.fromkeys((spec.name for spec in layer.specs), min(i.path.name for i in layer.spec.parts.values()))
+    return {name: file for name, file in files.items() if file in checkpoint.named_files}
 
 
 def _formats_with(mode: ScalesMode) -> str:

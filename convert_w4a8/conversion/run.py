@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.checkpoint.directory import CARD, CONFIG, Checkpoint, check_name
+from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.disk import check_destination, occupied
+from convert_w4a8.checkpoint.files import CARD, CONFIG
 from convert_w4a8.checkpoint.journal import work_path
+from convert_w4a8.checkpoint.places import check_name
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.config import output_config
 from convert_w4a8.conversion.destination import check_replaceable, privacy

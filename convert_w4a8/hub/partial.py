@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, QUANTIZE_CONFIG, Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
+from convert_w4a8.checkpoint.files import SAFETENSORS, describes
+from convert_w4a8.checkpoint.weights import files_in_index
 from convert_w4a8.errors import ConvertError
 
 _PIECE = 64 << 20
@@ -39,11 +41,12 @@ class RemoteCheckpoint:
         """
         for name in names:
             info = self.checkpoint.tensors[name]
+            remote = info.path.relative_to(self.checkpoint.root).as_posix()
             with info.path.open("r+b") as file:
                 file.seek(info.start)
                 for start in range(info.start, info.start + info.nbytes, _PIECE):
                     size = min(_PIECE, info.start + info.nbytes - start)
-                    file.write(_read(self.repo_id, self.commit, info.path.name, start, size)[0])
+                    file.write(_read(self.repo_id, self.commit, remote, start, size)[0])
 
 
 def open_remote(name: str, directory: Path) -> RemoteCheckpoint:
@@ -61,37 +64,44 @@ def open_remote(name: str, directory: Path) -> RemoteCheckpoint:
         files = HfApi().list_repo_files(repo_id, revision=commit)
     except Exception as error:
         raise _unreachable(name, error) from error
-    _check_names(name, files)
-    for file in files:
-        if file in (CONFIG, QUANTIZE_CONFIG, INDEX, CARD):
+    at_the_top = [file for file in files if "/" not in file and (describes(file) or file.endswith(SAFETENSORS))]
+    _check_names(name, at_the_top)
+    for file in at_the_top:
+        if describes(file):
             (directory / file).write_bytes(_read(repo_id, commit, file)[0])
-        elif file.endswith(".safetensors") and "/" not in file:
-            _write_header(repo_id, commit, directory / file)
+        else:
+            _write_header(repo_id, commit, directory, file)
+    below = sorted(file for file in files_in_index(directory) & set(files) if "/" in file)
+    _check_names(name, below)
+    for file in below:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        _write_header(repo_id, commit, directory, file)
     return RemoteCheckpoint(open_checkpoint(directory), repo_id, commit)
 
 
 def _check_names(name: str, files: Iterable[str]) -> None:
     """Raise ConvertError for names that are no file names here, whatever the Hub says."""
     for file in files:
-        if file.endswith(".safetensors") and "/" not in file and not _NAME.fullmatch(file):
+        if not all(map(_NAME.fullmatch, file.split("/"))):
             raise ConvertError(f"{name}: {file}", "is no name of a file", "rename it on the Hub")
 
 
-def _write_header(repo_id: str, commit: str, path: Path) -> None:
-    prefix, total = _read(repo_id, commit, path.name, 0, 8)
+def _write_header(repo_id: str, commit: str, directory: Path, file: str) -> None:
+    path = directory / file
+    prefix, total = _read(repo_id, commit, file, 0, 8)
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= min(total - 8, _MAX_HEADER_BYTES):
         raise ConvertError(
-            f"{repo_id}: {path.name}", f"header length {length} does not fit a file of {total} bytes", "upload it again"
+            f"{repo_id}: {file}", f"header length {length} does not fit a file of {total} bytes", "upload it again"
         )
-    header, _ = _read(repo_id, commit, path.name, 8, length)
-    with path.open("wb") as file:
-        file.write(prefix + header)
+    header, _ = _read(repo_id, commit, file, 8, length)
+    with path.open("wb") as stream:
+        stream.write(prefix + header)
         try:
-            file.truncate(total)
+            stream.truncate(total)
         except (OSError, OverflowError) as error:
             reason = f"has {total} bytes, as the Hub says, which no file here can have"
-            raise ConvertError(f"{repo_id}: {path.name}", reason, "check the file on the Hub") from error
+            raise ConvertError(f"{repo_id}: {file}", reason, "check the file on the Hub") from error
 
 
 def _read(repo_id: str, commit: str, file: str, start: int = 0, size: int | None = None) -> tuple[bytes, int]:

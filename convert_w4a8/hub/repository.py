@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import CARD, CONFIG, INDEX, OTHER_FORMATS, PICKLES
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.version import __version__
 
-# Weights in other formats are never read, so they are not fetched.
-_NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
+_NOT_NEEDED = [f"*{suffix}" for suffix in (*PICKLES, *OTHER_FORMATS)]
+"""What is never read nor copied, and so not fetched either."""
 
 
 def is_hub_id(name: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.checkpoint.directory import read_json
+from convert_w4a8.checkpoint.json_file import read_json
 from convert_w4a8.errors import ConvertError, Problem
 
 VERSION = 2

@@ -35,6 +35,7 @@ class Inspection:
     """A checkpoint at a glance. Sizes in bytes.
 
     carried: how many layers of each kind are beside those that are, or can be, converted: FP8 ones.
+    settings_place: where its quantization's settings are, in words.
     """
 
     format: str
@@ -45,6 +46,7 @@ class Inspection:
     kinds: Mapping[LayerKind, int]
     settings: Mapping[str, Any]
     carried: Mapping[str, int]
+    settings_place: str = ""
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
@@ -97,6 +99,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         kinds=kinds,
         settings={key: value for key, value in config.items() if isinstance(value, str | int | float | bool)},
         carried=counts,
+        settings_place=checkpoint.settings_place,
     )
 
 
@@ -131,6 +134,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         "layers": [{**asdict(kind), "count": count} for kind, count in found.kinds.items()],
         "settings": dict(found.settings),
         "carried": dict(found.carried),
+        "settings_place": found.settings_place,
     }
 
 
@@ -153,6 +157,7 @@ def as_text(found: Inspection) -> str:
         f"size       {human_bytes(found.nbytes)} in {counted(found.files, 'file')}, {counted(found.tensors, 'tensor')}",
         "settings   " + ", ".join(printable(f"{key}={value}") for key, value in found.settings.items()),
         *(f"beside     {counted(count, 'layer')}: {printable(kind)}" for kind, count in found.carried.items()),
+        f"           in {printable(found.settings_place)}",
         "",
     ]
     return "\n".join(head) + table(rows, ("layer", "count", "N×K", "group", "zero-points", "act-order"))

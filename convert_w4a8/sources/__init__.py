@@ -6,7 +6,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import cast
 
-from convert_w4a8.checkpoint.directory import CONFIG, QUANTIZE_CONFIG, Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import CONFIG
+from convert_w4a8.checkpoint.settings import where_looked
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.sources.base import LayerSpec, Source
 
@@ -48,14 +50,21 @@ def find_source(checkpoint: Checkpoint) -> Source:
             return source
     known = ", ".join(source.NAME for source in sources())
     if not checkpoint.quantization_config:
-        raise ConvertError(
-            str(checkpoint.root),
-            f"is not quantized: no quantization_config in {CONFIG} and no {QUANTIZE_CONFIG}",
-            f"give a W4A16 checkpoint ({known})",
-        )
+        looked = where_looked(checkpoint.root, checkpoint.config)
+        anchors = tuple({f".{source.ANCHOR}" for source in sources()} - {".weight"})
+        quantized = next((name for name in checkpoint.tensors if name.endswith(anchors)), None)
+        if quantized is not None:
+            raise ConvertError(
+                str(checkpoint.root),
+                f"is quantized ({quantized}), but does not say how: {looked}",
+                f"add its quantization_config to {CONFIG}",
+            )
+        raise ConvertError(str(checkpoint.root), f"is not quantized: {looked}", f"give a W4A16 checkpoint ({known})")
     method = checkpoint.quantization_config.get("quant_method")
     raise ConvertError(
-        f"{checkpoint.root}: quant_method", f"{method!r} is not supported", f"supported are {known}, with 4-bit weights"
+        f"{checkpoint.root / checkpoint.settings_place}: quant_method",
+        f"{method!r} is not supported",
+        f"supported are {known}, with 4-bit weights",
     )
 
 

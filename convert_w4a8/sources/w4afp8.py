@@ -9,7 +9,7 @@ activations, is left out: W4A8 computes it for each token.
 
 import torch
 
-from convert_w4a8.checkpoint.directory import Checkpoint, read_json
+from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import Packing, W4Linear
@@ -22,7 +22,6 @@ NAME = "w4afp8"
 ROLES = ("weight", INVERSE)
 ANCHOR = INVERSE
 
-HF_QUANT_CONFIG = "hf_quant_config.json"
 _GROUP = 128
 _SHORT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 """What the tools call an expert's projections in the names of input scales."""
@@ -32,13 +31,11 @@ _SIGNS = -0x77777778  # 0x88888888 as int32
 def matches(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is of this format, by its configuration."""
     config = checkpoint.quantization_config
-    if config:
+    if config.get("quant_method") != "modelopt":
         return config.get("quant_method") == "w4afp8"
-    file = checkpoint.root / HF_QUANT_CONFIG
-    if not file.is_file() or not any(name.endswith(f".{ANCHOR}") for name in checkpoint.tensors):
-        return False
-    quantization = read_json(file).get("quantization")
-    return isinstance(quantization, dict) and quantization.get("quant_algo") == "MIXED_PRECISION"
+    quantization = config.get("quantization")
+    mixed = isinstance(quantization, dict) and quantization.get("quant_algo") == "MIXED_PRECISION"
+    return mixed and any(name.endswith(f".{ANCHOR}") for name in checkpoint.tensors)
 
 
 def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:

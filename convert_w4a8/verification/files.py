@@ -1,13 +1,12 @@
-"""The files of an output against the source's: copied tensors, config.json, side files, and files that were added."""
+"""Copied tensors and config.json of an output against the source's."""
 
-import filecmp
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from convert_w4a8.checkpoint.directory import CARD, CONFIG, INDEX, Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import CONFIG
 from convert_w4a8.checkpoint.mixture import ConfigGroup, Mixture
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
 from convert_w4a8.errors import Problem
@@ -17,11 +16,8 @@ from convert_w4a8.verification.reading import LibraryReader
 
 _CHUNK_BYTES = 8 << 20
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-_CODE_SUFFIXES = frozenset({
-    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".keras", ".msgpack"),
-    *(".gguf", ".onnx", ".safetensors", ".py", ".pyc", ".so", ".sh"),
-})  # fmt: skip
-"""Files that run code or hold weights, for one program or another; pickles among them."""
+_SETTINGS_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+"""What is called so in config.json, in any part of it, says how weights are quantized."""
 
 
 def check_copy(
@@ -69,6 +65,10 @@ def check_config(
         for key in sorted(ours.keys() & theirs.keys())
         if not _same(ours[key], theirs[key])
     ]
+    places = [place for place in _places(out.config) if place != "quantization_config"]
+    found += [problem(f"{CONFIG}: {place}", "is another quantization_config, which vLLM may read") for place in places]
+    if "quantization_config" not in out.config:
+        found.append(problem(f"{CONFIG}: quantization_config", "is absent, and vLLM reads no other"))
     block = out.quantization_config
     expected = make_block(
         target,
@@ -90,13 +90,22 @@ def check_config(
     return found
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's settings without those that a conversion changes: dtypes, and the quantization."""
-    return {
-        key: _settings(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in (*_DTYPE_KEYS, "quantization_config")
-    }
+def _settings(value: Any, keys: tuple[str, ...] = (*_DTYPE_KEYS, *_SETTINGS_KEYS)) -> Any:
+    """Return a model's settings without those that a conversion changes: dtypes, but in lists, and the quantization."""
+    if isinstance(value, Mapping):
+        return {key: _settings(item, keys) for key, item in value.items() if key not in keys}
+    return [_settings(item, _SETTINGS_KEYS) for item in value] if isinstance(value, list) else value
+
+
+def _places(value: Any, place: str = "") -> Iterator[str]:
+    """Yield where a configuration says how weights are quantized."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in parts:
+        name = f"{place}.{key}" if place else str(key)
+        if key in _SETTINGS_KEYS and item is not None:
+            yield name
+        else:
+            yield from _places(item, name)
 
 
 def _strings(value: object) -> list[str]:
@@ -110,34 +119,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and bool(a == b)
-
-
-def check_side_files(out: Checkpoint, source: Checkpoint) -> tuple[list[Problem], list[str]]:
-    """Compare side files; return problems, and files of the output that the source has not but that do no harm."""
-    found = []
-    for relative in source.side_files:
-        copy = out.root / relative
-        if not copy.is_file():
-            found.append(problem(str(relative), "is not in the output"))
-        elif not filecmp.cmp(copy, source.root / relative, shallow=False):
-            found.append(problem(str(relative), "differs from the source"))
-    known = {*map(str, source.side_files), CONFIG, CARD, INDEX}
-    known |= {str(info.path.relative_to(out.root)) for info in out.tensors.values()}
-    added = []
-    for path in sorted(out.root.rglob("*")):
-        relative = path.relative_to(out.root)
-        if str(relative) in known or (path.is_dir() and not path.is_symlink()):
-            continue
-        if runs_code(relative) or path.is_symlink():
-            found.append(problem(str(relative), "is in the output, but not in the source, and may run code"))
-        else:
-            added.append(str(relative))
-    return found, added
-
-
-def runs_code(relative: PurePath) -> bool:
-    """Whether some program runs a file of this name, or reads weights from it."""
-    return bool(_CODE_SUFFIXES & {suffix.lower() for suffix in relative.suffixes})
 
 
 def problem(subject: str, reason: str) -> Problem:

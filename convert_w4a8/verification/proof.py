@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import LeftOut
 from convert_w4a8.checkpoint.names import natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import Reader
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
@@ -15,7 +16,8 @@ from convert_w4a8.sources import find_source
 from convert_w4a8.sources.carried import carried_groups, find_carried
 from convert_w4a8.targets import find_target
 from convert_w4a8.targets.base import Target
-from convert_w4a8.verification.files import check_config, check_copy, check_side_files, problem
+from convert_w4a8.verification.accounting import Accounts, account
+from convert_w4a8.verification.files import check_config, check_copy, problem
 from convert_w4a8.verification.layers import LayerCheck, check_layer, judge
 from convert_w4a8.verification.reading import LibraryReader
 
@@ -26,6 +28,8 @@ class Verification:
 
     carried: how many layers were carried over, byte for byte.
     added: files of the output that the source has not, and that run no code and hold no weights.
+    left_out: files of the source that the output has not, and why.
+    copied_weights: safetensors files beside the weights of the model that are in the output as they are.
     """
 
     target: str
@@ -33,6 +37,8 @@ class Verification:
     problems: tuple[Problem, ...]
     added: tuple[str, ...] = ()
     carried: int = 0
+    left_out: tuple[LeftOut, ...] = ()
+    copied_weights: tuple[str, ...] = ()
 
 
 def verify(
@@ -49,7 +55,7 @@ def verify(
     every output channel and every layer has a bound for its error. Everything else has to be equal, but for what a
     conversion changes.
 
-    only: the layers of which the output is a sample, by their names there; all if None.
+    only: the layers of which the output is a sample, by their names there; all, and all files, if None.
     min_sqnr_db: least SQNR of a layer; by default 25 dB where codes are kept, and where they are new, 2 dB less than
         round to nearest of the source has.
     progress: called with the number of source bytes compared since the last call.
@@ -97,8 +103,16 @@ def verify(
     problems.extend(
         check_config(out, source, target, converted, carried_groups(carried, source.config), whole=only is None)
     )
-    side_problems, added = check_side_files(out, source)
-    return Verification(target.NAME, tuple(checks), (*problems, *side_problems), tuple(added), len(carried))
+    accounts = account(out, source) if only is None else Accounts()
+    return Verification(
+        target.NAME,
+        tuple(checks),
+        (*problems, *accounts.problems),
+        added=accounts.added,
+        carried=len(carried),
+        left_out=accounts.left_out,
+        copied_weights=accounts.copied_weights,
+    )
 
 
 def _decode(

@@ -11,7 +11,9 @@ import torch
 from checkpoint_edits import REMOVE, edit_json, snapshot, write_case
 from safetensors.torch import load_file, save_file
 
-from convert_w4a8.checkpoint.directory import INDEX, open_checkpoint, read_json
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.files import INDEX
+from convert_w4a8.checkpoint.json_file import read_json
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError
 
@@ -105,9 +107,15 @@ BAD_INDEX: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "sub-directory": (
         lambda p: redirect(p, "x", "sub/x.safetensors"),
-        "'sub/x.safetensors'",
+        "sub/x.safetensors",
+        f"is named by {INDEX} but is absent",
+    ),
+    "way-round": (
+        lambda p: redirect(p, "x", f"sub/../{SHARD_1}"),
+        f"'sub/../{SHARD_1}'",
         "is not the name of a safetensors file beside it",
     ),
+    "dot": (lambda p: redirect(p, "x", f"./{SHARD_1}"), SHARD_1, "is not the name of a safetensors file beside it"),
     "pickle": (
         lambda p: redirect(p, "x", "pytorch_model.bin"),
         "'pytorch_model.bin'",
@@ -160,7 +168,7 @@ BAD_INDEX: dict[str, tuple[Callable[[Path], object], str, str]] = {
 def test_index_that_lies_is_refused(
     damage: Callable[[Path], object], subject: str, reason: str, tmp_path: Path
 ) -> None:
-    """Index and shards must agree tensor by tensor, and no shard lies anywhere but beside the index."""
+    """Index and shards must agree tensor by tensor, and no shard lies outside the directory."""
     source = write_case(SHARDED, tmp_path / "in")
     damage(source.path)
     with pytest.raises(ConvertError) as caught:
@@ -220,7 +228,7 @@ def test_several_files_without_index_are_refused(tmp_path: Path) -> None:
     """Shards whose index is lost are counted, and the index is asked for."""
     source = write_case(SHARDED, tmp_path / "in")
     (source.path / INDEX).unlink()
-    with pytest.raises(ConvertError, match=rf"3 safetensors files but no {INDEX}; restore the index"):
+    with pytest.raises(ConvertError, match=rf"3 safetensors files but no {INDEX} \({SHARD_1}, .*\); restore the index"):
         open_checkpoint(source.path)
 
 

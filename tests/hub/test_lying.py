@@ -1,5 +1,6 @@
 """A Hub that lies about sizes and names: one line, and no file but those that are meant."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,3 +113,17 @@ def test_names_that_lead_elsewhere_are_not_fetched(
     assert not opened(Liar(files, names=[name]), tmp_path / "here", monkeypatch)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "here"])
     assert partial._NAME.fullmatch("model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/tmp/secret", "a/../../secret", "a//b", "\0", "a\n/b"])
+def test_names_in_an_index_that_are_no_places(
+    name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index may list files in directories: none of them lies outside, whatever the Hub has under that name."""
+    weights = f"{name}.safetensors"
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": {"x": weights}}).encode()
+    files[weights] = files["model.safetensors"]
+    assert opened(Liar(files), tmp_path / "there", monkeypatch)
+    inside = {path.name for path in (tmp_path / "there").rglob("*")}
+    assert inside <= {*files, "a"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "there"}

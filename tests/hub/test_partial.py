@@ -102,3 +102,31 @@ def test_lying_header_lengths_are_refused(hub: Hub, length: int) -> None:
     name = next(name for name in files if name.endswith(".safetensors"))
     files[name] = ("lfs", length.to_bytes(8, "little") + files[name][1][8:])
     assert f"{REPO}: {name}: header length {length} does not fit a file of" in refusal(run(f"{REPO}@v1"))
+
+
+def elsewhere(files: dict[str, bytes], how: str) -> dict[str, bytes]:
+    """Return the same checkpoint with settings, index or shards in other places."""
+    files = dict(files)
+    if how == "index":
+        files["gptq_model-4bit-128g.safetensors.index.json"] = files.pop("model.safetensors.index.json")
+    elif how == "settings":
+        config = json.loads(files["config.json"])
+        files["quantize_config.json"] = json.dumps(config.pop("quantization_config")).encode()
+        files["config.json"] = json.dumps(config).encode()
+    else:
+        index = json.loads(files["model.safetensors.index.json"])
+        index["weight_map"] = {name: f"parts/{file}" for name, file in index["weight_map"].items()}
+        files = {f"parts/{name}" if name.endswith(".safetensors") else name: data for name, data in files.items()}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+        files["parts/more.safetensors"] = b"is not asked for"
+    return files
+
+
+@pytest.mark.parametrize("how", ["index", "settings", "directory"])
+def test_what_lies_elsewhere_is_fetched_too(how: str, hub: Hub, source: Path) -> None:
+    """The names of settings and indexes are those by which a directory is opened."""
+    files = elsewhere(snapshot(source), how)
+    hub.repos[REPO].branches["v2"] = {name: ("lfs", content) for name, content in files.items()}
+    here, there = (json.loads(run(name).stdout) for name in (source, f"{REPO}@v2"))
+    assert there["figures"] == here["figures"]
+    assert there["ok"]

@@ -13,9 +13,11 @@ import huggingface_hub
 import huggingface_hub.constants
 import huggingface_hub.utils._http as hub_http
 import pytest
+import torch
 from checkpoint_edits import edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
 from hub_server import DROP, TOKEN, Hub, Repo, lead_client, serve
+from safetensors.torch import save_file
 
 from convert_w4a8.cli.main import main
 from convert_w4a8.verification import proof
@@ -344,3 +346,18 @@ def test_the_token_is_taken_out_of_what_the_hub_says(hub: Hub, out: Path, source
     """What the Hub refuses for other reasons is passed on in its words, without the token that they repeat."""
     hub.faults.append((STEPS["commit"], 413))
     assert f"{REPO}: the Hub refused (fault 413 for Bearer (token)); mend that, then: " in refusal(push(out, source))
+
+
+def test_weights_beside_the_model_are_pushed(hub: Hub, tmp_path: Path) -> None:
+    """With the index that keeps vLLM from loading them as weights of the model."""
+    source = write_case("gptq-v1", tmp_path / "in").path
+    (source / "lora").mkdir()
+    for name in ("adapter_model.safetensors", "lora/adapter_model.safetensors"):
+        save_file({"x": torch.ones(1)}, source / name)
+    result = CliRunner().invoke(
+        main, ["convert", str(source), str(tmp_path / "out"), "--quiet"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    assert push(tmp_path / "out", source).exit_code == 0
+    sent = set(hub.repos[REPO].branches["main"])
+    assert {"adapter_model.safetensors", "lora/adapter_model.safetensors", "model.safetensors.index.json"} <= sent

@@ -200,14 +200,46 @@ def test_unknown_methods_are_refused(method: object, tmp_path: Path) -> None:
     assert caught.value.problem.remedy == expected
 
 
+NOWHERE = (
+    "no quantization_config or compression_config in config.json or a part of it, no quantize_config.json,"
+    " quant_config.json, quantization_config.json, hf_quant_config.json"
+)
+
+
+def test_quantized_tensors_without_settings_are_called_so(tmp_path: Path) -> None:
+    """That it is not quantized would be false; what may hold the settings is named."""
+    written = write_case("gptq-v1", tmp_path / "in")
+    edit_json(written.path / "config.json", quantization_config=REMOVE)
+
+    def reason() -> str:
+        with pytest.raises(ConvertError) as caught:
+            find_source(open_checkpoint(written.path))
+        assert caught.value.problem.remedy == "add its quantization_config to config.json"
+        return caught.value.problem.reason
+
+    start = "is quantized (model.layers.0.mlp.down_proj.qweight), but does not say how: "
+    assert reason() == start + NOWHERE
+    edit_json(
+        written.path / "config.json", quantization={"bits": 4}, text_config={"quant": {"a": 1}, "quant_off": None}
+    )
+    (written.path / "recipe.yaml").write_text("x")
+    (written.path / "quant_config.json").write_text('{"weight_bits": 4}')
+    assert reason() == start + NOWHERE.replace(" quant_config.json,", "") + (
+        "; of config.json: quantization, config.json: text_config.quant, quant_config.json, recipe.yaml"
+        " the meaning is not known"
+    )
+
+
 def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     """No configuration of a quantization is another thing than an unknown one, and is said so."""
     written = write_case("gptq-v1", tmp_path / "in")
     edit_json(written.path / "config.json", quantization_config=REMOVE)
+    edit_tensors(written.path, lambda tensors: [tensors.pop(name) for name in [*tensors] if ".mlp." in name])
+    edit_tensors(written.path, lambda tensors: [tensors.pop(name) for name in [*tensors] if ".self_attn." in name])
     with pytest.raises(ConvertError) as caught:
         find_source(open_checkpoint(written.path))
     assert caught.value.problem.subject == str(tmp_path / "in")
-    reason = "is not quantized: no quantization_config in config.json and no quantize_config.json"
+    reason = f"is not quantized: {NOWHERE}"
     assert caught.value.problem.reason == reason
     assert caught.value.problem.remedy == "give a W4A16 checkpoint (auto-round, awq, compressed-tensors, gptq, w4afp8)"
 

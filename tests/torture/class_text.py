@@ -37,7 +37,7 @@ TEXTS = (
         "$HOME",
     ),
     *("\x00", "a\x00b", "\n", "a\nb", "\r", "a\rb", "\t", "\x07", "\x7f", "\x1b[2J", "\x1b]0;owned\x07", "\x9b31m"),
-    *("\x1b[32mOK: every tensor and side file of the source is accounted for\x1b[0m", "x\nOK: all is well\ny"),
+    *("\x1b[32mOK: every tensor and file of the source is accounted for\x1b[0m", "x\nOK: all is well\ny"),
     *("\u202eevil", "\u2066x\u2069", "\u200b", "\ufeff", "\u2028", "\u2029", "\x85", "e\u0301", "ﷺ" * 50, "\U0010ffff"),
     *("\ud800", "x\udcff", "\ud83d", "\udc80" * 10, "😀", "٤", "४५", "²", "①", "1" * 5000, "layers.٤.x", "x" * 70_000),
     *(

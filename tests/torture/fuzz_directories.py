@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from fuzz_mutations import Expect, Mutation, shards
+from safetensors.torch import save_file
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -122,6 +124,41 @@ def config_text(root: Path, rng: random.Random) -> Expect:
     return Expect((CONFIG,))
 
 
+def elsewhere(root: Path, rng: random.Random) -> Expect:
+    """Put settings, index or weights where other tools put them, or more weights beside them: no damage."""
+    path = root / (CONFIG if "quantization_config" in (root / CONFIG).read_text() else "quantize_config.json")
+    config = json.loads(path.read_text())
+    some = {"mtp.fc.weight": torch.zeros(2, 2)}
+    match rng.randrange(6):
+        case 0:
+            if path.name == CONFIG:
+                block = config.pop("quantization_config")
+                place = rng.choice(("llm_config", "text_config", "a"))
+                config[place] = {
+                    **config.get(place, {}),
+                    rng.choice(("quantization_config", "compression_config")): block,
+                }
+                path.write_text(json.dumps(config))
+        case 1:
+            if (root / INDEX).exists():
+                (root / INDEX).rename(root / "gptq_model-4bit-128g.safetensors.index.json")
+        case 2:
+            (root / "consolidated.safetensors").write_bytes(b"x")
+            (root / "params.json").write_text("{}")
+        case 3:
+            for name in ("mtp.safetensors", "adapter_model.safetensors", "lora/adapter_model.safetensors"):
+                (root / name).parent.mkdir(exist_ok=True)
+                save_file(some, root / name)
+        case 4:
+            shutil.copytree(root, root.parent / "copy")
+            (root.parent / "copy").rename(root / rng.choice(("original", "checkpoint-500", "onnx")))
+        case _:
+            for name in ("spk_dict.pt", "model.gguf", "2_Dense/pytorch_model.bin"):
+                (root / name).parent.mkdir(exist_ok=True)
+                (root / name).write_bytes(b"x")
+    return Expect(("bytes of memory", "the disk has"), refused=False)  # for no other reason
+
+
 ODD: tuple[Any, ...] = (
     *(0, -7, -1, 3, 8, 4.5, 1e300, 10**30, math.nan, math.inf, "4", "128", "x", ""),
     *(True, False, None, [], [4], {}, {"a": 1}),
@@ -204,6 +241,6 @@ def settings_that_are_not_known(root: Path, rng: random.Random) -> Expect:
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    *(index_lies, directory, config_text, config_lies, config_surely_wrong),
+    *(index_lies, directory, config_text, config_lies, config_surely_wrong, elsewhere),
     *(settings_of_other_bytes, settings_that_are_not_known),
 )
