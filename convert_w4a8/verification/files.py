@@ -98,7 +98,7 @@ def check_side_files(out: Checkpoint, source: Checkpoint) -> tuple[list[Problem]
         elif not filecmp.cmp(copy, source.root / relative, shallow=False):
             found.append(problem(str(relative), "differs from the source"))
     known = {*map(str, source.side_files), CONFIG, CARD, INDEX}
-    known |= {str(info.path.relative_to(out.root)) for info in out.tensors.values()}
+    known |= {str(path.relative_to(out.root)) for path in {info.path for info in out.tensors.values()}}
     added = []
     for path in sorted(out.root.rglob("*")):
         relative = path.relative_to(out.root)
