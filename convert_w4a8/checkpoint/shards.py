@@ -17,6 +17,10 @@ from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, T
 
 _COPY_BYTES = 16 << 20
 _FLUSH_BYTES = 256 << 20
+_HEADER_BYTES = 90_000_000
+"""The longest header that is written; 100,000,000 bytes is the longest that the safetensors library reads."""
+_ENTRY_BYTES = 128
+"""What a tensor takes of a header beside its name: dtype, shape and offsets."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,20 @@ class ShardPlan:
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> tuple[ShardPlan, ...]:
-    """Fill shards in the given order up to `max_shard_size` bytes; a larger tensor gets a shard of its own."""
+    """Fill shards in the given order up to `max_shard_size` bytes; a larger tensor gets a shard of its own.
+
+    A shard also ends where its header would be longer than the safetensors library reads.
+    """
     groups: list[list[TensorSpec]] = [[]]
-    filled = 0
+    filled = header = 0
     for spec in specs:
-        if groups[-1] and filled + spec.nbytes > max_shard_size:
+        nbytes, entry = spec.nbytes, len(spec.name.encode()) + _ENTRY_BYTES
+        if groups[-1] and (filled + nbytes > max_shard_size or header + entry > _HEADER_BYTES):
             groups.append([])
-            filled = 0
+            filled = header = 0
         groups[-1].append(spec)
-        filled += spec.nbytes
+        filled += nbytes
+        header += entry
     if len(groups) == 1:
         return (ShardPlan(SINGLE_FILE, tuple(groups[0])),)
     total = len(groups)

@@ -35,7 +35,8 @@ def plan_text(plan: Plan, prediction: Prediction | None = None) -> str:
         worst = prediction.worst
         lines.append(
             f"predicted  new INT4 codes of {counted(prediction.layers, 'layer')}: mean SQNR"
-            f" {prediction.mean_db:.1f} dB, worst {worst.worst_db:.1f} dB ({printable(worst.worst)}), from a sample of {prediction.read}"
+            f" {prediction.mean_db:.1f} dB, worst {worst.worst_db:.1f} dB ({printable(worst.worst)}),"
+            f" from a sample of {prediction.read}"
         )
     lines += [
         f"to BF16    {counted(count, 'layer')}: {reason}"

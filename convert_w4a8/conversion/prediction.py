@@ -127,7 +127,7 @@ def _kinds(plan: Plan) -> dict[Hashable, list[LayerPlan]]:
 
 def kind_name(module: str) -> str:
     """Return the end of a module's name that its like have in common: self_attn.q_proj, experts.down_proj."""
-    return ".".join(_NUMBER.sub("", f".{module}").split(".")[-2:])
+    return ".".join(_NUMBER.sub("", f".{module}").split(".")[-2:]).lstrip(".")
 
 
 def _kind(layer: LayerPlan) -> Hashable:
