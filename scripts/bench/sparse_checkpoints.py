@@ -158,6 +158,8 @@ def fill_sample(directory: Path) -> None:
             elif role in ("weight_scale", "scales"):
                 values = torch.rand(info.shape, generator=generator) * 0.01 + 0.005
                 _write(info, values.to(TORCH_DTYPES[info.dtype]))
+            elif role == "qzeros":  # 8, as version 1 stores it: the codes are kept
+                _write(info, torch.full(info.shape, 0x77777777, dtype=torch.int32))
             elif role == "weight_shape":
                 _write(info, torch.tensor([N, K], dtype=TORCH_DTYPES[info.dtype]))
 
