@@ -22,7 +22,7 @@ import threading
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class WorkDirectory:
         fsync(self.checkpoint)
         entry = {"file": name, "shard": finished.shard, "pieces": finished.pieces, "layers": dict(finished.layers)}
         self._append(entry, durable=True)
-        self.files[name] = finished
+        self.files[name] = replace(finished, pieces=[])  # which only a later process needs, from the journal
 
     def _append(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
         text = json.dumps(entry).encode()

@@ -4,11 +4,13 @@ Architectures are recognised by these names alone; no model code is run.
 """
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, TensorSpec
 
+_NUMBER = re.compile(r"\d+")
 _EXPERT = re.compile(r"^(?P<layer>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")
 
 _MERGES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -163,10 +165,18 @@ def output_name(name: str, config: Mapping[str, Any]) -> str:
     return name
 
 
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that orders layers.2 before layers.10, however long a number is."""
-    parts = ((part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
-    return [(len(number), number) if part.isdecimal() else (-1, part) for part, number in parts]
+def natural_key(name: str) -> str:
+    """Sort key that orders layers.2 before layers.10, however long a number is.
+
+    A number becomes its length and its digits, behind what sorts before every letter. A string is compared many times
+    as fast as a list of parts, and takes a fifth of its memory: there may be a million.
+    """
+    return _NUMBER.sub(_number_key, name)
+
+
+def _number_key(match: re.Match[str]) -> str:
+    digits = match[0].lstrip("0")
+    return f"\0{chr(min(len(digits), sys.maxunicode))}{digits}"
 
 
 def linear_modules(tensors: Iterable[TensorInfo | TensorSpec]) -> set[str]:

@@ -8,6 +8,7 @@ header, then the tensors without gaps).
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ _SPARE = 1_000_000
 _DOWNLOAD_AGAIN = "download or write the file again"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies: `nbytes` bytes at `start` (from the beginning of the file at `path`).
 
@@ -82,7 +83,7 @@ class TensorInfo:
         return tensor_nbytes(self.dtype, self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor that will be written: its name, safetensors dtype name and shape."""
 
@@ -125,7 +126,8 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
             )
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-        json.dumps(header, ensure_ascii=False).encode()  # lone surrogates are legal JSON, but no text
+        if b"\\u" in raw:  # escaped, lone surrogates are legal JSON, but no text
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -138,7 +140,8 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     if empty > _MAX_EMPTY:
         raise _damaged(path, f"holds {empty:,} tensors without a byte")
     data_start = 8 + length
-    tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    tensors = {name: _parse_entry(path, name, entry, data_start, shapes) for name, entry in header.items()}
     _check_layout(path, tensors.values(), data_start, size)
     return metadata, tensors
 
@@ -156,19 +159,23 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63  # not a bool
 
 
 def _is_empty(offsets: object) -> bool:
     return isinstance(offsets, list) and len(offsets) == 2 and offsets[0] == offsets[1]
 
 
-def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+def _parse_entry(
+    path: Path, name: str, entry: object, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> TensorInfo:
+    """Read one entry of a header. shapes: those found before, which are the same object for a million experts."""
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if all(
-            map(_is_size, (*shape, start, end))
+        case {"dtype": str(dtype), "shape": list(sizes), "data_offsets": [start, end]} if (
+            _is_size(start) and _is_size(end) and all(map(_is_size, sizes))
         ):
-            pass
+            shape = tuple(sizes)
+            shape = shapes.setdefault(shape, shape)
         case _:
             raise _damaged(path, f"header entry of tensor {name!r} is malformed")
     if len(shape) > _MAX_RANK:
@@ -183,18 +190,18 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
         )
     expected = tensor_nbytes(dtype, shape)
     if end - start != expected:
-        raise _damaged(path, f"tensor {name!r} ({dtype} {shape}) spans {end - start} bytes, not {expected}")
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + start)
+        raise _damaged(path, f"tensor {name!r} ({dtype} {list(shape)}) spans {end - start} bytes, not {expected}")
+    return TensorInfo(name, sys.intern(dtype), shape, path, data_start + start)
 
 
 def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
     """Check that the tensors fill the file from the header to its end, without gap or overlap."""
     position = data_start
-    for info in sorted(tensors, key=lambda info: (info.start, info.nbytes)):
-        if info.start != position:
-            what = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
-            raise _damaged(path, f"tensor {info.name!r} {what}")
-        position += info.nbytes
+    for start, nbytes, name in sorted((info.start, info.nbytes, info.name) for info in tensors):
+        if start != position:
+            what = "overlaps the tensor before it" if start < position else "leaves a gap before it"
+            raise _damaged(path, f"tensor {name!r} {what}")
+        position += nbytes
     if position != size:
         what = "is truncated" if size < position else "has trailing bytes"
         raise _damaged(path, f"{what}: its header asks for {position} bytes, the file has {size}")

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,10 +14,14 @@ import torch
 from convert_w4a8.checkpoint.checksum import Piece, checksum
 from convert_w4a8.checkpoint.disk import disk_errors
 from convert_w4a8.checkpoint.files import SINGLE_FILE
-from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorSpec, layout_file
+from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec, layout_file
 
 _COPY_BYTES = 16 << 20
 _FLUSH_BYTES = 256 << 20
+_HEADER_BYTES = 90_000_000
+"""The longest header that is written; 100,000,000 bytes is the longest that the safetensors library reads."""
+_ENTRY_BYTES = 128
+"""What a tensor takes of a header beside its name: dtype, shape and offsets."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +42,23 @@ def plan_shards(
 ) -> tuple[ShardPlan, ...]:
     """Fill shards in the given order up to `max_shard_size` bytes; a larger tensor gets a shard of its own.
 
+    A shard also ends where its header would be longer than the safetensors library reads.
     named: of tensors that go into another file, its name.
     """
     groups: list[list[TensorSpec]] = [[]]
-    filled = 0
+    filled = header = 0
     others: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         if spec.name in named:
             others.setdefault(named[spec.name], []).append(spec)
             continue
-        if groups[-1] and filled + spec.nbytes > max_shard_size:
+        nbytes, entry = spec.nbytes, len(spec.name.encode()) + _ENTRY_BYTES
+        if groups[-1] and (filled + nbytes > max_shard_size or header + entry > _HEADER_BYTES):
             groups.append([])
-            filled = 0
+            filled = header = 0
         groups[-1].append(spec)
-        filled += spec.nbytes
+        filled += nbytes
+        header += entry
     total = len(groups)
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     shards = dict(zip([SINGLE_FILE] if total == 1 else names, groups, strict=True)) | others
@@ -73,21 +81,30 @@ class ShardWriter:
         self.path = directory / plan.file_name
         self.pieces: list[Piece] = []
         """What was written where, and its checksums."""
-        self._head, self._infos = layout_file(self.path, plan.specs)
-        self.size = len(self._head) + plan.nbytes
-        self._pending = set(self._infos)
+        self._plan = plan
+        self._pending = {spec.name for spec in plan.specs}
         self._in_background = in_background
         self._descriptor: int | None = None
         self._lock = threading.Lock()
         self._unflushed = 0
         self._is_lost = False
 
+    @cached_property
+    def _layout(self) -> tuple[bytes, Mapping[str, TensorInfo]]:
+        """The leading bytes, and where each tensor goes: as long as the file is open, for there may be many."""
+        return layout_file(self.path, self._plan.specs)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self._layout[0]) + self._plan.nbytes
+
     def write(self, name: str, parts: Iterable[torch.Tensor]) -> bool:
         """Write one tensor, in parts along its first dimension or flat ones; together they have the planned size.
 
         Returns whether it was the last one of the file.
         """
-        info = self._infos[name]
+        info = self._layout[1][name]
         offset = 0
         for part in parts:
             if part.dtype != TORCH_DTYPES[info.dtype] or (part.dim() > 1 and part.shape[1:] != info.shape[1:]):
@@ -117,7 +134,7 @@ class ShardWriter:
         """Create the file with its header and its final size, and return the descriptor."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._descriptor = descriptor
-        self._put(descriptor, memoryview(self._head), 0)
+        self._put(descriptor, memoryview(self._layout[0]), 0)
         os.truncate(descriptor, self.size)
         return descriptor
 
@@ -148,10 +165,12 @@ class ShardWriter:
             assert self._descriptor is not None
             os.fsync(self._descriptor)
         self.close()
-        return sorted(self.pieces)
+        pieces, self.pieces = sorted(self.pieces), []
+        return pieces
 
     def close(self) -> None:
         """Close the file as it is."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+        vars(self).pop("_layout", None)

@@ -54,6 +54,7 @@ def convert_command(
     from convert_w4a8.conversion.destination import is_finished
     from convert_w4a8.conversion.jobs import use_workers
     from convert_w4a8.conversion.plan import check_tensors, make_plan
+    from convert_w4a8.conversion.prediction import predict
     from convert_w4a8.conversion.run import carry_out, check_paths
     from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub.repository import Repository, prepare_repository, resolve_input
@@ -65,8 +66,12 @@ def convert_command(
         say_verbose(torch_device, workers)
     checkpoint = open_checkpoint(resolve_input(source))
     plan = make_plan(checkpoint, read_options(choices, max_shard_size))
+    prediction = None
+    if as_json or not quiet:
+        say_compiling(plan, resolve_device("cpu"), ["codes"], verbose=verbose)
+        prediction = predict(plan)
     if not (quiet or as_json):
-        echo(render.plan_text(plan))
+        echo(render.plan_text(plan, prediction))
     if resume and not dry_run and is_finished(out, checkpoint, plan):
         if as_json:
             echo_json({"output": str(out), "finished_before": True})
@@ -77,7 +82,7 @@ def convert_command(
     if dry_run:
         check_tensors(plan)
         if as_json:
-            echo_json(render.plan_dict(plan))
+            echo_json(render.plan_dict(plan, prediction))
         return
     repository = Repository.parse(push_to) if push_to else None
     if repository is not None:  # before the work, so that a wrong token is found now
@@ -93,4 +98,4 @@ def convert_command(
     if repository is not None:
         verify_and_push(out, source, repository, private=private, quiet=quiet or as_json)
     if as_json:  # at the end: a refusal of the upload is a document too, and there is one only
-        echo_json(render.result_dict(result, out))
+        echo_json(render.result_dict(result, out, prediction))

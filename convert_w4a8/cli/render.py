@@ -10,6 +10,7 @@ from typing import Any
 
 from convert_w4a8.checkpoint.files import SAFETENSORS, LeftOut
 from convert_w4a8.conversion.plan import LayerPlan, Plan, kinds
+from convert_w4a8.conversion.prediction import Prediction
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.errors import grouped
 from convert_w4a8.text import LISTED, counted, human_bytes, printable, shortened, table
@@ -17,8 +18,8 @@ from convert_w4a8.verification.layers import LayerCheck
 from convert_w4a8.verification.proof import Verification
 
 
-def plan_text(plan: Plan) -> str:
-    """Render a plan for people."""
+def plan_text(plan: Plan, prediction: Prediction | None = None) -> str:
+    """Render a plan for people. prediction: of the error of its layers with new codes, if there is one."""
     counts = kinds(plan)
     options = plan.options
     lines = [
@@ -30,6 +31,13 @@ def plan_text(plan: Plan) -> str:
     lines += [
         f"codes      {counted(count, 'layer')}: {fate}" for fate, count in _tally(map(_codes, plan.converted)).items()
     ]
+    if prediction is not None:
+        worst = prediction.worst
+        lines.append(
+            f"predicted  new INT4 codes of {counted(prediction.layers, 'layer')}: mean SQNR"
+            f" {prediction.mean_db:.1f} dB, worst {worst.worst_db:.1f} dB ({printable(worst.worst)}),"
+            f" from a sample of {prediction.read}"
+        )
     lines += [
         f"to BF16    {counted(kind.count, 'layer')}, {human_bytes(kind.nbytes)}: {kind.kind}"
         f" ({shortened(kind.names[:3], kind.count)})"
@@ -64,14 +72,15 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    """Return a plan for programs."""
+def plan_dict(plan: Plan, prediction: Prediction | None = None) -> dict[str, Any]:
+    """Return a plan for programs. prediction: as for `plan_text`."""
     return {
         "source": plan.source.NAME,
         "target": plan.target.NAME,
         "scales": str(plan.options.scales),
         "layers": dict(kinds(plan)),
         "codes": _tally(map(_codes, plan.converted)),
+        "predicted": None if prediction is None else _prediction_dict(prediction),
         "dequantize": {layer.module: layer.dequantize for layer in plan.layers if layer.dequantize is not None},
         "carried": _tally(layer.kind for layer in plan.carried),
         "copied_tensors": len(plan.tensors),
@@ -100,6 +109,28 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 def left_out_dict(left_out: Iterable[LeftOut]) -> dict[str, str]:
     """Return file → why it is left out."""
     return {item.path: item.reason for item in left_out}
+
+
+def _prediction_dict(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "layers": prediction.layers,
+        "layers_read": prediction.read,
+        "mean_sqnr_db": _rounded(prediction.mean_db),
+        "worst_sqnr_db": _rounded(prediction.worst.worst_db),
+        "worst": prediction.worst.worst,
+        "kinds": [
+            {
+                "kind": kind.kind,
+                "layers": kind.layers,
+                "layers_read": kind.read,
+                "layers_read_with_new_codes": kind.new,
+                "mean_sqnr_db": _rounded(kind.mean_db),
+                "worst_sqnr_db": _rounded(kind.worst_db),
+                "worst": kind.worst,
+            }
+            for kind in prediction.kinds
+        ],
+    }
 
 
 def result_text(result: Result, source: str, out: Path) -> str:
@@ -133,11 +164,11 @@ def verify_command(out: Path, source: str) -> str:
     return shlex.join(["w4a8", "verify", str(out), "--source", source])
 
 
-def result_dict(result: Result, out: Path) -> dict[str, Any]:
-    """Return a finished conversion for programs."""
+def result_dict(result: Result, out: Path, prediction: Prediction | None = None) -> dict[str, Any]:
+    """Return a finished conversion for programs. prediction: what the plan said of its error."""
     return {
         "output": str(out),
-        "plan": plan_dict(result.plan),
+        "plan": plan_dict(result.plan, prediction),
         "seconds": result.seconds,
         "megabytes_per_second": result.plan.nbytes_in / 1e6 / result.seconds,
         "layers": [
@@ -213,6 +244,11 @@ def _worst(checks: Sequence[LayerCheck]) -> LayerCheck:
 def _finite(value: float) -> float | None:
     """Return None for what JSON cannot hold: infinity (nothing was lost, or all), NaN."""
     return value if math.isfinite(value) else None
+
+
+def _rounded(value: float) -> float | None:
+    """Round an SQNR to the digits that do not depend on the order in which threads add."""
+    return _finite(round(value, 3))
 
 
 def _codes(layer: LayerPlan) -> str:

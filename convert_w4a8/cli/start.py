@@ -1,5 +1,6 @@
 """What is said on stderr before a conversion begins."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from convert_w4a8.cli.output import echo_error
@@ -21,12 +22,15 @@ def say_verbose(device: "torch.device", workers: int | None) -> None:
             echo_error(line)
 
 
-def say_compiling(plan: "Plan", device: "torch.device", *, verbose: bool) -> None:
-    """Say that kernels are compiled first, if that is so; in a log only if it is to be verbose."""
+def say_compiling(
+    plan: "Plan", device: "torch.device", operations: Sequence[str] = ("repack", "codes"), *, verbose: bool
+) -> None:
+    """Say that kernels of some operations are compiled first, if that is so; in a log only if it is to be verbose."""
     from convert_w4a8.devices import must_compile
 
     if not (verbose or at_terminal()):
         return
     new = any(layer.codes == "new" for layer in plan.converted)
-    if plan.converted and must_compile(["repack", *(["codes"] if new else [])], device):
+    needed = [operation for operation in operations if operation != "codes" or new]
+    if plan.converted and must_compile(needed, device):
         echo_error("compiling  the kernels for this CPU, once: that takes some seconds")

@@ -33,12 +33,12 @@ _LLAMAS = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3
 def setting_warnings(checkpoint: Checkpoint, specs: Sequence[LayerSpec]) -> Iterable[str]:
     """Yield what config.json says and the shapes of the tensors do not: widths, blocks and experts."""
     config = checkpoint.config
-    shapes = {name.removesuffix(".weight"): info.shape for name, info in checkpoint.tensors.items()}
-    shapes |= {spec.name: (spec.out_features, spec.in_features) for spec in specs}
     wrong: dict[str, list[str]] = {}
     right: Counter[str] = Counter()
     if str(config.get("model_type")) in _LLAMAS:
         widths = _widths(config)
+        shapes = {name.removesuffix(".weight"): info.shape for name, info in checkpoint.tensors.items()}
+        shapes |= {spec.name: (spec.out_features, spec.in_features) for spec in specs}
         for module, shape in shapes.items():
             leaf = module.rpartition(".")[2]
             expected = widths.get(leaf)
@@ -97,7 +97,7 @@ def _mlp(config: Mapping[str, Any], hidden: int | None) -> dict[str, _Widths]:
 
 def _missing(names: Iterable[str], pattern: re.Pattern[str], size: int | None, key: str, what: str) -> Iterable[str]:
     """Yield what is missing of 0 … size − 1 in the names of tensors, where there are any such names."""
-    found = {int(match[1]) for name in names if (match := pattern.search(name))}
+    found = set() if size is None else {int(match[1]) for name in names if (match := pattern.search(name))}
     if size is None or not found:
         return
     missing = [number for number in range(size) if number not in found]

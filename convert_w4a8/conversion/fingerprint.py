@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"version of w4a8-convert": __version__}
     for key, value in asdict(options).items():
         found[f"--{key.replace('_', '-')}"] = value
-    relatives = {info.path.relative_to(checkpoint.root) for info in checkpoint.tensors.values()}
+    relatives = {path.relative_to(checkpoint.root) for path in {info.path for info in checkpoint.tensors.values()}}
     relatives |= {*checkpoint.side_files, *map(Path, (CONFIG, *SETTINGS_FILES, CARD))}
     for relative in sorted(relatives):
         path = checkpoint.root / relative
@@ -30,8 +30,7 @@ def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
             status = path.stat()
             found[str(relative)] = [status.st_size, status.st_mtime_ns]
     infos = sorted(checkpoint.tensors.values(), key=lambda info: info.name)
-    headers = [(info.name, info.dtype, info.shape, info.path.name, info.start) for info in infos]
-    found["headers"] = _digest(headers)
+    found["headers"] = _digest((info.name, info.dtype, info.shape, info.path.name, info.start) for info in infos)
     found["configuration"] = _digest([checkpoint.config, checkpoint.quantization_config])
     return found
 
@@ -45,5 +44,9 @@ def check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> None
             )
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def _digest(values: Iterable[object]) -> str:
+    """Return a digest of JSON values, one after another: all headers at a time may be hundreds of megabytes."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update(json.dumps(value).encode() + b"\n")
+    return found.hexdigest()

@@ -53,13 +53,14 @@ def worker_count() -> int:
 def run_jobs(jobs: Iterable[Job]) -> None:
     """Run jobs in order, but for threads that turn to the next file where another one writes; the first error ends all.
 
-    torch uses one thread an operation meanwhile.
+    jobs: those of a file follow each other; they are asked for when their file comes. torch uses one thread an
+    operation meanwhile.
     """
+    coming = iter(jobs)
     waiting: dict[str, deque[Job]] = {}
-    for job in jobs:
-        waiting.setdefault(job.file, deque()).append(job)
+    _take_files(coming, waiting)
     workers = worker_count()
-    with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
         running: dict[Future[None], Job] = {}
         try:
             while waiting or running:
@@ -68,15 +69,22 @@ def run_jobs(jobs: Iterable[Job]) -> None:
                     if running and sum(job.memory for job in (*running.values(), queue[0])) > _MEMORY_BYTES:
                         break
                     job = queue.popleft()
+                    running[pool.submit(job.run)] = job
                     if not queue:
                         del waiting[job.file]
-                    running[pool.submit(job.run)] = job
+                        _take_files(coming, waiting)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     future.result()
         finally:
             for future in running:
                 future.cancel()
+
+
+def _take_files(coming: Iterator[Job], waiting: dict[str, deque[Job]]) -> None:
+    """Take jobs until there are all of the next files, and one of the file behind them: there may be millions."""
+    while len(waiting) <= _FILES and (job := next(coming, None)) is not None:
+        waiting.setdefault(job.file, deque()).append(job)
 
 
 def _choose_file(waiting: Iterable[str], busy: set[str]) -> str:
@@ -86,7 +94,7 @@ def _choose_file(waiting: Iterable[str], busy: set[str]) -> str:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Keep torch from using several threads an operation: the jobs themselves run side by side."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

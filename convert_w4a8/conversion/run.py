@@ -92,7 +92,8 @@ def carry_out(
         privacy=privacy(checkpoint),
     ) as writer:
         _convert_shards(tasks, writer, device, progress)
-        layers = tuple(LayerResult(layer, _stats(writer.layers[layer.module])) for layer in plan.layers)
+        noted = writer.layers
+        layers = tuple(LayerResult(layer, _stats(noted[layer.module])) for layer in plan.layers)
         for relative in checkpoint.side_files:
             writer.copy_file(checkpoint.root / relative, relative)
         writer.write_json(CONFIG, output_config(checkpoint, plan, layers))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class ShardTask:
         value = {
             "version": __version__,
             "options": asdict(self.options),
-            "specs": [asdict(spec) for spec in self.shard.specs],
+            "specs": [(spec.name, spec.dtype, spec.shape) for spec in self.shard.specs],
             "layers": [_layer(layer) for layer in self.layers],
             "tensors": [_part(tensor.info) for tensor in self.tensors],
             "inputs": {Path(path).name: state for path, state in self.inputs.items()},
@@ -155,7 +155,7 @@ def jobs_of(
 
 def _layer(layer: LayerPlan) -> dict[str, Any]:
     """Describe a layer by all that decides how it is read and converted."""
-    spec = {name: value for name, value in vars(layer.spec).items() if name != "parts"}
+    spec = {field.name: getattr(layer.spec, field.name) for field in fields(layer.spec) if field.name != "parts"}
     parts = {role: _part(info) for role, info in layer.spec.parts.items()}
     return {"module": layer.module, "dequantize": layer.dequantize, "spec": spec, "parts": parts}
 

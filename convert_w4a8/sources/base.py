@@ -12,7 +12,7 @@ from convert_w4a8.errors import Problem
 from convert_w4a8.linear import DenseLinear, W4Linear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One linear layer that is to be converted, as headers and configuration describe it.
 

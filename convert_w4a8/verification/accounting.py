@@ -61,7 +61,7 @@ class Accounts:
 def account(out: Checkpoint, source: Checkpoint) -> Accounts:
     """Account for every file of a source and of an output."""
     weights = {info.path.relative_to(source.root) for info in source.tensors.values()}
-    known = {info.path.relative_to(out.root) for info in out.tensors.values()}
+    known = {path.relative_to(out.root) for path in {info.path for info in out.tensors.values()}}
     known |= {*map(Path, _WRITTEN_ANEW), Path(_INDEX)}
     problems: list[Problem] = []
     left_out: list[LeftOut] = []

@@ -59,7 +59,12 @@ COLUMNS: dict[str, Columns] = {
     "conversion-gpu": (*CONVERSION[:3], CONVERSION[5]),
     "conversion-gpu-new-codes": CONVERSION[:3],
     "conversion-new-codes-16-cores": CONVERSION[:3],
-    "startup": (("command", "`{command}`"), ("wall s", "{wall_s:.2f}"), ("CPU s", "{cpu_s:.2f}")),
+    "startup": (
+        ("command", "`{command}`"),
+        ("wall s", "{wall_s:.2f}"),
+        ("CPU s", "{cpu_s:.2f}"),
+        ("peak MiB", "{rss_mib:.0f}"),
+    ),
     "requantize-gpu": (
         ("N × K", "{n} × {k}"),
         ("scales", "{scales}"),

@@ -1,5 +1,7 @@
 """What tensor names tell."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from convert_w4a8.checkpoint.names import (
     is_lm_head,
     is_router,
     merged_name,
+    natural_key,
     output_name,
 )
 from convert_w4a8.checkpoint.safetensors_file import TensorSpec
@@ -157,3 +160,19 @@ def test_renaming_twice_is_renaming_once(parts: list[str]) -> None:
     """Names that were renamed are names that stay."""
     once = output_name(".".join(parts), MIXTRAL)
     assert output_name(once, MIXTRAL) == once
+
+
+def parts_of(name: str) -> list[tuple[int, str]]:
+    """Return what natural order compares: text as text, numbers by their digits without leading zeros."""
+    parts = ((part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
+    return [(len(number), number) if index % 2 else (-1, part) for index, (part, number) in enumerate(parts)]
+
+
+NAMES = st.text(alphabet="ab.-_ 0129\x01\x7f²٣é😀", max_size=12)
+
+
+@given(NAMES, NAMES)
+def test_natural_keys_compare_as_text_and_numbers_in_turn(one: str, other: str) -> None:
+    """Of any two names; the bytes of an output depend on their order."""
+    assert (natural_key(one) < natural_key(other)) == (parts_of(one) < parts_of(other))
+    assert (natural_key(one) == natural_key(other)) == (parts_of(one) == parts_of(other))

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -73,6 +74,23 @@ def test_threads_write_to_two_files_and_no_third(workers: int, monkeypatch: pyte
     assert all(len(files) <= 3 for files in together)  # a file's last job may still run when the next but one begins
     assert recorder.begun.index("c0") >= min(recorder.begun.index("a7"), recorder.begun.index("b7"))
     assert recorder.begun.index("d0") >= recorder.begun.index("a7")
+
+
+def test_jobs_are_asked_for_when_their_file_comes() -> None:
+    """A million jobs do not wait in memory: only those of the next two files, and the first of the one behind them."""
+    drawn: list[str] = []
+    ahead: list[int] = []
+
+    def jobs_of_files() -> Iterator[Job]:
+        for file in "abcdef":
+            for number in range(10):
+                drawn.append(f"{file}{number}")
+                yield Job(lambda: ahead.append(len(drawn) - len(ahead)), 1, file)
+
+    with jobs.use_workers(1):
+        run_jobs(jobs_of_files())
+    assert len(ahead) == 60
+    assert max(ahead) <= 22
 
 
 def test_torch_uses_one_thread_each_and_as_many_as_before_afterwards() -> None:
