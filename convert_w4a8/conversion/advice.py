@@ -1,6 +1,6 @@
-"""What converts, but cannot be served as it is, and what is not carried over: a plan's warnings."""
+"""Warnings: what converts, but cannot be served as it is, what is not carried over, and infinities."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert, merged_name
@@ -40,3 +40,14 @@ def left_out_warnings(checkpoint: Checkpoint) -> Iterable[str]:
         listed = ", ".join(checkpoint.left_out[:_LISTED])
         more = len(checkpoint.left_out) - _LISTED
         yield f"not carried over: {listed}" + (f" and {more} more" if more > 0 else "")
+
+
+def infinity_warnings(infinities: Mapping[str, int]) -> tuple[str, ...]:
+    """Return what there is to say of tensors that hold so many infinities, by name."""
+    if not infinities:
+        return ()
+    name, count = next(iter(infinities.items()))
+    values = "an infinity" if count == 1 else f"{count:,} infinities"
+    others = len(infinities) - 1
+    more = f", and {counted(others, 'other tensor')} too" if others else ""
+    return (f"{name} holds {values}{more}: as a mask may, but a weight may not",)

@@ -9,10 +9,14 @@ from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE
+from convert_w4a8.report.values import value_warnings
 from convert_w4a8.sources import find_source, sources
 from convert_w4a8.targets import targets
 from convert_w4a8.targets.base import Target
 from convert_w4a8.text import counted, human_bytes, printable, table
+
+_SMALL_BYTES = 1 << 20
+"""Norms, biases, routers: reading larger tensors would take as long as a conversion."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint at a glance. Sizes in bytes."""
+    """A checkpoint at a glance. Sizes in bytes. warnings: of values in small tensors that are not quantized."""
 
     format: str
     architectures: tuple[str, ...]
@@ -39,10 +43,11 @@ class Inspection:
     tensors: int
     kinds: Mapping[LayerKind, int]
     settings: Mapping[str, Any]
+    warnings: tuple[str, ...]
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Read headers, and of each layer its zero-points and g_idx.
+    """Read headers, of each layer its zero-points and g_idx, and small tensors that are not quantized.
 
     Raises:
         ConvertError: the format is unknown.
@@ -51,12 +56,16 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     """
     config = checkpoint.quantization_config
     kinds: dict[LayerKind, int] = {}
+    quantized: set[str] = set()
     source = next((source for source in sources() if source.matches(checkpoint)), None)
     if source is None:
         target = _target_of(checkpoint)
         name = str(config["quant_method"])
         for module in target.find_layers(checkpoint):
             w = target.decode(checkpoint, module, read_tensor)
+            quantized.update(
+                spec.name for mode in target.MODES for spec in target.tensor_specs(module, *w.shape_nk, mode)
+            )
             _count(
                 kinds, LayerKind(module.rpartition(".")[2], is_expert(module), *w.shape_nk, GROUP_SIZE, False, False)
             )
@@ -64,6 +73,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         name = source.NAME
         problems: list[Problem] = []
         for spec in source.find_layers(checkpoint, problems):
+            quantized.update(part.name for part in spec.parts.values())
             kind = LayerKind(
                 projection=spec.name.rpartition(".")[2],
                 expert=is_expert(spec.name),
@@ -83,6 +93,9 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         files=len({info.path for info in checkpoint.tensors.values()}),
         tensors=len(checkpoint.tensors),
         kinds=kinds,
+        warnings=value_warnings(
+            info for name, info in checkpoint.tensors.items() if name not in quantized and info.nbytes <= _SMALL_BYTES
+        ),
         settings={key: value for key, value in config.items() if isinstance(value, str | int | float | bool)},
     )
 
@@ -117,6 +130,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         "tensors": found.tensors,
         "layers": [{**asdict(kind), "count": count} for kind, count in found.kinds.items()],
         "settings": dict(found.settings),
+        "warnings": list(found.warnings),
     }
 
 
@@ -138,6 +152,7 @@ def as_text(found: Inspection) -> str:
         f"format     {printable(found.format)} ({architectures or 'architecture not named'})",
         f"size       {human_bytes(found.nbytes)} in {counted(found.files, 'file')}, {counted(found.tensors, 'tensor')}",
         "settings   " + ", ".join(printable(f"{key}={value}") for key, value in found.settings.items()),
+        *(f"warning    {printable(warning)}" for warning in found.warnings),
         "",
     ]
     return "\n".join(head) + table(rows, ("layer", "count", "N×K", "group", "zero-points", "act-order"))

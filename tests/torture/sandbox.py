@@ -15,7 +15,8 @@ from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_TESTS.parent), str(_TESTS / "support")]  # this checkout, whatever is installed
 
 TIMEOUT = 60
 """Seconds after which a child is killed."""
