@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-from sandbox import Outcome, run
+from sandbox import TIMEOUT, Outcome, run
 from watching import Watch, log_openings
 
 from convert_w4a8.cli.main import main as command
@@ -154,6 +154,7 @@ def _run_fresh(case: Case, place: Path, environment: Mapping[str, str | None]) -
     merged = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
     merged = {name: value for name, value in merged.items() if environment.get(name, "") is not None}
     merged["PYTHONPATH"] = str(_REPOSITORY)  # what is attacked is this checkout, whatever is installed
+    started = time.monotonic()
     with (output / "stdout").open("wb") as stdout, (output / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
             [sys.executable, str(W4A8), *case.arguments],
@@ -169,12 +170,21 @@ def _run_fresh(case: Case, place: Path, environment: Mapping[str, str | None]) -
         finally:
             process.returncode = 0  # it has been waited for
     out, err = [(output / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]
-    seconds = usage.ru_utime + usage.ru_stime  # the clock would measure what else this machine does
-    return Outcome(os.waitstatus_to_exitcode(status), out, err, seconds, usage.ru_maxrss / 1024)
+    seconds, cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+    return Outcome(os.waitstatus_to_exitcode(status), out, err, seconds, usage.ru_maxrss / 1024, cpu)
+
+
+def seconds_of(outcome: Outcome) -> float:
+    """Return how long a run took by the clock; where others' work waits for the same cores, by the processor's.
+
+    A run that waits for something takes the processor no time: after a minute it is ended, and has taken that.
+    """
+    is_crowded = os.getloadavg()[0] > (os.cpu_count() or 1) + 1 and outcome.seconds < TIMEOUT
+    return outcome.cpu_seconds if is_crowded else outcome.seconds
 
 
 def _wait(pid: int) -> tuple[int, int, resource.struct_rusage]:
-    deadline = time.monotonic() + 6 * MAX_SECONDS
+    deadline = time.monotonic() + TIMEOUT
     while True:
         found = os.wait4(pid, os.WNOHANG)
         if found[0]:
@@ -195,8 +205,8 @@ def faults(
         found.append(f"ended with {outcome.code}: {outcome.stderr[-600:]!r}")
     elif not case.quiet:
         found += _wrong_output(case, outcome)
-    if outcome.seconds > MAX_SECONDS:
-        found.append(f"took {outcome.seconds:.1f} s")
+    if (seconds := seconds_of(outcome)) > MAX_SECONDS:
+        found.append(f"took {seconds:.1f} s")
     if outcome.mib > base_mib + MAX_MIB:
         found.append(f"took {outcome.mib:.0f} MiB")
     found += _outside(case, opened, place)
