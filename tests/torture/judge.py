@@ -177,7 +177,7 @@ def _run_fresh(case: Case, place: Path, environment: Mapping[str, str | None]) -
 def seconds_of(outcome: Outcome) -> float:
     """Return how long a run took by the clock; where others' work waits for the same cores, by the processor's.
 
-    A run that waits for something takes the processor no time: after a minute it is ended, and has taken that.
+    A run that waits for something takes the processor no time: it is ended at last, and has taken until then.
     """
     is_crowded = os.getloadavg()[0] > (os.cpu_count() or 1) + 1 and outcome.seconds < TIMEOUT
     return outcome.cpu_seconds if is_crowded else outcome.seconds
@@ -284,7 +284,7 @@ def _no_constant(name: str) -> float:
 def _outside(case: Case, opened: Iterable[str], place: Path) -> list[str]:
     """Return what was opened that is none of the case's business."""
     work = tuple(path.parent / f".{path.name}.w4a8-partial" for path in case.writes)
-    written = (*case.writes, *work, place.parent / "tmp", "/dev", _REPOSITORY / "kernels", _KERNELS)
+    written = (*case.writes, *work, place.parent / "tmp", "/dev", "/proc", _REPOSITORY / "kernels", _KERNELS)
     read = (*written, place / "in", *case.reads, *_SYSTEM, sys.prefix, sys.base_prefix, _REPOSITORY)
     # Flushed, and looked at; the working directory, which is gone back to.
     directories = [*(str(path.parent) for path in case.writes), str(case.cwd or place.parent / "cwd")]

@@ -18,7 +18,7 @@ import click
 _TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS / "support")]  # this checkout, whatever is installed
 
-TIMEOUT = 60
+TIMEOUT = 180
 """Seconds after which a child is killed."""
 
 
