@@ -1,4 +1,4 @@
-# ruff: noqa: PTH115, PTH118, PTH119, PTH120, PTH208  (names as bytes)
+# ruff: noqa: PTH115, PTH118, PTH112, PTH113, PTH114, PTH119, PTH120, PTH208  (names as bytes)
 """What a run may do, whatever it was given: how it ends, what it prints, reads, writes and takes.
 
 Used by fuzz_classes.py. A case is one command line in a directory of its own; `run_case` runs it, and `faults` says
@@ -35,6 +35,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 W4A8 = Path(sys.prefix) / "bin" / "w4a8"
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal obeys instead of showing it, newlines apart."""
+_EXPECTED = re.compile(r"libgomp: |(convert|verify|report|check) +\d+%, ")
+"""Lines on stderr of a run that succeeds: of the OpenMP library before we begin, and of progress after ten seconds."""
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
 _PRIVATE = re.compile("/etc/passwd|/proc/.*/(environ|mem)|.*/secret/.*")
 """Files of the machine that no case gives, but to which links of some lead."""
@@ -248,7 +250,7 @@ def _wrong_output(case: Case, outcome: Outcome) -> list[str]:
             found.append(f"not one line: {outcome.stderr[-600:]!r}")
     if outcome.code == 2 and not re.search(r"^Error: ", outcome.stderr, re.MULTILINE):
         found.append(f"wrong usage without a reason: {outcome.stderr[-600:]!r}")
-    said = [line for line in outcome.lines if line and not line.startswith("libgomp: ")]  # who says so before we begin
+    said = [line for line in outcome.lines if line and not _EXPECTED.match(line)]
     if outcome.code == 0 and said and "--verbose" not in case.arguments:
         found.append(f"succeeded, but says {outcome.stderr[-600:]!r}")
     if "--json" in case.arguments and outcome.code in (0, 1):
@@ -263,8 +265,10 @@ def _leaks(case: Case, outcome: Outcome, place: Path) -> list[str]:
     """Return where the secret went."""
     found = [name for name in ("stdout", "stderr") if SECRET in getattr(outcome, name)]
     for written in (path for path in case.writes if place in path.parents):
-        files = [Path(written, name) for name in _files(written)] if written.is_dir() else [written]
-        found += [str(file) for file in files if not file.is_symlink() and file.is_file() and _holds_secret(file)]
+        files = [Path(written, name) for name in _files(written)] if os.path.isdir(written) else [written]
+        found += [
+            str(file) for file in files if not os.path.islink(file) and os.path.isfile(file) and _holds_secret(file)
+        ]
     return [f"reads outside: the secret is in {name!r}" for name in found]
 
 
