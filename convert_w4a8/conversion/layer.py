@@ -36,7 +36,7 @@ def convert_layer(
 
     """
     w = source_named(layer.spec.source).read_layer(layer.spec, read)
-    if isinstance(w, DenseLinear) and any(not_finite(w.weight.view(-1).view(torch.uint8), DTYPE_NAMES[w.weight.dtype])):
+    if isinstance(w, DenseLinear) and _is_not_finite(w.weight):
         raise ConvertError(layer.spec.name, "holds NaN or infinite weights", _DOWNLOAD_AGAIN)
     if layer.dequantize is not None:
         (spec,) = layer.specs
@@ -48,6 +48,10 @@ def convert_layer(
     except torch.OutOfMemoryError as error:
         raise _too_large(layer, device) from error
     return {name: _explained(parts, layer, device) for name, parts in tensors.items()}, stats
+
+
+def _is_not_finite(weight: torch.Tensor) -> bool:
+    return any(not_finite(weight.contiguous().view(-1).view(torch.uint8), DTYPE_NAMES[weight.dtype]))
 
 
 def _explained(parts: Iterable[torch.Tensor], layer: LayerPlan, device: torch.device) -> Iterator[torch.Tensor]:

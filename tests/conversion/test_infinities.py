@@ -10,11 +10,14 @@ import torch
 from checkpoint_edits import edit_tensors, write_case
 from click.testing import CliRunner
 
-from convert_w4a8 import convert, inspect, make_report, verify
+from convert_w4a8 import Options, convert, inspect, make_plan, make_report, verify
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.cli.convert import convert_command
 from convert_w4a8.cli.main import main
+from convert_w4a8.conversion import layer as converting
 from convert_w4a8.conversion import run as running
 from convert_w4a8.errors import ConvertError, DiskError
+from convert_w4a8.linear import DenseLinear
 
 NORM = "model.norm.weight"
 BIAS = "model.layers.1.mlp.gate_proj.bias"
@@ -104,3 +107,17 @@ def test_nan_is_refused(name: str, dtype: torch.dtype, source: Path, tmp_path: P
         convert(source, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
     assert inspect(source).warnings == (f"{name} holds NaN: the checkpoint is damaged",)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_to_be_quantized_are_finite(
+    value: float, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no scale for what is not: in a layer that the source has in 16 bits, also as a part of a tensor."""
+    weight = torch.ones(8, 2, 128, dtype=torch.bfloat16)
+    weight[3, 0, 100] = value
+    dense = type("Dense", (), {"read_layer": staticmethod(lambda *_: DenseLinear(weight[:, 0]))})
+    monkeypatch.setattr(converting, "source_named", lambda _: dense)
+    layer = make_plan(source).layers[0]
+    with pytest.raises(ConvertError, match=f"{layer.spec.name}: holds NaN or infinite weights"):
+        converting.convert_layer(layer, read_tensor, Options(), torch.device("cpu"))
