@@ -4,8 +4,8 @@ The work directory `.OUT.w4a8-partial` holds
 
     lock         held (flock) by the process that converts
     journal      lines of a CRC-32 and JSON: the fingerprint of the conversion, then a line for each finished file: the
-                 fingerprint of its shard, the checksums of its pieces, what became of its layers. It is written when
-                 the file's bytes are on the disk, and is on the disk before anything else
+                 fingerprint of its shard, the checksums of its pieces, what became of its layers, infinities. It is
+                 written when the file's bytes are on the disk, and is on the disk before anything else
     checkpoint/  the output so far, which becomes OUT by one rename when all of it is on the disk
     replaced/    the old OUT, while the new one takes its place
 
@@ -37,11 +37,15 @@ _SUFFIX = ".w4a8-partial"
 
 @dataclass(frozen=True)
 class FinishedFile:
-    """A finished file of an output: the fingerprint of its shard, its checksums, and a JSON note for each layer."""
+    """A finished file of an output: the fingerprint of its shard, its checksums, and a JSON note for each layer.
+
+    infinities: how many a copied tensor holds, by name, where there are any.
+    """
 
     shard: str
     pieces: list[Piece]
     layers: Mapping[str, Any]
+    infinities: Mapping[str, int]
 
 
 class WorkDirectory:
@@ -68,11 +72,15 @@ class WorkDirectory:
             match entry:
                 case {"fingerprint": dict(found)}:
                     self._fingerprint = found
-                case {"file": str(name), "shard": str(shard), "pieces": list(pieces), "layers": dict(layers)} if (
-                    self.checkpoint.is_dir()
-                ):
+                case {
+                    "file": str(name),
+                    "shard": str(shard),
+                    "pieces": list(pieces),
+                    "layers": dict(layers),
+                    "infinities": dict(infinities),
+                } if self.checkpoint.is_dir():
                     self.files[name] = FinishedFile(
-                        shard, [(start, size, sum_) for start, size, sum_ in pieces], layers
+                        shard, [(start, size, sum_) for start, size, sum_ in pieces], layers, infinities
                     )
 
     def _acquire(self, out: Path) -> int:
@@ -141,7 +149,13 @@ class WorkDirectory:
     def note_file(self, name: str, finished: "FinishedFile") -> None:
         """Note a finished file, whose bytes are on the disk already."""
         fsync(self.checkpoint)
-        entry = {"file": name, "shard": finished.shard, "pieces": finished.pieces, "layers": dict(finished.layers)}
+        entry = {
+            "file": name,
+            "shard": finished.shard,
+            "pieces": finished.pieces,
+            "layers": dict(finished.layers),
+            "infinities": dict(finished.infinities),
+        }
         self._append(entry, durable=True)
         self.files[name] = replace(finished, pieces=[])  # which only a later process needs, from the journal
 

@@ -128,22 +128,38 @@ class CheckpointWriter:
         """What was noted of the layers of finished shards, in the interrupted conversion and since."""
         return {name: note for finished in self._work.files.values() for name, note in finished.layers.items()}
 
+    @property
+    def infinities(self) -> Mapping[str, int]:
+        """How many infinities were noted of copied tensors of finished shards, where there are any."""
+        return {name: count for finished in self._work.files.values() for name, count in finished.infinities.items()}
+
     def shard_writer(self, file_name: str) -> ShardWriter:
         """Return a writer of one shard in this process."""
         writer = ShardWriter(self.directory, self._plans[file_name], self._in_background)
         self._writers.append(writer)
         return writer
 
-    def finish(self, writer: ShardWriter, layers: Mapping[str, Any]) -> None:
-        """Finish a shard in the background, when all of it is on the disk. layers: a JSON note for each layer."""
-        self._in_background(lambda: self.note(writer.path.name, writer.finish(), layers))
+    def finish(
+        self, writer: ShardWriter, layers: Mapping[str, Any], infinities: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Finish a shard in the background, when all of it is on the disk.
 
-    def note(self, file_name: str, pieces: list[Piece], layers: Mapping[str, Any]) -> None:
+        layers: a JSON note for each layer. infinities: how many a copied tensor holds, where there are any.
+        """
+        self._in_background(lambda: self.note(writer.path.name, writer.finish(), layers, infinities))
+
+    def note(
+        self,
+        file_name: str,
+        pieces: list[Piece],
+        layers: Mapping[str, Any],
+        infinities: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Note a shard that another process has written into `directory`, and whose bytes are on the disk.
 
-        pieces: what it wrote where, with checksums, in order. layers: a JSON note for each layer.
+        pieces: what it wrote where, with checksums, in order. layers, infinities: as for `finish`.
         """
-        finished = FinishedFile(self._fingerprints.get(file_name, ""), pieces, layers)
+        finished = FinishedFile(self._fingerprints.get(file_name, ""), pieces, dict(layers), dict(infinities))
         with disk_errors(self.directory / file_name):
             self._work.note_file(file_name, finished)
 

@@ -14,7 +14,7 @@ from convert_w4a8.cli.output import (
 )
 from convert_w4a8.cli.paths import check_homes
 from convert_w4a8.cli.signals import exit_code, signal_name, signals_interrupt
-from convert_w4a8.cli.startup import import_torch
+from convert_w4a8.cli.startup import import_torch, leave_out_working_directory
 from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error, grouped
 
 
@@ -25,6 +25,7 @@ class _Printing(click.Command):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """Parse the command line, which prints what --help asks for."""
+        leave_out_working_directory()
         escape_what_cannot_be_encoded()
         try:
             return super().make_context(info_name, args, parent, **extra)

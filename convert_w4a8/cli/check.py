@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.files import append_to_file, check_writable, write_files
 from convert_w4a8.cli.options import conversion_options, read_options
-from convert_w4a8.cli.output import check_writable, echo, echo_json, write_files
+from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
 from convert_w4a8.cli.start import say_verbose
@@ -89,7 +90,7 @@ def check_command(
     torch_device = resolve_device(device)
     if verbose:
         say_verbose(torch_device, workers)
-    check_writable(*([write_baseline] if write_baseline else []))
+    check_writable(*([write_baseline] if write_baseline is not None else []))
     known = None if baseline is None else baseline_module.read_baseline(baseline)
     with ExitStack() as stack:
         fetch: Callable[[Iterable[str]], None] = lambda _names: None  # noqa: E731
@@ -134,11 +135,8 @@ def _append_for_the_job(summary: str) -> None:
     if not file:
         return
     try:
-        with Path(file).open("a", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(summary)
-    except OSError as error:
+        append_to_file(Path(file), summary.encode(errors="backslashreplace"))
+    except ConvertError as error:
         raise ConvertError(
-            f"GITHUB_STEP_SUMMARY ({file})",
-            f"cannot be written ({error.strerror})",
-            "name a file that can, or unset it",
+            f"GITHUB_STEP_SUMMARY ({file})", error.problem.reason, "name a file that can, or unset it"
         ) from error

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,11 +97,16 @@ def _line(head: str, text: str) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    """Return versions by package without importing any; None where one is not installed."""
+    """Return versions by package without importing any; None where one is not installed.
+
+    That of torch, if it is imported, says for what it was built: 2.13.0+cu130.
+    """
     found: dict[str, str | None] = {"w4a8-convert": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
+            if name == "torch":
+                found[name] = getattr(sys.modules.get(name), "__version__", found[name])
         except metadata.PackageNotFoundError:
             found[name] = None
     return found

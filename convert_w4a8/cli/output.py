@@ -1,4 +1,4 @@
-"""Where a command prints and writes, and what happens where that is not possible."""
+"""Where a command prints, and what happens where that is not possible."""
 
 import errno
 import io
@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import click
@@ -65,29 +64,3 @@ def escape_what_cannot_be_encoded() -> None:
     """Let stdout print any name, escaped where its encoding has no such characters, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def check_writable(*paths: Path) -> None:
-    """Raise ConvertError if files cannot be written, as far as can be told before the work; touches nothing."""
-    for path in paths:
-        try:
-            exists = path.exists()
-            parent = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), Path("/"))
-            usable = not path.is_dir() if exists else parent.is_dir()
-        except OSError as error:  # a name that is too long, a directory that may not be entered, links in a circle
-            raise ConvertError(str(path), f"cannot be written ({error.strerror})", "choose another path") from error
-        if not usable:
-            reason = "it is a directory" if exists else f"{parent} is not a directory"
-            raise ConvertError(str(path), f"cannot be written ({reason})", "choose another path")
-        if not os.access(path if exists else parent, os.W_OK):
-            raise ConvertError(str(path), "cannot be written (Permission denied)", "choose another path")
-
-
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write files, with their directories. Raises ConvertError where one cannot be written."""
-    for path, content in files.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        except OSError as error:
-            raise ConvertError(str(path), f"cannot be written ({error.strerror})", "choose another path") from error

@@ -142,6 +142,7 @@ def result_text(result: Result, source: str, out: Path) -> str:
         f"converted  {counted(len(result.converted), 'layer')}, {human_bytes(plan.nbytes_in)} →"
         f" {human_bytes(plan.nbytes_out)} in {result.seconds:.1f} s ({rate:.0f} MB/s)",
     ]
+    lines += [f"warning    {printable(warning)}" for warning in result.warnings]
     if new:
         worst, stats = min(new, key=lambda pair: pair[1].sqnr_db)
         mean = fmean(stats.sqnr_db for _, stats in new)
@@ -169,6 +170,7 @@ def result_dict(result: Result, out: Path, prediction: Prediction | None = None)
     return {
         "output": str(out),
         "plan": plan_dict(result.plan, prediction),
+        "warnings": list(result.warnings),
         "seconds": result.seconds,
         "megabytes_per_second": result.plan.nbytes_in / 1e6 / result.seconds,
         "layers": [

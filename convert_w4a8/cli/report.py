@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from convert_w4a8.cli.base import W4A8Command
-from convert_w4a8.cli.output import check_writable, echo, echo_json, write_files
+from convert_w4a8.cli.files import check_writable, write_files
+from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
 
@@ -42,13 +43,14 @@ def report_command(out: str, source: str, html: Path | None, png_dir: Path | Non
     with_pictures = html is not None or png_dir is not None
     if with_pictures:
         report_pictures.require_matplotlib()
-    check_writable(*([html] if html else []), *([png_dir / "sqnr.png"] if png_dir else []))
+    png_files = {name: png_dir / f"{name}.png" for name in report_pictures.NAMES} if png_dir is not None else {}
+    check_writable(*png_files.values(), *([html] if html is not None else []))
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
     with progress(original.nbytes, "report", quiet=as_json) as update:
         found = reports.collect(converted, original, progress=update)
     if with_pictures:
         pictures = report_pictures.draw(found)
-        written = {png_dir / f"{name}.png": png for name, png in pictures.items()} if png_dir is not None else {}
+        written = {path: pictures[name] for name, path in png_files.items()}
         if html is not None:
             written[html] = report_html.render(found, pictures).encode(errors="backslashreplace")
         write_files(written)

@@ -1,7 +1,16 @@
-"""Importing torch in a command that ends soon."""
+"""What a command imports, and from where."""
 
 import gc
+import os
 import sys
+
+
+def leave_out_working_directory() -> None:
+    """Let no module come from the working directory, which may be a checkpoint's.
+
+    It is where relative entries of the path lead, which `python -c` and editable installations leave there.
+    """
+    sys.path[:] = [entry for entry in sys.path if os.path.isabs(entry)]  # noqa: PTH117 - may be no path at all
 
 
 def import_torch() -> None:

@@ -1,7 +1,7 @@
-"""What is kept in BF16 although nobody asked for it, and what is not carried over: a plan's warnings."""
+"""Warnings: what is kept in BF16 although nobody asked for it, what is not carried over, and infinities."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from convert_w4a8.checkpoint.directory import Checkpoint
@@ -83,3 +83,14 @@ def _modules(checkpoint: Checkpoint) -> list[dict[str, object]]:
     except (ValueError, RecursionError):
         return []
     return [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+
+
+def infinity_warnings(infinities: Mapping[str, int]) -> tuple[str, ...]:
+    """Return what there is to say of tensors that hold so many infinities, by name."""
+    if not infinities:
+        return ()
+    name, count = next(iter(infinities.items()))
+    values = "an infinity" if count == 1 else f"{count:,} infinities"
+    others = len(infinities) - 1
+    more = f", and {counted(others, 'other tensor')} too" if others else ""
+    return (f"{name} holds {values}{more}: as a mask may, but a weight may not",)

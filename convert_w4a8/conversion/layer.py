@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, Reader, TensorInfo
+from convert_w4a8.checkpoint.safetensors_file import DTYPE_NAMES, TORCH_DTYPES, Reader, TensorInfo
+from convert_w4a8.checkpoint.values import not_finite
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.dequantize import BLOCK_WEIGHTS, dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.fp8 import E4M3_NAN
 from convert_w4a8.linear import GROUP_SIZE, DenseLinear, W4Linear
 from convert_w4a8.options import Options
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
@@ -20,6 +20,7 @@ from convert_w4a8.targets import target_named
 
 CHUNK_BYTES = 8 << 20
 """Of a tensor that is copied, as much at a time."""
+_DOWNLOAD_AGAIN = "the checkpoint is damaged: download it again"
 
 
 def convert_layer(
@@ -35,6 +36,8 @@ def convert_layer(
 
     """
     w = source_named(layer.spec.source).read_layer(layer.spec, read)
+    if isinstance(w, DenseLinear) and _is_not_finite(w.weight):
+        raise ConvertError(layer.spec.name, "holds NaN or infinite weights", _DOWNLOAD_AGAIN)
     if layer.dequantize is not None:
         (spec,) = layer.specs
         return {spec.name: _in_bfloat16(w)}, None
@@ -45,6 +48,10 @@ def convert_layer(
     except torch.OutOfMemoryError as error:
         raise _too_large(layer, device) from error
     return {name: _explained(parts, layer, device) for name, parts in tensors.items()}, stats
+
+
+def _is_not_finite(weight: torch.Tensor) -> bool:
+    return any(not_finite(weight.contiguous().view(-1).view(torch.uint8), DTYPE_NAMES[weight.dtype]))
 
 
 def _explained(parts: Iterable[torch.Tensor], layer: LayerPlan, device: torch.device) -> Iterator[torch.Tensor]:
@@ -84,22 +91,27 @@ def _in_bfloat16(w: W4Linear | DenseLinear) -> Iterator[torch.Tensor]:
 
 
 def copy_tensor(
-    tensor: TensorPlan, read_into: Callable[[TensorInfo, torch.Tensor, int], None]
+    tensor: TensorPlan,
+    read_into: Callable[[TensorInfo, torch.Tensor, int], None],
+    note_infinities: Callable[[int], None] = lambda _count: None,
 ) -> Iterator[torch.Tensor]:
     """Yield a tensor of the output in flat parts, so that an embedding of gigabytes needs no gigabytes.
+
+    note_infinities: called at the end with how many it holds, if there are any: a mask may.
 
     Raises:
         ConvertError: it holds NaN, or cannot be read.
 
     """
-    info = tensor.info
+    info, infinities = tensor.info, 0
     for offset in range(0, info.nbytes, CHUNK_BYTES):
         piece = torch.empty(min(CHUNK_BYTES, info.nbytes - offset), dtype=torch.uint8)
         read_into(info, piece, offset)
+        has_nan, found = not_finite(piece, info.dtype)
+        if has_nan:
+            raise ConvertError(info.name, "holds NaN", _DOWNLOAD_AGAIN)
+        infinities += found
         values = piece.view(TORCH_DTYPES[info.dtype])
-        # A maximum is NaN where a value is, and costs no time.
-        if values.is_floating_point() and values.itemsize > 1 and values.max().isnan():
-            raise ConvertError(info.name, "holds NaN", "the checkpoint is damaged: download it again")
-        if info.dtype == "F8_E4M3" and int((piece & E4M3_NAN).max()) == E4M3_NAN:
-            raise ConvertError(info.name, "holds NaN", "the checkpoint is damaged: download it again")
         yield values.bfloat16() if tensor.output.dtype != info.dtype else values  # FP16 → BF16, or as it is
+    if infinities:
+        note_infinities(infinities)

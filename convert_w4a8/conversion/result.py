@@ -16,11 +16,15 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished conversion: what was done to each layer, bytes read and written, seconds."""
+    """A finished conversion: what was done to each layer, bytes read and written, seconds.
+
+    warnings: those that only reading all tensors tells; the plan has others.
+    """
 
     plan: Plan
     layers: tuple[LayerResult, ...]
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[tuple[LayerPlan, LayerStats], ...]:

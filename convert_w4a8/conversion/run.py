@@ -14,6 +14,7 @@ from convert_w4a8.checkpoint.files import CARD, CONFIG
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.places import check_name
 from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.conversion.advice import infinity_warnings
 from convert_w4a8.conversion.config import output_config
 from convert_w4a8.conversion.destination import check_replaceable, privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
@@ -22,7 +23,7 @@ from convert_w4a8.conversion.memory import check_memory
 from convert_w4a8.conversion.model_card import model_card
 from convert_w4a8.conversion.plan import Plan, check_tensors
 from convert_w4a8.conversion.result import LayerResult, Result
-from convert_w4a8.conversion.shard import Progress, ShardTask, jobs_of, shard_tasks
+from convert_w4a8.conversion.shard import Notes, Progress, ShardTask, jobs_of, shard_tasks
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantization.layer import LayerStats
 
@@ -94,13 +95,14 @@ def carry_out(
         _convert_shards(tasks, writer, device, progress)
         noted = writer.layers
         layers = tuple(LayerResult(layer, _stats(noted[layer.module])) for layer in plan.layers)
+        warnings = infinity_warnings(writer.infinities)
         for relative in checkpoint.side_files:
             writer.copy_file(checkpoint.root / relative, relative)
         writer.write_json(CONFIG, output_config(checkpoint, plan, layers))
         writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers]))
         check_unchanged(before, fingerprint(checkpoint, plan.options))
         writer.commit()
-    return Result(plan, layers, time.perf_counter() - started)
+    return Result(plan, layers, time.perf_counter() - started, warnings)
 
 
 def _convert_shards(tasks: list[ShardTask], writer: CheckpointWriter, device: torch.device, progress: Progress) -> None:
@@ -109,11 +111,13 @@ def _convert_shards(tasks: list[ShardTask], writer: CheckpointWriter, device: to
     wanted = [task for task in tasks if task.shard.file_name in unfinished]
     _count_finished(tasks, wanted, progress)
     writers = {name: writer.shard_writer(name) for name in writer.unfinished}
-    notes: dict[str, Any] = {}
+    notes = Notes({}, {})
 
     def done(task: ShardTask) -> None:
-        layers = {layer.module: notes[layer.module] for layer in task.layers}
-        writer.finish(writers[task.shard.file_name], layers)
+        layers = {layer.module: notes.layers[layer.module] for layer in task.layers}
+        copied = [tensor.output.name for tensor in task.tensors]
+        infinities = {name: notes.infinities[name] for name in copied if name in notes.infinities}
+        writer.finish(writers[task.shard.file_name], layers, infinities)
 
     for task in wanted:
         if not task.shard.specs:  # a checkpoint without tensors

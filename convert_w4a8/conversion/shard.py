@@ -61,11 +61,23 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A file that is on the disk: the checksums of its pieces, and what became of its layers, as JSON."""
+    """A file that is on the disk: the checksums of its pieces, and what became of its layers, as JSON.
+
+    infinities: how many a copied tensor holds, by name, where there are any.
+    """
 
     file_name: str
     pieces: list[Piece]
     layers: Mapping[str, Any]
+    infinities: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What was found on the way: what became of each layer, by module, and infinities of copied tensors, by name."""
+
+    layers: dict[str, Any]
+    infinities: dict[str, int]
 
 
 def shard_tasks(plan: Plan) -> list[ShardTask]:
@@ -97,10 +109,10 @@ def convert_shard(
     """
     task.check_inputs()
     writer = ShardWriter(directory, task.shard)
-    notes: dict[str, Any] = {}
+    notes = Notes({}, {})
     try:
         run_jobs(jobs_of([task], {task.shard.file_name: writer}, notes, device, progress))
-        return ShardResult(task.shard.file_name, writer.finish(), notes)
+        return ShardResult(task.shard.file_name, writer.finish(), notes.layers, notes.infinities)
     finally:
         writer.close()
 
@@ -108,15 +120,15 @@ def convert_shard(
 def jobs_of(
     tasks: Iterable[ShardTask],
     writers: Mapping[str, ShardWriter],
-    notes: dict[str, Any],
+    notes: Notes,
     device: torch.device,
     progress: Progress,
     done: Callable[[ShardTask], None] = lambda _task: None,
 ) -> Iterator[Job]:
     """Yield what is to be done for some tasks in this process, in the order of their files.
 
-    A layer with tensors in several of the files is converted once. notes: what became of each layer, by module, is put
-    there before its last tensor is written. done: called with a task when the last tensor of its file is written.
+    A layer with tensors in several of the files is converted once. notes: what is found is put there before the last
+    tensor is written that it is about. done: called with a task when the last tensor of its file is written.
     """
     arenas = Arenas()
     by_name = {task.shard.file_name: task for task in tasks}
@@ -132,13 +144,14 @@ def jobs_of(
     def run_layer(layer: LayerPlan, options: Options) -> None:
         with memory_errors(layer.module), arenas.lend() as arena:
             tensors, stats = convert_layer(layer, partial(read_tensor, arena=arena), options, device)
-            notes[layer.module] = None if stats is None else asdict(stats)
+            notes.layers[layer.module] = None if stats is None else asdict(stats)
             for name, parts in tensors.items():
                 write(name, parts)
         progress(layer.spec.nbytes)
 
     def run_copy(tensor: TensorPlan) -> None:
-        write(tensor.output.name, copy_tensor(tensor, read_into))
+        name = tensor.output.name
+        write(name, copy_tensor(tensor, read_into, partial(notes.infinities.__setitem__, name)))
         progress(tensor.info.nbytes)
 
     for name, task in by_name.items():

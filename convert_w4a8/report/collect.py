@@ -15,9 +15,10 @@ from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX
 from convert_w4a8.report.layers import LABELS, SCHEMES, Distributions, LayerReport, measure_layer
 from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
+from convert_w4a8.report.values import value_warnings
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
-from convert_w4a8.text import human_bytes, table
+from convert_w4a8.text import human_bytes, printable, table
 from convert_w4a8.version import __version__
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
@@ -44,6 +45,7 @@ class Report:
     kv: KvCache
     nbytes_in: int
     nbytes_out: int
+    warnings: tuple[str, ...]
 
 
 def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], None] = lambda _nbytes: None) -> Report:
@@ -85,6 +87,7 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
         raise _foreign(str(out.root), "holds no converted layer")
     shapes = [(layer.module, layer.out_features, layer.in_features) for layer in layers]
     names = {part.name for mode in target.MODES for shape in shapes for part in target.tensor_specs(*shape, mode)}
+    others = [info for info in out.tensors.values() if info.name not in names]
     conversion = out.quantization_config.get("conversion")
     made = conversion if isinstance(conversion, Mapping) else {}
     mode, tool = made.get("scales"), (made.get("tool"), made.get("tool_version"))
@@ -101,11 +104,12 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
         stored_tables=stored_tables,
         weights=weight_memory(
             [(n, k) for _, n, k in shapes],
-            sum(info.nbytes for info in out.tensors.values() if info.name not in names),
+            sum(info.nbytes for info in others),
         ),
         kv=kv_cache(out.config),
         nbytes_in=source.nbytes,
         nbytes_out=out.nbytes,
+        warnings=value_warnings(others),
     )
 
 
@@ -186,6 +190,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "scales": report.scales_mode,
         "bytes_in": report.nbytes_in,
         "bytes_out": report.nbytes_out,
+        "warnings": list(report.warnings),
         "sqnr_db": {
             scheme: {"mean": _finite(mean(report, scheme)), "least": _finite(worst(report, scheme).sqnr_db[scheme])}
             for scheme in SCHEMES
@@ -232,7 +237,8 @@ def as_text(report: Report) -> str:
     memory = f"{human_bytes(w.int4)} of weights when served, {human_bytes(w.bf16)} in BF16"
     if report.kv.unknown is None:
         memory += f"; KV cache {human_bytes(KV_BYTES['BF16'] * report.kv.per_token)} a token in BF16"
-    return f"{table(rows, ('scales', 'mean dB', 'least dB', 'in'))}\n\nmemory     {memory}"
+    lines = [f"memory     {memory}", *(f"warning    {printable(warning)}" for warning in report.warnings)]
+    return "\n".join([table(rows, ("scales", "mean dB", "least dB", "in")), "", *lines])
 
 
 def mean(report: Report, scheme: str) -> float:

@@ -48,6 +48,7 @@ def render(report: Report, pictures: Mapping[str, bytes], made: datetime | None 
         f"<h1>{escape(report.name)}</h1>",
         f'<p class="lead">{escape(_lead(report))}</p>',
         _note(_origin(report, made or datetime.now(UTC))),
+        *(_note(f"Warning: {warning}") for warning in report.warnings),
         _summary(report),
         "<h2>SQNR by layer</h2>",
         _figure(pictures["sqnr"], "SQNR of every layer, by projection and block", _sqnr_caption(report)),

@@ -10,11 +10,15 @@ from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE
+from convert_w4a8.report.values import value_warnings
 from convert_w4a8.sources import find_source, sources
 from convert_w4a8.sources.carried import find_by_groups, find_carried
 from convert_w4a8.targets import targets
 from convert_w4a8.targets.base import Target
 from convert_w4a8.text import counted, human_bytes, printable, table
+
+_SMALL_BYTES = 1 << 20
+"""Norms, biases, routers: reading larger tensors would take as long as a conversion."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class LayerKind:
 class Inspection:
     """A checkpoint at a glance. Sizes in bytes.
 
+    warnings: of values in small tensors that are not quantized.
     carried: how many layers of each kind are beside those that are, or can be, converted: FP8 ones.
     settings_place: where its quantization's settings are, in words.
     """
@@ -45,12 +50,13 @@ class Inspection:
     tensors: int
     kinds: Mapping[LayerKind, int]
     settings: Mapping[str, Any]
+    warnings: tuple[str, ...]
     carried: Mapping[str, int]
     settings_place: str = ""
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Read headers, and of each layer its zero-points and g_idx.
+    """Read headers, of each layer its zero-points and g_idx, and small tensors that are not quantized.
 
     Raises:
         ConvertError: the format is unknown.
@@ -60,18 +66,23 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     config = checkpoint.quantization_config
     kinds: dict[LayerKind, int] = {}
     problems: list[Problem] = []
+    quantized: set[str] = set()
     source = next((source for source in sources() if source.matches(checkpoint)), None)
     if source is None:
         target = _target_of(checkpoint)
         name = str(config["quant_method"])
         for module in target.find_layers(checkpoint):
             w = target.decode(checkpoint, module, read_tensor)
+            quantized.update(
+                spec.name for mode in target.MODES for spec in target.tensor_specs(module, *w.shape_nk, mode)
+            )
             _count(
                 kinds, LayerKind(module.rpartition(".")[2], is_expert(module), *w.shape_nk, GROUP_SIZE, False, False)
             )
     else:
         name = source.NAME
         for spec in source.find_layers(checkpoint, problems):
+            quantized.update(part.name for part in spec.parts.values())
             kind = LayerKind(
                 projection=spec.name.rpartition(".")[2],
                 expert=is_expert(spec.name),
@@ -97,6 +108,9 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         files=len({info.path for info in checkpoint.tensors.values()}),
         tensors=len(checkpoint.tensors),
         kinds=kinds,
+        warnings=value_warnings(
+            info for name, info in checkpoint.tensors.items() if name not in quantized and info.nbytes <= _SMALL_BYTES
+        ),
         settings={key: value for key, value in config.items() if isinstance(value, str | int | float | bool)},
         carried=counts,
         settings_place=checkpoint.settings_place,
@@ -135,6 +149,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         "settings": dict(found.settings),
         "carried": dict(found.carried),
         "settings_place": found.settings_place,
+        "warnings": list(found.warnings),
     }
 
 
@@ -156,8 +171,9 @@ def as_text(found: Inspection) -> str:
         f"format     {printable(found.format)} ({architectures or 'architecture not named'})",
         f"size       {human_bytes(found.nbytes)} in {counted(found.files, 'file')}, {counted(found.tensors, 'tensor')}",
         "settings   " + ", ".join(printable(f"{key}={value}") for key, value in found.settings.items()),
-        *(f"beside     {counted(count, 'layer')}: {printable(kind)}" for kind, count in found.carried.items()),
         f"           in {printable(found.settings_place)}",
+        *(f"beside     {counted(count, 'layer')}: {printable(kind)}" for kind, count in found.carried.items()),
+        *(f"warning    {printable(warning)}" for warning in found.warnings),
         "",
     ]
     return "\n".join(head) + table(rows, ("layer", "count", "N×K", "group", "zero-points", "act-order"))

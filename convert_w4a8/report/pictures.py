@@ -6,9 +6,12 @@ Colours are Okabe and Ito's, which the colour-blind tell apart; lines differ in 
 import importlib.util
 import io
 import math
+import os
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -23,6 +26,7 @@ from convert_w4a8.version import install_command
 COLORS = {"source": "#555555", "naive": "#D55E00", "reference": "#0072B2", "output": "#009E73", "limit": "#CC79A7"}
 _MARKERS = {"naive": "v", "reference": "s", "output": "o"}
 _DASHES = {"naive": ":", "reference": "--", "output": "-"}
+NAMES = ("scales", "products", "sqnr")
 _WIDTH = 10.0
 """Inches."""
 _DPI = 144
@@ -50,24 +54,40 @@ def require_matplotlib() -> None:
 
 
 def draw(report: Report) -> dict[str, bytes]:
-    """Return the pictures by name (scales, products, sqnr), each a PNG.
+    """Return the pictures by name (of NAMES), each a PNG.
 
     Raises:
         ConvertError: matplotlib is not installed.
 
     """
     require_matplotlib()
-    import matplotlib as mpl  # noqa: PLC0415
+    with _elsewhere():
+        import matplotlib as mpl  # noqa: PLC0415
 
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names in writing that the font does not have
-        mpl.rcdefaults()  # not what a matplotlibrc in the working directory says
+        mpl.rcdefaults()  # not what the user's own matplotlibrc says
         mpl.rcParams.update(_STYLE)
         return {
             "scales": _png(_draw_scales(report)),
             "products": _png(_draw_products(report)),
             "sqnr": _png(_draw_sqnr(report)),
         }
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Go to the package's directory: matplotlib reads the `matplotlibrc` of the working directory when imported.
+
+    That may be a checkpoint's, and be wrong, a pipe, or without end. The working directory is every thread's.
+    """
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chdir(Path(__file__).parent)
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def _png(figure: Any) -> bytes:

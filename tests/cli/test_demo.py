@@ -20,7 +20,7 @@ MAKE = ROOT / "scripts" / "checkpoints" / "make_demo_checkpoint.py"
 def commands() -> list[list[str]]:
     """Return the commands of the script that use what the set-up made."""
     lines = (ROOT / "scripts" / "demo.sh").read_text(encoding="utf-8").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith(".venv/bin/")]
+    return [shlex.split(line) for line in lines if line.startswith('"$venv"/bin/')]
 
 
 def test_the_demo_runs_and_has_a_good_number(tmp_path: Path) -> None:

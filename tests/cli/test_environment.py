@@ -63,7 +63,7 @@ def test_env_says_what_there_is() -> None:
     document = found()
     assert document.keys() == KEYS
     assert document["versions"]["w4a8-convert"] == convert_w4a8.__version__
-    assert document["versions"]["torch"] == torch.__version__
+    assert document["versions"]["torch"] == torch.__version__  # with what it was built for, unlike its metadata
     assert document["versions"]["numba"] == numba.__version__
     assert document["cpu"]["usable_cores"] >= 1
     assert document["memory"]["total_bytes"] > document["memory"]["available_bytes"] > 1 << 20
@@ -112,7 +112,7 @@ def test_env_where_something_is_broken(broken: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, broken, None)
     document = found()
     assert any(broken in note for note in document["notes"])
-    assert document["versions"]["torch"] == torch.__version__
+    assert document["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert invoke("env").exit_code == 0
 
 

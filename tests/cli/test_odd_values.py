@@ -9,7 +9,8 @@ from checkpoint_edits import write_case
 from click.testing import CliRunner, Result
 
 from convert_w4a8.cli.convert import convert_command
-from convert_w4a8.cli.output import check_writable, echo_json
+from convert_w4a8.cli.files import check_writable
+from convert_w4a8.cli.output import echo_json
 from convert_w4a8.errors import ConvertError
 
 

@@ -469,7 +469,7 @@ def synthetic(layer: LayerReport, figures: Distributions) -> Report:
     return Report(
         name="one", source_name="in", converted_with=None, source_format="gptq", target_format="lut",
         scales_mode=None, layers=(layer,), dequantized=(), distributions=figures, stored_tables=False,
-        weights=weight_memory([(16, 128)], 0), kv=kv_cache({}), nbytes_in=1, nbytes_out=1,
+        weights=weight_memory([(16, 128)], 0), kv=kv_cache({}), nbytes_in=1, nbytes_out=1, warnings=(),
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def environment(place: Path, base: Path, rng: random.Random, needs: list[str]) -
             )
             label = name
             variables[name] = rng.choice((str(locked), "/nonexistent/x", "/dev/null", "", "~nosuchuser", "/dev/full/x"))
+            may += (place.parent / "cwd" / "~nosuchuser",)  # as who sets the variable asks for
         case 2:
             label = "locale"
             variables |= {
@@ -132,7 +133,7 @@ def environment(place: Path, base: Path, rng: random.Random, needs: list[str]) -
     return Case(
         f"{label}: {' '.join(command[:1])}",
         command,
-        (*may, *([place.parent / "cwd"] if False else [])),
+        may,
         reads,
         prepare,
         variables,

@@ -101,7 +101,7 @@ def paths(place: Path, base: Path, rng: random.Random, needs: list[str]) -> Case
     may: tuple[Path, ...]
     json_too = ["--json"] * rng.randrange(2)
     label = f"{role} is {kind!r}"
-    reads = (Path("/"),)  # the names of devices and directories that are looked at; content is refused, or OUT's
+    reads = (value, Path(os.path.realpath(value)), base)  # what the user names is theirs to name
     convert = ["convert", str(source), str(out), "--device", "cpu", *needs]
     drop = drop_capabilities
     match role:
@@ -127,14 +127,13 @@ def paths(place: Path, base: Path, rng: random.Random, needs: list[str]) -> Case
             )
             may += (place / "a",) if kind == "below absent ones" else ()
             if given in (" ", "-", "org/name", "a/b@c", "file:///x", "@"):
-                may = (value,)
+                may = _made(value, place)
             return Case(
                 label, ["convert", str(source), given, "--device", "cpu", *needs, *flags, *json_too], may, reads, drop
             )
         case "--html" | "--png-dir":
-            may = (value, *value.parents) if kind in ("absent", "file", "empty", "below absent ones") else (value,)
-            may = (place / "a", *may) if kind == "below absent ones" else may[:1]
-            # Pictures go through links, and beside what is there.
+            may = _made(value, place)
+            # Pictures are written through links to directories, and beside what is there.
             real = Path(os.path.realpath(value))
             may += (
                 tuple(real / f"{picture}.png" for picture in ("products", "scales", "sqnr"))
@@ -146,12 +145,12 @@ def paths(place: Path, base: Path, rng: random.Random, needs: list[str]) -> Case
             return Case(label, [*command, *json_too], (*may, home), reads, drop, {"HOME": str(home)}, left=True)
         case "--baseline" | "--write-baseline":
             command = ["check", str(source), "--sample", "--device", "cpu", *needs, f"{role}={given}"]
-            may = (value, place / "a", Path(os.path.realpath(value))) if role == "--write-baseline" else ()
+            may = _made(value, place) if role == "--write-baseline" else ()
             home = place.parent / "home"
             return Case(label, [*command, *json_too], (*may, home), reads, drop, {"HOME": str(home)}, left=True)
         case "GITHUB_STEP_SUMMARY":
             command = ["check", str(source), "--sample", "--device", "cpu", *needs, *json_too]
-            return Case(label, command, (value, Path(os.path.realpath(value))), reads, drop, {role: given}, left=True)
+            return Case(label, command, (value,), reads, drop, {role: given}, left=True)
         case "TMPDIR" | "HF_HOME":
             command = rng.choice(
                 (
@@ -164,9 +163,9 @@ def paths(place: Path, base: Path, rng: random.Random, needs: list[str]) -> Case
             may = (value, *elsewhere, *place.parents[:1]) if role == "TMPDIR" else (value,)
             return Case(label, [*command, *json_too], may, reads, drop, {role: given})
         case "cwd":
+            os.mkdir(place.parent / "gone")
 
             def go() -> None:
-                os.mkdir(place.parent / "gone")
                 os.chdir(place.parent / "gone")
                 if rng.random() < 0.5:
                     os.rmdir(place.parent / "gone")
@@ -175,11 +174,17 @@ def paths(place: Path, base: Path, rng: random.Random, needs: list[str]) -> Case
             command = rng.choice(
                 (convert, ["inspect", str(source)], ["convert", "../place/in", str(out)], ["inspect", "."], ["env"])
             )
-            return Case("working directory is gone", [*command, *json_too], (out,), reads, go)
+            return Case("working directory is gone", [*command, *json_too], (out, place.parent / "gone"), reads, go)
         case _:
             said = _inside(source, rng)
             command = rng.choice((convert, convert, ["inspect", str(source)], ["check", str(source), "--sample"]))
             return Case(said, [*command, *json_too], (out,), (), drop)
+
+
+def _made(value: Path, place: Path) -> tuple[Path, ...]:
+    """Return what may be made for a file: itself, and the directories above it that are not there yet."""
+    above = [path for path in value.parents if place.parent in path.parents and not os.path.lexists(path)]
+    return (value, *above)
 
 
 def _inside(source: Path, rng: random.Random) -> str:
@@ -222,7 +227,7 @@ def _inside(source: Path, rng: random.Random) -> str:
             (target / "x").write_bytes(b"x")
             target.chmod(0)
         case "out":
-            target.symlink_to(rng.choice(("/etc/passwd", "../file", "../full", "/")))
+            target.symlink_to(rng.choice(("/etc/passwd", "../file", "../full", "/", "../../secret/private")))
         case "dangling":
             target.symlink_to("nowhere")
         case "device":

@@ -32,7 +32,7 @@ from class_numbers import numbers
 from class_paths import paths
 from class_streams import streams
 from class_text import text
-from judge import Case, faults, picture, run_case
+from judge import Case, faults, furnish, picture, run_case, seconds_of
 from sandbox import run, table
 
 from convert_w4a8.cli import render as _render  # noqa: F401
@@ -131,6 +131,7 @@ def one_case(
     place = directory / f"case{number}" / "place"
     place.mkdir(parents=True)
     shutil.copytree(base / "in", place / "in")
+    furnish(place)
     try:
         case = CLASSES[kind](place, base, rng, needs)
         before = picture(place)
@@ -151,7 +152,7 @@ def one_case(
             kind,
             f"{base.name}: {case.label}: w4a8 {' '.join(case.arguments)[:300]}",
             found,
-            outcome.seconds,
+            seconds_of(outcome),
             outcome.mib,
             outcome.code,
         )

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH109, PTH115, PTH118, PTH208  (names as bytes)
+# ruff: noqa: PTH115, PTH118, PTH112, PTH113, PTH114, PTH119, PTH120, PTH208  (names as bytes)
 """What a run may do, whatever it was given: how it ends, what it prints, reads, writes and takes.
 
 Used by fuzz_classes.py. A case is one command line in a directory of its own; `run_case` runs it, and `faults` says
@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sandbox import Outcome, run
+import click
+from sandbox import TIMEOUT, Outcome, run
+from watching import Watch, log_openings
 
 from convert_w4a8.cli.main import main as command
 
@@ -33,11 +35,18 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 W4A8 = Path(sys.prefix) / "bin" / "w4a8"
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal obeys instead of showing it, newlines apart."""
+_EXPECTED = re.compile(r"libgomp: |(convert|verify|report|check) +\d+%, |(numba|Triton) cannot be used \(")
+"""Lines on stderr of a run that succeeds: of the OpenMP library before we begin, of progress, of slower kernels."""
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+_PRIVATE = re.compile("/etc/passwd|/proc/.*/(environ|mem)|.*/secret/.*")
+"""Files of the machine that no case gives, but to which links of some lead."""
+SECRET = "not for anybody else"
+"""What a file says that lies beside the case, and that must not get anywhere."""
+_OWN = ("output", "opened", "tmp", "secret")
+"""What the judge keeps beside the case."""
 _CACHES = ("~/.cache", "~/.config")
 _KERNELS = _REPOSITORY / "convert_w4a8" / "kernels"
 """Where numba keeps what it compiles."""
-_WRITING = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"})
 
 
 @dataclass
@@ -64,11 +73,13 @@ class Case:
     left: bool = False
 
 
-def picture(root: Path) -> dict[str, str]:
-    """Return what every file, link and directory below a directory is, and when it changed; content if it is small."""
-    found = {}
+def picture(place: Path) -> dict[str, str]:
+    """Return what every file, link and directory around a case is, and when it changed; content if it is small."""
+    found, root = {}, place.parent
     for directory, folders, files in os.walk(root):
-        for name in (*folders, *files):
+        if directory == str(root):
+            folders[:] = [name for name in folders if name not in _OWN]
+        for name in (*folders, *(files if directory != str(root) else ())):
             path = os.path.join(directory, name)
             status = os.lstat(path)
             content = ""
@@ -97,14 +108,21 @@ def drop_capabilities() -> None:
     libc.capset(header, data)
 
 
-def run_case(case: Case, place: Path) -> tuple[Outcome, list[str]]:
-    """Run a case; return how it ended and what it opened, made or removed (in this package's own interpreter)."""
-    log = place.parent / "opened"
+def furnish(place: Path) -> None:
+    """Make what a case has around it: the directory that it begins in, and a file that is none of its business."""
+    for name in ("tmp", "cwd", "secret"):
+        (place.parent / name).mkdir(exist_ok=True)
+    (place.parent / "secret" / "private").write_text(SECRET)
+
+
+def run_case(case: Case, place: Path, command: click.Command = command) -> tuple[Outcome, list[str]]:
+    """Run a case; return how it ended and what it opened, made or removed."""
     temporary = place.parent / "tmp"
-    temporary.mkdir(exist_ok=True)
     environment = {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", **case.environment}
+    watch = Watch([place.parent / "secret", *_directories_outside(case, place)])
     if case.fresh:
-        return _run_fresh(case, place, environment), []
+        return _run_fresh(case, place, environment), ["r" + path for path in watch.close()]
+    log = place.parent / "opened"
 
     def prepare() -> None:
         for name, value in environment.items():
@@ -115,60 +133,30 @@ def run_case(case: Case, place: Path) -> tuple[Outcome, list[str]]:
         os.chdir(case.cwd or place.parent / "cwd")
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         case.prepare()
-        _watch(descriptor)
+        log_openings(descriptor)
 
-    (place.parent / "cwd").mkdir(exist_ok=True)
     outcome = run(command, case.arguments, place.parent / "output", prepare)
     opened = log.read_bytes().decode("utf-8", "surrogateescape").split("\0") if log.exists() else []
-    return outcome, [line for line in opened if line]
+    return outcome, [line for line in opened if line] + ["r" + path for path in watch.close()]
 
 
-def _watch(descriptor: int) -> None:
-    """Write down each path that this process opens, makes or removes. Cannot be undone."""
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" or event in _WRITING:
-            path = arguments[0]
-            if isinstance(path, str | bytes | os.PathLike):
-                full = _absolute(event, arguments, os.fsencode(path))
-                mark = b"r" if event == "open" and not _is_writing(arguments) else b"w"
-                if full is not None:
-                    os.write(descriptor, mark + full + b"\0")
-
-    sys.addaudithook(hook)
-
-
-def _absolute(event: str, arguments: tuple[object, ...], path: bytes) -> bytes | None:
-    """Return the path that is meant; None for a directory that is there already, and where it cannot be known.
-
-    os.open does not tell relative to which directory: what is not in the working directory is in one opened before.
-    """
-    if event == "os.mkdir" and os.path.lexists(path):
-        return None
-    if path.startswith(b"/"):
-        return path
-    last = arguments[-1]
-    if event not in ("open", "os.truncate") and isinstance(last, int) and last >= 0:
-        return os.path.join(os.readlink(b"/proc/self/fd/%d" % last), path)
-    if event == "open" and arguments[1] is None and not os.path.lexists(path):
-        return None
-    try:
-        return os.path.join(os.getcwdb(), path)
-    except OSError:
-        return None
-
-
-def _is_writing(arguments: tuple[object, ...]) -> bool:
-    flags = arguments[2] if len(arguments) > 2 else 0
-    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+def _directories_outside(case: Case, place: Path) -> list[Path]:
+    """Return the directories around IN and OUT, where nothing is to be opened."""
+    inside = [place / "in", *case.writes, *case.reads, *(place.parent / name for name in _OWN)]
+    found = []
+    for directory, folders, _ in os.walk(place.parent):
+        folders[:] = [name for name in folders if Path(directory, name) not in inside]
+        found.append(Path(directory))
+    return [directory for directory in found if directory != place.parent]
 
 
 def _run_fresh(case: Case, place: Path, environment: Mapping[str, str | None]) -> Outcome:
     output = place.parent / "output"
     output.mkdir(exist_ok=True)
-    (place.parent / "cwd").mkdir(exist_ok=True)
     merged = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
     merged = {name: value for name, value in merged.items() if environment.get(name, "") is not None}
+    merged["PYTHONPATH"] = str(_REPOSITORY)  # what is attacked is this checkout, whatever is installed
+    started = time.monotonic()
     with (output / "stdout").open("wb") as stdout, (output / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
             [sys.executable, str(W4A8), *case.arguments],
@@ -184,12 +172,21 @@ def _run_fresh(case: Case, place: Path, environment: Mapping[str, str | None]) -
         finally:
             process.returncode = 0  # it has been waited for
     out, err = [(output / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]
-    seconds = usage.ru_utime + usage.ru_stime  # the clock would measure what else this machine does
-    return Outcome(os.waitstatus_to_exitcode(status), out, err, seconds, usage.ru_maxrss / 1024)
+    seconds, cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+    return Outcome(os.waitstatus_to_exitcode(status), out, err, seconds, usage.ru_maxrss / 1024, cpu)
+
+
+def seconds_of(outcome: Outcome) -> float:
+    """Return how long a run took by the clock; where others' work waits for the same cores, by the processor's.
+
+    A run that waits for something takes the processor no time: it is ended at last, and has taken until then.
+    """
+    is_crowded = os.getloadavg()[0] > (os.cpu_count() or 1) + 1 and outcome.seconds < TIMEOUT
+    return outcome.cpu_seconds if is_crowded else outcome.seconds
 
 
 def _wait(pid: int) -> tuple[int, int, resource.struct_rusage]:
-    deadline = time.monotonic() + 6 * MAX_SECONDS
+    deadline = time.monotonic() + TIMEOUT
     while True:
         found = os.wait4(pid, os.WNOHANG)
         if found[0]:
@@ -210,14 +207,16 @@ def faults(
         found.append(f"ended with {outcome.code}: {outcome.stderr[-600:]!r}")
     elif not case.quiet:
         found += _wrong_output(case, outcome)
-    if outcome.seconds > MAX_SECONDS:
-        found.append(f"took {outcome.seconds:.1f} s")
+    if (seconds := seconds_of(outcome)) > MAX_SECONDS:
+        found.append(f"took {seconds:.1f} s")
     if outcome.mib > base_mib + MAX_MIB:
         found.append(f"took {outcome.mib:.0f} MiB")
     found += _outside(case, opened, place)
-    allowed = tuple(os.path.relpath(path, place) for path in case.writes)
+    found += _leaks(case, outcome, place)
+    root = place.parent
+    allowed = tuple(os.path.relpath(path, root) for path in case.writes)
     if "--resume continues" in outcome.stderr:  # a disk that fails: what is finished is kept, and that is said
-        allowed += tuple(os.path.relpath(path.parent / f".{path.name}.w4a8-partial", place) for path in case.writes)
+        allowed += tuple(os.path.relpath(path.parent / f".{path.name}.w4a8-partial", root) for path in case.writes)
     after = picture(place)
     changed = {name for name, _ in set(after.items()) ^ set(before.items())}
     changed = {name for name in changed if not any(name == p or name.startswith(p + "/") for p in allowed)}
@@ -225,10 +224,10 @@ def faults(
     changed = {name for name in changed if not (before.get(name, "").startswith("directory") and name in after)}
     if changed:
         found.append(f"written outside OUT: {sorted(changed)[:4]!r}")
-    new = [name for name in after if name not in before and ".w4a8-partial" not in name]
+    new = [name for name in after if name.startswith("place/") and name not in before and ".w4a8-partial" not in name]
     if outcome.code and not case.left and new:
         found.append(f"left behind: {new[:4]!r}")
-    if (place.parent / "tmp").is_dir() and (left := os.listdir(place.parent / "tmp")):
+    if left := os.listdir(root / "tmp"):
         found.append(f"left in TMPDIR: {left[:4]!r}")
     return found
 
@@ -251,7 +250,7 @@ def _wrong_output(case: Case, outcome: Outcome) -> list[str]:
             found.append(f"not one line: {outcome.stderr[-600:]!r}")
     if outcome.code == 2 and not re.search(r"^Error: ", outcome.stderr, re.MULTILINE):
         found.append(f"wrong usage without a reason: {outcome.stderr[-600:]!r}")
-    said = [line for line in outcome.lines if line and not line.startswith("libgomp: ")]  # who says so before we begin
+    said = [line for line in outcome.lines if line and not _EXPECTED.match(line)]
     if outcome.code == 0 and said and "--verbose" not in case.arguments:
         found.append(f"succeeded, but says {outcome.stderr[-600:]!r}")
     if "--json" in case.arguments and outcome.code in (0, 1):
@@ -262,6 +261,25 @@ def _wrong_output(case: Case, outcome: Outcome) -> list[str]:
     return found
 
 
+def _leaks(case: Case, outcome: Outcome, place: Path) -> list[str]:
+    """Return where the secret went."""
+    found = [name for name in ("stdout", "stderr") if SECRET in getattr(outcome, name)]
+    for written in (path for path in case.writes if place in path.parents):
+        files = [Path(written, name) for name in _files(written)] if os.path.isdir(written) else [written]
+        found += [str(file) for file in files if _holds_secret(file)]
+    return [f"reads outside: the secret is in {name!r}" for name in found]
+
+
+def _files(directory: Path) -> Iterable[str]:
+    for folder, _, files in os.walk(directory):
+        yield from (os.path.join(folder, name) for name in files)
+
+
+def _holds_secret(file: Path) -> bool:
+    is_small = os.path.isfile(file) and not os.path.islink(file) and file.stat().st_size < 1 << 26
+    return is_small and SECRET.encode() in file.read_bytes()
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
@@ -269,14 +287,17 @@ def _no_constant(name: str) -> float:
 def _outside(case: Case, opened: Iterable[str], place: Path) -> list[str]:
     """Return what was opened that is none of the case's business."""
     work = tuple(path.parent / f".{path.name}.w4a8-partial" for path in case.writes)
-    written = (*case.writes, *work, place.parent / "tmp", "/dev", _REPOSITORY / "kernels", _KERNELS)
+    written = (*case.writes, *work, place.parent / "tmp", "/dev", "/proc", _REPOSITORY / "kernels", _KERNELS)
     read = (*written, place / "in", *case.reads, *_SYSTEM, sys.prefix, sys.base_prefix, _REPOSITORY)
-    parents = [str(path.parent) for path in case.writes]  # flushed, and looked at
+    # Flushed, and looked at; the working directory, which is gone back to.
+    directories = [*(str(path.parent) for path in case.writes), str(case.cwd or place.parent / "cwd")]
     found = []
     for line in opened:
         mark, path = line[0], os.path.normpath(line[1:])
         allowed = [*map(str, written if mark == "w" else read), *map(os.path.expanduser, _CACHES)]
         inside = any(path == prefix or path.startswith(prefix.rstrip("/") + "/") for prefix in allowed)
-        if not inside and path not in parents and not path.endswith(".__path_hook__"):
+        private = _PRIVATE.fullmatch(path) and path not in map(str, case.reads)
+        new = os.path.dirname(path) in directories and os.path.basename(path).startswith(".w4a8-")  # takes its place
+        if (private or not inside) and path not in directories and not new:
             found.append(f"{'writes' if mark == 'w' else 'reads'} outside: {path!r}")
     return sorted(set(found))[:4]

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_edits import edit_tensors, write_case
+from paths import ROOT
 
 from convert_w4a8 import Options, convert, verify
 from convert_w4a8.errors import Problem
@@ -113,6 +114,11 @@ def zero_all(tensor: torch.Tensor) -> None:
     tensor.zero_()
 
 
+def double_all(tensor: torch.Tensor) -> None:
+    """Double everything."""
+    tensor.mul_(2)
+
+
 DAMAGE: list[tuple[str, str, str, Callable[[torch.Tensor], None]]] = [
     *(("lut", "weight_packed", f"bit {bit}", flip(bit)) for bit in range(0, 32, 5)),
     ("lut", "weight_packed", "exchanged", exchange_codes),
@@ -128,9 +134,11 @@ DAMAGE: list[tuple[str, str, str, Callable[[torch.Tensor], None]]] = [
     ("entries", "weight_lut", "exponent bit", flip(6)),
     ("entries", "weight_lut", "swapped", swap(1, 8)),
     ("entries", "weight_lut", "zero", zero(1, 8)),
+    ("entries", "weight_lut", "doubled", double(1, 8)),
     ("lut", "weight_chan_scale", "sign", flip(31)),
     ("lut", "weight_chan_scale", "exponent bit", flip(23)),
     ("lut", "weight_chan_scale", "top exponent bit", flip(30)),
+    ("lut", "weight_chan_scale", "swapped", swap(0)),
     ("lut", "weight_chan_scale", "zero", zero(0)),
     ("lut", "weight_chan_scale", "doubled", double(0)),
     *(("compressed-tensors", "weight_packed", f"bit {bit}", flip(bit)) for bit in range(0, 32, 5)),
@@ -143,6 +151,7 @@ DAMAGE: list[tuple[str, str, str, Callable[[torch.Tensor], None]]] = [
     ("compressed-tensors", "weight_scale", "zero", zero(0)),
     ("compressed-tensors", "weight_scale", "doubled", double(0)),
     ("compressed-tensors", "weight_shape", "bit 0", flip(0)),
+    ("compressed-tensors", "weight_shape", "all zero", zero_all),
 ]
 
 
@@ -159,13 +168,23 @@ def test_damage_to_one_layer_is_found(pair: Pair, role: str, damage: Callable[[t
     assert all(problem.subject.startswith(MODULE) for problem in found)
 
 
+COPIED: dict[str, Callable[[torch.Tensor], None]] = {
+    "bit 0": flip(0),
+    "bit 7": flip(7),
+    "bit 14": flip(14),
+    "exchanged": exchange_two,
+    "all zero": zero_all,
+    "doubled": double_all,
+}
+
+
 @pytest.mark.parametrize("codes", SOURCES)
 @pytest.mark.parametrize("output", ["lut"])
-@pytest.mark.parametrize("change", [flip(0), flip(7), flip(14), exchange_two])
+@pytest.mark.parametrize("change", COPIED)
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
-def test_damage_to_a_copied_tensor_is_found(pair: Pair, name: str, change: Callable[[torch.Tensor], None]) -> None:
+def test_damage_to_a_copied_tensor_is_found(pair: Pair, name: str, change: str) -> None:
     """What is copied is compared byte for byte."""
-    edit_tensors(pair[1], lambda tensors: change(tensors[name]))
+    edit_tensors(pair[1], lambda tensors: COPIED[change](tensors[name]))
     before = verify(pair[1], pair[0]).problems
     assert [problem.subject for problem in before] in ([name], [])
     if not before:  # the two elements were equal
@@ -238,22 +257,22 @@ def test_every_key_of_the_configuration_counts(pair: Pair) -> None:
     assert missed == []
 
 
+ADDED = (
+    "pytorch_model.bin",
+    "modeling_llama.py",
+    "model.pt",
+    "sub/x.pkl",
+    "a.npz",
+    "b.so",
+    "extra.ckpt",
+    "M.PTH",
+    "x.gguf",
+)
+
+
 @pytest.mark.parametrize("codes", ["kept"])
 @pytest.mark.parametrize("output", ["lut"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "pytorch_model.bin",
-        "modeling_llama.py",
-        "model.pt",
-        "sub/x.pkl",
-        "a.npz",
-        "b.so",
-        "extra.ckpt",
-        "M.PTH",
-        "x.gguf",
-    ],
-)
+@pytest.mark.parametrize("name", ADDED)
 def test_added_files_that_run_code_fail(pair: Pair, name: str) -> None:
     """Whoever loads the output with another program would run them."""
     (pair[1] / name).parent.mkdir(exist_ok=True)
@@ -278,3 +297,38 @@ def test_added_code_in_the_configuration_fails(pair: Pair) -> None:
     file = pair[1] / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoModel": "m.M"}}))
     assert [problem.subject for problem in problems(pair)] == ["config.json: auto_map"]
+
+
+# The table of it.
+
+
+def damage_table() -> str:
+    """Return what is injected here and whether it is found, as Markdown."""
+    outputs = {"lut": "`lut`", "entries": "`lut`, `direct`", "compressed-tensors": "`compressed-tensors`"}
+
+    def by_tensor(cases: Iterable[tuple[str, str, str]], found: str) -> list[tuple[str, str, str]]:
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for output, role, name in cases:
+            kinds.setdefault((output, role), []).append(name)
+        return [
+            (f"`{role}` ({outputs[output]})", ", ".join(dict.fromkeys(names)), found)
+            for (output, role), names in kinds.items()
+        ]
+
+    rows = [
+        *by_tensor((case[:3] for case in DAMAGE), "yes"),
+        ("copied tensors", ", ".join(COPIED), "yes"),
+        ("config.json", "each key taken away, each changed, `auto_map` added", "yes"),
+        ("files", "added: " + ", ".join(f"`{name}`" for name in ADDED), "yes"),
+        ("files", "added: others, such as `notes.txt`", "named"),
+        *by_tensor((case[1:4] for case in CANNOT), "no"),
+        ("`weight_scale`, `weight_lut`", "last bit of one among many; an entry that no code uses", "no"),
+        ("config.json", "its block `conversion`, which describes, and decides nothing", "no"),
+    ]
+    return "\n".join(["| in | damage | found |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def test_the_table_in_the_documents_is_this_one() -> None:
+    """What is said to be found, and what not, is what is injected here."""
+    text = (ROOT / "docs" / "explanation" / "reliability.md").read_text(encoding="utf-8")
+    assert damage_table() in text, damage_table()
