@@ -3,7 +3,7 @@
     python scripts/gpu/bench_decode.py [--shapes 6144x4096 ...] [--tokens 1 16 64 ...] [--tune] [--json FILE]
 
 Every time is one call in a CUDA graph of calls with different weights, which exceed the L2 several times; launches
-are included. The floor is the layer's bytes (codes and tables) at the rate of a reduction in the same run. Peers are
+are included. The floor is the layer's bytes (codes and tables) at the rate of a reduction of 2 GiB. Peers are
 vLLM's own ops, where vLLM is installed: CUTLASS W4A8, Machete W4A16, BF16 by torch. Every result of ours is compared
 with float64 first. With --tune, ways of cutting the work are tried, and the best of each printed.
 """
@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,6 @@ class Layers:
         ]
         self.channel = torch.rand(n, device="cuda") / 64
 
-    def floor(self) -> float:
-        """Return the microseconds of a reduction that reads as many bytes as one layer has."""
-        codes = [packed.view(torch.int64) for packed in self.packed]
-        time = microseconds([partial(torch.sum, words.view(torch.float64).view(-1)) for words in codes])
-        return time * self.nbytes / (self.n * self.k // 2)
 
 
 class Activations:
@@ -108,7 +103,7 @@ def peers(layers: Layers, act: Activations) -> Iterator[tuple[str, list[Call]]]:
     """Yield the other kernels that are here, on layers of the same shape."""
     n, k = layers.n, layers.k
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, len(layers.packed) // 4))]
-    yield "BF16", [partial(torch.nn.functional.linear, act.x, w) for w in weights]
+    yield "bf16", [partial(torch.nn.functional.linear, act.x, w) for w in weights]
     ops = vllm_ops()
     if ops is None:
         return
@@ -119,13 +114,13 @@ def peers(layers: Layers, act: Activations) -> Iterator[tuple[str, list[Call]]]:
         cutlass.append(
             partial(ops.cutlass_w4a8_mm, act.tokens, shown, tables.flatten(), 128, channel, act.scale, None, None)
         )
-    yield "CUTLASS W4A8", cutlass
+    yield "cutlass", cutlass
     scales = (torch.rand(k // 128, n, device="cuda") / 64).bfloat16()
     machete: list[Call] = []
     for packed in layers.packed:
         laid = ops.machete_prepack_B(packed.view(-1).view(n, k // 8).t(), torch.bfloat16, U4B8, torch.bfloat16)
         machete.append(partial(ops.machete_mm, act.x, laid, U4B8, None, scales, None, 128, None, None, None))
-    yield "Machete W4A16", machete
+    yield "machete", machete
 
 
 def vllm_ops() -> Any:
@@ -144,46 +139,38 @@ def candidates(m: int, n: int, k: int) -> list[gpu.Launch]:
     return [gpu.Launch(block, s, stages, chain=chain) for s, stages, chain in product(splits, (4, 5), (False, True))]
 
 
-def measure(layers: Layers, m: int, *, tune: bool) -> list[Row]:
-    """Return a row for each kernel: its time, and that of reading the layer."""
-    act = Activations(m, layers.k)
-    shape = {"n": layers.n, "k": layers.k, "m": m}
-    rows: list[Row] = []
-    floor = layers.floor()
+def measure(layers: Layers, act: Activations, launch: gpu.Launch) -> Row:
+    """Return our time and error for one way of cutting the work."""
+    calls = ours(layers, act, launch)
+    row = {"n": layers.n, "k": layers.k, "m": act.m, "error": relative_error(layers, act, calls[0])}
+    return row | {"ours_us": microseconds(calls)} | asdict(launch)
+
+
+@cache
+def bytes_per_microsecond() -> float:
+    """Return how fast a reduction of 2 GiB reads."""
+    words = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
+    return words.nbytes / microseconds([partial(torch.sum, words)] * 2)
+
+
+def compare(layers: Layers, act: Activations) -> Row:
+    """Return the times of our kernel as it comes, of reading the layer, and of the other kernels."""
+    floor = layers.nbytes / bytes_per_microsecond()
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    rule = gpu.choose_launch(m, layers.n, layers.k, sms)
-    for launch in dict.fromkeys([rule, *(candidates(m, layers.n, layers.k) if tune else [])]):
-        calls = ours(layers, act, launch)
-        error = relative_error(layers, act, calls[0])
-        rows.append(
-            shape
-            | {"kernel": "ours", "us": microseconds(calls), "floor_us": floor, "error": error, "rule": launch == rule}
-            | asdict(launch)
-        )
-    if not tune:
-        for name, calls in peers(layers, act):
-            row = shape | {"kernel": name, "us": microseconds(calls), "floor_us": floor}
-            if name.startswith("CUTLASS"):
-                row["cutlass_error"] = relative_error(layers, act, calls[0])
-            rows.append(row)
-    return rows
+    row = measure(layers, act, gpu.choose_launch(act.m, layers.n, layers.k, sms)) | {"floor_us": floor}
+    for name, calls in peers(layers, act):
+        row[f"{name}_us"] = microseconds(calls)
+        if name == "cutlass":
+            row["cutlass_error"] = relative_error(layers, act, calls[0])
+    return row
 
 
-def show(rows: list[Row], *, tune: bool) -> None:
+def show(row: Row) -> None:
     """Print the figures of one shape and number of tokens."""
-    first = rows[0]
-    text = f"{first['n']:>6} x {first['k']:<6} M = {first['m']:<4} floor {first['floor_us']:6.1f}"
-    if tune:
-        for row in [*sorted(rows, key=lambda row: float(row["us"]))[:3], first]:
-            text += f" | {row['us']:6.2f} S={row['splits']} stages={row['stages']} {'chain' if row['chain'] else ''}"
-        text += " (rule)"
-    else:
-        text += "".join(
-            f" | {row['kernel']} {row['us']:6.1f}"
-            + (f" ({row['cutlass_error']:.5f})" if "cutlass_error" in row else "")
-            for row in rows
-        )
-    print(text, f"| error {first['error']:.5f}", flush=True)
+    text = f"{row['n']:>6} x {row['k']:<6} M = {row['m']:<4}"
+    text += "".join(f" | {name[:-3]} {row[name]:6.1f}" for name in row if name.endswith("_us"))
+    text += f" | parts {row['splits']}, stages {row['stages']}{', chain' if row['chain'] else ''}"
+    print(f"{text} | error {row['error']:.5f}, CUTLASS's {row.get('cutlass_error', math.nan):.5f}", flush=True)
 
 
 def main() -> None:
@@ -203,14 +190,20 @@ def main() -> None:
     for shape in args.shapes:
         layers = Layers(*map(int, shape.split("x")))
         for m in args.tokens:
-            found = measure(layers, m, tune=args.tune)
-            show(found, tune=args.tune)
+            act = Activations(m, layers.k)
+            if args.tune:
+                found = [measure(layers, act, launch) for launch in candidates(m, layers.n, layers.k)]
+                found.sort(key=lambda row: float(row["ours_us"]))
+            else:
+                found = [compare(layers, act)]
+            for row in found[:3]:
+                show(row)
             rows += found
         del layers
         torch.cuda.empty_cache()
     question = "How fast is a linear layer at small batches, beside other kernels and the memory?"
     print(line(save(args, question, rows, packages=VLLM_PACKAGES)))
-    if any(row.get("error", 0) > 0.004 for row in rows):
+    if any(row["error"] > 0.004 for row in rows):
         raise SystemExit(1)
 
 
