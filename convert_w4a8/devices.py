@@ -29,6 +29,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "repack": {"cuda": "gpu", "cpu": "cpu"},
     "codes": {"cuda": "gpu", "cpu": "cpu"},
     "tables": {"cuda": "gpu"},
+    "gemm": {"cuda": "gpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
 _COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}
@@ -107,6 +108,26 @@ class Tables(Protocol):
         """Expand group scales float8_e4m3fn [G, N] to tables float8_e4m3fn [G, N, 8]."""
 
 
+class Gemm(Protocol):
+    """Products with a layer in the LUT layout, for the few tokens of a decode step."""
+
+    def gemm(
+        self,
+        tokens: torch.Tensor,
+        token_scale: torch.Tensor,
+        packed: torch.Tensor,
+        tables: torch.Tensor,
+        channel_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """Multiply FP8 activations by a layer; bfloat16 [M, N].
+
+        tokens: float8_e4m3fn [M, K]. token_scale: float32 [M, 1]. packed: int32 [K/32, 4·N]; N a multiple of 16, K of
+        128. tables: float8_e4m3fn [K/128, N, 8]. channel_scale: float32 [N].
+
+        output[m, n] = token_scale[m] · channel_scale[n] · Σ_k tokens[m, k] · weight[n, k], summed in float32.
+        """
+
+
 def repack(device: torch.device) -> Repack:
     """Return what changes packings on a device."""
     operations: Repack = _kernels("repack", device)
@@ -123,6 +144,20 @@ def tables(device: torch.device) -> Tables:
     """Return what makes tables on a device."""
     operations: Tables = _kernels("tables", device)
     return operations
+
+
+def gemm(device: torch.device) -> Gemm:
+    """Return what multiplies by layers on a device."""
+    operations: Gemm = _kernels("gemm", device)
+    return operations
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Return why Triton cannot compile kernels for a device; None where it can."""
+    if device.type != "cuda":
+        return "there is no CUDA device"
+    with _importing:
+        return _triton_problem()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -197,14 +232,21 @@ def _kernels(operation: str, device: torch.device) -> Any:
 
 @cache
 def _triton_works() -> bool:
-    """Return whether Triton can launch kernels: it needs a C compiler and Python's headers, not only a GPU."""
+    """Return whether Triton can launch kernels; say once why not."""
+    problem = _triton_problem()
+    return problem is None or _without("Triton", problem)
+
+
+@cache
+def _triton_problem() -> str | None:
+    """Return what Triton lacks: it needs a C compiler and Python's headers, not only a GPU."""
     if find_spec("triton") is None:
-        return _without("Triton", "it is not installed")
+        return "it is not installed"
     try:
         import_module("triton.runtime").driver.active.get_current_target()  # compiles, if it never has
     except Exception as error:  # noqa: BLE001 - whatever it lacks, torch can do without
-        return _without("Triton", next(iter(str(error).splitlines()), type(error).__name__))
-    return True
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return None
 
 
 @cache

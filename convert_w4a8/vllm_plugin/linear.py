@@ -5,7 +5,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -27,6 +26,7 @@ from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, partition
+from convert_w4a8.vllm_plugin.gemm import decode_kernel, lut_gemm
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 
 
@@ -87,6 +87,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         compat.require_op_dtypes(packed, table, channel)
         if self.tables is TableForm.SCALE:
             table = multiply_tables(table)
+        decode_kernel(packed.device)  # prepares it, before CUDA graphs are captured
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         shown = {
             "weight_packed": packed.view(-1, packed.shape[1] // 4),
@@ -97,15 +98,10 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N]. The ops, and their order, are stock W4A8's."""
+        """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N], activations quantized as stock W4A8 does it."""
         tokens, token_scales = self.quant_fp8(x.reshape(-1, x.shape[-1]))
-        output: torch.Tensor = ops.cutlass_w4a8_mm(
-            a=tokens,
-            b_q=layer.weight_packed,
-            b_group_scales=getattr(layer, self.table_name),
-            b_group_size=GROUP_SIZE,
-            a_token_scales=token_scales,
-            b_channel_scales=layer.weight_chan_scale,
+        output: torch.Tensor = lut_gemm(
+            tokens, token_scales, layer.weight_packed, getattr(layer, self.table_name), layer.weight_chan_scale
         )
         if bias is not None:
             output.add_(bias)

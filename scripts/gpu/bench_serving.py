@@ -24,9 +24,11 @@ import vllm_engine
 from make_random_checkpoint import FORMATS, SHAPES, ensure
 from results import add_options
 
-CASES: tuple[tuple[int, int], ...] = ((1, 512), (16, 512), (64, 512), (1, 8192))
+CASES: tuple[tuple[int, int], ...] = ((1, 512), (8, 512), (32, 512), (64, 512), (128, 512), (1, 8192))
 """Batch size and prompt tokens."""
 NEW_TOKENS = 128
+CUTLASS = "lut:cutlass"
+"""The plugin without its decode kernel."""
 
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +68,13 @@ def main() -> int:
     """Make the checkpoints, run the engines, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--kinds", nargs=2, choices=FORMATS, default=("w4a16", "lut"), help="baseline, ours")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=[*FORMATS, CUTLASS],
+        default=("w4a16", "stock", CUTLASS, "lut"),
+        help="the baseline, and what is compared with it",
+    )
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="four layers, one repeat, batch 1 and 16")
@@ -84,40 +92,44 @@ def main() -> int:
         directories = ensure(args.shape, root, 4 if args.quick else None)
         for kind in args.kinds:
             llm = {
-                "model": str(directories[kind]),
+                "model": str(directories[kind.partition(":")[0]]),
                 "dtype": "bfloat16",
                 "skip_tokenizer_init": True,
                 "max_model_len": max(length for _, length in cases) + 2 * NEW_TOKENS,
-                "max_num_seqs": 64,
+                "max_num_seqs": 128,
                 "max_num_batched_tokens": 8192,
                 "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
                 "gpu_memory_utilization": 0.5,
                 "enable_prefix_caching": False,
-                "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
+                "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]},
                 "disable_log_stats": False,  # or requests have no metrics
                 "generation_config": "vllm",
             }
             payload = {"llm": llm, "cases": cases, "repeats": args.repeats, "vocabulary": shape.vocabulary}
-            found[kind] = vllm_engine.run_worker(__file__, payload)
+            environment = {"W4A8_LUT_DECODE": "cutlass"} if kind == CUTLASS else {}
+            found[kind] = vllm_engine.run_worker(__file__, payload, environment=environment)
             kernels = ", ".join(found[kind]["kernels"])
             print(f"{kind}: start {found[kind]['start_s']} s, all {found[kind]['wall_s']} s; {kernels}", flush=True)
     finally:
         if args.dir is None:
             shutil.rmtree(root)
-    base, ours = args.kinds
+    base, *others = args.kinds
     rows = [
         {
+            "kind": kind,
             "batch": a["batch"],
             "prompt": a["prompt"],
             **{f"{name}_base": a[name] for name in ("ttft_ms", "tpot_ms", "batch_s")},
             **{name: b[name] for name in ("ttft_ms", "tpot_ms", "batch_s")},
             **{f"{name}_gain": a[f"{name}_ms"] / b[f"{name}_ms"] - 1 for name in ("ttft", "tpot")},
         }
-        for a, b in zip(found[base]["cases"], found[ours]["cases"], strict=True)
+        for kind in others
+        for a, b in zip(found[base]["cases"], found[kind]["cases"], strict=True)
     ]
     times = ("ttft_ms_base", "ttft_ms", "tpot_ms_base", "tpot_ms")
     cells = [
         (
+            row["kind"],
             row["batch"],
             row["prompt"],
             *(f"{row[name]:.2f}" for name in times),
@@ -125,12 +137,12 @@ def main() -> int:
         )
         for row in rows
     ]
-    header = ("batch", "prompt", f"TTFT ms {base}", f"TTFT ms {ours}", f"TPOT ms {base}", f"TPOT ms {ours}")
+    header = ("kind", "batch", "prompt", f"TTFT ms {base}", "TTFT ms", f"TPOT ms {base}", "TPOT ms")
     text = vllm_engine.table((*header, "TTFT faster", "TPOT faster"), cells)
     chosen = {kind: result["kernels"] for kind, result in found.items()}
     text += "".join(f"\n{kind}: {', '.join(names)}" for kind, names in chosen.items())
     settings = {"shape": args.shape, "quick": args.quick, "new_tokens": NEW_TOKENS, "kernels": chosen}
-    vllm_engine.finish(args, f"How fast is {ours}, beside {base}?", rows, text, **settings)
+    vllm_engine.finish(args, f"How fast is serving, beside {base}?", rows, text, **settings)
     return 0
 
 

@@ -43,7 +43,9 @@ def plugin_environment() -> dict[str, str]:
     return env
 
 
-def run_worker(script: str, payload: dict[str, Any], timeout: float = 420) -> dict[str, Any]:
+def run_worker(
+    script: str, payload: dict[str, Any], timeout: float = 420, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run `script --worker PAYLOAD RESULT` in a process of its own and return what it wrote to RESULT.
 
     Beside that: `wall_s`, and `kernels`, the lines in which vLLM's log names the kernels that it chose. Raises
@@ -56,8 +58,9 @@ def run_worker(script: str, payload: dict[str, Any], timeout: float = 420) -> di
         start = time.perf_counter()
         with log.open("wb") as output:
             try:
+                env = plugin_environment() | dict(environment or {})
                 code = subprocess.run(
-                    command, stdout=output, stderr=output, env=plugin_environment(), timeout=timeout, check=False
+                    command, stdout=output, stderr=output, env=env, timeout=timeout, check=False
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = -1

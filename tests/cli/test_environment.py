@@ -55,6 +55,7 @@ def forgetful() -> Iterator[None]:
     yield
     devices._numba_works.cache_clear()
     devices._triton_works.cache_clear()
+    devices._triton_problem.cache_clear()
     devices._missing.clear()
 
 
@@ -69,7 +70,7 @@ def test_env_says_what_there_is() -> None:
     assert document["memory"]["total_bytes"] > document["memory"]["available_bytes"] > 1 << 20
     assert {"cpu"} <= {kernel["device"] for kernel in document["kernels"]}
     by = {kernel["operation"]: kernel["by"] for kernel in document["kernels"] if kernel["device"] == "cpu"}
-    assert by == {"repack": "numba", "codes": "numba", "tables": "torch"}
+    assert by == {"repack": "numba", "codes": "numba", "tables": "torch", "gemm": "torch"}
     assert all(kernel["why_not"] is None for kernel in document["kernels"])
     assert document["caches"].keys() == {"hub", "numba", "triton", "temporary"}
     assert document["workers"] == jobs.worker_count()

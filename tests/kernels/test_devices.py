@@ -18,6 +18,7 @@ from convert_w4a8 import devices, kernels
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.kernels.codes import reference as codes_reference
+from convert_w4a8.kernels.gemm import reference as gemm_reference
 from convert_w4a8.kernels.repack import reference as repack_reference
 from convert_w4a8.kernels.tables import reference as tables_reference
 from convert_w4a8.linear import Packing
@@ -25,13 +26,18 @@ from convert_w4a8.linear import Packing
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FOLDER = Path(next(iter(kernels.__path__)))
 OPERATIONS = pytest.mark.parametrize("operation", devices._OPERATIONS)
-REFERENCES = {"repack": repack_reference, "codes": codes_reference, "tables": tables_reference}
+REFERENCES = {
+    "repack": repack_reference,
+    "codes": codes_reference,
+    "tables": tables_reference,
+    "gemm": gemm_reference,
+}
 
 
 @pytest.fixture(autouse=True)
 def untried() -> Iterator[None]:
     """Forget what can compile kernels, before and after."""
-    cached = (devices._numba_works, devices._triton_works)
+    cached = (devices._numba_works, devices._triton_works, devices._triton_problem)
     for function in cached:
         function.cache_clear()
     yield

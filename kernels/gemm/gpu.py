@@ -1,0 +1,309 @@
+"""Small-batch GEMM over the LUT layout: FP8 activations times INT4 weights that a table turns into FP8.
+
+A tile of 16 output and 32 input channels of the layout is, byte for byte, what the 32 threads of a warp hold of an
+operand of the 8-bit tensor-core instruction (PTX ISA, mma.m16n8k32, and the register operand of wgmma). So the words go
+from memory to registers, through the table, into the instruction, and no thread needs another's.
+
+A block computes `BLOCK_N` output channels for all tokens, over one of `SPLITS` parts of K. Where there are several,
+each leaves its sums in a workspace, and the last one to arrive adds all of them, in the order of K: the same bytes
+whatever the order of blocks.
+"""
+
+# Arguments of Triton functions have no Python types.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+GROUP = 128
+BLOCK_N = 64
+MAX_TOKENS = 128
+"""The most rows of activations that one launch takes."""
+_BLOCKS_PER_SM = 3
+"""Blocks that a multiprocessor holds side by side, with the copies in flight that keep the memory busy."""
+_SPLITS = 4
+"""Parts of K beyond which the sum at the end costs more than it gains."""
+_MANY_TOKENS = 64
+"""From here on the sums of parts are as large as the weights, and sums in float32 cost registers."""
+_LONG_PART = 3584
+"""The least K of a part where there are more tokens than that."""
+_LONG_K = 8192
+"""From here on a block lasts long enough for one more copy in flight."""
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# $2: eight nibbles, four of row g and four of row g + 8. $3, $4 and $7, $8: the tables of the two rows as they are
+# stored, for negative codes; $5, $6 and $9, $10: with the signs flipped, and −0 for the code 0. The three low bits of a
+# nibble choose the entry, its top bit the table: `sign` becomes a selector of byte j of the one or of the other.
+_LOOK_UP = tl.constexpr("""
+{
+.reg .b32 entry, sign, negative, positive;
+lop3.b32 sign, $2, 0x88888888, 0x64206420, 0xEA;
+shr.u32 sign, sign, 1;
+and.b32 entry, $2, 0x77777777;
+prmt.b32 negative, $3, $4, entry;
+prmt.b32 positive, $5, $6, entry;
+prmt.b32 $0, positive, negative, sign;
+shr.u32 entry, entry, 16;
+shr.u32 sign, sign, 16;
+prmt.b32 negative, $7, $8, entry;
+prmt.b32 positive, $9, $10, entry;
+prmt.b32 $1, positive, negative, sign;
+}
+""")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one GEMM is cut: tokens of a block (a power of two from 16), parts of K, copies in flight, warps.
+
+    chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits on Hopper, instead of adding
+        up groups of 128 in float32.
+    """
+
+    block_m: int
+    splits: int
+    stages: int = 4
+    warps: int = 4
+    chain: bool = False
+
+
+def choose_launch(m: int, n: int, k: int, multiprocessors: int) -> Launch:
+    """Return how to cut an [m, n, k] GEMM where nothing was measured: every multiprocessor busy, few parts of K."""
+    blocks = triton.cdiv(n, BLOCK_N)
+    splits = min(_BLOCKS_PER_SM * multiprocessors // blocks, _SPLITS, k // GROUP)
+    if m > _MANY_TOKENS:
+        splits = min(splits, k // _LONG_PART)
+    block_m = max(16, triton.next_power_of_2(m))
+    return Launch(block_m, max(1, splits), stages=5 if k >= _LONG_K else 4, chain=m >= _MANY_TOKENS)
+
+
+def gemm(
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    packed: torch.Tensor,
+    tables: torch.Tensor,
+    channel_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`. ValueError for M > `MAX_TOKENS`."""
+    (m, k), n = tokens.shape, packed.shape[1] // 4
+    launch = choose_launch(m, n, k, _multiprocessors(tokens.device))
+    return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)
+
+
+def gemm_by(
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    packed: torch.Tensor,
+    tables: torch.Tensor,
+    channel_scale: torch.Tensor,
+    launch: Launch,
+) -> torch.Tensor:
+    """Do what `gemm` does, cut as `launch` says."""
+    m, k = tokens.shape
+    n = packed.shape[1] // 4
+    if m > MAX_TOKENS:
+        raise ValueError(f"M = {m} is more than {MAX_TOKENS}")
+    output = torch.empty(m, n, dtype=torch.bfloat16, device=tokens.device)
+    if m == 0:
+        return output
+    blocks = triton.cdiv(n, BLOCK_N)
+    counters = _counters(tokens.device, blocks) if launch.splits > 1 else None
+    splits = launch.splits if counters is not None else 1
+    sums = output  # not used without parts
+    if splits > 1:
+        sums = torch.empty(splits, blocks, BLOCK_N * launch.block_m, dtype=torch.float32, device=tokens.device)
+    with torch.cuda.device_of(tokens):
+        _gemm_kernel[(blocks * splits,)](
+            tokens,
+            packed,
+            tables.view(torch.int64),
+            token_scale,
+            channel_scale,
+            output,
+            sums,
+            output if counters is None else counters,
+            m,
+            n,
+            k,
+            splits,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=BLOCK_N,
+            STAGES=launch.stages,
+            CHAIN=launch.chain,
+            SPLIT=splits > 1,
+            WHOLE=n % BLOCK_N == 0,
+            INTERPRETED=_INTERPRETED,
+            num_warps=launch.warps,
+        )
+    return output
+
+
+_STREAMS = 64
+_COUNTERS = 4096
+"""More than blocks that K is split for: a multiprocessor has several blocks long before."""
+_arrivals: dict[torch.device, torch.Tensor] = {}
+"""Counters of blocks that have arrived, int32 [_STREAMS, _COUNTERS] a device, 0 between launches. Never freed: CUDA
+graphs keep pointing at them."""
+_slots: dict[tuple[torch.device, int], int] = {}
+
+
+def prepare(device: torch.device) -> None:
+    """Allocate what launches on a device share. Not while a CUDA graph is captured: its memory is the graph's."""
+    if device not in _arrivals:
+        _arrivals[device] = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+
+
+def _counters(device: torch.device, blocks: int) -> torch.Tensor | None:
+    """Return counters that no launch on another stream uses; None where there are none, and K must not be split."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not capturing:
+        prepare(device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    slot = _slots.setdefault((device, stream), len(_slots))
+    if device not in _arrivals or slot >= _STREAMS or blocks > _COUNTERS:
+        return None
+    return _arrivals[device][slot]
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def _bytes_of(words, low, high):
+    """Look up the four lower nibbles: four bytes an int32, for the interpreter, which runs no assembly."""
+    found = words * 0
+    for nibble in tl.static_range(4):
+        code = (words >> (4 * nibble)) & 15
+        entry = code & 7
+        half = tl.where(entry < 4, low, high)
+        byte = (half >> (8 * (entry & 3))) & 255
+        byte = tl.where(code < 8, tl.where(entry == 0, 0, byte) ^ 128, byte)
+        found |= byte << (8 * nibble)
+    return found
+
+
+@triton.jit
+def _look_up(words, first, second, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return FP8 weights [BLOCK_N, 128] of words int32 [4, 4·BLOCK_N].
+
+    first, second: the tables int64 [BLOCK_N/2] of the rows with n % 16 < 8, and of those 8 further.
+    """
+    TILES: tl.constexpr = BLOCK_N // 16
+    words = words.reshape(4, TILES, 8, 4, 2)  # [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]
+    SIGNS: tl.constexpr = -0x7F7F7F80  # 0x80 in every byte
+    first_low = first.to(tl.int32).reshape(1, TILES, 8, 1, 1)
+    first_high = (first >> 32).to(tl.int32).reshape(1, TILES, 8, 1, 1)
+    second_low = second.to(tl.int32).reshape(1, TILES, 8, 1, 1)
+    second_high = (second >> 32).to(tl.int32).reshape(1, TILES, 8, 1, 1)
+    if INTERPRETED:
+        upper = _bytes_of(words, first_low, first_high)
+        lower = _bytes_of(words >> 16, second_low, second_high)
+    else:
+        upper, lower = tl.inline_asm_elementwise(
+            _LOOK_UP,
+            "=r,=r,r,r,r,r,r,r,r,r,r",
+            [
+                words,
+                first_low,
+                first_high,
+                (first_low & -256) ^ SIGNS,
+                first_high ^ SIGNS,
+                second_low,
+                second_high,
+                (second_low & -256) ^ SIGNS,
+                second_high ^ SIGNS,
+            ],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    four = tl.join(upper, lower)  # [.., half of n]: the bytes are four k side by side
+    even = tl.join(four.to(tl.int8), (four >> 8).to(tl.int8))  # casts and joins: the bytes stay in their register
+    odd = tl.join((four >> 16).to(tl.int8), (four >> 24).to(tl.int8))
+    weights = tl.join(even, odd).to(tl.float8e4nv, bitcast=True)  # [.., half of n, k % 2, k % 4 // 2]
+    return weights.permute(1, 5, 2, 0, 4, 3, 7, 6).reshape(BLOCK_N, 128)
+
+
+@triton.jit(do_not_specialize=["M", "SPLITS"])
+def _gemm_kernel(
+    tokens,
+    packed,
+    tables,
+    token_scale,
+    channel_scale,
+    output,
+    sums,
+    counters,
+    M,
+    N,
+    K,
+    SPLITS,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    CHAIN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks
+    begin = (K // 128 * part) // SPLITS
+    end = (K // 128 * (part + 1)) // SPLITS
+
+    column = block * (4 * BLOCK_N) + tl.arange(0, 4 * BLOCK_N)[None, :]
+    tile = tl.arange(0, 4)[:, None]
+    packed_at = packed + (begin * 4 + tile).to(tl.int64) * (4 * N) + column
+    half = tl.arange(0, BLOCK_N // 2)
+    row = block * BLOCK_N + half // 8 * 16 + half % 8
+    tables_at = tables + begin.to(tl.int64) * N + row
+    m = tl.arange(0, BLOCK_M)[None, :]
+    tokens_at = tokens + m.to(tl.int64) * K + begin * 128 + tl.arange(0, 128)[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for _ in tl.range(begin, end, num_stages=STAGES):
+        if WHOLE:
+            words = tl.load(packed_at)
+            first = tl.load(tables_at)
+            second = tl.load(tables_at + 8)
+        else:
+            words = tl.load(packed_at, mask=column < 4 * N, other=0)
+            first = tl.load(tables_at, mask=row < N, other=0)
+            second = tl.load(tables_at + 8, mask=row < N, other=0)
+        x = tl.load(tokens_at, mask=m < M, other=0.0)
+        weights = _look_up(words, first, second, BLOCK_N, INTERPRETED)
+        if CHAIN:
+            total = tl.dot(weights, x, total)
+        else:
+            total += tl.dot(weights, x)
+        packed_at += 16 * N
+        tables_at += N
+        tokens_at += 128
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    inside = (m < M) & (n < N)
+    last = True
+    if SPLIT:
+        sums_at = sums + block.to(tl.int64) * (BLOCK_M * BLOCK_N) + (tl.arange(0, BLOCK_N)[:, None] + m * BLOCK_N)
+        stride = blocks.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(sums_at + part * stride, total, mask=m < M)
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + block, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if last:
+            tl.store(counters + block, 0)
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for other in range(0, SPLITS, 4):
+                for ahead in tl.static_range(4):
+                    mask = (m < M) & (other + ahead < SPLITS)
+                    total += tl.load(sums_at + (other + ahead) * stride, mask=mask, other=0.0, cache_modifier=".cg")
+    if last:
+        scaled = total * tl.load(channel_scale + n, mask=n < N, other=0.0)
+        scaled = scaled * tl.load(token_scale + m, mask=m < M, other=0.0)
+        tl.store(output + m.to(tl.int64) * N + n, scaled.to(tl.bfloat16), mask=inside)

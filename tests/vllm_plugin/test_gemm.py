@@ -1,0 +1,86 @@
+"""The one operation of linear layers: what it promises torch.compile, and which kernel it takes."""
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.kernels.gemm import reference
+
+gemm: Any = importlib.import_module("convert_w4a8.vllm_plugin.gemm")
+
+
+def random_case(m: int, n: int = 32, k: int = 256) -> list[torch.Tensor]:
+    packed = torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32)
+    tables = torch.randn(k // 128 * n * 8).mul(20).to(torch.float8_e4m3fn)
+    return [*quantize_tokens(torch.randn(m, k).bfloat16()), packed, tables, torch.rand(n)]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand-ins for both kernels, by the reference; the names of those that ran."""
+    ran: list[str] = []
+
+    def decode(tokens: Any, scale: Any, packed: Any, tables: Any, channel: Any) -> torch.Tensor:
+        ran.append("decode")
+        return reference.gemm(tokens, scale, packed, tables, channel)
+
+    def cutlass(**given: Any) -> torch.Tensor:
+        ran.append("cutlass")
+        k, n = given["a"].shape[1], given["b_q"].shape[1]
+        packed, tables = given["b_q"].view(k // 32, 4 * n), given["b_group_scales"].view(-1, n, 8)
+        return reference.gemm(given["a"], given["a_token_scales"], packed, tables, given["b_channel_scales"])
+
+    monkeypatch.setattr("convert_w4a8.kernels.gemm.gpu.gemm", decode)
+    ops = SimpleNamespace(cutlass_w4a8_mm=cutlass)
+    monkeypatch.setitem(importlib.import_module("sys").modules, "vllm", SimpleNamespace(_custom_ops=ops))
+    monkeypatch.setattr(gemm, "decode_kernel", lambda _device: True)
+    return ran
+
+
+@pytest.mark.parametrize(("m", "expected"), [(1, "decode"), (64, "decode"), (128, "decode"), (129, "cutlass")])
+def test_kernel_by_the_number_of_tokens(m: int, expected: str, kernels: list[str]) -> None:
+    """Both are given the same layer in their own shapes, and give the same."""
+    tokens, scale, packed, tables, channel = random_case(m)
+    found = gemm.lut_gemm(tokens, scale, packed, tables, channel)
+    assert kernels == [expected]
+    k, n = tokens.shape[1], packed.shape[1]
+    same = reference.gemm(tokens, scale, packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel)
+    assert torch.equal(found, same)
+
+
+def test_wide_layers_change_earlier() -> None:
+    """N = 28672: CUTLASS from 65 tokens on."""
+    assert gemm.takes(64, 28672)
+    assert not gemm.takes(65, 28672)
+
+
+def test_without_triton_cutlass_runs_and_is_said_to(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning a process, whatever the number of layers."""
+    monkeypatch.setattr("convert_w4a8.devices.why_not_compiled", lambda _device: "there is no C compiler")
+    gemm.decode_kernel.cache_clear()
+    assert [gemm.decode_kernel(torch.device("cuda")) for _ in range(3)] == [False] * 3
+    gemm.decode_kernel.cache_clear()
+    (record,) = caplog.records
+    assert "there is no C compiler" in record.getMessage()
+    assert "CUTLASS" in record.getMessage()
+
+
+def test_the_variable_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W4A8_LUT_DECODE=cutlass, without a warning."""
+    monkeypatch.setenv(gemm.SETTING, "cutlass")
+    gemm.decode_kernel.cache_clear()
+    assert not gemm.decode_kernel(torch.device("cuda"))
+    gemm.decode_kernel.cache_clear()
+
+
+def test_torch_knows_the_result_without_running_it(kernels: list[str]) -> None:
+    """Shape and dtype, as torch compares them with a run."""
+    case = random_case(3)
+    torch.library.opcheck(gemm.lut_gemm, tuple(case), test_utils="test_faketensor")
+    assert kernels
