@@ -1,10 +1,10 @@
 """What new codes will cost, before anything is written: some layers of a plan, quantized in part as a conversion does.
 
 Layers are taken by kind, a kind being the end of a name (self_attn.q_proj, experts.down_proj) with sizes and settings:
-32 layers over all kinds, 64 where they are small, and at least one a kind. The golden ratio spreads them over a kind,
-so that no step of the sample falls in with the number of experts. Of each the tensors are read whole, 256 MiB in all
-at most, and output channels with a quarter of a million weights, spread over the layer, get codes and scales by the
-conversion's own function: what is measured is what the conversion of these channels reports.
+32 layers over all kinds, and at least one a kind. The golden ratio spreads them over a kind, so that no step of the
+sample falls in with the number of experts. Of each the tensors are read whole, 256 MiB in all at most, and output
+channels with a quarter of a million weights, spread over the layer, get codes and scales by the conversion's own
+function: what is measured is what the conversion of these channels reports.
 """
 
 import re
@@ -22,10 +22,8 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import DenseLinear, W4Linear, kept_zeros
 from convert_w4a8.quantization.layer import to_w4a8
 
-LAYERS = 64
+LAYERS = 32
 """Layers that are read at most, of all kinds together; one of each kind if there are more kinds."""
-WEIGHTS = 1 << 23
-"""Weights that get codes, of all kinds together."""
 LAYER_WEIGHTS = 1 << 18
 """Weights of one layer that get codes."""
 NBYTES = 256 << 20
@@ -107,7 +105,7 @@ def sample(plan: Plan) -> list[LayerPlan]:
 
 def _chosen(kinds: Mapping[Hashable, Sequence[LayerPlan]]) -> list[LayerPlan]:
     """Return one layer of each kind, then another one of each, and so on, while they fit."""
-    rows = zip_longest(*(_spread(layers, _share(layers[0], len(kinds))) for layers in kinds.values()))
+    rows = zip_longest(*(_spread(layers, max(1, LAYERS // len(kinds))) for layers in kinds.values()))
     chosen, left = [], NBYTES
     for layer in chain.from_iterable(rows):
         if layer is not None and layer.spec.nbytes <= left:
@@ -134,12 +132,6 @@ def _kind(layer: LayerPlan) -> Hashable:
     spec = layer.spec
     sizes = (spec.out_features, spec.in_features, spec.group_size)
     return kind_name(layer.module), sizes, spec.symmetric, spec.act_order, spec.dense
-
-
-def _share(layer: LayerPlan, kinds: int) -> int:
-    """Return how many layers like this one are read, where there are so many kinds."""
-    weights = min(LAYER_WEIGHTS, layer.spec.out_features * layer.spec.in_features)
-    return max(1, min(LAYERS // kinds, WEIGHTS // (kinds * weights)))
 
 
 def _spread(layers: Sequence[LayerPlan], count: int) -> list[LayerPlan]:
