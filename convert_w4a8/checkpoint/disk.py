@@ -35,6 +35,21 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def real_path(path: Path) -> Path:
+    """Return where a path leads, whether or not there is something.
+
+    Raises:
+        OSError: links lead in a circle. (Path.resolve says so in some versions of Python only.)
+
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+    return path.resolve()
+
+
 def occupied(directory: Path) -> int:
     """Return the bytes that a directory takes on the disk; 0 if it is absent or cannot be read."""
     try:

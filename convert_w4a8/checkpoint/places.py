@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from convert_w4a8.checkpoint.disk import real_path
 from convert_w4a8.errors import ConvertError
 
 _MAX_DEPTH = 16
@@ -24,8 +25,8 @@ def check_link(path: Path, homes: Iterable[Path]) -> Path:
 
     """
     try:
-        real = path.resolve()
-    except (OSError, RuntimeError) as error:  # Python 3.13 has the one, 3.11 the other
+        real = real_path(path)
+    except OSError as error:
         raise ConvertError(str(path), "is a link that leads nowhere", "copy the file that is meant") from error
     if not any(real.is_relative_to(home) for home in homes):
         raise ConvertError(

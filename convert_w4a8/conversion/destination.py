@@ -32,7 +32,9 @@ def check_replaceable(out: Path, source: Checkpoint) -> None:
         block = found.quantization_config
         carried = carried_groups(find_by_groups(found, block.get("carried") or block, []), {})
         mixture = Mixture(tuple(target.find_layers(found)), carried)
-        ours = make_block(target, block, [], target.stored_mode(found), {}, mixture)
+        ignore = block.get("ignore")
+        entries = [str(entry) for entry in ignore] if isinstance(ignore, list) else []
+        ours = make_block(target, block, entries, target.stored_mode(found), {}, mixture)
     except W4A8Error:
         raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy) from None
     if any(block.get(key) != value for key, value in ours.items() if key not in ("ignore", "conversion")):

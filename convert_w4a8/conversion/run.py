@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.disk import check_destination, occupied
+from convert_w4a8.checkpoint.disk import check_destination, occupied, real_path
 from convert_w4a8.checkpoint.files import CARD, CONFIG
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.places import check_name
@@ -38,8 +38,8 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
     for path in (checkpoint.root, out):
         check_name(path.absolute())
     try:
-        source, target = checkpoint.root.resolve(), out.resolve()
-    except (OSError, RuntimeError) as error:  # Python 3.13 has the one, 3.11 the other
+        source, target = checkpoint.root.resolve(), real_path(out)
+    except OSError as error:
         raise ConvertError(str(out), "is or lies behind a link that leads nowhere", "choose another path") from error
     if source == target or source in target.parents or target in source.parents:
         raise ConvertError(str(out), "overlaps the input directory", "choose another output path")

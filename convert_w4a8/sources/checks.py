@@ -64,7 +64,7 @@ def check_bits(module: str, bits: object) -> None:
 
 
 def resolve_groups(module: str, group_size: int, in_features: int) -> tuple[int, int]:
-    """Return (group_size, number of groups), with −1 resolved to all of K.
+    """Return (group_size, number of groups), with −1, and what is larger than K, resolved to all of K.
 
     The last group may be short (GPTQModel writes such files), in layers that the kernel cannot take anyway.
 
@@ -78,7 +78,7 @@ def resolve_groups(module: str, group_size: int, in_features: int) -> tuple[int,
         raise ConvertError(
             module, f"group_size {group_size} does not divide in_features = {in_features}", "repair the configuration"
         )
-    return group_size, -(-in_features // group_size)
+    return min(group_size, in_features), -(-in_features // group_size)
 
 
 def check_tensor(

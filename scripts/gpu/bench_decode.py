@@ -53,7 +53,6 @@ class Layers:
         self.channel = torch.rand(n, device="cuda") / 64
 
 
-
 class Activations:
     """Random activations, in 16 bits and as FP8 with token scales."""
 

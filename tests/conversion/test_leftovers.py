@@ -38,7 +38,7 @@ def words(*shape: int) -> torch.Tensor:
 
 UNREAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "marlin": ({f"{LAYER}.mlp.extra.B": words(16, 64), f"{LAYER}.mlp.extra.s": torch.ones(2, 64)}, "Marlin's own"),
-    "fp8": ({f"{LAYER}.mlp.extra.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)}, "is quantized"),
+    "fp8": ({f"{LAYER}.mlp.extra.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)}, "is FP8, and neither"),
     "fp8-scale": ({f"{LAYER}.mlp.extra.weight_scale_inv": torch.ones(1, 1)}, "part of a quantized weight"),
     "int8-weight": ({f"{LAYER}.mlp.extra.weight": torch.ones(8, 8, dtype=torch.int8)}, "part of a quantized weight"),
     "bitsandbytes": ({f"{LAYER}.mlp.extra.weight.absmax": torch.ones(8)}, "part of a quantized weight"),

@@ -253,7 +253,7 @@ def test_fingerprints_differ_where_the_meaning_of_the_bytes_does(tmp_path: Path)
     """The same tensors are other weights in another version of a format: nothing but config.json says so."""
     source = write_case("gptq-v1-asymmetric", tmp_path / "in").path
     before = [task.fingerprint() for task in shard_tasks(plan_of(source))]
-    edit_quantization(source, checkpoint_format="gptq_v2")
+    edit_quantization(source, checkpoint_format="gptq_v2", format="gptq_v2")
     after = [task.fingerprint() for task in shard_tasks(plan_of(source))]
     layers = [bool(task.layers) for task in shard_tasks(plan_of(source))]
     assert [a != b for a, b in zip(before, after, strict=True)] == layers

@@ -10,7 +10,7 @@ from layer_specs import find_layers
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.errors import ConvertError, PlanError
 from convert_w4a8.sources import find_source
-from convert_w4a8.sources.checks import setting
+from convert_w4a8.sources.checks import resolve_groups, setting
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"
@@ -292,3 +292,9 @@ def test_settings_of_the_right_type_pass(value: int | None) -> None:
     assert setting({"a": value}, "a", int, 5) == (5 if value is None else 3)
     assert setting({}, "a", int, 5) == 5
     assert setting({"a": False}, "a", bool, default=True) is False
+
+
+@pytest.mark.parametrize("group_size", [-1, 264, 265, 1024, 10**30])
+def test_a_group_is_no_larger_than_the_layer(group_size: int) -> None:
+    """Where the last group may be short, one that is larger than K, of whatever size, is all of it."""
+    assert resolve_groups("module", group_size, 264) == (264, 1)

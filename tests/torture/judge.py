@@ -296,7 +296,7 @@ def _outside(case: Case, opened: Iterable[str], place: Path) -> list[str]:
         mark, path = line[0], os.path.normpath(line[1:])
         allowed = [*map(str, written if mark == "w" else read), *map(os.path.expanduser, _CACHES)]
         inside = any(path == prefix or path.startswith(prefix.rstrip("/") + "/") for prefix in allowed)
-        private = _PRIVATE.fullmatch(path) and path not in map(str, case.reads)
+        private = mark == "r" and _PRIVATE.fullmatch(path) and path not in map(str, case.reads)
         new = os.path.dirname(path) in directories and os.path.basename(path).startswith(".w4a8-")  # takes its place
         if (private or not inside) and path not in directories and not new:
             found.append(f"{'writes' if mark == 'w' else 'reads'} outside: {path!r}")

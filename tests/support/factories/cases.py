@@ -164,6 +164,7 @@ CASES: tuple[Case, ...] = (
         AutoRound(
             extra={
                 "model.layers.0.mlp.up_proj": {"bits": 16, "data_type": "float"},
+                "model.layers.0.mlp.gate_proj": {"bits": 16, "data_type": "float"},
                 "o_proj": {"group_size": 256},
                 r".*layers\.1\.mlp.*": {"group_size": -1},
                 "lm_head": {"bits": 4, "group_size": 128, "sym": True, "data_type": "int"},

@@ -80,7 +80,10 @@ def dequantize(parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -
         n = scales.shape[0]
         if words.shape[1] == n:
             # GPTQ: [K/8, N] with codes along K, zeros [G, N/8]; version 1 has taken 1 from each, with a borrow.
-            offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 0x11111111
+            # AutoRound has packings of both kinds.
+            packing = str(settings.get("packing_format", settings.get("backend"))).removeprefix("auto_round:")
+            is_v2 = settings.get("checkpoint_format") == "gptq_v2" or packing in ("auto_round", "gptqmodel")
+            offset = 0 if is_v2 else 0x11111111
             codes = nibbles(words.t().contiguous())
             return _apply(codes, scales, nibbles(parts["qzeros"] + offset).float().t(), parts.get("g_idx"))
         codes = _awq_order(nibbles(words)).t()
