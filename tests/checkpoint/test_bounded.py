@@ -68,7 +68,7 @@ def test_headers(make: Callable[[], str], reason: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     del header
-    began = time.monotonic()
+    began = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(ConvertError, match=reason):
@@ -76,7 +76,7 @@ def test_headers(make: Callable[[], str], reason: str, tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < MEBIBYTES << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
 
 
 @pytest.mark.parametrize("text", ['{"a":[' + "[]," * 3_000_000 + "[]]}", '{"a":[' + "1," * 6_000_000 + "1]}"])

@@ -303,6 +303,11 @@ def test_weights_can_be_reloaded(vllm: vllm_sources.Ranks, kind: str, silent: Ca
 @pytest.mark.parametrize("kind", [*KINDS, "experts"])
 def test_a_model_that_is_deleted_is_gone(vllm: vllm_sources.Ranks, kind: str) -> None:  # noqa: ARG001
     """What vLLM keeps for reloading does not hold on to the layer, and so not to its memory on the GPU."""
+    if kind == "ReplicatedLinear":
+        plain = weakref.ref(getattr(linear_classes(), kind)(*KINDS[kind][0], bias=False))
+        gc.collect()
+        if plain() is not None:
+            pytest.skip("with this Python, vLLM's own layer without quantization stays, too")
     layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
     layer = _experts() if kind == "experts" else _make(kind)
     layerwise.record_metadata_for_reloading(layer)
