@@ -43,7 +43,7 @@ def found(deed: Deed, place: Path, **keywords: object) -> list[str]:
 
 
 def base_mib() -> float:
-    """Return what this process, from which runs are forked, takes that these begin with: not the files that it reads."""
+    """Return what this process, from which runs are forked, takes and these begin with: not the files that it reads."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) / 1024
 
