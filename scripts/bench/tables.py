@@ -79,6 +79,12 @@ COLUMNS: dict[str, Columns] = {
     "perplexity-awq": PERPLEXITY,
     "perplexity-vllm-gptq": VLLM_PERPLEXITY,
     "perplexity-vllm-awq": VLLM_PERPLEXITY,
+    "sources-served": (
+        ("source", "{source}"),
+        ("converted to", "`{format}`"),
+        ("nats/token over the source", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
+        ("likeliest token the same", "{agreement:.1%}"),
+    ),
     "decode": (
         ("N × K", "{n} × {k}"),
         ("tokens", "{m}"),
