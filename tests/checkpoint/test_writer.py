@@ -485,7 +485,7 @@ def test_the_journal_has_a_line_for_each_finished_file(tmp_path: Path) -> None:
     (shard,) = [plan for plan in plans if plan.file_name == "model-00001-of-00003.safetensors"]
     first, second = read_journal(tmp_path / "out")
     assert first == {"fingerprint": {"a": 1}}
-    assert second.keys() == {"file", "shard", "pieces", "layers"}
+    assert second.keys() == {"file", "shard", "pieces", "layers", "infinities"}
     assert (second["file"], second["shard"]) == (shard.file_name, "shard 1")
     assert second["layers"] == {"layer 0": {"noise": 0.0}, "both": 0}
     size = (work_path(tmp_path / "out") / "checkpoint" / shard.file_name).stat().st_size
