@@ -12,6 +12,7 @@ import pytest
 import torch
 from judge import Case, faults, furnish, picture, run_case
 from safetensors.torch import load_file, save_file
+from sandbox import run
 
 Deed = Callable[[Path], object]
 
@@ -39,13 +40,8 @@ def found(deed: Deed, place: Path, **keywords: object) -> list[str]:
     case = Case("a case", ["convert"], (place / "out",), **keywords)  # type: ignore[arg-type]
     before = picture(place)
     outcome, opened = run_case(case, place, command)
-    return faults(case, outcome, opened, place, before, base_mib())
-
-
-def base_mib() -> float:
-    """Return what this process, from which runs are forked, takes and these begin with: not the files that it reads."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) / 1024
+    nothing = run(click.Command("nothing"), [], place.parent / "output").mib
+    return faults(case, outcome, opened, place, before, nothing)
 
 
 def refuse(message: str, code: int = 1) -> Deed:
