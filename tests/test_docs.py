@@ -120,7 +120,14 @@ def test_command_lines_have_options_that_exist(document: Path) -> None:
             assert set(re.findall(r"(?<!\S)\[?(--[\w-]+)", rest)) <= {*options(found), "--version", "--help"}, rest
     for script, rest in re.findall(r"((?:scripts|tests)/[\w/]+\.py) ([^`#|;\n]*)", text):
         for option in re.findall(r"(?<!\S)--[\w-]+", rest):
-            assert f'"{option}"' in (ROOT / script).read_text(encoding="utf-8"), f"{script} {option}"
+            assert f'"{option}"' in source_of(ROOT / script), f"{script} {option}"
+
+
+def source_of(script: Path) -> str:
+    """Return the text of a script, and of those beside it that it imports, which may add options."""
+    text = script.read_text(encoding="utf-8")
+    beside = (script.parent / f"{name}.py" for name in re.findall(r"^from (\w+) import", text, re.MULTILINE))
+    return text + "".join(path.read_text(encoding="utf-8") for path in beside if path.is_file())
 
 
 @pytest.mark.parametrize("name", convert_w4a8.__all__)
