@@ -72,8 +72,9 @@ def test_threads_write_to_two_files_and_no_third(workers: int, monkeypatch: pyte
     together = [{file for _, _, file in running} for running in recorder.beside]
     assert {"a", "b"} in together
     assert all(len(files) <= 3 for files in together)  # a file's last job may still run when the next but one begins
-    assert recorder.begun.index("c0") >= min(recorder.begun.index("a7"), recorder.begun.index("b7"))
-    assert recorder.begun.index("d0") >= recorder.begun.index("a7")
+    begun = {name: place for place, name in enumerate(recorder.begun)}  # threads may overtake each other as they begin
+    assert begun["c0"] + workers > min(begun["a7"], begun["b7"])
+    assert begun["d0"] + workers > begun["a7"]
 
 
 def test_jobs_are_asked_for_when_their_file_comes() -> None:
