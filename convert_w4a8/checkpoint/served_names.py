@@ -26,15 +26,45 @@ _CALLED_OTHERWISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
     (frozenset({"falcon_h1"}), re.compile(r"\.self_attn(?=\.)"), ""),
     (frozenset({"minimax_m2"}), re.compile(r"\.block_sparse_moe(?=\.)"), ".mlp"),
     (frozenset({"exaone"}), re.compile(r"^transformer(?=\.)"), "model"),
+    # transformers' own model, which vLLM runs where it has none of that architecture
+    (frozenset({"phimoe"}), re.compile(r"\.block_sparse_moe\.gate$"), ".mlp.router"),
+    (frozenset({"whisper"}), re.compile(r"^(?:model\.)?((?:en|de)coder\.layers\.\d+)(?=\.)"), r".\1.layers"),
+    (
+        frozenset({"whisper"}),
+        re.compile(r"^(?:model\.)?((?:en|de)coder\.layers\.\d+)\.(?=fc[12]$)"),
+        r".\1.layers.mlp.",
+    ),
+    (
+        frozenset({"gemma3n", "gemma3n_text"}),
+        re.compile(r"\.(?=(?:per_layer_model_projection|altup_projections)(?:\.|$))"),
+        ".self_decoder.",
+    ),
+    # vLLM's mapper takes the first `.model` out again.
+    (
+        frozenset({"aria"}),
+        re.compile(r"^(?:model\.language_model|language_model\.model)(?=\.layers\.)"),
+        "language_model.model.model",
+    ),
 )
 """Model types whose layers have another name where vLLM asks whether they are quantized (`prefix`) than where it loads
 them, which no mapper of vLLM's says."""
+
+_MAPPED_AWAY: tuple[tuple[frozenset[str], re.Pattern[str]], ...] = (
+    (frozenset({"gpt_oss"}), re.compile(r"\.experts\.0\.down_proj$")),
+)
+"""Names by which vLLM asks for layers of some model types, and which the mapper of their model changes in `ignore`."""
 
 
 def also_called(model: VllmModel, modules: Iterable[str]) -> set[str]:
     """Return the other names under which vLLM's model asks for some modules."""
     rules = [(pattern, new) for types, pattern, new in _CALLED_OTHERWISE if not types.isdisjoint(model.names)]
     return {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
+
+
+def said_by_patterns(model: VllmModel, modules: Iterable[str]) -> set[str]:
+    """Return the modules that only a pattern can name, which vLLM's mappers leave alone."""
+    rules = [pattern for types, pattern in _MAPPED_AWAY if not types.isdisjoint(model.names)]
+    return {module for module in modules if any(rule.search(module) for rule in rules)}
 
 
 def served_names(modules: Iterable[str]) -> set[str]:
