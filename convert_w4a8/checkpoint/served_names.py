@@ -19,8 +19,8 @@ _ROOTS = frozenset({"model", "language_model", "text_model", "thinker", "transfo
 
 _CALLED_OTHERWISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
     (
-        frozenset({"granitemoehybrid", "falcon_h1", "jamba", "zamba2"}),
-        re.compile(r"(?:\.mamba_decoder)?\.mamba(?=\.)"),
+        frozenset({"granitemoehybrid", "falcon_h1", "jamba"}),
+        re.compile(r"\.mamba(?=\.)"),
         ".mixer",
     ),
     (frozenset({"falcon_h1"}), re.compile(r"\.self_attn(?=\.)"), ""),
@@ -49,6 +49,11 @@ _CALLED_OTHERWISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
 """Model types whose layers have another name where vLLM asks whether they are quantized (`prefix`) than where it loads
 them, which no mapper of vLLM's says."""
 
+_ZAMBA2_LAYER = re.compile(
+    r"model\.layers\.(?P<number>\d{1,4})\.(?:(?P<block>shared_transformer\.(?:self_attn\.)?)|(?:mamba_decoder\.)?(?P<mixer>mamba\.))?"
+    r"(?P<rest>.+)"
+)
+
 _MAPPED_AWAY: tuple[tuple[frozenset[str], re.Pattern[str]], ...] = (
     (frozenset({"gpt_oss"}), re.compile(r"\.experts\.0\.down_proj$")),
 )
@@ -58,7 +63,20 @@ _MAPPED_AWAY: tuple[tuple[frozenset[str], re.Pattern[str]], ...] = (
 def also_called(model: VllmModel, modules: Iterable[str]) -> set[str]:
     """Return the other names under which vLLM's model asks for some modules."""
     rules = [(pattern, new) for types, pattern, new in _CALLED_OTHERWISE if not types.isdisjoint(model.names)]
-    return {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
+    found = {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
+    if "zamba2" in model.names:
+        found |= {name for module in modules if (name := _called_in_zamba2(module, model.hybrid_layers))}
+    return found
+
+
+def _called_in_zamba2(module: str, hybrid_layers: int) -> str | None:
+    """Return how Zamba2 calls a layer: its blocks of attention all alike, other layers by a number behind these."""
+    match = _ZAMBA2_LAYER.match(module)
+    if match is None:
+        return None
+    if match["block"]:
+        return f"model.{match['rest']}"
+    return f"{hybrid_layers + int(match['number'])}.{'mixer.' if match['mixer'] else ''}{match['rest']}"
 
 
 def said_by_patterns(model: VllmModel, modules: Iterable[str]) -> set[str]:

@@ -304,7 +304,6 @@ def test_embeddings_of_a_group_of_their_own(tmp_path: Path) -> None:
     ("model_type", "kept", "asked_for"),
     [
         ("granitemoehybrid", "mamba.in_proj", "mixer.in_proj"),
-        ("zamba2", "mamba_decoder.mamba.in_proj", "mixer.in_proj"),
         ("falcon_h1", "self_attn.x_proj", "x_proj"),
         ("minimax_m2", "block_sparse_moe.gate", "mlp.gate"),
         ("phimoe", "block_sparse_moe.gate", "mlp.router"),
@@ -329,6 +328,11 @@ def test_layers_that_vllm_asks_for_under_another_name(
     [
         ("whisper", "model.encoder.layers.0.fc1", ".encoder.layers.0.layers.mlp.fc1"),
         ("whisper", "model.encoder.layers.0.self_attn.o_proj", ".encoder.layers.0.layers.self_attn.o_proj"),
+        ("zamba2", "model.layers.1.mamba.in_proj", "4.mixer.in_proj"),
+        ("zamba2", "model.layers.1.mamba_decoder.mamba.in_proj", "4.mixer.in_proj"),
+        ("zamba2", "model.layers.1.linear", "4.linear"),
+        ("zamba2", "model.layers.1.shared_transformer.self_attn.o_proj", "model.o_proj"),
+        ("zamba2", "model.layers.1.shared_transformer.feed_forward.down_proj", "model.feed_forward.down_proj"),
         ("gemma3n_text", "model.altup_projections.0", "model.self_decoder.altup_projections.0"),
         ("gemma3n_text", "model.per_layer_model_projection", "model.self_decoder.per_layer_model_projection"),
     ],
@@ -338,7 +342,9 @@ def test_layers_that_vllm_asks_for_under_another_prefix(
 ) -> None:
     """Where its model calls the modules around a layer otherwise."""
     form, version = served
-    block = convert(write(tmp_path / "in", ATTENTION, {f"{kept}.weight": (256, 256)}, model_type=model_type), form)
+    plain = {f"{kept}.weight": (256, 256)}
+    source = write(tmp_path / "in", ATTENTION, plain, model_type=model_type, hybrid_layer_ids=[1, 4, 7])
+    block = convert(source, form)
     with asked(version, block, {}, QKV) as vllm:
         assert not vllm.quantizes(asked_for)
         assert vllm.quantizes(f"{LAYER}.self_attn.qkv_proj")

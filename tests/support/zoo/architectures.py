@@ -9,6 +9,7 @@ from typing import Any
 class Architecture:
     """A model type of transformers.
 
+    given: arguments of the configuration, for parts of it that are not there unless they are asked for.
     settings: what replaces the sizes of `sizes`; a mapping goes into a configuration's part of that name.
     saved: keys that are put into the saved config.json.
     files: other JSON files of the checkpoint.
@@ -17,6 +18,7 @@ class Architecture:
     """
 
     model_type: str
+    given: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
@@ -49,7 +51,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {
         "settings": {
             "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
-            "ffn_config": {"ffn_hidden_size": 512, "moe_num_experts": 4, "moe_top_k": 2},
+            "ffn_config": {"hidden_size": 256, "ffn_hidden_size": 512, "moe_num_experts": 4, "moe_top_k": 2},
+            "d_model": 256,
+            "vocab_size": 512,
             "n_layers": 2,
             "n_heads": 4,
             "max_seq_len": 512,
@@ -63,16 +67,29 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {"settings": {"new_decoder_architecture": True, "ffn_hidden_size": 1024}},
     "gemma3n_text": {"settings": {"activation_sparsity_pattern": [0.0, 0.0]}},
     "gemma3": {"renames": _SIGLIP},
-    "gemma4": {"saved": {"text_config": {"per_layer_config": None}}},
+    "gemma4": {
+        "given": {"vision_config": {"model_type": "gemma4_vision"}},
+        "saved": {"text_config": {"per_layer_config": None}},
+    },
     "gemma4_text": {"saved": {"per_layer_config": None}},
-    "gemma4_unified": {"saved": {"text_config": {"per_layer_config": None}}},
+    "gemma4_unified": {
+        "given": {"vision_config": {"model_type": "gemma4_unified_vision"}},
+        "saved": {"text_config": {"per_layer_config": None}},
+    },
     "glm4_moe": {"saved": {"head_dim": 64}},
     "glm4_moe_lite": {"saved": {"first_k_dense_replace": 1}},
     "glm4v_moe": {"saved": {"text_config": {"head_dim": 64, "use_qk_norm": False}}},
-    "glm5_next": {"settings": {"num_key_value_heads": 4}},
-    "glm_moe_dsa": {"saved": {"first_k_dense_replace": 1}},
+    "glm5_next": {"settings": {"text_config": {"num_key_value_heads": 4}}},
+    "glm_moe_dsa": {"saved": {"first_k_dense_replace": 1, "topk_method": "noaux_tc"}},
     "hunyuan_v1_dense": {"saved": {"use_qk_norm": True}},
-    "hunyuan_v1_moe": {"saved": {"use_qk_norm": True, "moe_intermediate_size": [512, 512]}},
+    "hunyuan_v1_moe": {
+        "saved": {
+            "use_qk_norm": True,
+            "moe_intermediate_size": [512, 512],
+            "use_mixed_mlp_moe": True,
+            "num_shared_expert": [1, 1],
+        }
+    },
     "hunyuan_vl": {"files": {"preprocessor_config.json": {"image_processor_type": "HunYuanVLImageProcessor"}}},
     "hy_v3": {"saved": {"first_k_dense_replace": 1, "expert_hidden_dim": 512, "qk_norm": True, "route_norm": True}},
     "inkling_text": {"saved": {"padded_vocab_size": 512}},
@@ -104,7 +121,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
             "sliding_window_size": 128,
         }
     },
+    "minimax_m3_vl": {
+        "settings": {
+            "projector_hidden_size": 256,
+            "merged_hidden_size": 1024,
+            "text_config": {"dense_intermediate_size": 512},
+        }
+    },
     "minimax_m2": {"saved": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}},
+    "molmo2": {"settings": {"adapter_config": {"vision_feature_layer": [0, 0], "text_hidden_size": 256}}},
     "nemotron": {"settings": {"head_dim": 64, "num_key_value_heads": 2}},
     "nemotron_h": {"settings": {"layers_block_type": ["linear_attention", "full_attention"]}},
     "olmo": {"settings": {"num_key_value_heads": 4}},
@@ -112,12 +137,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "settings": {"projection_dim": 256, "hidden_size": 256, "vision_config": {"projection_dim": 256}},
         "renames": _SIGLIP,
     },
-    "phi": {"settings": {"num_key_value_heads": 4}},
+    "phi": {"settings": {"intermediate_size": 1024, "num_key_value_heads": 4}},
     "qwen2_audio": {"renames": _QWEN2_AUDIO},
     "qwen3_vl_moe": {"saved": {"text_config": {"norm_topk_prob": True}}},
     "zamba2": {
-        "settings": {"attention_hidden_size": 512, "attention_head_dim": 128, "num_key_value_heads": 4},
-        "saved": {"hybrid_layer_ids": [1]},
+        "settings": {
+            "attention_hidden_size": 512,
+            "attention_head_dim": 128,
+            "num_key_value_heads": 4,
+            "hybrid_layer_ids": [1],
+        }
     },
 }
 
