@@ -86,4 +86,5 @@ def decode_fp8(layer: Any) -> torch.Tensor:
     spread = scale.data.float().view(-1, scale.shape[-1] if scale.dim() == 2 else 1)
     for dim, size in enumerate(weight.shape):
         spread = spread.repeat_interleave(-(-size // spread.shape[dim]), dim).narrow(dim, 0, size)
-    return (weight.float() * spread).bfloat16()
+    values: torch.Tensor = (weight.float() * spread).bfloat16()
+    return values
