@@ -14,6 +14,7 @@ class Architecture:
     saved: keys that are put into the saved config.json.
     files: other JSON files of the checkpoint.
     renames: (pattern, replacement) of tensors' names, where published checkpoints have others than transformers saves.
+    transposed: pattern of tensors whose last two dimensions published checkpoints have the other way round.
     split_experts: whether the tool that quantizes writes fused experts [E, K, N] as one layer each.
     """
 
@@ -23,6 +24,7 @@ class Architecture:
     saved: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
+    transposed: str | None = None
     split_experts: bool = False
 
 
@@ -139,7 +141,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "phi": {"settings": {"intermediate_size": 1024, "num_key_value_heads": 4}},
     "qwen2_audio": {"renames": _QWEN2_AUDIO},
-    "qwen3_vl_moe": {"saved": {"text_config": {"norm_topk_prob": True}}},
+    "qwen3_vl_moe": {
+        "transposed": r"\.experts\.(gate_up|down)_proj$",
+        "saved": {"text_config": {"norm_topk_prob": True}},
+    },
     "zamba2": {
         "settings": {
             "attention_hidden_size": 512,
