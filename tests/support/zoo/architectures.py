@@ -96,6 +96,20 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "hy_v3": {"saved": {"first_k_dense_replace": 1, "expert_hidden_dim": 512, "qk_norm": True, "route_norm": True}},
     "inkling_text": {"saved": {"padded_vocab_size": 512}},
     "internvl": {"settings": {"vision_config": {"image_size": [56, 56], "patch_size": [14, 14]}}},
+    "kimi_linear": {
+        "renames": ((r"\.block_sparse_moe\.(gate|up|down)_proj", r".mlp.\1_proj"),),
+        "saved": {
+            "mla_use_nope": True,
+            "first_k_dense_replace": 1,
+            "linear_attn_config": {
+                "kda_layers": [1],
+                "full_attn_layers": [2],
+                "num_heads": 32,
+                "head_dim": 128,
+                "short_conv_kernel_size": 4,
+            },
+        },
+    },
     "laguna": {"settings": {"num_attention_heads_per_layer": [4, 4]}},
     "lfm2": {"saved": _LFM2},
     "lfm2_moe": {"settings": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},

@@ -116,6 +116,7 @@ def prepare() -> None:
     fp8_kernel.is_supported = classmethod(lambda _cls, compute_capability=None: (True, None))  # noqa: ARG005
     linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS[current_platform._enum] = [fp8_kernel]
     torch.accelerator.empty_cache = lambda: None
+    torch.cuda.Stream = torch.cuda.Event = MagicMock  # type: ignore[misc]
     workspace.init_workspace_manager(torch.device("cpu"))
     # vLLM asks another process what a model class can do; this one may as well import it.
     registry._LazyRegisteredModel.inspect_model_cls = lambda self: registry._ModelInfo.from_model_cls(
@@ -158,7 +159,7 @@ def load(directory: Path, rank: Rank) -> torch.nn.Module:
         load_config=LoadConfig(use_tqdm_on_load=False),
         device_config=DeviceConfig("cpu"),
         parallel_config=ParallelConfig(),
-        cache_config=CacheConfig(),
+        cache_config=CacheConfig(enable_prefix_caching=False),
     )
     config.parallel_config.tensor_parallel_size = rank.size
     with _as_rank(rank), set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):

@@ -33,8 +33,8 @@ def write_pair(saved: Path, source: Path, twin: Path, architecture: Architecture
         tensors |= load_file(file)
     for pattern, replacement in architecture.renames:
         tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
-    if (pattern := architecture.transposed) is not None:
-        tensors = {name: tensor.mT if re.search(pattern, name) else tensor for name, tensor in tensors.items()}
+    if (transposed := architecture.transposed) is not None:
+        tensors = {name: tensor.mT if re.search(transposed, name) else tensor for name, tensor in tensors.items()}
     packed: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
     kept = ["lm_head"]
