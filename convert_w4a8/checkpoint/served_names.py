@@ -19,22 +19,70 @@ _ROOTS = frozenset({"model", "language_model", "text_model", "thinker", "transfo
 
 _CALLED_OTHERWISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
     (
-        frozenset({"granitemoehybrid", "falcon_h1", "jamba", "zamba2"}),
-        re.compile(r"(?:\.mamba_decoder)?\.mamba(?=\.)"),
+        frozenset({"granitemoehybrid", "falcon_h1", "jamba"}),
+        re.compile(r"\.mamba(?=\.)"),
         ".mixer",
     ),
     (frozenset({"falcon_h1"}), re.compile(r"\.self_attn(?=\.)"), ""),
     (frozenset({"minimax_m2"}), re.compile(r"\.block_sparse_moe(?=\.)"), ".mlp"),
     (frozenset({"exaone"}), re.compile(r"^transformer(?=\.)"), "model"),
+    # transformers' own model, which vLLM runs where it has none of that architecture
+    (frozenset({"phimoe"}), re.compile(r"\.block_sparse_moe\.gate$"), ".mlp.router"),
+    (frozenset({"whisper"}), re.compile(r"^(?:model\.)?((?:en|de)coder\.layers\.\d+)(?=\.)"), r".\1.layers"),
+    (
+        frozenset({"whisper"}),
+        re.compile(r"^(?:model\.)?((?:en|de)coder\.layers\.\d+)\.(?=fc[12]$)"),
+        r".\1.layers.mlp.",
+    ),
+    (
+        frozenset({"gemma3n", "gemma3n_text"}),
+        re.compile(r"\.(?=(?:per_layer_model_projection|altup_projections)(?:\.|$))"),
+        ".self_decoder.",
+    ),
+    # vLLM's mapper takes the first `.model` out again.
+    (
+        frozenset({"aria"}),
+        re.compile(r"^(?:model\.language_model|language_model\.model)(?=\.layers\.)"),
+        "language_model.model.model",
+    ),
 )
 """Model types whose layers have another name where vLLM asks whether they are quantized (`prefix`) than where it loads
 them, which no mapper of vLLM's says."""
+
+_ZAMBA2_LAYER = re.compile(
+    r"model\.layers\.(?P<number>\d{1,4})\.(?:(?P<block>shared_transformer\.(?:self_attn\.)?)|(?:mamba_decoder\.)?(?P<mixer>mamba\.))?"
+    r"(?P<rest>.+)"
+)
+
+_MAPPED_AWAY: tuple[tuple[frozenset[str], re.Pattern[str]], ...] = (
+    (frozenset({"gpt_oss"}), re.compile(r"\.experts\.0\.down_proj$")),
+)
+"""Names by which vLLM asks for layers of some model types, and which the mapper of their model changes in `ignore`."""
 
 
 def also_called(model: VllmModel, modules: Iterable[str]) -> set[str]:
     """Return the other names under which vLLM's model asks for some modules."""
     rules = [(pattern, new) for types, pattern, new in _CALLED_OTHERWISE if not types.isdisjoint(model.names)]
-    return {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
+    found = {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
+    if "zamba2" in model.names:
+        found |= {name for module in modules if (name := _called_in_zamba2(module, model.hybrid_layers))}
+    return found
+
+
+def _called_in_zamba2(module: str, hybrid_layers: int) -> str | None:
+    """Return how Zamba2 calls a layer: its blocks of attention all alike, other layers by a number behind these."""
+    match = _ZAMBA2_LAYER.match(module)
+    if match is None:
+        return None
+    if match["block"]:
+        return f"model.{match['rest']}"
+    return f"{hybrid_layers + int(match['number'])}.{'mixer.' if match['mixer'] else ''}{match['rest']}"
+
+
+def said_by_patterns(model: VllmModel, modules: Iterable[str]) -> set[str]:
+    """Return the modules that only a pattern can name, which vLLM's mappers leave alone."""
+    rules = [pattern for types, pattern in _MAPPED_AWAY if not types.isdisjoint(model.names)]
+    return {module for module in modules if any(rule.search(module) for rule in rules)}
 
 
 def served_names(modules: Iterable[str]) -> set[str]:

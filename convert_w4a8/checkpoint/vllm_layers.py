@@ -246,5 +246,7 @@ MERGED = (
         ("attn.qkv",),
         "attn.qkv_proj",
     ),
+    Merged(("MiniCPM3ForCausalLM", "minicpm3"), ("q_a_proj",), "q_a_proj"),
+    Merged(("MiniCPM3ForCausalLM", "minicpm3"), ("kv_a_proj_with_mqa",), "kv_a_proj_with_mqa"),
 )
 """Of rows that fit one module, the last counts."""

@@ -248,6 +248,8 @@ class Kept:
     file: str
 
 
+_NAMELESS = "vLLM makes this layer without a name, so that no list can tell it that the layer is in 16 bits"
+
 KEPT = (
     Kept(
         ("GPT2LMHeadModel", "GPT2ForSequenceClassification", "gpt2"),
@@ -255,4 +257,13 @@ KEPT = (
         "vLLM's GPT-2 transposes every tensor `weight` of this layer, since transformers stores it as [K, N]",
         "gpt2.py",
     ),
+    Kept(("DeepseekForCausalLM", "deepseek"), r"\.self_attn\.[qkvo]_proj$", _NAMELESS, "deepseek_v2.py"),
+    Kept(("MiniCPM3ForCausalLM", "minicpm3"), r"\.self_attn\.q_a_proj$", _NAMELESS, "minicpm3.py"),
+    Kept(
+        ("Molmo2ForConditionalGeneration", "molmo2"),
+        r"\.(?:att_proj|attn_out|ff_proj|ff_out)$",
+        _NAMELESS,
+        "molmo2.py",
+    ),
+    Kept(("FuyuForCausalLM", "fuyu"), r"(?:^|\.)vision_embed_tokens$", _NAMELESS, "fuyu.py"),
 )

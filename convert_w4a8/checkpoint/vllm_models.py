@@ -25,17 +25,21 @@ class VllmModel:
 
     names: all `architectures` and `model_type`, of the configurations in it too.
     ones: the settings with the value 1 that a row of the table asks for.
+    hybrid_layers: how many layers Zamba2 counts before all others.
     """
 
     names: frozenset[str]
     ones: frozenset[str]
+    hybrid_layers: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "VllmModel":
         """Read a configuration; what is damaged in it tells nothing."""
         parts = list(_parts(config, _DEPTH))
         names = {name for part in parts for name in _names(part)}
-        return cls(frozenset(names), frozenset(key for part in parts for key in _SETTINGS if part.get(key) == 1))
+        ones = frozenset(key for part in parts for key in _SETTINGS if part.get(key) == 1)
+        hybrids = config.get("hybrid_layer_ids")
+        return cls(frozenset(names), ones, len(hybrids) if isinstance(hybrids, list) else 0)
 
     def loader_row(self, module: str, target: str, *, split: bool = False) -> Touched | None:
         """Return the row of the table that says what vLLM's code does to a converted layer, the worst first.

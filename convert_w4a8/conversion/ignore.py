@@ -22,7 +22,14 @@ from convert_w4a8.checkpoint.names import (
     shards_of,
 )
 from convert_w4a8.checkpoint.safetensors_file import TensorSpec
-from convert_w4a8.checkpoint.served_names import PREFIX_PARTS, also_called, asked_names, expert_names, served_names
+from convert_w4a8.checkpoint.served_names import (
+    PREFIX_PARTS,
+    also_called,
+    asked_names,
+    expert_names,
+    said_by_patterns,
+    served_names,
+)
 from convert_w4a8.checkpoint.vllm_models import VllmModel
 from convert_w4a8.errors import ConvertError, PlanError
 from convert_w4a8.lut_format import PATTERN
@@ -71,6 +78,8 @@ def ignore_list(
             names |= {output_name(entry, config)} if "." in entry else set()
         elif _adds(entry, special, _first_experts(plain - special)):
             patterns[entry] = None
+    for name in sorted(said_by_patterns(model, names), key=natural_key):
+        patterns[rf"{PATTERN}(?:.*\.)?{re.escape(name)}$"] = None
     for component in components.values():
         patterns[rf"{PATTERN}(?:.*\.)?{re.escape(component)}\."] = None
     return (*sorted(names, key=natural_key), *patterns)

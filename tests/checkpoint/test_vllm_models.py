@@ -90,6 +90,8 @@ def test_layers_that_must_stay_quantized() -> None:
     assert VllmModel.of({"model_type": "gpt2"}).kept_wrongly("transformer.h.0.attn.c_proj")
     assert VllmModel.of({"model_type": "gpt2"}).kept_wrongly("transformer.wte") is None
     assert VllmModel.of(LLAMA).kept_wrongly("transformer.h.0.attn.c_proj") is None
+    assert VllmModel.of({"model_type": "minicpm3"}).kept_wrongly(f"{LAYER}.self_attn.q_a_proj")
+    assert VllmModel.of({"model_type": "minicpm3"}).kept_wrongly(f"{LAYER}.self_attn.q_b_proj") is None
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,17 @@ in vLLM's sources; add a row to `checkpoint/vllm_loaders.py` or `checkpoint/vllm
 needed; then add what the failure prints to the list.
 """
 
+import ast
 import json
 from typing import Any
 
 import pytest
 from paths import ROOT
 from vllm_scan import scan
-from vllm_sources import VERSIONS
+from vllm_sources import VERSIONS, sources
 
 from convert_w4a8.checkpoint.vllm_layers import MERGED
+from convert_w4a8.checkpoint.vllm_loaders import KEPT
 
 REVIEWED: dict[str, Any] = json.loads((ROOT / "tests" / "data" / "vllm_models.json").read_text(encoding="utf-8"))
 EACH_VERSION = pytest.mark.parametrize("version", VERSIONS)
@@ -54,6 +56,23 @@ def test_what_models_merge_is_in_the_table(version: str) -> None:
         if not any(_leaves(shards) <= row for row in rows)
     }
     assert missing - set(REVIEWED["merged"]) == set()
+
+
+@EACH_VERSION
+def test_every_layer_without_a_name_is_in_the_table(version: str) -> None:
+    """Linear layers that are made with a quantization and without a prefix, by file: no list can keep them."""
+    root = sources(version) / "vllm/model_executor/models"
+    known = {row.file for row in KEPT} | {"qwen2_rm.py"}  # a head, which no tool quantizes
+    assert {path.name for path in root.rglob("*.py") if _has_nameless_layers(path.read_text())} <= known
+
+
+def _has_nameless_layers(text: str) -> bool:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Linear"):
+            named = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if named.get("quant_config", "None") != "None" and not named.keys() & {"prefix", None}:
+                return True
+    return False
 
 
 def test_the_list_says_why() -> None:

@@ -1,6 +1,7 @@
 """What vLLM serves in 16 bits it is told so, in both formats: asked of vLLM's own functions."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -303,9 +304,9 @@ def test_embeddings_of_a_group_of_their_own(tmp_path: Path) -> None:
     ("model_type", "kept", "asked_for"),
     [
         ("granitemoehybrid", "mamba.in_proj", "mixer.in_proj"),
-        ("zamba2", "mamba_decoder.mamba.in_proj", "mixer.in_proj"),
         ("falcon_h1", "self_attn.x_proj", "x_proj"),
         ("minimax_m2", "block_sparse_moe.gate", "mlp.gate"),
+        ("phimoe", "block_sparse_moe.gate", "mlp.router"),
     ],
 )
 def test_layers_that_vllm_asks_for_under_another_name(
@@ -320,6 +321,67 @@ def test_layers_that_vllm_asks_for_under_another_name(
         assert not vllm.quantizes(f"{LAYER}.{asked_for}")
         assert vllm.quantizes(f"{LAYER}.self_attn.qkv_proj")
         assert vllm.quantizes(f"{LAYER}.qkv_proj")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kept", "asked_for"),
+    [
+        ("whisper", "model.encoder.layers.0.fc1", ".encoder.layers.0.layers.mlp.fc1"),
+        ("whisper", "model.encoder.layers.0.self_attn.o_proj", ".encoder.layers.0.layers.self_attn.o_proj"),
+        ("zamba2", "model.layers.1.mamba.in_proj", "4.mixer.in_proj"),
+        ("zamba2", "model.layers.1.mamba_decoder.mamba.in_proj", "4.mixer.in_proj"),
+        ("zamba2", "model.layers.1.linear", "4.linear"),
+        ("zamba2", "model.layers.1.shared_transformer.self_attn.o_proj", "model.o_proj"),
+        ("zamba2", "model.layers.1.shared_transformer.feed_forward.down_proj", "model.feed_forward.down_proj"),
+        ("gemma3n_text", "model.altup_projections.0", "model.self_decoder.altup_projections.0"),
+        ("gemma3n_text", "model.per_layer_model_projection", "model.self_decoder.per_layer_model_projection"),
+    ],
+)
+def test_layers_that_vllm_asks_for_under_another_prefix(
+    model_type: str, kept: str, asked_for: str, served: tuple[str, str], tmp_path: Path
+) -> None:
+    """Where its model calls the modules around a layer otherwise."""
+    form, version = served
+    plain = {f"{kept}.weight": (256, 256)}
+    source = write(tmp_path / "in", ATTENTION, plain, model_type=model_type, hybrid_layer_ids=[1, 4, 7])
+    block = convert(source, form)
+    with asked(version, block, {}, QKV) as vllm:
+        assert not vllm.quantizes(asked_for)
+        assert vllm.quantizes(f"{LAYER}.self_attn.qkv_proj")
+
+
+def test_experts_whose_prefix_vllm_maps_and_asks_for_unmapped(served: tuple[str, str], tmp_path: Path) -> None:
+    """Aria's `hf_to_vllm_mapper` takes `.model` away, which its modules' prefixes have."""
+    form, version = served
+    attention = {f"model.language_model.{name.removeprefix('model.')}": size for name, size in ATTENTION.items()}
+    plain = {f"model.language_model.layers.0.mlp.experts.fc{which}.weight": (4, 256, 256) for which in (1, 2)}
+    config = {"num_experts": 4, "architectures": ["AriaForConditionalGeneration"], "model_type": "aria"}
+    block = convert(write(tmp_path / "in", attention, plain, **config), form)
+    mapper = {"model.language_model.": "language_model.model.", "language_model.model": "language_model"}
+    with asked(version, block, mapper, QKV) as vllm:
+        assert not vllm.quantizes_experts("language_model.model.layers.0.mlp.experts")
+        assert vllm.quantizes("language_model.model.layers.0.self_attn.qkv_proj")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_experts_whose_names_vllm_maps_away(form: str, tmp_path: Path) -> None:
+    """gpt-oss' `hf_to_vllm_mapper` has `down_proj` as a suffix, which spoils a name and no pattern."""
+    experts = f"{LAYER}.mlp.experts"
+    plain = {f"{experts}.{name}": (4, 256, 256) for name in ("gate_up_proj", "down_proj")}
+    source = write(tmp_path / "in", ATTENTION, plain, model_type="gpt_oss", num_local_experts=4)
+    patterns = [entry.removeprefix("re:") for entry in convert(source, form)["ignore"] if entry.startswith("re:")]
+    assert any(re.match(pattern, f"{experts}.0.down_proj") for pattern in patterns)
+    assert not any(re.match(pattern, name) for pattern in patterns for name in ATTENTION)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_layers_without_a_name_stay_quantized(form: str, tmp_path: Path) -> None:
+    """MiniCPM3 of vLLM merges nothing of MLA, and asks for q_a_proj without a prefix."""
+    q_a, kv_a = f"{LAYER}.self_attn.q_a_proj", f"{LAYER}.self_attn.kv_a_proj_with_mqa"
+    source = write(tmp_path / "in", {q_a: (128, 256), kv_a: (192, 256)}, {}, model_type="minicpm3")
+    assert {name for name, why in plan_of(source, form).items() if why} == {kv_a}
+    with pytest.raises(PlanError, match="without a name"):
+        plan_of(source, form, keep=(q_a,))
 
 
 def test_sizes_that_do_not_fit_still_need_the_option(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def main() -> int:
     stand_ins.claim_cpu_build()
     stand_ins.define_torchvision_ops()
     stand_ins.define_vllm_ops()
+    stand_ins.replace_vllm_kernels()
     from zoo import engine, judge, models, reference, sources
     from zoo.architectures import ARCHITECTURES
 

@@ -37,6 +37,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.triton_utils import triton
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import workspace
 
 from convert_w4a8 import vllm_plugin
 
@@ -111,6 +112,12 @@ def prepare() -> None:
         triton.set_allocator = lambda _allocator: None
     linear_kernels._POSSIBLE_KERNELS[current_platform._enum] = [cutlass.CutlassW4A8LinearKernel]
     CutlassExpertsW4A8Fp8._supports_current_device = staticmethod(lambda: True)
+    fp8_kernel = linear_kernels.TritonFp8BlockScaledMMKernel
+    fp8_kernel.is_supported = classmethod(lambda _cls, compute_capability=None: (True, None))  # noqa: ARG005
+    linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS[current_platform._enum] = [fp8_kernel]
+    torch.accelerator.empty_cache = lambda: None
+    torch.cuda.Stream = torch.cuda.Event = MagicMock  # type: ignore[misc]
+    workspace.init_workspace_manager(torch.device("cpu"))
     # vLLM asks another process what a model class can do; this one may as well import it.
     registry._LazyRegisteredModel.inspect_model_cls = lambda self: registry._ModelInfo.from_model_cls(
         self.load_model_cls()
@@ -152,7 +159,7 @@ def load(directory: Path, rank: Rank) -> torch.nn.Module:
         load_config=LoadConfig(use_tqdm_on_load=False),
         device_config=DeviceConfig("cpu"),
         parallel_config=ParallelConfig(),
-        cache_config=CacheConfig(),
+        cache_config=CacheConfig(enable_prefix_caching=False),
     )
     config.parallel_config.tensor_parallel_size = rank.size
     with _as_rank(rank), set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):

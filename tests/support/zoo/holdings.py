@@ -34,12 +34,14 @@ def holdings(model: torch.nn.Module) -> dict[str, Weight]:
         if isinstance(module, LinearBase):
             if hasattr(module, "weight_packed"):
                 found[f"{name}.weight"] = _matrix(module, "", is_ours(module))
+            elif module.weight.dtype == torch.float8_e4m3fn:
+                found[f"{name}.weight"] = Weight("16", decode_fp8(module))
         elif isinstance(module, RoutedExperts):
             for projection in ("w13_", "w2_"):
                 if hasattr(module, f"{projection}weight_packed"):
                     found[f"{name}.{projection}weight"] = _experts(module, projection)
     for name, parameter in model.named_parameters():
-        if not name.endswith((*_PARTS, *NOT_OF_CHECKPOINTS)) and parameter.numel():
+        if name not in found and not name.endswith((*_PARTS, *NOT_OF_CHECKPOINTS)) and parameter.numel():
             found[name] = Weight("16", parameter.data)
     return found
 
@@ -75,3 +77,14 @@ def decode_packed(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     codes = ((packed[..., None] >> shifts) & 15).flatten(1).float() - 8
     groups = codes.view(len(codes), -1, codes.shape[1] // scale.shape[1])
     return (groups * scale.float()[..., None]).flatten(1)
+
+
+def decode_fp8(layer: Any) -> torch.Tensor:
+    """Return an FP8 weight times its scale, of the whole, of rows or of blocks, as bfloat16 [N, K]."""
+    weight = layer.weight.data
+    scale = layer.weight_scale_inv if hasattr(layer, "weight_scale_inv") else layer.weight_scale
+    spread = scale.data.float().view(-1, scale.shape[-1] if scale.dim() == 2 else 1)
+    for dim, size in enumerate(weight.shape):
+        spread = spread.repeat_interleave(-(-size // spread.shape[dim]), dim).narrow(dim, 0, size)
+    values: torch.Tensor = (weight.float() * spread).bfloat16()
+    return values

@@ -18,26 +18,31 @@ from zoo.rows import FAILS, MODES, REFUSED, RIGHT, UNLOADABLE, WRONG, Row
 RANKS = (Rank(), Rank(2, 1))
 _SIZES = re.compile("multiple of|divisible by")
 """In the errors for a rank's part of a layer that the kernels cannot take."""
-_MIN_DB = 25.0
-"""Of a whole weight: FP8's steps of scales leave 30 dB or so, a weight in the wrong place leaves −3."""
-_MIN_ROW_DB = 18.0
-"""Of each output channel, so that one strange row among many shows."""
+_REMEDY = re.compile(r"pass --([a-z-]+) (dequantize|requantize)\b")
+_MIN_KEPT = 25.0, 18.0
+"""Decibels of a whole weight whose codes are the source's, and of its worst output channel, so that one strange row
+among many shows: FP8's steps of scales leave 30 dB or so, a weight in the wrong place leaves −3."""
+_MIN_NEW = 15.0, 10.0
+"""The same where codes are new: INT4's steps leave 20 dB or so."""
 _MIN_EXACT_DB = 45.0
 """Of what is not INT4: at most rounding to BF16 lies between."""
 
 
-def convert(source: Path, out: Path, output_format: str, scales: str) -> str:
-    """Convert a source, leaving in BF16 what the kernels cannot take if that is refused; return the option used."""
-    options = Options(format=output_format, scales=scales, asymmetric="requantize")  # type: ignore[arg-type]
-    try:
-        api.convert(source, out, options, device="cpu")
-    except W4A8Error as error:
-        if "dequantize" not in str(error):
-            raise
-        options = Options(format=output_format, scales=scales, unsupported="dequantize")  # type: ignore[arg-type]
-        api.convert(source, out, options, device="cpu")
-        return "--unsupported dequantize"
-    return ""
+def convert(source: Path, out: Path, output_format: str, scales: str) -> tuple[str, bool]:
+    """Convert a source, with the options that a refusal names; return those, and whether any codes are new."""
+    chosen: dict[str, str] = {}
+    while True:
+        options = Options(format=output_format, scales=scales, **chosen)  # type: ignore[arg-type]
+        try:
+            result = api.convert(source, out, options, device="cpu")
+        except W4A8Error as error:
+            remedies = {name.replace("-", "_"): value for name, value in _REMEDY.findall(str(error))}
+            if remedies.keys() <= chosen.keys():
+                raise
+            chosen |= remedies
+        else:
+            used = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+            return used, not all(stats.codes_kept for _, stats in result.converted)
 
 
 def judge(name: str, source: Path, twin: Path, work: Path) -> list[Row]:
@@ -57,13 +62,13 @@ def judge(name: str, source: Path, twin: Path, work: Path) -> list[Row]:
     for output_format, scales in MODES:
         out = work / f"{output_format}-{scales}"
         try:
-            used = convert(source, out, output_format, scales)
+            used, are_new = convert(source, out, output_format, scales)
         except W4A8Error as error:
             reason = " ".join(str(error).split())
             rows += [Row(name, output_format, scales, rank.size, REFUSED, reason, layers) for rank in RANKS]
             continue
         for rank in RANKS:
-            status, reason, weights, int4 = compare(out, rank, references[rank.size])
+            status, reason, weights, int4 = compare(out, rank, references[rank.size], are_new=are_new)
             rows.append(Row(name, output_format, scales, rank.size, status, reason, layers, weights, int4, used))
     return rows
 
@@ -77,8 +82,11 @@ def count_layers(source: Path) -> int:
     return count
 
 
-def compare(out: Path, rank: Rank, reference: dict[str, Weight] | str) -> tuple[str, str, int, int]:
-    """Return status, reason, and how many weights there are, and how many of them in INT4."""
+def compare(out: Path, rank: Rank, reference: dict[str, Weight] | str, *, are_new: bool) -> tuple[str, str, int, int]:
+    """Return status, reason, and how many weights there are, and how many of them in INT4.
+
+    are_new: whether some codes are not the source's.
+    """
     if isinstance(reference, str):
         return UNLOADABLE, reference, 0, 0
     try:
@@ -88,7 +96,7 @@ def compare(out: Path, rank: Rank, reference: dict[str, Weight] | str) -> tuple[
         return (REFUSED if rank.size > 1 and _SIZES.search(reason) else FAILS), reason, 0, 0
     lacking = engine.unfilled(model)
     found = holdings(model)
-    faults = [*lacking, *differences(reference, found)]
+    faults = [*lacking, *differences(reference, found, _MIN_NEW if are_new else _MIN_KEPT)]
     int4 = sum(weight.kind != "16" for weight in found.values())
     if not faults:
         return RIGHT, "" if int4 else "nothing of it is INT4", len(found), int4
@@ -102,8 +110,11 @@ def _plugin_notices(model: torch.nn.Module) -> bool:
     return any(bool(value.isnan().any()) for name, value in parameters if name.endswith("weight_chan_scale"))
 
 
-def differences(reference: dict[str, Weight], found: dict[str, Weight]) -> list[str]:
-    """Return what of the reference is not found as it should be."""
+def differences(reference: dict[str, Weight], found: dict[str, Weight], floor: tuple[float, float]) -> list[str]:
+    """Return what of the reference is not found as it should be.
+
+    floor: the signal-to-error ratio of INT4 weights in dB, of a whole weight and of its worst row.
+    """
     faults = [f"{name}: is not there" for name in reference if name not in found]
     for name, weight in found.items():
         if name not in reference:
@@ -117,7 +128,7 @@ def differences(reference: dict[str, Weight], found: dict[str, Weight]) -> list[
                 faults.append(f"{name}: {db:.1f} dB")
         else:
             whole, row = decibels(want, got), decibels_of_rows(want, got)
-            if whole < _MIN_DB or row < _MIN_ROW_DB:
+            if whole < floor[0] or row < floor[1]:
                 faults.append(f"{name}: {whole:.1f} dB, its worst row {row:.1f} dB")
     return faults
 

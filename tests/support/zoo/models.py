@@ -67,7 +67,7 @@ def build(architecture: Architecture, directory: Path) -> None:
 def make_config(architecture: Architecture) -> PretrainedConfig:
     """Return transformers' default configuration of a model type, made tiny."""
     kind = CONFIG_MAPPING[architecture.model_type]
-    config: PretrainedConfig = kind()
+    config: PretrainedConfig = kind(**architecture.given)
     _make_small(config, TEXT)
     _put(config, architecture.settings)
     config.dtype = torch.bfloat16

@@ -19,7 +19,7 @@ GROUP = 128
 _FUSED_EXPERTS = re.compile(r"(?P<module>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 
 _KEPT = re.compile(
-    r"lm_head|embed|norm|wpe|wte|mlp_AR|vision|visual|image|audio|speech|projector|merger|connector|mm_|resampler|abstractor|qformer"
+    r"lm_head|embed|norm(?!_attn|\.attn)|wpe|wte|mlp_AR|vision|visual|image|audio|speech|projector|merger|connector|mm_|resampler|abstractor|qformer"
     r"|multi_modal|encoder\.|mtp|\.gate\.weight$|router|shared_expert_gate|in_proj_(a|b|ba)\.|conv|x_proj|dt_proj"
     r"|per_layer|altup|laurel|indexer|weights_proj|eh_proj"
 )
@@ -33,6 +33,8 @@ def write_pair(saved: Path, source: Path, twin: Path, architecture: Architecture
         tensors |= load_file(file)
     for pattern, replacement in architecture.renames:
         tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    if (transposed := architecture.transposed) is not None:
+        tensors = {name: tensor.mT if re.search(transposed, name) else tensor for name, tensor in tensors.items()}
     packed: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
     kept = ["lm_head"]

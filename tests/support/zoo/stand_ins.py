@@ -1,6 +1,8 @@
 """What is imported but never called while a model is built and filled, and has no build for this torch."""
 
 import importlib.metadata
+import sys
+from unittest.mock import MagicMock
 
 import torch
 
@@ -34,6 +36,10 @@ _ACTIVATIONS = (
     "silu_and_mul_with_clamp",
     "situ_and_mul",
 )
+_MODULES = (
+    "vllm.model_executor.kernels.linear.cute_dsl.gemm_rs_ar",
+    "vllm.models.common.ops.gemm_rs_ar",
+)
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -65,3 +71,8 @@ def define_vllm_ops() -> None:
         if not hasattr(torch.ops._C, name):
             library.define(f"{name}(Tensor(a!) out, Tensor a) -> ()")  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)
+
+
+def replace_vllm_kernels() -> None:
+    """Stand in for modules of vLLM that import CUTLASS's package, which there is for GPUs only."""
+    sys.modules |= dict.fromkeys(_MODULES, MagicMock())
