@@ -16,12 +16,15 @@ from convert_w4a8.linear import Packing, W4A8Linear
 from zoo.engine import NOT_OF_CHECKPOINTS, is_ours
 
 GROUP = 128
-_PARTS = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
+_PARTS = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale", "input_scale")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix, or whatever else a parameter is. kind: "lut", "compressed-tensors", or "16" for what is not INT4."""
+    """A matrix, or whatever else a parameter is. kind: "lut", "compressed-tensors", or "16" for what is not INT4.
+
+    FP8 is exact, and of kind "16" as well.
+    """
 
     kind: str
     values: torch.Tensor
@@ -40,8 +43,29 @@ def holdings(model: torch.nn.Module) -> dict[str, Weight]:
                     found[f"{name}.{projection}weight"] = _experts(module, projection)
     for name, parameter in model.named_parameters():
         if not name.endswith((*_PARTS, *NOT_OF_CHECKPOINTS)) and parameter.numel():
-            found[name] = Weight("16", parameter.data)
+            is_fp8 = parameter.dtype == torch.float8_e4m3fn
+            found[name] = Weight("16", _from_fp8(model, name) if is_fp8 else parameter.data)
     return found
+
+
+def _from_fp8(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Decode an FP8 parameter [N, K], or that of all experts [experts, N, K], as BF16 weights would be stored."""
+    module, _, role = name.rpartition(".")
+    owner: Any = model.get_submodule(module)
+    weight, scale = getattr(owner, role).data.float(), getattr(owner, f"{role}_scale").data.float()
+    if weight.dim() == 3:
+        pairs = zip(weight, scale.view(len(weight), -1) if scale.dim() < 3 else scale, strict=True)
+        return torch.stack([_times(of_one, by, [len(of_one) // len(by)] * len(by)) for of_one, by in pairs])
+    return _times(weight, scale, getattr(owner, "logical_widths", [len(weight)]))
+
+
+def _times(weight: torch.Tensor, scale: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Multiply [N, K] by the scales of output channels [N, 1], of blocks of 128×128, or of shards of these widths."""
+    if scale.dim() < 2:
+        scale = scale.view(-1).repeat_interleave(torch.tensor(widths))[:, None]
+    elif len(scale) != len(weight):
+        scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return (weight * scale).bfloat16()
 
 
 def _matrix(layer: Any, prefix: str, lut: bool, expert: int | None = None) -> Weight:
