@@ -52,7 +52,8 @@ def _from_fp8(model: torch.nn.Module, name: str) -> torch.Tensor:
     """Decode an FP8 parameter [N, K], or that of all experts [experts, N, K], as BF16 weights would be stored."""
     module, _, role = name.rpartition(".")
     owner: Any = model.get_submodule(module)
-    weight, scale = getattr(owner, role).data.float(), getattr(owner, f"{role}_scale").data.float()
+    scale = getattr(owner, f"{role}_scale_inv" if hasattr(owner, f"{role}_scale_inv") else f"{role}_scale").data.float()
+    weight = getattr(owner, role).data.float()
     if weight.dim() == 3:
         pairs = zip(weight, scale.view(len(weight), -1) if scale.dim() < 3 else scale, strict=True)
         return torch.stack([_times(of_one, by, [len(of_one) // len(by)] * len(by)) for of_one, by in pairs])
