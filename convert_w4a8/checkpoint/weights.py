@@ -153,7 +153,7 @@ def _read_indexed(root: Path, index: str) -> Weights:
                 "restore the index",
             )
         if not os.path.isfile(root / shard):  # noqa: PTH113  (which takes names that cannot be, too)
-            raise ConvertError(str(root / shard), f"is named by {index} but is absent", "download the shard")
+            raise _absent(root, index, shards, shard)
         for name, info in read_header(check_weights(root / shard, homes))[1].items():
             if weight_map.get(name) != shard:
                 where = f"puts it into {weight_map[name]}" if name in weight_map else "does not list it"
@@ -167,6 +167,22 @@ def _read_indexed(root: Path, index: str) -> Weights:
             "download the shard and the index again",
         )
     return Weights(tensors, frozenset(map(Path, shards)), index)
+
+
+def _absent(root: Path, index: str, shards: Sequence[str], shard: str) -> ConvertError:
+    """Return the error for a file that an index names and that is not there; the index may be that of other weights."""
+    others = sorted(
+        path.name
+        for path in root.glob(f"*{SAFETENSORS}")
+        if path.is_file() and path.name not in shards and not (is_consolidated(path.name) or is_adapter(path.name))
+    )
+    if others and not any((root / name).is_file() for name in shards if _is_inside(name)):
+        return ConvertError(
+            str(root / index),
+            f"names no file that is there ({_listed(shards)}), but there is {_listed(others)}",
+            "remove it if these are the weights, or download the files that it names",
+        )
+    return ConvertError(str(root / shard), f"is named by {index} but is absent", "download the shard")
 
 
 def _is_inside(name: str) -> bool:

@@ -59,7 +59,8 @@ def ignore_list(
     stacked = find_stacked_mixtures((spec for spec in outputs if spec.dtype in ("BF16", "F32")), config)
     model = VllmModel.of(config)
     called = {*quantized, *also_called(model, quantized), *_merged(model, quantized)}
-    asked, served = asked_names(called), sorted(served_names(called))
+    asked = asked_names(called)
+    served = (*sorted(quantized), *sorted(served_names(called).difference(quantized)))  # the first match is shown
     components = find_components(plain, quantized)
     routers = _routers(plain, {*stacked, *filter(None, map(mixture_of, (*plain, *quantized)))})
     names = linear_modules(outputs) | _fused(plain) | _merged(model, plain) | _experts(plain, stacked, config)

@@ -27,6 +27,8 @@ _LOOKED_UP = re.compile(r"embed|wte|wpe")
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _REQUANTIZE = "quantize it to 4 bits or to FP8, or leave it in 16"
 _LEAVE = "leave it in 16 bits"
+_OF_EXPERTS = {"tensor": "tensor", "channel": "token"}
+"""Strategy of FP8 experts' weights → that of their activations (vLLM's `CompressedTensorsW8A8Fp8MoEMethod`)."""
 INVERSE = "weight_scale_inv"
 """DeepSeek's name for the scales of blocks."""
 _UNKNOWN = f"is FP8, and neither quantization_config nor a {INVERSE} says by what it is to be multiplied"
@@ -175,6 +177,8 @@ def describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any], sca
         raise ConvertError(module, "vLLM does not serve routers in FP8", _LEAVE)
     if is_expert(module) and not scheme.get("input_activations"):
         raise ConvertError(module, "vLLM does not serve FP8 experts with 16-bit activations", _REQUANTIZE)
+    if is_expert(module):
+        _check_experts(module, scheme)
     found = collect_parts(checkpoint, module, ("weight", *scales, "input_scale"))
     if "weight" not in found:
         raise ConvertError(f"{module}.weight", "is missing", "download or write the checkpoint again")
@@ -198,6 +202,13 @@ def describe(checkpoint: Checkpoint, module: str, scheme: Mapping[str, Any], sca
     if "input_scale" in found:
         parts["input_scale"] = found["input_scale"]
     return CarriedLayer(module, n, k, scheme, parts)
+
+
+def _check_experts(module: str, scheme: Mapping[str, Any]) -> None:
+    strategy, activations = scheme["weights"]["strategy"], scheme["input_activations"].get("strategy") or "tensor"
+    if activations != _OF_EXPERTS.get(strategy, activations):
+        reason = f"vLLM does not serve FP8 experts with a scale per {strategy}, and activations per {activations}"
+        raise ConvertError(module, reason, "quantize the experts of this layer to 4 bits, or with a scale per block")
 
 
 def _check_one(info: TensorInfo) -> None:

@@ -55,6 +55,8 @@ def collect_parts(checkpoint: Checkpoint, module: str, roles: tuple[str, ...]) -
 
 def check_bits(module: str, bits: object) -> None:
     """Raise ConvertError unless a layer has 4 bits."""
+    if not isinstance(bits, int | float):
+        raise ConvertError(module, f"has {bits!r} bits, which is no number", "repair the configuration")
     if bits != 4:
         raise ConvertError(
             module,

@@ -55,6 +55,28 @@ def test_the_usual_index_wins(tmp_path: Path) -> None:
     assert read_weights(tmp_path).index == INDEX
 
 
+@pytest.mark.parametrize("index", [None, "gptq_model.safetensors.index.json"])
+def test_an_index_of_other_weights(index: str | None, tmp_path: Path) -> None:
+    """It names no file that is there: the message says what is there, and removing the index helps."""
+    if index is None:
+        write(tmp_path, model=["a"])
+    else:
+        write_index(tmp_path, index, one=["a"], two=["b"])
+    stale = tmp_path / INDEX
+    stale.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    write(tmp_path, adapter_model=["x"])
+    with pytest.raises(ConvertError) as error:
+        read_weights(tmp_path)
+    there = "model.safetensors" if index is None else "one.safetensors, two.safetensors"
+    assert error.value.problem.subject == str(stale)
+    assert error.value.problem.reason == (
+        f"names no file that is there (model-00001-of-00001.safetensors), but there is {there}"
+    )
+    assert error.value.problem.remedy.startswith("remove it if these are the weights")
+    stale.unlink()
+    assert "a" in read_weights(tmp_path).tensors
+
+
 def test_several_other_indexes_are_refused(tmp_path: Path) -> None:
     """By name, with what to do."""
     write_index(tmp_path, "a.safetensors.index.json", one=["a"])

@@ -307,6 +307,18 @@ def test_activations_that_vllm_does_not_serve(activations: object, says: str, tm
     assert all(says in problem for problem in problems_of(tmp_path / "in"))
 
 
+@pytest.mark.parametrize(("preset", "strategy"), [("FP8", "token"), ("FP8_DYNAMIC", "tensor")])
+def test_activations_of_experts_that_vllm_does_not_serve(preset: str, strategy: str, tmp_path: Path) -> None:
+    """It serves FP8 experts by tensor and tensor, by channel and token, or by blocks (an assertion otherwise)."""
+    write_mixture(tmp_path / "in", qwen3_moe(), preset, fp8=LAST)
+    place = ("quantization_config", "config_groups", "group_1")
+    activations = {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": True, "symmetric": True}
+    edit_json(tmp_path / "in" / "config.json", *place, input_activations=activations)
+    (problem,) = problems_of(tmp_path / "in")
+    weights = "tensor" if preset == "FP8" else "channel"
+    assert f"experts with a scale per {weights}, and activations per {strategy}; quantize" in problem
+
+
 @pytest.mark.parametrize(
     ("preset", "role", "tensor", "says"),
     [

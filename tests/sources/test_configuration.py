@@ -23,7 +23,7 @@ FIRST = "model.layers.0.mlp.down_proj"
 
 LIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gptq-bits-8": ("gptq-v1", {"bits": 8}, Q_PROJ, "has 8 bits"),
-    "gptq-bits-text": ("gptq-v1", {"bits": "4"}, Q_PROJ, "has '4' bits"),
+    "gptq-bits-text": ("gptq-v1", {"bits": "4"}, Q_PROJ, "has '4' bits, which is no number"),
     "gptq-bits-null": ("gptq-v1", {"bits": None}, Q_PROJ, "has None bits"),
     "gptq-bits-list": ("gptq-v1", {"bits": [4]}, Q_PROJ, "has [4] bits"),
     "gptq-group-0": ("gptq-v1", {"group_size": 0}, Q_PROJ, "group_size 0 does not divide in_features = 256"),

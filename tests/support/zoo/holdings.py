@@ -16,12 +16,15 @@ from convert_w4a8.linear import Packing, W4A8Linear
 from zoo.engine import NOT_OF_CHECKPOINTS, is_ours
 
 GROUP = 128
-_PARTS = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
+_PARTS = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale", "input_scale")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix, or whatever else a parameter is. kind: "lut", "compressed-tensors", or "16" for what is not INT4."""
+    """A matrix, or whatever else a parameter is. kind: "lut", "compressed-tensors", or "16" for what is not INT4.
+
+    FP8 is exact, and of kind "16" as well.
+    """
 
     kind: str
     values: torch.Tensor
@@ -34,16 +37,36 @@ def holdings(model: torch.nn.Module) -> dict[str, Weight]:
         if isinstance(module, LinearBase):
             if hasattr(module, "weight_packed"):
                 found[f"{name}.weight"] = _matrix(module, "", is_ours(module))
-            elif module.weight.dtype == torch.float8_e4m3fn:
-                found[f"{name}.weight"] = Weight("16", decode_fp8(module))
         elif isinstance(module, RoutedExperts):
             for projection in ("w13_", "w2_"):
                 if hasattr(module, f"{projection}weight_packed"):
                     found[f"{name}.{projection}weight"] = _experts(module, projection)
     for name, parameter in model.named_parameters():
-        if name not in found and not name.endswith((*_PARTS, *NOT_OF_CHECKPOINTS)) and parameter.numel():
-            found[name] = Weight("16", parameter.data)
+        if not name.endswith((*_PARTS, *NOT_OF_CHECKPOINTS)) and parameter.numel():
+            is_fp8 = parameter.dtype == torch.float8_e4m3fn
+            found[name] = Weight("16", _from_fp8(model, name) if is_fp8 else parameter.data)
     return found
+
+
+def _from_fp8(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Decode an FP8 parameter [N, K], or that of all experts [experts, N, K], as BF16 weights would be stored."""
+    module, _, role = name.rpartition(".")
+    owner: Any = model.get_submodule(module)
+    scale = getattr(owner, f"{role}_scale_inv" if hasattr(owner, f"{role}_scale_inv") else f"{role}_scale").data.float()
+    weight = getattr(owner, role).data.float()
+    if weight.dim() == 3:
+        pairs = zip(weight, scale.view(len(weight), -1) if scale.dim() < 3 else scale, strict=True)
+        return torch.stack([_times(of_one, by, [len(of_one) // len(by)] * len(by)) for of_one, by in pairs])
+    return _times(weight, scale, getattr(owner, "logical_widths", [len(weight)]))
+
+
+def _times(weight: torch.Tensor, scale: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Multiply [N, K] by the scales of output channels [N, 1], of blocks of 128×128, or of shards of these widths."""
+    if scale.dim() < 2:
+        scale = scale.view(-1).repeat_interleave(torch.tensor(widths))[:, None]
+    elif len(scale) != len(weight):
+        scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return (weight * scale).bfloat16()
 
 
 def _matrix(layer: Any, prefix: str, lut: bool, expert: int | None = None) -> Weight:
@@ -77,14 +100,3 @@ def decode_packed(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     codes = ((packed[..., None] >> shifts) & 15).flatten(1).float() - 8
     groups = codes.view(len(codes), -1, codes.shape[1] // scale.shape[1])
     return (groups * scale.float()[..., None]).flatten(1)
-
-
-def decode_fp8(layer: Any) -> torch.Tensor:
-    """Return an FP8 weight times its scale, of the whole, of rows or of blocks, as bfloat16 [N, K]."""
-    weight = layer.weight.data
-    scale = layer.weight_scale_inv if hasattr(layer, "weight_scale_inv") else layer.weight_scale
-    spread = scale.data.float().view(-1, scale.shape[-1] if scale.dim() == 2 else 1)
-    for dim, size in enumerate(weight.shape):
-        spread = spread.repeat_interleave(-(-size // spread.shape[dim]), dim).narrow(dim, 0, size)
-    values: torch.Tensor = (weight.float() * spread).bfloat16()
-    return values

@@ -23,6 +23,7 @@ _ROLES = (
     "weight_packed",
     "weight_scale",
     "weight_scale_inv",
+    "input_scale",
     "weight_zero_point",
     "weight_shape",
     "weight_g_idx",
