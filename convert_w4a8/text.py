@@ -35,11 +35,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def shortened(names: Sequence[str], count: int | None = None) -> str:
+def shortened(names: Sequence[str], count: int | None = None, listed: int = LISTED) -> str:
     """Render the first names that a file says, and how many more there are; `count`: of all, where these are some."""
-    count = len(names) if count is None else count
-    more = f" and {count - len(names[:LISTED]):,} more" if count > len(names[:LISTED]) else ""
-    return ", ".join(map(printable, names[:LISTED])) + more
+    count, first = len(names) if count is None else count, names[:listed]
+    more = f" and {count - len(first):,} more" if count > len(first) else ""
+    return ", ".join(map(printable, first)) + more
 
 
 def markdown_code(name: str) -> str:

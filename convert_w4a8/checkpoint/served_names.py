@@ -5,9 +5,9 @@ another prefix than the checkpoint does. So an entry of `ignore` that is a patte
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from convert_w4a8.checkpoint.names import fusion_key, merged_names
+from convert_w4a8.checkpoint.names import fusion_key, is_expert, merged_names
 from convert_w4a8.checkpoint.vllm_models import VllmModel
 
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -60,10 +60,14 @@ _MAPPED_AWAY: tuple[tuple[frozenset[str], re.Pattern[str]], ...] = (
 """Names by which vLLM asks for layers of some model types, and which the mapper of their model changes in `ignore`."""
 
 
-def also_called(model: VllmModel, modules: Iterable[str]) -> set[str]:
-    """Return the other names under which vLLM's model asks for some modules."""
+def also_called(model: VllmModel, modules: Collection[str]) -> set[str]:
+    """Return the other names under which vLLM's model asks for some modules, and for what it alone merges them into."""
+    merged = {name for module in modules if not is_expert(module) and (name := model.merged_in(module))}
+    modules = {*modules, *merged}
     rules = [(pattern, new) for types, pattern, new in _CALLED_OTHERWISE if not types.isdisjoint(model.names)]
-    found = {other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module}
+    found = merged | {
+        other for module in modules for pattern, new in rules if (other := pattern.sub(new, module)) != module
+    }
     if "zamba2" in model.names:
         found |= {name for module in modules if (name := _called_in_zamba2(module, model.hybrid_layers))}
     return found

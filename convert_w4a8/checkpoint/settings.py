@@ -13,6 +13,7 @@ from typing import Any
 from convert_w4a8.checkpoint.files import CONFIG, SETTINGS_FILES
 from convert_w4a8.checkpoint.json_file import read_json
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.text import shortened
 
 SETTINGS_KEYS = ("quantization_config", "compression_config")
 _SPARSITY = "sparsity_config"
@@ -106,8 +107,7 @@ def where_looked(root: Path, config: Mapping[str, Any]) -> str:
     looked = f"no {' or '.join(SETTINGS_KEYS)} in {CONFIG} or a part of it" + (
         f", no {', '.join(absent)}" if absent else ""
     )
-    more = f" and {len(seen) - _LISTED} more" if len(seen) > _LISTED else ""
-    return f"{looked}; of {', '.join(seen[:_LISTED])}{more} the meaning is not known" if seen else looked
+    return f"{looked}; of {shortened(seen, listed=_LISTED)} the meaning is not known" if seen else looked
 
 
 def _may_hold(name: str) -> bool:

@@ -1,7 +1,6 @@
 """What vLLM's model code does with a layer of a model: asked by a config.json and a module's name.
 
-The tables are in `vllm_loaders.py` and `vllm_layers.py`; docs/reference/vllm-models.md shows them. `VllmModel` answers
-many questions of one model, the functions one.
+The tables are in `vllm_loaders.py` and `vllm_layers.py`; docs/reference/vllm-models.md shows them.
 """
 
 import re
@@ -69,22 +68,6 @@ class VllmModel:
         """Return the name of the layer into which vLLM merges a module by `merged_with`; None where it does not."""
         end = _merged_end(self, _shape(module))
         return None if end is None else module.removesuffix(end) + self.merged_with[end]
-
-
-def touched_by_loader(config: Mapping[str, Any], module: str, target: str) -> str | None:
-    """Return why vLLM's code for this model would load a converted layer wrongly, or None where it would not."""
-    row = VllmModel.of(config).loader_row(module, target)
-    return None if row is None else row.reason
-
-
-def always_in_16_bits(config: Mapping[str, Any], module: str) -> bool:
-    """Do as `VllmModel.always_in_16_bits`."""
-    return VllmModel.of(config).always_in_16_bits(module)
-
-
-def merged_with(config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Do as `VllmModel.merged_with`."""
-    return VllmModel.of(config).merged_with
 
 
 def _parts(config: Mapping[str, Any], depth: int) -> Iterator[Mapping[str, Any]]:

@@ -21,6 +21,7 @@ from convert_w4a8.checkpoint.json_file import read_json
 from convert_w4a8.checkpoint.places import check_link, check_weights, homes_of
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_header
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.text import shortened
 
 _LISTED = 4
 
@@ -76,7 +77,7 @@ def _find_index(root: Path) -> str | None:
     if len(found) > 1:
         raise ConvertError(
             str(root),
-            f"has {len(found)} indexes ({_listed(found)}), and none is {INDEX}",
+            f"has {len(found)} indexes ({shortened(found, listed=_LISTED)}), and none is {INDEX}",
             f"rename the one of the weights to {INDEX}, or remove the others",
         )
     check_link(root / found[0], homes_of(root))
@@ -126,14 +127,14 @@ def _files_without_index(root: Path) -> list[str]:
     if len(files) > 1 and any(map(is_shard, files)):
         raise ConvertError(
             str(root),
-            f"{len(files)} safetensors files but no {INDEX} ({_listed(files)})",
+            f"{len(files)} safetensors files but no {INDEX} ({shortened(files, listed=_LISTED)})",
             "restore the index or keep a single file",
         )
     return files
 
 
 def _without_weights(root: Path, names: Sequence[str], what: str) -> ConvertError:
-    reason = f"has no weights but {_listed(names)}, {what}"
+    reason = f"has no weights but {shortened(names, listed=_LISTED)}, {what}"
     return ConvertError(str(root), reason, f"give a checkpoint with {SINGLE_FILE} or {INDEX}")
 
 
@@ -177,9 +178,10 @@ def _absent(root: Path, index: str, shards: Sequence[str], shard: str) -> Conver
         if path.is_file() and path.name not in shards and not (is_consolidated(path.name) or is_adapter(path.name))
     )
     if others and not any((root / name).is_file() for name in shards if _is_inside(name)):
+        named, there = shortened(shards, listed=_LISTED), shortened(others, listed=_LISTED)
         return ConvertError(
             str(root / index),
-            f"names no file that is there ({_listed(shards)}), but there is {_listed(others)}",
+            f"names no file that is there ({named}), but there is {there}",
             "remove it if these are the weights, or download the files that it names",
         )
     return ConvertError(str(root / shard), f"is named by {index} but is absent", "download the shard")
@@ -189,8 +191,3 @@ def _is_inside(name: str) -> bool:
     """Whether a name in an index is that of a safetensors file beside it, or below that, and written plainly."""
     path = PurePosixPath(name)
     return name.endswith(SAFETENSORS) and not path.is_absolute() and ".." not in path.parts and str(path) == name
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -1,6 +1,6 @@
 """Layers that vLLM serves as one, of which some are INT4 and others FP8 or in 16 bits: no output can hold these."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import fusion_key, is_expert, linear_modules
@@ -10,15 +10,16 @@ from convert_w4a8.sources.carried import CarriedLayer, grouped
 
 
 def mixed_problems(
-    checkpoint: Checkpoint, specs: Sequence[LayerSpec], carried: Sequence[CarriedLayer]
+    checkpoint: Checkpoint, specs: Sequence[LayerSpec], carried: Sequence[CarriedLayer], known: Collection[str]
 ) -> Iterable[Problem]:
-    """Yield what stands beside an FP8 layer in a merged layer, or among the experts of one, and is of another kind."""
+    """Yield what stands beside an FP8 layer in a merged layer, or among the experts of one, and is of another kind.
+
+    known: the names of the tensors of `specs` and `carried`.
+    """
     kinds: dict[str, dict[str, list[str]]] = {}
     for layer in carried:
         kinds.setdefault(fusion_key(layer.name), {}).setdefault(layer.kind, []).append(layer.name)
-    consumed = {part.name for spec in specs for part in spec.parts.values()}
-    consumed |= {part.name for layer in carried for part in layer.parts.values()}
-    plain = linear_modules(info for info in checkpoint.tensors.values() if info.name not in consumed)
+    plain = linear_modules(info for info in checkpoint.tensors.values() if info.name not in known)
     plain -= {layer.name for layer in carried}  # lm_head is always among them
     others = [*(("INT4", spec.name) for spec in specs), *(("16 bits", name) for name in plain)]
     for kind, name in others:

@@ -58,12 +58,12 @@ def ignore_list(
     plain = {module for spec in outputs if (module := linear_module(spec)) and module not in quantized}
     stacked = find_stacked_mixtures((spec for spec in outputs if spec.dtype in ("BF16", "F32")), config)
     model = VllmModel.of(config)
-    called = {*quantized, *also_called(model, quantized), *_merged(model, quantized)}
+    called = {*quantized, *also_called(model, quantized)}
     asked = asked_names(called)
     served = (*sorted(quantized), *sorted(served_names(called).difference(quantized)))  # the first match is shown
     components = find_components(plain, quantized)
     routers = _routers(plain, {*stacked, *filter(None, map(mixture_of, (*plain, *quantized)))})
-    names = linear_modules(outputs) | _fused(plain) | _merged(model, plain) | _experts(plain, stacked, config)
+    names = linear_modules(outputs) | _fused(plain) | _experts(plain, stacked, config)
     names |= set(routers.values())
     names = (names | also_called(model, names)) - asked
     # What the names may miss: vLLM's models have other modules there than the checkpoint.
@@ -84,11 +84,6 @@ def ignore_list(
     for component in components.values():
         patterns[rf"{PATTERN}(?:.*\.)?{re.escape(component)}\."] = None
     return (*sorted(names, key=natural_key), *patterns)
-
-
-def _merged(model: VllmModel, modules: Iterable[str]) -> set[str]:
-    """Return what this model of vLLM merges some modules into, under names that other models do not have."""
-    return {name for module in modules if not is_expert(module) and (name := model.merged_in(module))}
 
 
 def _fused(plain: Collection[str]) -> set[str]:

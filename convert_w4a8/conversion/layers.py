@@ -8,7 +8,6 @@ from enum import StrEnum
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import (
-    find_mixtures,
     fusion_key,
     is_embedding,
     is_expert,
@@ -76,18 +75,19 @@ def plan_layers(
     checkpoint: Checkpoint,
     specs: Sequence[LayerSpec],
     carried: Collection[str],
+    mixtures: Collection[str],
     target: Target,
     options: Options,
     problems: list[Problem],
 ) -> tuple[LayerPlan, ...]:
     """Return what becomes of each layer, in natural order; what is refused is appended to `problems`.
 
-    carried: the layers that are carried over in FP8, by their names in the source.
+    carried: the layers that are carried over in FP8, by their names in the source. mixtures: the modules with experts.
     """
     reasons: _Reasons = {}
     _keep_asked(checkpoint, specs, carried, options.keep, reasons, problems)
     model = VllmModel.of(checkpoint.config)
-    _keep_unserved(checkpoint, model, specs, target, reasons, problems)
+    _keep_unserved(checkpoint, model, specs, mixtures, target, reasons, problems)
     groups: dict[str, list[LayerSpec]] = {}
     for spec in specs:
         groups.setdefault(_group_of(model, spec.name), []).append(spec)
@@ -160,12 +160,12 @@ def _keep_unserved(
     checkpoint: Checkpoint,
     model: VllmModel,
     specs: Iterable[LayerSpec],
+    mixtures: Collection[str],
     target: Target,
     reasons: _Reasons,
     problems: list[Problem],
 ) -> None:
     """Keep what vLLM serves in 16 bits only, by what the layer is, and what its model would spoil in this format."""
-    mixtures = find_mixtures(checkpoint.tensors.values(), checkpoint.config)
     for spec in specs:
         if is_lm_head(spec.name):
             kept: tuple[Kept, str] | None = (Kept.LM_HEAD, str(Kept.LM_HEAD))

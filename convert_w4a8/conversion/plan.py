@@ -110,7 +110,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
             if carried
             else Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config")
         )
-    problems.extend(mixed_problems(checkpoint, specs, carried))
+    problems.extend(mixed_problems(checkpoint, specs, carried, known))
     if options.scales not in target.MODES:
         problems.append(
             Problem(
@@ -122,7 +122,9 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
     problems.extend(target.find_problems(checkpoint.quantization_config))
     problems.extend(orphans)
     problems.extend(module_problems(checkpoint))
-    layers = plan_layers(checkpoint, specs, {layer.name for layer in carried}, target, options, problems)
+    mixtures = find_mixtures(checkpoint.tensors.values(), checkpoint.config)
+    eight_bit = {layer.name for layer in carried}
+    layers = plan_layers(checkpoint, specs, eight_bit, mixtures, target, options, problems)
     names = {info.name: name for layer in carried for name, info in layer.outputs(checkpoint.config).items()}
     tensors = tuple(
         TensorPlan(info, TensorSpec(names[name], info.dtype, info.shape))
@@ -170,7 +172,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         sixteen_bits=find_kinds(
             layers,
             [tensor.output for tensor in tensors if tensor.info.name not in names],
-            find_mixtures(checkpoint.tensors.values(), checkpoint.config),
+            mixtures,
             checkpoint.config,
         ),
         carried=carried,

@@ -12,7 +12,7 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.safetensors_file import Reader
-from convert_w4a8.errors import ConvertError, Problem
+from convert_w4a8.errors import Problem
 from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.sources.base import LayerSpec
 from convert_w4a8.sources.checks import (
@@ -22,6 +22,7 @@ from convert_w4a8.sources.checks import (
     check_scales,
     check_tensor,
     collect_parts,
+    describe_each,
     real_zeros,
     resolve_groups,
     setting,
@@ -88,13 +89,8 @@ def describe_all(
     checkpoint: Checkpoint, problems: list[Problem], settings: Callable[[str], Mapping[str, Any]]
 ) -> list[LayerSpec]:
     """Return the layers; what cannot be read is appended to `problems`. settings: those of a module, by its name."""
-    layers = []
-    for module in checkpoint.modules_with(ANCHOR):
-        try:
-            layers.append(_describe(checkpoint, module, settings(module)))
-        except ConvertError as error:
-            problems.append(error.problem)
-    return layers
+    modules = checkpoint.modules_with(ANCHOR)
+    return describe_each(modules, lambda module: _describe(checkpoint, module, settings(module)), problems)
 
 
 def _describe(checkpoint: Checkpoint, module: str, config: Mapping[str, Any]) -> LayerSpec:

@@ -1,13 +1,13 @@
 """Checks of headers, settings and contents that input formats share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, W4Linear
 from convert_w4a8.sources.base import LayerSpec
 
@@ -51,6 +51,19 @@ def collect_parts(checkpoint: Checkpoint, module: str, roles: tuple[str, ...]) -
     """Return role → tensor for the roles that a module has."""
     tensors = checkpoint.tensors
     return {role: tensors[name] for role in roles if (name := f"{module}.{role}") in tensors}
+
+
+def describe_each(
+    modules: Iterable[str], describe: Callable[[str], LayerSpec], problems: list[Problem]
+) -> list[LayerSpec]:
+    """Return what `describe` says of modules; where it raises ConvertError, that is appended to `problems`."""
+    layers = []
+    for module in modules:
+        try:
+            layers.append(describe(module))
+        except ConvertError as error:
+            problems.append(error.problem)
+    return layers
 
 
 def check_bits(module: str, bits: object) -> None:

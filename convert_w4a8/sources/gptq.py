@@ -22,6 +22,7 @@ from convert_w4a8.sources.checks import (
     check_scales,
     check_tensor,
     collect_parts,
+    describe_each,
     real_g_idx,
     real_zeros,
     resolve_groups,
@@ -118,13 +119,11 @@ def describe_all(
     """Return the layers; what cannot be read is appended to `problems`. settings: those of a module, by its name."""
     modules = checkpoint.modules_with(ANCHOR)
     zeros_stored = any(f"{module}.qzeros" in checkpoint.tensors for module in modules)
-    layers = []
-    for module in modules:
-        try:
-            layers.append(_describe(checkpoint, module, settings(module), zero_offset, zeros_stored=zeros_stored))
-        except ConvertError as error:
-            problems.append(error.problem)
-    return layers
+    return describe_each(
+        modules,
+        lambda module: _describe(checkpoint, module, settings(module), zero_offset, zeros_stored=zeros_stored),
+        problems,
+    )
 
 
 def _describe(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert_w4a8.errors import Problem
+from convert_w4a8.text import shortened
 
 Table = Mapping[str, "Setting"]
 
@@ -20,7 +21,6 @@ _LAYOUT = re.compile(
     r"(?:^|[_-])(?:pack\w*|layout|\w*format|order(?:ing)?|marlin|interleav\w*|swizzl\w*|shuffl\w*|perm(?:ut\w*)?"
     r"|rotat\w*|hadamard|transforms?|tile[sd]?|tiling)(?=$|[_-])"
 )
-_LISTED = 6
 _LONGEST = 60
 """Characters of a value or a key that are shown."""
 
@@ -116,8 +116,7 @@ def setting_notes(config: Mapping[str, Any], table: Table) -> Iterator[str]:
         elif not known.remedy:
             yield f"quantization_config: {place}{key} is {_shown(value)}: {known.reason}"
     if unknown:
-        more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
-        yield f"settings that are not known, and are passed over: {', '.join([*unknown][:_LISTED])}{more}"
+        yield f"settings that are not known, and are passed over: {shortened(list(unknown))}"
 
 
 def _deviations(

@@ -15,7 +15,14 @@ from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import Packing, W4Linear
 from convert_w4a8.sources.base import LayerSpec
 from convert_w4a8.sources.carried import INVERSE
-from convert_w4a8.sources.checks import check_content, check_rank_two, check_scales, check_tensor, collect_parts
+from convert_w4a8.sources.checks import (
+    check_content,
+    check_rank_two,
+    check_scales,
+    check_tensor,
+    collect_parts,
+    describe_each,
+)
 
 NAME = "w4afp8"
 
@@ -40,14 +47,8 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def find_layers(checkpoint: Checkpoint, problems: list[Problem]) -> list[LayerSpec]:
     """Return the INT4 layers, from headers alone; what cannot be read is appended to `problems`."""
-    layers = []
-    for module in checkpoint.modules_with(ANCHOR):
-        if not _is_fp8(checkpoint, module):
-            try:
-                layers.append(_describe(checkpoint, module))
-            except ConvertError as error:
-                problems.append(error.problem)
-    return layers
+    modules = (module for module in checkpoint.modules_with(ANCHOR) if not _is_fp8(checkpoint, module))
+    return describe_each(modules, lambda module: _describe(checkpoint, module), problems)
 
 
 def _is_fp8(checkpoint: Checkpoint, module: str) -> bool:

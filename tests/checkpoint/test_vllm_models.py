@@ -10,7 +10,7 @@ from paths import ROOT
 from convert_w4a8.checkpoint.names import merged_name
 from convert_w4a8.checkpoint.vllm_layers import MERGED, UNQUANTIZED
 from convert_w4a8.checkpoint.vllm_loaders import KEPT, TOUCHED
-from convert_w4a8.checkpoint.vllm_models import VllmModel, always_in_16_bits, merged_with, touched_by_loader
+from convert_w4a8.checkpoint.vllm_models import VllmModel
 from convert_w4a8.targets import target_names
 
 LLAMA4: dict[str, Any] = {
@@ -70,7 +70,7 @@ def test_names_of_a_configuration_and_of_those_in_it() -> None:
 )
 def test_layers_that_model_code_touches(config: dict[str, Any], module: str, formats: set[str]) -> None:
     """By model, module and output format."""
-    assert {name for name in target_names() if touched_by_loader(config, module, name)} == formats
+    assert {name for name in target_names() if VllmModel.of(config).loader_row(module, name)} == formats
 
 
 @pytest.mark.parametrize(("groups", "row"), [(1, True), (8, False)])
@@ -81,7 +81,7 @@ def test_only_at_tensor_parallel_sizes(groups: int, row: bool, inner: bool) -> N
     if inner:
         config = {"architectures": ["Wrapper"], "text_config": config}
     module = f"{LAYER}.mamba.in_proj"
-    assert touched_by_loader(config, module, "lut") is None
+    assert VllmModel.of(config).loader_row(module, "lut") is None
     assert (VllmModel.of(config).loader_row(module, "lut", split=True) is not None) == row
 
 
@@ -114,7 +114,7 @@ def test_layers_that_must_stay_quantized() -> None:
 )
 def test_layers_that_are_never_quantized(config: dict[str, Any], module: str, expected: bool) -> None:
     """By model and module."""
-    assert always_in_16_bits(config, module) == expected
+    assert VllmModel.of(config).always_in_16_bits(module) == expected
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_rows_are_in_order() -> None:
         assert not reason.endswith(".")
     for pattern in [row.modules for row in (*KEPT, *UNQUANTIZED)]:
         re.compile(pattern)
-    for end, name in merged_with({}).items():
+    for end, name in VllmModel.of({}).merged_with.items():
         assert "." in end or merged_name(end) in (end, name)
     assert all(row.shards for row in MERGED)
 
