@@ -10,9 +10,8 @@ with float64 first. With --tune, ways of cutting the work are tried, and the bes
 
 import argparse
 import math
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache, partial
 from itertools import product
@@ -21,18 +20,20 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from graph_timing import Call, microseconds
 from results import VLLM_PACKAGES, add_options, line, save
 
 from convert_w4a8.kernels.gemm import gpu, reference
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "12288x33792", "1536x2048")
 TOKENS = (1, 8, 16, 32, 64, 128)
-REPLAYS = 15
+LAUNCHES = 12
+"""Calls of a CUDA graph at least."""
 U4B8 = 1125899907892224
 """vLLM's number of the scalar type of codes with bias 8."""
 
-Call = Callable[[], torch.Tensor]
 Row = dict[str, Any]
 
 
@@ -61,26 +62,6 @@ class Activations:
         self.x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         self.scale = (self.x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
         self.tokens = (self.x.float() / self.scale).to(torch.float8_e4m3fn)
-
-
-def microseconds(calls: Sequence[Call]) -> float:
-    """Return the median time of one of these calls, which together fill a CUDA graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    repeats = max(1, math.ceil(12 / len(calls)))
-    with torch.cuda.graph(graph):
-        kept = [call() for _ in range(repeats) for call in calls]
-    times: list[float] = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(kept))
-    return statistics.median(times[2:])
 
 
 def ours(layers: Layers, act: Activations, launch: gpu.Launch) -> list[Call]:
@@ -142,14 +123,14 @@ def measure(layers: Layers, act: Activations, launch: gpu.Launch) -> Row:
     """Return our time and error for one way of cutting the work."""
     calls = ours(layers, act, launch)
     row = {"n": layers.n, "k": layers.k, "m": act.m, "error": relative_error(layers, act, calls[0])}
-    return row | {"ours_us": microseconds(calls)} | asdict(launch)
+    return row | {"ours_us": microseconds(calls, LAUNCHES)} | asdict(launch)
 
 
 @cache
 def bytes_per_microsecond() -> float:
     """Return how fast a reduction of 2 GiB reads."""
     words = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
-    return words.nbytes / microseconds([partial(torch.sum, words)] * 2)
+    return words.nbytes / microseconds([partial(torch.sum, words)] * 2, LAUNCHES)
 
 
 def compare(layers: Layers, act: Activations) -> Row:
@@ -158,7 +139,7 @@ def compare(layers: Layers, act: Activations) -> Row:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     row = measure(layers, act, gpu.choose_launch(act.m, layers.n, layers.k, sms)) | {"floor_us": floor}
     for name, calls in peers(layers, act):
-        row[f"{name}_us"] = microseconds(calls)
+        row[f"{name}_us"] = microseconds(calls, LAUNCHES)
         if name == "cutlass":
             row["cutlass_error"] = relative_error(layers, act, calls[0])
     return row

@@ -9,7 +9,6 @@ With --tune, many ways of cutting the work are tried, and the best of each packi
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +18,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from graph_timing import microseconds
 from results import add_options, line, save
 
 from convert_w4a8.kernels.repack import reference as repack_reference
@@ -29,7 +30,6 @@ from convert_w4a8.kernels.tables.gpu import expand_tables
 from convert_w4a8.linear import Packing
 
 SIZES = ("4096x4096", "28672x4096", "12288x33792", "67584x12288")
-REPLAYS = 21
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 Row = dict[str, object]
@@ -40,25 +40,6 @@ def rotation(packing: Packing, n: int, k: int) -> list[torch.Tensor]:
     shape = {Packing.GPTQ: (k // 8, n), Packing.AWQ: (k, n // 8), Packing.PACK_QUANTIZED: (n, k // 8)}[packing]
     count = max(2, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / (n * k // 2)))
     return [torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda") for _ in range(count)]
-
-
-def microseconds(call: Call, inputs: list[torch.Tensor]) -> float:
-    """Return the median time of one call, launch overhead excluded, outputs all in different memory."""
-    call(inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [call(x) for x in inputs]
-    times: list[float] = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(inputs))
-    del graph, outputs
-    return statistics.median(times[1:])
 
 
 def candidates() -> list[Block]:
@@ -72,11 +53,11 @@ def measure(kernel: str, reference: Call, packing: Packing, n: int, k: int, call
     inputs = rotation(packing, n, k)
     expected = reference(inputs[0])
     moved = n * k  # half a byte in, half a byte out
-    copy = microseconds(torch.clone, inputs)
+    copy = microseconds([partial(torch.clone, x) for x in inputs])
     rows: list[Row] = []
     for block, call in calls.items():
         equal = torch.equal(call(inputs[0]), expected)
-        time = microseconds(call, inputs) if equal else math.nan
+        time = microseconds([partial(call, x) for x in inputs]) if equal else math.nan
         rows.append(
             {
                 "kernel": kernel,
@@ -112,7 +93,7 @@ def measure_tables(n: int, k: int) -> Row:
     scales = torch.randint(0, 256, (k // 128, n), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
     expected = tables_reference.expand_tables(scales).view(torch.uint8)
     equal = torch.equal(expand_tables(scales).view(torch.uint8), expected)
-    time = microseconds(expand_tables, [scales.clone() for _ in range(8)])
+    time = microseconds([partial(expand_tables, scales.clone()) for _ in range(8)])
     moved = scales.numel() * 9
     return {"kernel": "expand_tables", "n": n, "k": k, "equal": equal, "us": time, "gb_s": moved / time / 1e3}
 
