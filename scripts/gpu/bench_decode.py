@@ -40,10 +40,10 @@ Row = dict[str, Any]
 class Layers:
     """As many random layers of one shape as exceed the L2 four times, with tables of entries of either sign."""
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int, k: int, count: int | None = None) -> None:
         self.n, self.k = n, k
         self.nbytes = n * k // 2 + n * k // 16
-        count = max(3, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / self.nbytes))
+        count = count or max(3, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / self.nbytes))
         self.packed = [
             torch.randint(-(2**31), 2**31, (k // 32, 4 * n), dtype=torch.int32, device="cuda") for _ in range(count)
         ]

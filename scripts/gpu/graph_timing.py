@@ -11,10 +11,11 @@ Call = Callable[[], torch.Tensor]
 REPLAYS = 21
 
 
-def microseconds(calls: Sequence[Call], least: int = 1) -> float:
+def microseconds(calls: Sequence[Call], least: int = 1, replays: int = REPLAYS) -> float:
     """Return the median time of one of these calls, which follow each other in a CUDA graph, outputs in other memory.
 
-    least: how many calls the graph has at least, by repeating all.
+    least: how many calls the graph has at least, by repeating all. replays: of the graph, of which the first does not
+        count.
     """
     for call in calls[:2]:
         call()
@@ -24,7 +25,7 @@ def microseconds(calls: Sequence[Call], least: int = 1) -> float:
     with torch.cuda.graph(graph):
         outputs = [call() for _ in range(repeats) for call in calls]
     times: list[float] = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()

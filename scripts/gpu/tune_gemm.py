@@ -1,0 +1,147 @@
+"""Measure how the decode GEMM for Hopper is best cut, and write `kernels/gemm/tuned.py`.
+
+    python scripts/gpu/tune_gemm.py [--shapes 6144x4096 ...] [--write] [--json FILE]
+
+A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
+which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
+cutting is tried shortly, the best few again. The Triton kernel for every GPU is measured beside it.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from bench_decode import Layers
+from graph_timing import Call, microseconds
+from results import add_options, line, save
+
+from convert_w4a8.kernels.activations import gpu as activations
+from convert_w4a8.kernels.gemm import gpu, hopper, tuned
+
+SHAPES = (
+    *("6144x4096", "4096x4096", "28672x4096", "4096x14336"),  # Llama-8B
+    *("3072x4096", "4096x2048", "14336x4096", "4096x7168"),  # at tensor-parallel size 2
+    *("10240x8192", "8192x8192", "57344x8192", "8192x28672"),  # Llama-70B
+    *("2560x8192", "8192x2048", "14336x8192", "8192x7168"),  # at tensor-parallel size 4
+    *("12288x33792", "14336x12288", "67584x12288", "12288x12288"),  # Command A
+    "1536x2048",
+)
+BLOCKS = ((8, 1), (16, 1), (32, 1), (64, 1), (8, 2), (16, 2))
+"""Tokens of a block, and terms of an activation."""
+PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 8)
+STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4)}
+FINALISTS = 4
+GAIN = 0.99
+"""The share of the rule's time that a measured choice must stay below to be worth a line."""
+TABLE = Path(hopper.__file__).with_name("tuned.py")
+
+Gemm = Callable[..., torch.Tensor]
+
+
+def pairs(layers: Layers, x: torch.Tensor, terms: int, gemm: Gemm) -> list[Call]:
+    """Return quantization and GEMM with each of the layers."""
+
+    def pair(packed: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        return gemm(*activations.quantize(x, terms), packed, tables, layers.channel)
+
+    return [partial(pair, packed, tables) for packed, tables in zip(layers.packed, layers.tables, strict=True)]
+
+
+def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
+    """Return the ways of cutting that are worth a try."""
+    rows, blocks = block_m * terms, n // hopper.BLOCK_N
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    splits = sorted({max(1, min(round(per * sms / blocks), k // gpu.GROUP, 16)) for per in PER_SM})
+    chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
+    return [hopper.Launch(block_m, s, stages, chain=chain) for s in splits for stages in STAGES[rows]]
+
+
+def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
+    """Return the best way of cutting one size, and the times of it, of the rule's choice and of the Triton kernel."""
+    x = torch.randn(block_m, layers.k, device="cuda", dtype=torch.bfloat16)
+
+    def time(gemm: Gemm, replays: int = 8) -> float:
+        return microseconds(pairs(layers, x, terms, gemm), 12, replays)
+
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    tuned.LAUNCHES.clear()
+    rule = hopper.choose_launch(block_m, layers.n, layers.k, sms, terms)
+    tried = sorted(
+        (time(partial(hopper.gemm_by, launch=launch)), launch.splits, launch.stages)
+        for launch in candidates(block_m, terms, layers.n, layers.k)
+    )
+    chosen = [hopper.Launch(block_m, s, stages, chain=rule.chain) for _, s, stages in tried[:FINALISTS]]
+    again = [(time(partial(hopper.gemm_by, launch=launch), 31), launch) for launch in chosen]
+    best_us, best = min(again, key=lambda found: found[0])
+    row = {"n": layers.n, "k": layers.k, "m": block_m, "terms": terms, "us": best_us}
+    row |= {"splits": best.splits, "stages": best.stages}
+    row |= {"rule_us": time(partial(hopper.gemm_by, launch=rule), 31)}
+    return row | ({"triton_us": time(gpu.gemm, 31)} if terms == 1 else {})
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Write the table: sizes for which the rule's choice is slower."""
+    text = TABLE.read_text(encoding="utf-8").partition("LAUNCHES: ")[0]
+    text += "LAUNCHES: dict[tuple[int, int, int, int], tuple[int, int]] = {\n"
+    for row in rows:
+        if row["us"] < GAIN * row["rule_us"]:
+            text += "    ({n}, {k}, {m}, {terms}): ({splits}, {stages}),\n".format(**row)
+    text += '}\n"""Parts of K and copies in flight, by N, K, tokens of a block and FP8 terms of an activation."""\n'
+    TABLE.write_text(text, encoding="utf-8")
+
+
+def warm(shard: int, shards: int) -> None:
+    """Compile a share of the variants, so that several processes fill Triton's cache together."""
+    layers = Layers(64, 512, 1)
+    variants = [(*block, stages) for block in BLOCKS for stages in STAGES[block[0] * block[1]]]
+    for block_m, terms, stages in variants[shard::shards]:
+        tokens = activations.quantize(torch.ones(block_m, 512, device="cuda", dtype=torch.bfloat16), terms)
+        for splits in (1, 2):
+            launch = hopper.Launch(block_m, splits, stages, chain=block_m * terms >= 64)
+            hopper.gemm_by(*tokens, layers.packed[0], layers.tables[0], layers.channel, launch)
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--processes", type=int, default=8, help="that compile (default: %(default)s)")
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
+    add_options(parser)
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or not hopper.is_usable(torch.device("cuda", 0)):
+        parser.error("a Hopper GPU is needed")
+    gpu.prepare(torch.device("cuda", 0))
+    if args.warm is not None:
+        warm(args.warm, args.processes)
+        return
+    command = [sys.executable, __file__, "--processes", str(args.processes), "--warm"]
+    for process in [subprocess.Popen([*command, str(i)]) for i in range(args.processes)]:
+        process.wait()
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        layers = Layers(*map(int, shape.split("x")))
+        for block_m, terms in BLOCKS:
+            rows.append(row := tune(layers, block_m, terms))
+            print(*(f"{name} {value:.2f}" if name.endswith("us") else f"{name} {value}" for name, value in row.items()))
+        sys.stdout.flush()
+        del layers
+        torch.cuda.empty_cache()
+        if args.write:
+            write(rows)
+    question = "How is the decode GEMM for Hopper best cut, by the size of a layer and the number of tokens?"
+    print(line(save(args, question, rows)))
+
+
+if __name__ == "__main__":
+    main()
