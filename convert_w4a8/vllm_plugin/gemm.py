@@ -7,6 +7,7 @@ is right for its batch.
 import logging
 import os
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -18,16 +19,19 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers print only wha
 
 SETTING = "W4A8_LUT_DECODE"
 """The environment variable that says `cutlass` to leave the decode kernel out."""
+ACTIVATIONS = "W4A8_LUT_ACTIVATIONS"
+"""The environment variable that says `bfloat16` to not quantize the activations of up to `TWO_TERMS_TOKENS` tokens."""
 _FEW_TOKENS = 64
-_MORE_TOKENS = 128
+MORE_TOKENS = 128
+TWO_TERMS_TOKENS = 8
 _NARROW = 64 * 132
-"""The decode kernel takes up to `_MORE_TOKENS` tokens where no multiprocessor has more than one of its blocks of 64
+"""The decode kernel takes up to `MORE_TOKENS` tokens where no multiprocessor has more than one of its blocks of 64
 channels; wider layers give CUTLASS enough to do (docs/benchmarks/serving.md)."""
 
 
 def takes(m: int, n: int) -> bool:
     """Whether the decode kernel is the faster one for [m, K] activations and N = n."""
-    return m <= _FEW_TOKENS or (m <= _MORE_TOKENS and n <= _NARROW)
+    return m <= _FEW_TOKENS or (m <= MORE_TOKENS and n <= _NARROW)
 
 
 @cache
@@ -44,6 +48,35 @@ def decode_kernel(device: torch.device) -> bool:
     return True
 
 
+@cache
+def terms(device: torch.device) -> int:
+    """Return how many FP8 terms an activation of a few tokens has on a device; two hold all of bfloat16.
+
+    Raises:
+        ValueError: in one line, for another value of the environment variable.
+
+    """
+    value = os.environ.get(ACTIVATIONS, "float8")
+    if value not in ("float8", "bfloat16"):
+        raise ValueError(f"{ACTIVATIONS}={value} is not known: use float8 or bfloat16")
+    if value == "float8":
+        return 1
+    if not decode_kernel(device) or _hopper(device) is None:
+        logger.warning("%s: %s=bfloat16 needs a Hopper GPU and Triton 3.6: activations are FP8", METHOD, ACTIVATIONS)
+        return 1
+    return 2
+
+
+@cache
+def _hopper(device: torch.device) -> Any:
+    """Return the kernel for Hopper, or None where it cannot run: another GPU, a Triton without Gluon."""
+    try:
+        from convert_w4a8.kernels.gemm import hopper  # noqa: PLC0415
+    except ImportError:
+        return None
+    return hopper if hopper.is_usable(device) else None
+
+
 def gemm(
     tokens: torch.Tensor,
     token_scale: torch.Tensor,
@@ -53,14 +86,20 @@ def gemm(
 ) -> torch.Tensor:
     """Multiply float8_e4m3fn [M, K] activations by a layer; bfloat16 [M, N].
 
-    token_scale: float32 [M, 1]. packed: int32 [K/8, N], the memory of [K/32, 4·N] in the LUT layout. tables:
-    float8_e4m3fn [K/128·N·8]. channel_scale: float32 [N].
+    tokens: or [2·M, K], activations of two terms, for at most `TWO_TERMS_TOKENS`. token_scale: float32 [M, 1]. packed:
+    int32 [K/8, N], the memory of [K/32, 4·N] in the LUT layout. tables: float8_e4m3fn [K/128·N·8]. channel_scale:
+    float32 [N].
     """
-    (m, k), n = tokens.shape, packed.shape[1]
+    m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1]
     if takes(m, n) and decode_kernel(tokens.device):
+        weights = (packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel_scale)
+        hopper = _hopper(tokens.device)
+        if hopper is not None and hopper.suits(m, n, k):
+            product: torch.Tensor = hopper.gemm(tokens, token_scale, *weights)
+            return product
         from convert_w4a8.kernels.gemm import gpu  # noqa: PLC0415
 
-        return gpu.gemm(tokens, token_scale, packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel_scale)
+        return gpu.gemm(tokens[:m], token_scale, *weights)  # the first terms alone are activations in FP8
     from vllm import _custom_ops as ops  # noqa: PLC0415
 
     output: torch.Tensor = ops.cutlass_w4a8_mm(
@@ -74,19 +113,48 @@ def gemm(
     return output
 
 
+def linear(
+    x: torch.Tensor,  # noqa: ARG001
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    packed: torch.Tensor,
+    tables: torch.Tensor,
+    channel_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Do what `gemm` does. x: what was quantized, bfloat16 [M, K]; a compiled graph may use it instead (`fusion`)."""
+    return gemm(tokens, token_scale, packed, tables, channel_scale)
+
+
 def _fake(
     tokens: torch.Tensor,
-    token_scale: torch.Tensor,  # noqa: ARG001
+    token_scale: torch.Tensor,
     packed: torch.Tensor,
     tables: torch.Tensor,  # noqa: ARG001
     channel_scale: torch.Tensor,  # noqa: ARG001
 ) -> torch.Tensor:
-    return tokens.new_empty((tokens.shape[0], packed.shape[1]), dtype=torch.bfloat16)
+    return tokens.new_empty((token_scale.shape[0], packed.shape[1]), dtype=torch.bfloat16)
+
+
+def _fake_linear(
+    x: torch.Tensor,  # noqa: ARG001
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    packed: torch.Tensor,
+    tables: torch.Tensor,
+    channel_scale: torch.Tensor,
+) -> torch.Tensor:
+    return _fake(tokens, token_scale, packed, tables, channel_scale)
 
 
 _library = torch.library.Library("w4a8_lut", "DEF")  # type: ignore[no-untyped-call]
-_SCHEMA = "gemm(Tensor tokens, Tensor token_scale, Tensor packed, Tensor tables, Tensor channel_scale) -> Tensor"
-_library.define(_SCHEMA)  # type: ignore[no-untyped-call]
-_library.impl("gemm", gemm, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("w4a8_lut::gemm", _fake, lib=_library)
-lut_gemm = torch.ops.w4a8_lut.gemm
+_WEIGHTS = "Tensor packed, Tensor tables, Tensor channel_scale"
+for _schema, _run, _shape in (
+    (f"gemm(Tensor tokens, Tensor token_scale, {_WEIGHTS}) -> Tensor", gemm, _fake),
+    (f"linear(Tensor x, Tensor tokens, Tensor token_scale, {_WEIGHTS}) -> Tensor", linear, _fake_linear),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)  # type: ignore[no-untyped-call]
+    _library.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"w4a8_lut::{_name}", _shape, lib=_library)
+lut_gemm, lut_linear = torch.ops.w4a8_lut.gemm, torch.ops.w4a8_lut.linear
+GEMM, LINEAR = lut_gemm.default, lut_linear.default

@@ -25,8 +25,9 @@ from vllm.model_executor.parameter import (
 from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
-from convert_w4a8.vllm_plugin import compat, partition
-from convert_w4a8.vllm_plugin.gemm import decode_kernel, lut_gemm
+from convert_w4a8.vllm_plugin import compat, fusion, partition
+from convert_w4a8.vllm_plugin.activations import quantize
+from convert_w4a8.vllm_plugin.gemm import TWO_TERMS_TOKENS, decode_kernel, lut_gemm, lut_linear, terms
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 
 
@@ -38,6 +39,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.tables = tables
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.quant_fp8 = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+        self.is_rewritten = fusion.install()
 
     def create_weights(
         self,
@@ -99,13 +101,23 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N], activations quantized as stock W4A8 does it."""
-        tokens, token_scales = self.quant_fp8(x.reshape(-1, x.shape[-1]))
-        output: torch.Tensor = lut_gemm(
-            tokens, token_scales, layer.weight_packed, getattr(layer, self.table_name), layer.weight_chan_scale
-        )
+        flat = x.reshape(-1, x.shape[-1])
+        weights = (layer.weight_packed, getattr(layer, self.table_name), layer.weight_chan_scale)
+        output: torch.Tensor
+        if self.is_rewritten and torch.compiler.is_compiling():
+            output = lut_linear(flat, *self.quant_fp8(flat), *weights)
+        else:
+            output = lut_gemm(*self._quantize(flat), *weights)
         if bias is not None:
             output.add_(bias)
         return output.reshape(*x.shape[:-1], output.shape[-1])
+
+    def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize bfloat16 [M, K] as stock W4A8 does it, or to two terms where that was asked for."""
+        if not torch.compiler.is_compiling() and x.shape[0] <= TWO_TERMS_TOKENS and terms(x.device) == 2:
+            return quantize(x, 2)
+        tokens: tuple[torch.Tensor, torch.Tensor] = self.quant_fp8(x)
+        return tokens
 
 
 register_weight_loader_v2_supported_method(W4A8LutLinearMethod)

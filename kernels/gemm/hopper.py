@@ -37,6 +37,8 @@ _BLOCKS_PER_SM = {8: 6, 16: 5, 32: 4, 64: 3, 128: 2}
 """By the rows of tokens in a block: blocks of one multiprocessor at a time, by shared memory and registers."""
 _STAGES = {8: 6, 16: 6, 32: 4, 64: 4, 128: 3}
 _SPLITS = 12
+_ALWAYS = 32
+"""Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
 _MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
 _LOOK_UP = gl.constexpr(gpu._LOOK_UP.value)  # noqa: SLF001
@@ -76,6 +78,13 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
 def is_usable(device: torch.device) -> bool:
     """Whether a device is one that these kernels are compiled for."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def suits(m: int, n: int, k: int) -> bool:
+    """Whether this kernel is the faster one for [m, n, k], and takes it."""
+    if n % BLOCK_N or m > MAX_TOKENS:
+        return False
+    return m <= _ALWAYS or (n, k, MAX_TOKENS, 1) in LAUNCHES
 
 
 def gemm(

@@ -88,11 +88,12 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Write the table: sizes for which the rule's choice is slower."""
+    """Write the table: sizes where the rule's choice is slower, and, of many tokens, those where Triton is."""
     text = TABLE.read_text(encoding="utf-8").partition("LAUNCHES: ")[0]
     text += "LAUNCHES: dict[tuple[int, int, int, int], tuple[int, int]] = {\n"
     for row in rows:
-        if row["us"] < GAIN * row["rule_us"]:
+        other = row["triton_us"] if row["m"] == hopper.MAX_TOKENS else GAIN * row["rule_us"]
+        if row["us"] < other:
             text += "    ({n}, {k}, {m}, {terms}): ({splits}, {stages}),\n".format(**row)
     text += '}\n"""Parts of K and copies in flight, by N, K, tokens of a block and FP8 terms of an activation."""\n'
     TABLE.write_text(text, encoding="utf-8")
