@@ -26,12 +26,12 @@ BLOCK_N = 64
 _ONE_BLOCK = 128
 """Up to so many tokens, a block takes all of them."""
 _PREFILL_BLOCK = 256
-"""Tokens of a block where there are more. Two such blocks fill the registers of a multiprocessor, and Hopper's shared
-memory; where a block may have less of it than there, `_ONE_BLOCK`."""
-_SIDE_BY_SIDE = 16
+"""Tokens of a block where there are more: two such blocks fill a multiprocessor of Hopper."""
+SIDE_BY_SIDE = 16
 """Blocks along N that run through all tokens before the next ones begin: their weights stay in the L2."""
 HOPPER_SHARED = 227 * 1024
-"""Bytes of shared memory that a block may have on Hopper."""
+"""Bytes of shared memory that a block may have on Hopper, and on GPUs of compute capability 10. Those with less (8.9,
+12.0) multiply by single warps, whose registers a tile of 64 × 128 sums overflows unless there are eight of them."""
 _BLOCKS_PER_SM = 3
 """Blocks that a multiprocessor holds side by side, with the copies in flight that keep the memory busy."""
 _SPLITS = 4
@@ -86,16 +86,17 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, shared: int = HO
 
     shared: bytes of shared memory that a block may have.
     """
+    small = shared < HOPPER_SHARED
+    warps = 8 if small and m > _MANY_TOKENS else 4
     if m > _ONE_BLOCK:
-        block_m = _PREFILL_BLOCK if shared >= HOPPER_SHARED else _ONE_BLOCK
-        return Launch(block_m, 1, stages=3, chain=True)
+        return Launch(_ONE_BLOCK if small else _PREFILL_BLOCK, 1, stages=3, warps=warps, chain=True)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(_BLOCKS_PER_SM * multiprocessors // blocks, _SPLITS, k // GROUP)
     if m > _MANY_TOKENS:
         splits = min(splits, k // _LONG_PART)
     block_m = max(16, triton.next_power_of_2(m))
     stages = 5 if k >= _LONG_K and 5 * _copied(block_m) <= shared else 4
-    return Launch(block_m, max(1, splits), stages, chain=m >= _MANY_TOKENS)
+    return Launch(block_m, max(1, splits), stages, warps, chain=m >= _MANY_TOKENS)
 
 
 def _copied(block_m: int) -> int:
@@ -155,7 +156,7 @@ def gemm_by(
             STAGES=launch.stages,
             CHAIN=launch.chain,
             SPLIT=splits > 1,
-            SIDE_BY_SIDE=_SIDE_BY_SIDE if rows > 1 else 0,
+            SIDE_BY_SIDE=SIDE_BY_SIDE if rows > 1 else 0,
             WHOLE=n % BLOCK_N == 0,
             INTERPRETED=_INTERPRETED,
             num_warps=launch.warps,
