@@ -113,7 +113,7 @@ def gemm(
 ) -> torch.Tensor:
     """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`."""
     (m, k), n = tokens.shape, packed.shape[1] // 4
-    launch = choose_launch(m, n, k, *_limits(tokens.device))
+    launch = choose_launch(m, n, k, _multiprocessors(tokens.device), _shared_memory(tokens.device))
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)
 
 
@@ -192,12 +192,17 @@ def _counters(device: torch.device, blocks: int) -> torch.Tensor | None:
 
 
 @cache
-def _limits(device: torch.device) -> tuple[int, int]:
-    """Return a device's multiprocessors, and the bytes of shared memory that a block may have."""
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have."""
     if device.type != "cuda":
-        return 1, HOPPER_SHARED
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]
+        return HOPPER_SHARED
+    size: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return size
 
 
 @triton.jit

@@ -99,13 +99,19 @@ def test_any_size_however_it_is_cut(m: int, n: int, k: int, splits: int, chain: 
     assert_right(case, run(case, launch))
 
 
-@pytest.mark.parametrize("n", [16, 48, 2112, 16 * 67])
-@pytest.mark.parametrize("m", [1, 17, 129, 300])
-@pytest.mark.parametrize("shared", [KERNELS.HOPPER_SHARED, 99 * 1024])
+@pytest.mark.parametrize(
+    ("m", "n", "shared"),
+    [
+        *((m, n, KERNELS.HOPPER_SHARED) for m in (1, 17, 129, 300) for n in (16, 48, 16 * 67)),
+        *((m, n, 99 * 1024) for m, n in ((1, 48), (100, 16 * 67), (300, 16 * 67))),
+        (17, 2112, KERNELS.HOPPER_SHARED),
+        (129, 2112, KERNELS.HOPPER_SHARED),
+    ],
+)
 def test_every_number_of_tokens_and_of_tiles(m: int, n: int, shared: int) -> None:
     """As it comes: one block for all tokens or several rows of them; more blocks along N than run side by side."""
-    case = random_case(m, n, 256, seed=m + n)
-    assert_right(case, run(case, KERNELS.choose_launch(m, n, 256, 132, shared)))
+    case = random_case(m, n, 128, seed=m + n)
+    assert_right(case, run(case, KERNELS.choose_launch(m, n, 128, 132, shared)))
 
 
 @pytest.mark.parametrize("m", [17, 300])
