@@ -157,7 +157,7 @@ def _quantize_kernel(
         gdc_wait()
     value = tl.load(x + m * STRIDE + k, mask=inside, other=0.0).to(tl.float32)
     if WHAT == 1:
-        gate = _bf16(value / (1.0 + tl.exp(-value)), INTERPRETED).to(tl.float32)
+        gate = _bf16(value / (1.0 + tl.exp(-tl.maximum(value, -80.0))), INTERPRETED).to(tl.float32)
         up = tl.load(x + m * STRIDE + K + k, mask=inside, other=0.0).to(tl.float32)
         value = _bf16(gate * up, INTERPRETED).to(tl.float32)
     if WHAT == 3:

@@ -14,7 +14,7 @@ def quantize(x: torch.Tensor, terms: int = 1) -> tuple[torch.Tensor, torch.Tenso
 
     One term: vLLM's `QuantFP8`, scale = amax / 448, x · (1 / scale) rounded. Two: rows M … 2M − 1 hold 16 times what
     the first rounding left, and the scale is the next power of two, so that x = scale · (first + second / 16) exactly
-    for |x| above amax · 2⁻¹⁴, and to amax · 2⁻²² below.
+    for |x| above amax · 2⁻¹³, and to amax · 2⁻²¹ below.
     """
     scale = (x.abs().amax(-1, keepdim=True).float() / FP8_MAX).clamp(min=LEAST_SCALE)
     if terms == 2:

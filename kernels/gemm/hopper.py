@@ -5,8 +5,8 @@ copies with weights, which no kernel writes, and only then waits for that kernel
 words go from shared memory to registers: in the order of the tensor core's operand, which `assert_trivial` checks when
 the kernel is compiled.
 
-Activations are one or two FP8 terms. Two, x = hi + lo / 16, hold a bfloat16 value to the last bit over 14 binades
-below the largest of its token, so that nothing is lost to FP8 (`kernels.activations`).
+Activations are one or two FP8 terms. Two, x = hi + lo / 16, hold a bfloat16 value to the last bit over 13 binades
+below the largest of its token (`kernels.activations`).
 """
 
 # Arguments of Triton functions have no Python types.

@@ -12,24 +12,15 @@ from collections import Counter
 from pathlib import Path
 
 import triton
+from compile_gemm_types import DISASSEMBLER, TYPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convert_w4a8.kernels.gemm import gpu
 
-TYPES = {
-    "tokens": "*fp8e4nv",
-    "packed": "*i32",
-    "tables": "*i64",
-    "output": "*bf16",
-    "counters": "*i32",
-    **dict.fromkeys(("token_scale", "channel_scale", "sums"), "*fp32"),
-    **dict.fromkeys(("M", "N", "K", "SPLITS"), "i32"),
-}
 SHARED = {89: 99 * 1024, 90: gpu.HOPPER_SHARED, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 """Bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications)."""
 INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL")
-DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
 def compiled(capability: int, tokens: int) -> tuple[str, int]:

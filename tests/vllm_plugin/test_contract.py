@@ -87,6 +87,9 @@ CALLS = (
     Call(_CT, "CompressedTensorsConfig.get_quant_method", 3),
     Call(_CT, "CompressedTensorsConfig.get_scheme_dict", 3),
     Call(_CT, "CompressedTensorsConfig.has_blocked_weights", 1),
+    Call("vllm.compilation.passes.inductor_pass", "get_pass_context"),
+    Call("vllm.compilation.passes.inductor_pass", "InductorPass.hash_source", 4),
+    Call("vllm.config", "get_current_vllm_config"),
     # scripts/
     Call(_OPS, "cutlass_encode_and_reorder_int4b", 1),
     Call(_OPS, "cutlass_pack_scale_fp8", 1),
@@ -120,6 +123,9 @@ NAMES = (
     ("vllm.platforms.interface", "DeviceCapability.major"),
     ("vllm.platforms.interface", "DeviceCapability.minor"),
     ("vllm.config", "VllmConfig"),
+    ("vllm.compilation.passes.inductor_pass", "InductorPass"),
+    ("vllm.config.compilation", "CompilationMode"),
+    ("vllm.config.compilation", "CompilationMode.VLLM_COMPILE"),
 )
 """Classes that we subclass or test for, and constants."""
 
@@ -139,7 +145,9 @@ ATTRIBUTES = (
     (f"{_MOE}.config", "FusedMoEConfig", "num_logical_experts intermediate_size tp_size moe_parallel_config"),
     (f"{_MOE}.config", "FusedMoEParallelConfig", "use_batched_activation_format"),
     (_BASE, "QuantizationConfig", "packed_modules_mapping"),
-    ("vllm.platforms.interface", "Platform", "get_device_capability"),
+    ("vllm.platforms.interface", "Platform", "get_device_capability pass_key"),
+    ("vllm.compilation.passes.inductor_pass", "PassContext", "compile_range"),
+    ("vllm.config.utils", "Range", "start end"),
     # scripts/
     (
         "vllm.engine.arg_utils",
@@ -148,7 +156,11 @@ ATTRIBUTES = (
         " kv_cache_memory_bytes compilation_config disable_custom_all_reduce max_num_seqs max_num_batched_tokens"
         " enable_prefix_caching async_scheduling generation_config disable_log_stats",
     ),
-    ("vllm.config.compilation", "CompilationConfig", "custom_ops cudagraph_capture_sizes"),
+    (
+        "vllm.config.compilation",
+        "CompilationConfig",
+        "custom_ops cudagraph_capture_sizes mode backend inductor_compile_config compile_ranges_endpoints",
+    ),
     ("vllm.outputs", "RequestOutput", "outputs prompt_logprobs metrics"),
     ("vllm.logprobs", "Logprob", "logprob rank"),
     ("vllm.v1.metrics.stats", "RequestStateStats", "first_token_latency first_token_ts last_token_ts"),

@@ -1,0 +1,44 @@
+"""Compile the kernels of a decode step for Hopper, without a GPU; prints what is in their machine code.
+
+`TRITON_INTERPRET` must not be set. A line for each form of the GEMM: NAME=COUNT of instructions, and the tokens and
+FP8 terms it is for.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from compile_gemm_types import DISASSEMBLER, TYPES
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from convert_w4a8.kernels.gemm import hopper
+
+INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT")
+"""The last two: wait for the kernel before, let the one behind begin."""
+
+for tokens, terms in ((1, 1), (16, 1), (32, 1), (64, 1), (8, 2), (32, 2)):
+    launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
+    constants = {
+        "BLOCK_M": launch.block_m,
+        "STAGES": launch.stages,
+        "TERMS": terms,
+        "CHAIN": launch.chain,
+        "SPLIT": launch.splits > 1,
+        "EARLY": True,
+    }
+    names = hopper._gemm_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
+    source = GluonASTSource(hopper._gemm_kernel, signature, places, sixteen)
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "gemm.cubin"
+        cubin.write_bytes(found.asm["cubin"])
+        code = subprocess.run([DISASSEMBLER, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    words = Counter(re.findall(r"\w+", code))
+    print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"tokens={tokens} terms={terms}")  # noqa: T201
