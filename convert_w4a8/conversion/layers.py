@@ -259,14 +259,14 @@ def _keep_widths(groups: Mapping[str, Sequence[LayerSpec]], target: Target, reas
             problem = target.unserved_width(widths)
             if problem is None:
                 continue
-            reason = f"{problem}: {key} has N = {sum(widths)}"
+            reason = f"{problem}: {key} has N = {sum(widths.values())}"
         reasons.update({spec.name: (Kept.WIDTH, reason) for spec in specs})
 
 
-def _merged_widths(specs: Sequence[LayerSpec]) -> list[int]:
+def _merged_widths(specs: Sequence[LayerSpec]) -> dict[str, int]:
     """Return each N in a merged layer. Where there are only q_proj and k_proj, vLLM loads k_proj as v_proj, too."""
     widths = {spec.name.rpartition(".")[2]: spec.out_features for spec in specs}
-    return [*widths.values(), *([widths["k_proj"]] if widths.keys() == {"q_proj", "k_proj"} else [])]
+    return widths | ({"v_proj": widths["k_proj"]} if widths.keys() == {"q_proj", "k_proj"} else {})
 
 
 def _check_groups(specs: Iterable[LayerSpec], options: Options, reasons: _Reasons, problems: list[Problem]) -> None:

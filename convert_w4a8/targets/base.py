@@ -43,8 +43,11 @@ class Target(Protocol):
     def unsupported_size(self, n: int, k: int) -> str | None:
         """Return why a layer with N = n and K = k cannot be in this format; None if it can."""
 
-    def unserved_width(self, widths: Sequence[int]) -> str | None:
-        """Return which kind of width keeps layers of these N, which vLLM merges, in BF16; None if it can serve them."""
+    def unserved_width(self, widths: Mapping[str, int]) -> str | None:
+        """Return which kind of width keeps layers that vLLM merges in BF16; None if it can serve them.
+
+        widths: N of each, by the last part of its name.
+        """
 
     def tensor_specs(self, module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
         """Return the tensors that a layer with N = n and K = k becomes."""

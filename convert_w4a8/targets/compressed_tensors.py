@@ -30,9 +30,9 @@ def matches(quantization_config: Mapping[str, Any]) -> bool:
     return quantization_config.get("quant_method") == "compressed-tensors"
 
 
-def unserved_width(widths: Sequence[int]) -> str | None:
-    """Return which kind of width keeps layers of these N, which vLLM merges, in BF16; None if it can serve them."""
-    if sum(widths) % CUTLASS_MULTIPLE:
+def unserved_width(widths: Mapping[str, int]) -> str | None:
+    """Return which kind of width keeps layers that vLLM merges in BF16; None if it can serve them."""
+    if sum(widths.values()) % CUTLASS_MULTIPLE:
         return f"a width that is no multiple of {CUTLASS_MULTIPLE}, which vLLM's kernel needs"
     return None
 

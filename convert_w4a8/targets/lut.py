@@ -27,13 +27,15 @@ def matches(quantization_config: Mapping[str, Any]) -> bool:
     return quantization_config.get("quant_method") == METHOD
 
 
-def unserved_width(widths: Sequence[int]) -> str | None:
-    """Return which kind of width keeps layers of these N, which vLLM merges, in BF16; None if it can serve them.
+def unserved_width(widths: Mapping[str, int]) -> str | None:
+    """Return which kind of width keeps layers that vLLM merges in BF16; None if it can serve them.
 
-    Every multiple of a tile is served, but what has few channels (numbers of a head, say) is soon split within a tile.
+    Every multiple of a tile is served. But narrow layers, and `in_proj` of state spaces and linear attention, have a
+    channel for each head, whose number is soon split within a tile.
     """
-    if sum(widths) % CUTLASS_MULTIPLE and min(widths) < CUTLASS_MULTIPLE:
-        return f"a width below {CUTLASS_MULTIPLE}, which tensor parallelism may not split into tiles of {TILE_N}"
+    by_heads = min(widths.values()) < CUTLASS_MULTIPLE or any(name.startswith("in_proj") for name in widths)
+    if sum(widths.values()) % CUTLASS_MULTIPLE and by_heads:
+        return f"a narrow or per-head width, which tensor parallelism may not split into tiles of {TILE_N}"
     return None
 
 

@@ -285,6 +285,7 @@ def test_what_is_kept_without_being_asked(
             {"q_a_proj": 1536, "kv_a_proj_with_mqa": 576}, {"q_a_proj", "kv_a_proj_with_mqa"}, set(), id="mla"
         ),
         pytest.param({"qkv_proj": 384, "o_proj": 320}, {"o_proj"}, set(), id="alone"),
+        pytest.param({"in_proj": 6448}, {"in_proj"}, {"in_proj"}, id="granite"),
         pytest.param({"q_proj": 128, "k_proj": 96, "v_proj": 96}, *[{"q_proj", "k_proj", "v_proj"}] * 2, id="narrow"),
     ],
 )

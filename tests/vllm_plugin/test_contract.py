@@ -139,7 +139,7 @@ ATTRIBUTES = (
     (f"{_MOE}.config", "FusedMoEConfig", "num_logical_experts intermediate_size tp_size moe_parallel_config"),
     (f"{_MOE}.config", "FusedMoEParallelConfig", "use_batched_activation_format"),
     (_BASE, "QuantizationConfig", "packed_modules_mapping"),
-    ("vllm.platforms.interface", "Platform", "get_device_capability"),
+    ("vllm.platforms.interface", "Platform", "get_device_capability is_rocm"),
     # scripts/
     (
         "vllm.engine.arg_utils",
