@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
@@ -27,7 +28,7 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.gemm import decode_kernel, lut_gemm, require_kernel
-from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
+from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards, of_all_channels
 
 
 class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -59,6 +60,8 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         k, n = part.k, sum(part.shards)
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
+        if type(layer) is ColumnParallelLinear:
+            loader = of_all_channels(loader)
         layer.register_parameter(
             "weight_packed", _packed(torch.empty(reordered_shape(n, k), dtype=torch.int32), 4, loader)
         )

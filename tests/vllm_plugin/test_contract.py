@@ -103,6 +103,7 @@ NAMES = (
     (_UTILS, "GroupShape.PER_TOKEN"),
     (_UTILS, "kInt4Static"),
     (_UTILS, "kFp8DynamicTokenSym"),
+    (_LINEAR, "ColumnParallelLinear"),
     (_LINEAR, "LinearBase"),
     (_LINEAR, "LinearMethodBase"),
     (_LINEAR, "MergedColumnParallelLinear"),

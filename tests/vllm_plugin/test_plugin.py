@@ -443,6 +443,26 @@ def test_what_cutlass_cannot_take_is_loaded_for_our_kernel(
 
 
 @ON_BOTH
+def test_a_layer_that_vllm_widens_is_refused(vllm: vllm_sources.Ranks) -> None:
+    """A state space of one group on two ranks: vLLM's in_proj has a copy of the group for each."""
+    vllm.size = 2
+    weight = Weight(1280, 256, TableForm.SCALE, 1)
+    for vllm.rank in range(2):
+        layer = linear_classes().ColumnParallelLinear(
+            256,
+            1536,
+            bias=False,
+            params_dtype=torch.bfloat16,
+            quant_config=make_config(TableForm.SCALE),
+            prefix="m.mixer.in_proj",
+        )
+        for name, tensor in weight.tensors().items():
+            parameter = getattr(layer, name)
+            with pytest.raises(ValueError, match=r"in_proj: at .* 2, .* 1536 output channels, and the checkpoint 1280"):
+                parameter.weight_loader(parameter, tensor)
+
+
+@ON_BOTH
 def test_cutlass_alone_cannot_run_what_it_cannot_take(
     vllm: vllm_sources.Ranks,  # noqa: ARG001
     triton: dict[str, str | None],  # noqa: ARG001
