@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
@@ -27,15 +28,22 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, fusion, partition
 from convert_w4a8.vllm_plugin.activations import quantize
-from convert_w4a8.vllm_plugin.gemm import TWO_TERMS_TOKENS, decode_kernel, lut_gemm, lut_linear, terms
-from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
+from convert_w4a8.vllm_plugin.gemm import (
+    TWO_TERMS_TOKENS,
+    decode_kernel,
+    lut_gemm,
+    lut_linear,
+    require_kernel,
+    terms,
+)
+from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards, of_all_channels
 
 
 class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads and runs one linear layer of a `w4a8_lut` checkpoint."""
 
     def __init__(self, tables: TableForm) -> None:
-        compat.require_hopper()
+        compat.require_gpu()
         self.tables = tables
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.quant_fp8 = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
@@ -54,12 +62,15 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Register this rank's `weight_packed`, `weight_scale` or `weight_lut`, and `weight_chan_scale`."""
         part = partition.Partition(input_size_per_partition, tuple(output_partition_sizes))
         partition.check(layer.prefix, part, layer.tp_size, _other_sizes(layer, input_size, part))
+        require_kernel(layer.prefix, part)
         if params_dtype is not torch.bfloat16:
             raise refusal(
                 layer.prefix, f"its dtype is {params_dtype}", "the kernel writes bfloat16: set --dtype bfloat16"
             )
         k, n = part.k, sum(part.shards)
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
+        if type(layer) is ColumnParallelLinear:
+            loader = of_all_channels(loader)
         layer.register_parameter(
             "weight_packed", _packed(torch.empty(reordered_shape(n, k), dtype=torch.int32), 4, loader)
         )

@@ -106,6 +106,7 @@ NAMES = (
     (_UTILS, "GroupShape.PER_TOKEN"),
     (_UTILS, "kInt4Static"),
     (_UTILS, "kFp8DynamicTokenSym"),
+    (_LINEAR, "ColumnParallelLinear"),
     (_LINEAR, "LinearBase"),
     (_LINEAR, "LinearMethodBase"),
     (_LINEAR, "MergedColumnParallelLinear"),
@@ -145,7 +146,7 @@ ATTRIBUTES = (
     (f"{_MOE}.config", "FusedMoEConfig", "num_logical_experts intermediate_size tp_size moe_parallel_config"),
     (f"{_MOE}.config", "FusedMoEParallelConfig", "use_batched_activation_format"),
     (_BASE, "QuantizationConfig", "packed_modules_mapping"),
-    ("vllm.platforms.interface", "Platform", "get_device_capability pass_key"),
+    ("vllm.platforms.interface", "Platform", "get_device_capability is_rocm pass_key"),
     ("vllm.compilation.passes.inductor_pass", "PassContext", "compile_range"),
     ("vllm.config.utils", "Range", "start end"),
     # scripts/
