@@ -1,0 +1,109 @@
+"""The scripts that drive vLLM's engines on a GPU, with a stand-in for vLLM, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from paths import ROOT
+
+sys.path.append(str(ROOT / "scripts" / "bench"))
+sys.path.append(str(ROOT / "scripts" / "checkpoints"))
+sys.path.append(str(ROOT / "scripts" / "gpu"))
+import bench_serving
+
+SERVING = '''
+import os
+from types import SimpleNamespace
+
+
+class SamplingParams:
+    def __init__(self, **settings):
+        self.tokens = settings["max_tokens"]
+
+
+class LLM:
+    """Ours takes half the time; the last request starts 1 s late."""
+
+    def __init__(self, model, **settings):
+        if settings.get("quantization") == "humming" and "VLLM_HUMMING_INPUT_QUANT_CONFIG" not in os.environ:
+            raise RuntimeError("no humming here")
+        print("Using SomeKernel for CompressedTensorsWNA16")
+        self.time = 0.5 if model.endswith("lut") and "W4A8_LUT_DECODE" not in os.environ else 1.0
+
+    def generate(self, prompts, params, use_tqdm):
+        last = len(prompts) - 1
+        return [SimpleNamespace(metrics=self._metrics(i == last, params.tokens)) for i in range(len(prompts))]
+
+    def _metrics(self, late, tokens):
+        first = 2.0 if late else 1.0
+        return SimpleNamespace(
+            scheduled_ts=0.0,
+            first_token_latency=self.time,
+            first_token_ts=first,
+            last_token_ts=first + self.time * (tokens - 1) * (1 if late else 2),
+        )
+'''
+
+
+def serve(tmp_path: Path, *arguments: str) -> "tuple[subprocess.CompletedProcess[str], dict[str, Any]]":
+    """Run bench_serving.py on a tiny model and return its JSON."""
+    site = tmp_path / "site" / "vllm"
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "__init__.py").write_text(SERVING)
+    command = [sys.executable, str(ROOT / "scripts" / "gpu" / "bench_serving.py"), "--model", "tiny", "--seconds", "0"]
+    command += ["--dir", str(tmp_path / "dir"), "--cases", "1x16", "4x8", "--json", str(tmp_path / "out"), *arguments]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (tmp_path / "out").is_file(), done.stdout + done.stderr
+    return done, json.loads((tmp_path / "out").read_text())
+
+
+@pytest.mark.slow
+def test_serving_is_compared_over_several_calls(tmp_path: Path) -> None:
+    """A kind that fails does not end the run; --extend adds what is missing, with gains over the first kind."""
+    done, document = serve(tmp_path, "--kinds", "w4a16", "w4a16-humming", "lut")
+    assert done.returncode == 1
+    assert "no humming here" in done.stdout
+    assert [(row["kind"], row["batch"]) for row in document["rows"]] == [
+        ("w4a16", 1),
+        ("w4a16", 4),
+        ("lut", 1),
+        ("lut", 4),
+    ]
+    done, document = serve(tmp_path, "--kinds", "w4a16", "w4a8-humming", "lut:cutlass", "--extend")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "w4a16: in the file already" in done.stdout
+    rows = {(row["kind"], row["batch"]): row for row in document["rows"]}
+    assert [kind for kind, batch in rows if batch == 1] == ["w4a16", "lut", "w4a8-humming", "lut:cutlass"]
+    assert rows["lut", 4]["tpot_gain"] == pytest.approx(1)
+    assert rows["lut:cutlass", 4]["tpot_gain"] == pytest.approx(0)
+    assert "tpot_gain" not in rows["w4a16", 4]
+    assert rows["lut", 4]["step_ms"] == pytest.approx(500)
+    assert rows["lut", 4]["tpot_ms"] == pytest.approx(875)
+    assert rows["lut", 4]["prefill_ms"] == pytest.approx(2000)
+    assert document["settings"]["kernels"]["lut"] == ["Using SomeKernel for CompressedTensorsWNA16"]
+    assert set(document["settings"]["kernels"]) == {"w4a16", "lut", "w4a8-humming", "lut:cutlass"}
+    assert len(document["command"].splitlines()) == 2
+
+
+def test_times_of_requests() -> None:
+    """The request that starts last has steps without prefill; the mean has all of them."""
+    stats = [
+        SimpleNamespace(scheduled_ts=1.0, first_token_latency=0.5, first_token_ts=2.0, last_token_ts=5.0),
+        SimpleNamespace(scheduled_ts=2.0, first_token_latency=1.5, first_token_ts=3.0, last_token_ts=4.0),
+    ]
+    found = bench_serving.request_times(stats, 11)
+    assert found == pytest.approx({"ttft_ms": 1000, "prefill_ms": 2000, "tpot_ms": 200, "step_ms": 100})
+
+
+def test_runs_are_summed_up() -> None:
+    """Medians; the times to the first token also of the runs for it alone, with the fastest tenth."""
+    run = dict.fromkeys((*bench_serving.TIMES, "batch_s"), 1.0)
+    firsts = [run | {"ttft_ms": float(i), "tpot_ms": 99.0} for i in range(2, 12)]
+    found = bench_serving.summary([run], firsts)
+    assert (found["ttft_ms"], found["ttft_p10_ms"], found["tpot_ms"], found["runs"]) == (6, 2, 1, 1)
