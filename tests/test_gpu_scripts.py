@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "scripts" / "bench"))
 sys.path.append(str(ROOT / "scripts" / "checkpoints"))
 sys.path.append(str(ROOT / "scripts" / "gpu"))
 import bench_serving
+import make_random_checkpoint
 
 SERVING = '''
 import os
@@ -107,3 +108,90 @@ def test_runs_are_summed_up() -> None:
     firsts = [run | {"ttft_ms": float(i), "tpot_ms": 99.0} for i in range(2, 12)]
     found = bench_serving.summary([run], firsts)
     assert (found["ttft_ms"], found["ttft_p10_ms"], found["tpot_ms"], found["runs"]) == (6, 2, 1, 1)
+
+
+SCORES = '''
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+
+class SamplingParams:
+    def __init__(self, **settings):
+        self.tokens = settings["max_tokens"]
+
+
+class LLM:
+    """Log-probabilities differ a little by path, and for our kernel by what GAP says; greedy tokens are 7, 7, ..."""
+
+    def __init__(self, model, max_num_seqs, max_num_batched_tokens, long_prefill_token_threshold=0, **settings):
+        decode = long_prefill_token_threshold == 1
+        assert not decode or max_num_batched_tokens == max_num_seqs
+        ours = decode and Path(model).name == "lut" and "W4A8_LUT_DECODE" not in os.environ
+        self.shift = 0.01 * decode + float(os.environ["GAP"]) * ours
+
+    def generate(self, prompts, params, use_tqdm):
+        return [self._output(prompt["prompt_token_ids"], params.tokens) for prompt in prompts]
+
+    def _output(self, prompt, tokens):
+        entries = [self._entry(token, i) for i, token in enumerate(prompt)]
+        new = SimpleNamespace(token_ids=[7] * tokens, logprobs=[self._entry(7, i) for i in range(tokens)])
+        return SimpleNamespace(prompt_logprobs=[None, *entries[1:]], outputs=[new])
+
+    def _entry(self, token, i):
+        return {token: SimpleNamespace(logprob=-1 - self.shift * (1 if i % 3 else -1), rank=1)}
+'''
+
+
+def run(tmp_path: Path, script: str, *arguments: str, gap: float) -> "subprocess.CompletedProcess[str]":
+    """Run a script on tiny checkpoints lut and stock; our decode kernel deviates by `gap`."""
+    site = tmp_path / "site" / "vllm"
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "__init__.py").write_text(SCORES)
+    make_random_checkpoint.ensure("tiny", tmp_path)
+    paths = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    env = os.environ | {"PYTHONPATH": paths, "GAP": str(gap)}
+    command = [sys.executable, str(ROOT / "scripts" / "gpu" / script), *arguments, "--json", str(tmp_path / "out")]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gap", "code"), [(0.003, 0), (0.05, 1)])
+def test_the_decode_kernel_may_deviate_as_stock_does_from_itself(tmp_path: Path, gap: float, code: int) -> None:
+    """By decode and by prefill, stock differs by 0.01."""
+    pair = [str(tmp_path / "tiny-2" / kind) for kind in ("lut", "stock")]
+    done = run(tmp_path, "check_equivalence.py", *pair, "--decode", "--quick", "--prompt-tokens", "16", gap=gap)
+    assert done.returncode == code, done.stdout + done.stderr
+    rows = {row["what"]: row for row in json.loads((tmp_path / "out").read_text())["rows"]}
+    assert rows["stock again, stock"]["identical"]
+    assert rows["plugin without decode kernel, stock"]["identical"]
+    assert rows["stock by decode, by prefill"]["mean_gap"] == pytest.approx(0.01)
+    assert rows["plugin, without decode kernel"]["mean_gap"] == pytest.approx(gap)
+
+
+@pytest.mark.slow
+def test_the_plugin_is_compared_with_stock_without_its_decode_kernel(tmp_path: Path) -> None:
+    """Where it has the same kernel as stock, the same bytes are asked for."""
+    pair = [str(tmp_path / "tiny-2" / kind) for kind in ("lut", "stock")]
+    done = run(tmp_path, "check_equivalence.py", *pair, "--quick", "--prompt-tokens", "16", gap=9)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "out").read_text())["rows"]
+    assert (row["what"], row["identical"]) == ("plugin, stock", True)
+
+
+@pytest.mark.slow
+def test_perplexity_by_both_paths(tmp_path: Path) -> None:
+    """The differences between decode and prefill are each checkpoint's own."""
+    (tmp_path / "tokens").write_text(json.dumps(list(range(256))))
+    pair = [f"{kind}={tmp_path / 'tiny-2' / kind}" for kind in ("stock", "lut")]
+    options = ["--tokens-file", str(tmp_path / "tokens"), "--window", "32", "--path", "prefill", "decode"]
+    done = run(tmp_path, "eval_vllm_perplexity.py", *pair, *options, gap=0.02)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["checkpoint"], row["path"]): row for row in json.loads((tmp_path / "out").read_text())["rows"]}
+    assert rows["stock", "prefill"]["nats_per_token"] == 0
+    third = 21 / 31  # of 31 tokens, these have i % 3 != 0
+    assert rows["stock", "decode"]["nats_over_prefill"] == pytest.approx(0.01 * (2 * third - 1), rel=1e-4)
+    assert rows["lut", "decode"]["nats_over_prefill"] == pytest.approx(0.03 * (2 * third - 1), rel=1e-4)
+    assert rows["lut", "decode"]["nats_per_token"] == pytest.approx(0.03 * (2 * third - 1), rel=1e-4)
+    assert "nats_over_prefill" not in rows["lut", "prefill"]

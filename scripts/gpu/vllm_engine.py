@@ -82,21 +82,12 @@ def start(worker: Callable[[dict[str, Any]], dict[str, Any]], main: Callable[[],
         sys.exit(main())
 
 
-def quantize_scales(scales: Any, arithmetic: str) -> tuple[Any, Any]:
-    """Quantize BF16 group scales [N, G], on the CPU, as one of the two forms of vLLM's `QuantFP8` does at load.
+def token_by_token(batch: int) -> dict[str, int]:
+    """Return vLLM's options by which prompts are read as text is generated: one token of each request in a step.
 
-    arithmetic: "division", c = amax / 448, the CUDA kernel (eager mode); or "reciprocal", c = amax · fl(1/448), the
-        native form (vLLM's default; on a GPU, PyTorch and inductor multiply where a tensor is divided by a number).
-    Returns float8_e4m3fn [N, G] and float32 [N].
+    All that a layer sees is at most `batch` rows, and attention reads the cache.
     """
-    import torch
-
-    s = scales.float()
-    largest = s.abs().amax(dim=1)
-    c = largest / 448 if arithmetic == "division" else largest * (torch.tensor(1.0) / 448)
-    c = c.clamp(min=1 / (448 * 512))
-    fp8 = (s / c[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return (fp8.float() / 8).to(torch.float8_e4m3fn), c * 8
+    return {"max_num_seqs": batch, "max_num_batched_tokens": batch, "long_prefill_token_threshold": 1}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
