@@ -9,13 +9,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from paths import ROOT
+
+from convert_w4a8.encoding.packing import unpack_codes
+from convert_w4a8.kernels.gemm import reference
+from convert_w4a8.linear import Packing
 
 sys.path.append(str(ROOT / "scripts" / "bench"))
 sys.path.append(str(ROOT / "scripts" / "checkpoints"))
 sys.path.append(str(ROOT / "scripts" / "gpu"))
+import bench_decode
 import bench_serving
+import contestants
 import make_random_checkpoint
+import random_layers
 
 SERVING = '''
 import os
@@ -195,3 +203,60 @@ def test_perplexity_by_both_paths(tmp_path: Path) -> None:
     assert rows["lut", "decode"]["nats_over_prefill"] == pytest.approx(0.03 * (2 * third - 1), rel=1e-4)
     assert rows["lut", "decode"]["nats_per_token"] == pytest.approx(0.03 * (2 * third - 1), rel=1e-4)
     assert "nats_over_prefill" not in rows["lut", "prefill"]
+
+
+class _Operators:
+    """vLLM's operators as the decode benchmark calls them, in torch. Marlin is wrong, and Machete is not here."""
+
+    @staticmethod
+    def dynamic_per_token_scaled_fp8_quant(tokens: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, _: None) -> None:
+        scale.copy_(x.float().abs().amax(1, keepdim=True) / 448)
+        tokens.copy_((x.float() / scale).to(torch.float8_e4m3fn))
+
+    @staticmethod
+    def cutlass_w4a8_mm(x: torch.Tensor, shown: torch.Tensor, tables: torch.Tensor, *more: Any) -> torch.Tensor:
+        _, channel, scale, *_ = more
+        k, n = 8 * shown.shape[0], shown.shape[1]
+        packed = shown.t().contiguous().view(k // 32, 4 * n)
+        return reference.gemm(x, scale, packed, tables.view(-1, n, 8), channel.view(-1))
+
+
+def test_decode_race(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Times before and with quantization, errors against float64; who is wrong or absent has a reason and no time."""
+
+    def gemm(tokens: torch.Tensor, scale: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        packed, tables, channel = weights
+        k, n = 8 * packed.shape[0], packed.shape[1]
+        return reference.gemm(tokens, scale, packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel)
+
+    def wrong(layers: random_layers.Layers, _: Any) -> contestants.Prepared:
+        right = contestants.bf16(layers)
+        return contestants.Prepared(lambda x: 2 * right.exact(x), right.whole)
+
+    monkeypatch.setattr(contestants, "vllm_ops", lambda: _Operators)
+    monkeypatch.setattr("convert_w4a8.vllm_plugin.gemm.gemm", gemm)
+    monkeypatch.setattr(bench_decode, "bytes_per_microsecond", lambda: 1000.0)
+    monkeypatch.setattr(bench_decode, "microseconds", lambda calls, least: float(len(calls) + 0 * least))
+    monkeypatch.setitem(contestants.CONTESTANTS, "marlin", wrong)
+    reasons: dict[str, str] = {}
+    layers = random_layers.Layers(128, 256, 3, device="cpu")
+    rows = bench_decode.compare(layers, (1, 5), ("ours", "cutlass", "machete", "marlin", "bf16"), reasons)
+    assert [row["m"] for row in rows] == [1, 5]
+    for row in rows:
+        assert {name for name in row if name.endswith("_us")} == {
+            *("floor_us", "ours_before_us", "ours_us", "cutlass_before_us", "cutlass_us", "bf16_us")
+        }
+        assert row["ours_error"] < 0.004
+        assert (row["best_peer"], row["gain"]) == ("cutlass", 0)
+        assert row["bandwidth"] == pytest.approx((128 * 256 / 2 + 128 * 256 / 16) / 1000 / 3)
+    assert set(reasons) == {"machete 128x256", "marlin 128x256 M=1", "marlin 128x256 M=5"}
+    assert reasons["marlin 128x256 M=5"].endswith("is more than 0.01")
+    assert "+0% over cutlass" in capsys.readouterr().out
+
+
+def test_w4a16_layers_are_as_compressed_tensors_packs_them() -> None:
+    """The benchmark's own unpacking, by the converter's."""
+    layers = random_layers.Layers(32, 256, 1, device="cpu")
+    codes = unpack_codes(layers.words[0], Packing.PACK_QUANTIZED).float() - 8
+    scales = layers.scales.float().repeat_interleave(128, 1)
+    assert layers.w4a16_weights.equal(codes.view(32, 256) * scales)

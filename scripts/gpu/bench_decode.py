@@ -1,25 +1,22 @@
 """Measure the decode GEMM over the LUT layout on a CUDA GPU, beside other kernels and the memory, in one run.
 
     python scripts/gpu/bench_decode.py [--shapes 6144x4096 ...] [--tokens 1 16 64 ...] [--only ours cutlass ...]
-        [--vllm-ops _C_stable_libtorch.abi3.so] [--tune] [--json FILE]
+        [--vllm-ops _C_stable_libtorch.abi3.so] [--json FILE]
 
 Every time is one call in a CUDA graph of calls with different weights, which exceed the L2 several times; launches
 are included. `NAME_us` is all that a layer needs with BF16 activations, `NAME_before_us` the same without quantizing
 them, where the kernel wants FP8. The floor is the layer's bytes (codes and tables) at the rate of a reduction of 2 GiB.
 contestants.py is the table of kernels; one that cannot be loaded, fails or is wrong (compared with float64) has no
-time, and `settings` says why. With --tune, ways of cutting our kernel's work are tried, and the best of each printed.
+time, and `settings` says why.
 """
 
 import argparse
-import math
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +27,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from contestants import (
     CONTESTANTS,
     PEERS,
-    Layers,
     Prepared,
     humming_layer,
     humming_tuning,
     load_vllm_ops,
 )
 from graph_timing import Call, microseconds
+from random_layers import Layers
 from results import VLLM_PACKAGES, add_options, line, save
-
-from convert_w4a8.kernels.gemm import gpu
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "12288x33792", "1536x2048")
 TOKENS = (1, 8, 16, 32, 64, 128)
@@ -60,23 +55,12 @@ def main() -> None:
     rows: list[Row] = []
     reasons: dict[str, str] = {}
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-    if not args.tune:
-        load_vllm_ops(args.vllm_ops)
-        if names := [name for name in args.only if name.startswith("humming")]:
-            compile_humming(names, shapes, args.tokens)
+    load_vllm_ops(args.vllm_ops)
+    if names := [name for name in args.only if name.startswith("humming")]:
+        compile_humming(names, shapes, args.tokens)
     for n, k in shapes:
-        layers = Layers(n, k, args.tokens)
-        if args.tune:
-            for m in args.tokens:
-                found = sorted(
-                    (tune(layers, m, launch) for launch in candidates(m, n, k)),
-                    key=lambda row: float(row["ours_before_us"]),
-                )
-                for row in found[:3]:
-                    print(row, flush=True)
-                rows += found
-        else:
-            rows += compare(layers, args.tokens, args.only, reasons)
+        layers = Layers(n, k)
+        rows += compare(layers, args.tokens, args.only, reasons)
         document = save(
             args, QUESTION, rows, packages=(*VLLM_PACKAGES, "humming-kernels"), settings={"missing": reasons}
         )
@@ -98,7 +82,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--vllm-ops", type=Path, metavar="FILE", help="load vLLM's operators from there, not from the package"
     )
-    parser.add_argument("--tune", action="store_true", help="try many ways of cutting the work, without peers")
     add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -110,10 +93,10 @@ def compare(layers: Layers, tokens: Sequence[int], names: Sequence[str], reasons
     """Return the times of all kernels on one shape, a row for each number of tokens, and note what is missing."""
     floor = layers.nbytes / bytes_per_microsecond()
     rows: list[Row] = [{"n": layers.n, "k": layers.k, "m": m, "floor_us": floor} for m in tokens]
-    activations = [torch.randn(m, layers.k, device="cuda", dtype=torch.bfloat16) for m in tokens]
+    activations = [torch.randn(m, layers.k, device=layers.device, dtype=torch.bfloat16) for m in tokens]
     for name in names:
         try:
-            prepared = CONTESTANTS[name](layers)
+            prepared = CONTESTANTS[name](layers, tokens)
         except Exception as error:  # noqa: BLE001 - one kernel's absence must not end the run
             reasons[f"{name} {layers.n}x{layers.k}"] = first_line(error)
             continue
@@ -183,24 +166,6 @@ def compile_humming(names: Sequence[str], shapes: Sequence[tuple[int, ...]], tok
                 pool.submit(compile_one, name, n, k)
     torch.cuda.empty_cache()
     print(f"humming compiled what it needs in {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def candidates(m: int, n: int, k: int) -> list[gpu.Launch]:
-    """Return the ways of cutting the work that are worth a try."""
-    block = gpu.choose_launch(m, n, k, 1).block_m
-    splits = [s for s in (1, 2, 3, 4, 6, 8) if s <= k // 128]
-    return [gpu.Launch(block, s, stages, chain=chain) for s, stages, chain in product(splits, (4, 5), (False, True))]
-
-
-def tune(layers: Layers, m: int, launch: gpu.Launch) -> Row:
-    """Return our time and error, activations quantized before, for one way of cutting the work."""
-    packed, tables, channel = layers.lut
-    tokens = torch.randn(m, layers.k, device="cuda").clamp(-4, 4).to(torch.float8_e4m3fn)
-    scale = torch.ones(m, 1, device="cuda")
-    calls = [partial(gpu.gemm_by, tokens, scale, *each, channel, launch) for each in zip(packed, tables, strict=True)]
-    exact = (tokens.double() @ layers.lut_weights.double().t()) * channel.double()
-    row = {"n": layers.n, "k": layers.k, "m": m, "ours_error": checked(calls[0], exact, math.inf)}
-    return row | {"ours_before_us": microseconds(calls, LAUNCHES)} | asdict(launch)
 
 
 def show(row: Mapping[str, Any]) -> None:

@@ -5,66 +5,22 @@ here raises, and the reason is kept beside the figures. Ours and CUTLASS multipl
 checkpoints (Machete, Marlin, humming) by random codes and BF16 scales of groups of 128.
 """
 
+import importlib
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from graph_timing import Call
+from random_layers import GROUP, Layers
 
-from convert_w4a8.kernels.gemm import gpu, reference
+from convert_w4a8.vllm_plugin import gemm as plugin
 
-GROUP = 128
 U4B8 = 1125899907892224
 """vLLM's number of the scalar type of codes with bias 8."""
-
-
-class Layers:
-    """As many random layers of one shape as exceed the L2 four times."""
-
-    def __init__(self, n: int, k: int, tokens: Sequence[int]) -> None:
-        self.n, self.k, self.tokens = n, k, tokens
-        self.nbytes = n * k // 2 + n * k // 16
-        self.count = max(3, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / self.nbytes))
-
-    @cached_property
-    def lut(self) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-        """Return codes in the LUT layout, tables of entries of either sign, and channel scales."""
-        n, k = self.n, self.k
-        tables = [
-            torch.randn(k // GROUP, n, 8, device="cuda").mul(8).clamp(-56, 56).to(torch.float8_e4m3fn)
-            for _ in range(self.count)
-        ]
-        return [_words(k // 32, 4 * n) for _ in range(self.count)], tables, torch.rand(n, device="cuda") / 64
-
-    @cached_property
-    def w4a16(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return codes int32 [N, K/8], in the order of K from the lowest nibble, and bfloat16 scales [N, K/128]."""
-        scales = (torch.rand(self.n, self.k // GROUP, device="cuda") / 64).bfloat16()
-        return [_words(self.n, self.k // 8) for _ in range(self.count)], scales
-
-    @cached_property
-    def lut_weights(self) -> torch.Tensor:
-        """Return the first layer's weights, float32 [N, K], without the channel scales."""
-        packed, tables, _ = self.lut
-        return reference.weights(packed[0], tables[0])
-
-    @cached_property
-    def w4a16_weights(self) -> torch.Tensor:
-        """Return the first layer's weights, float32 [N, K]."""
-        words, scales = self.w4a16
-        return w4a16_weights(words[0], scales)
-
-
-def w4a16_weights(words: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return float32 [N, K] of codes int32 [N, K/8] with bias 8 and scales [N, K/128]."""
-    nibbles = (words[..., None] >> (4 * torch.arange(8, device=words.device))) & 15
-    codes = nibbles.flatten(1).float() - 8
-    return codes * scales.float().repeat_interleave(GROUP, 1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +42,7 @@ class NotHereError(RuntimeError):
     """A kernel cannot be compared on this machine; the message says why."""
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def vllm_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations per token as vLLM does in eager mode: float8_e4m3fn [M, K], float32 [M, 1]."""
     tokens = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
@@ -94,10 +50,25 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, scale
 
 
-def _quantized(
-    layers: Layers, matmul: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], weights: torch.Tensor
+def _plugin_quantize(x: torch.Tensor, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize activations as the plugin does for its decode kernel: to one FP8 term, or to two that hold bfloat16."""
+    try:
+        kernels = importlib.import_module("convert_w4a8.kernels.activations.gpu")
+    except ImportError:
+        if terms == 1:
+            return vllm_quantize(x)
+        raise NotHereError("the plugin has no activations of two terms") from None
+    found: tuple[torch.Tensor, torch.Tensor] = kernels.quantize(x, terms)
+    return found
+
+
+Quantize = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _lut(
+    layers: Layers, quantize: Quantize, matmul: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 ) -> Prepared:
-    """Return a contestant of FP8 activations. matmul: of activations, their scales and the number of a layer."""
+    """Return a contestant over the LUT layout. matmul: of activations, their scales and the number of a layer."""
 
     def whole(x: torch.Tensor) -> list[Call]:
         def call(layer: int) -> torch.Tensor:
@@ -111,41 +82,49 @@ def _quantized(
         tokens = (x.float() / scale).to(torch.float8_e4m3fn)
         return [partial(matmul, tokens, scale, layer) for layer in range(layers.count)], tokens.float() * scale
 
-    channel = layers.lut[2].double()
+    weights, channel = layers.lut_weights, layers.channel.double()
     return Prepared(lambda x: (x.double() @ weights.double().t()) * channel, whole, before)
 
 
 def ours(layers: Layers) -> Prepared:
-    """Return our kernel on FP8 activations."""
-    packed, tables, channel = layers.lut
-    return _quantized(layers, lambda x, scale, i: gpu.gemm(x, scale, packed[i], tables[i], channel), layers.lut_weights)
+    """Return the plugin's operator: our kernel, or CUTLASS where that is the faster one."""
+    words = [packed.view(layers.k // 8, layers.n) for packed in layers.packed]
+    flat, channel = [tables.flatten() for tables in layers.tables], layers.channel
+    return _lut(
+        layers, partial(_plugin_quantize, terms=1), lambda x, s, i: plugin.gemm(x, s, words[i], flat[i], channel)
+    )
 
 
 def ours_bf16(layers: Layers) -> Prepared:
-    """Return our kernel on BF16 activations that it takes as they are."""
-    gemm = getattr(gpu, "gemm_bf16", None)
-    if gemm is None:
-        raise NotHereError("convert_w4a8.kernels.gemm.gpu has no gemm_bf16")
-    packed, tables, channel = layers.lut
-    weights, scale = layers.lut_weights, channel.double()
-    return Prepared(
-        lambda x: (x.double() @ weights.double().t()) * scale,
-        lambda x: [partial(gemm, x, packed[i], tables[i], channel) for i in range(layers.count)],
-    )
+    """Return the same with activations that are not quantized: two FP8 terms each, of a few tokens."""
+    most = getattr(plugin, "TWO_TERMS_TOKENS", 0)
+    prepared = ours(layers)
+    words = [packed.view(layers.k // 8, layers.n) for packed in layers.packed]
+    flat, channel = [tables.flatten() for tables in layers.tables], layers.channel
+
+    def whole(x: torch.Tensor) -> list[Call]:
+        if x.shape[0] > most:
+            raise NotHereError(f"more than {most} tokens")
+
+        def call(i: int) -> torch.Tensor:
+            return plugin.gemm(*_plugin_quantize(x, 2), words[i], flat[i], channel)
+
+        return [partial(call, i) for i in range(layers.count)]
+
+    return Prepared(prepared.exact, whole)
 
 
 def cutlass(layers: Layers) -> Prepared:
     """Return vLLM's CUTLASS W4A8, on our bytes."""
     op = vllm_ops().cutlass_w4a8_mm
-    packed, tables, channel = layers.lut
-    shown = [words.view(-1).view(layers.n, layers.k // 8).t() for words in packed]
-    flat, column = [table.flatten() for table in tables], channel.view(-1, 1)
+    shown = [words.view(-1).view(layers.n, layers.k // 8).t() for words in layers.packed]
+    flat, column = [tables.flatten() for tables in layers.tables], layers.channel.view(-1, 1)
 
     def matmul(x: torch.Tensor, scale: torch.Tensor, i: int) -> torch.Tensor:
         output: torch.Tensor = op(x, shown[i], flat[i], GROUP, column, scale, None, None)
         return output
 
-    return _quantized(layers, matmul, layers.lut_weights)
+    return _lut(layers, vllm_quantize, matmul)
 
 
 def _as_they_are(weights: torch.Tensor, matmuls: Iterable[Callable[[torch.Tensor], torch.Tensor]]) -> Prepared:
@@ -156,24 +135,25 @@ def _as_they_are(weights: torch.Tensor, matmuls: Iterable[Callable[[torch.Tensor
 
 def machete(layers: Layers) -> Prepared:
     """Return vLLM's default for W4A16 on Hopper."""
-    ops, (words, scales) = vllm_ops(), layers.w4a16
-    group = scales.t().contiguous()
+    ops, group = vllm_ops(), layers.scales.t().contiguous()
 
     def of(codes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         laid = ops.machete_prepack_B(codes.t(), torch.bfloat16, U4B8, torch.bfloat16)
         return lambda x: ops.machete_mm(x, laid, U4B8, None, group, None, GROUP, None, None, None)
 
-    return _as_they_are(layers.w4a16_weights, map(of, words))
+    return _as_they_are(layers.w4a16_weights, map(of, layers.words))
 
 
 def marlin(layers: Layers) -> Prepared:
     """Return vLLM's default for W4A16 before Hopper."""
-    ops, (words, scales), n, k = vllm_ops(), layers.w4a16, layers.n, layers.k
+    ops, n, k = vllm_ops(), layers.n, layers.k
     # Marlin reads the scales of 64 output channels in the order of an 8 × 8 transpose.
-    order = torch.arange(64, device="cuda").view(8, 8).t().flatten()
-    group = scales.t().reshape(-1, 64)[:, order].reshape(k // GROUP, n).contiguous()
-    workspace = torch.zeros(torch.cuda.get_device_properties(0).multi_processor_count, dtype=torch.int, device="cuda")
-    empty = torch.empty(0, dtype=torch.int, device="cuda")
+    order = torch.arange(64, device=layers.device).view(8, 8).t().flatten()
+    group = layers.scales.t().reshape(-1, 64)[:, order].reshape(k // GROUP, n).contiguous()
+    workspace = torch.zeros(
+        torch.cuda.get_device_properties(0).multi_processor_count, dtype=torch.int, device=layers.device
+    )
+    empty = torch.empty(0, dtype=torch.int, device=layers.device)
     has_order = any("perm" in argument.name for argument in ops.marlin_gemm.default._schema.arguments)  # noqa: SLF001
     orders, full = ((empty, empty), (True,)) if has_order else ((), ())  # vLLM 0.33 has them no more
 
@@ -205,7 +185,7 @@ def marlin(layers: Layers) -> Prepared:
 
         return matmul
 
-    return _as_they_are(layers.w4a16_weights, map(of, words))
+    return _as_they_are(layers.w4a16_weights, map(of, layers.words))
 
 
 HUMMING_COMPUTE = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"})
@@ -241,11 +221,10 @@ def humming_tuning(layer: Any, tokens: Sequence[int]) -> str:
     return json.dumps([entry for entry in chosen if any(entry[0] < m <= entry[1] for m in tokens)])
 
 
-def humming(layers: Layers, activations: str) -> Prepared:
+def humming(layers: Layers, tokens: Sequence[int], activations: str) -> Prepared:
     """Return humming's kernel, W4A16 with activations "bfloat16", W4A8 with "float8e4m3"."""
-    words, scales = layers.w4a16
-    made = [humming_layer(codes, scales, activations) for codes in words]
-    settings = {"compute_config": HUMMING_COMPUTE, "tuning_config": humming_tuning(made[0], layers.tokens)}
+    made = [humming_layer(codes, layers.scales, activations) for codes in layers.words]
+    settings = {"compute_config": HUMMING_COMPUTE, "tuning_config": humming_tuning(made[0], tokens)}
     prepared = _as_they_are(layers.w4a16_weights, [partial(layer, **settings) for layer in made])
     if activations == "bfloat16":
         return prepared
@@ -253,9 +232,9 @@ def humming(layers: Layers, activations: str) -> Prepared:
     def before(x: torch.Tensor) -> tuple[list[Call], torch.Tensor]:
         from humming.layer import HummingMethod
 
-        tokens, scale = HummingMethod.may_quant_input(made[0], x)
-        calls: list[Call] = [partial(layer, tokens, input_scale=scale, **settings) for layer in made]
-        return calls, tokens.float() * scale.float().view(-1, 1)
+        quantized, scale = HummingMethod.may_quant_input(made[0], x)
+        calls: list[Call] = [partial(layer, quantized, input_scale=scale, **settings) for layer in made]
+        return calls, quantized.float() * scale.float().view(-1, 1)
 
     return Prepared(prepared.exact, prepared.whole, before)
 
@@ -263,22 +242,23 @@ def humming(layers: Layers, activations: str) -> Prepared:
 def bf16(layers: Layers) -> Prepared:
     """Return torch's linear layer in BF16."""
     weights = [
-        torch.randn(layers.n, layers.k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, layers.count // 4))
+        torch.randn(layers.n, layers.k, device=layers.device, dtype=torch.bfloat16)
+        for _ in range(max(3, layers.count // 4))
     ]
     return _as_they_are(weights[0], [partial(torch.nn.functional.linear, weight=weight) for weight in weights])
 
 
-CONTESTANTS: dict[str, Callable[[Layers], Prepared]] = {
-    "ours": ours,
-    "ours_bf16": ours_bf16,
-    "cutlass": cutlass,
-    "machete": machete,
-    "marlin": marlin,
-    "bf16": bf16,
+CONTESTANTS: dict[str, Callable[[Layers, Sequence[int]], Prepared]] = {
+    "ours": lambda layers, _: ours(layers),
+    "ours_bf16": lambda layers, _: ours_bf16(layers),
+    "cutlass": lambda layers, _: cutlass(layers),
+    "machete": lambda layers, _: machete(layers),
+    "marlin": lambda layers, _: marlin(layers),
+    "bf16": lambda layers, _: bf16(layers),
     "humming_w4a8": partial(humming, activations="float8e4m3"),
     "humming_w4a16": partial(humming, activations="bfloat16"),
 }
-"""Name → how to prepare it."""
+"""Name → how to prepare it, given the layers and the numbers of tokens that will come."""
 PEERS = ("cutlass", "machete", "marlin", "humming_w4a8", "humming_w4a16")
 """Those that a W4 checkpoint can be served with instead."""
 
@@ -298,7 +278,3 @@ def vllm_ops() -> Any:
         except Exception as error:
             raise NotHereError(f"vLLM's operators cannot be loaded: {error}") from error
     return torch.ops._C  # noqa: SLF001
-
-
-def _words(rows: int, columns: int) -> torch.Tensor:
-    return torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int32, device="cuda")
