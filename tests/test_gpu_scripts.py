@@ -1,5 +1,6 @@
 """The scripts that drive vLLM's engines on a GPU, with a stand-in for vLLM, on a CPU."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -119,6 +120,7 @@ def test_runs_are_summed_up() -> None:
 
 
 SCORES = '''
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -260,3 +262,25 @@ def test_w4a16_layers_are_as_compressed_tensors_packs_them() -> None:
     codes = unpack_codes(layers.words[0], Packing.PACK_QUANTIZED).float() - 8
     scales = layers.scales.float().repeat_interleave(128, 1)
     assert layers.w4a16_weights.equal(codes.view(32, 256) * scales)
+
+
+def test_the_picture_of_the_decode_benchmark(tmp_path: Path) -> None:
+    """Layers in the order of their size, those that a kernel was measured on; a PNG comes out."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"n": 64, "k": 256, "m": 1, "floor_us": 4.0, "ours_us": 8.0, "cutlass_us": 16.0},
+        {"n": 64, "k": 128, "m": 1, "floor_us": 1.0, "ours_us": 10.0},
+        {"n": 64, "k": 128, "m": 16, "floor_us": 1.0, "ours_us": 4.0},
+    ]
+    script = ROOT / "docs" / "images" / "roofline.py"
+    spec = importlib.util.spec_from_file_location("roofline", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.shares(rows, "ours", 1) == ([1, 4], [0.1, 0.5])
+    assert module.shares(rows, "cutlass", 1) == ([4], [0.25])
+    (tmp_path / "figures.json").write_text(json.dumps({"rows": rows}))
+    command = [sys.executable, str(script), str(tmp_path / "figures.json"), str(tmp_path / "out.png"), "1", "16"]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

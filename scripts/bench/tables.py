@@ -123,6 +123,7 @@ COLUMNS: dict[str, Columns] = {
         ("what", "{what}"),
         ("stock ms", "{stock_ms:~}"),
         ("plugin ms", "{plugin_ms:~}"),
+        ("without its decode kernel ms", "{without_ms:~}"),
         ("plugin / stock", "{ratio:~%}"),
     ),
     "equality": (

@@ -50,7 +50,7 @@ def vllm_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, scale
 
 
-def _plugin_quantize(x: torch.Tensor, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plugin_quantize(x: torch.Tensor, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations as the plugin does for its decode kernel: to one FP8 term, or to two that hold bfloat16."""
     try:
         kernels = importlib.import_module("convert_w4a8.kernels.activations.gpu")
@@ -91,7 +91,7 @@ def ours(layers: Layers) -> Prepared:
     words = [packed.view(layers.k // 8, layers.n) for packed in layers.packed]
     flat, channel = [tables.flatten() for tables in layers.tables], layers.channel
     return _lut(
-        layers, partial(_plugin_quantize, terms=1), lambda x, s, i: plugin.gemm(x, s, words[i], flat[i], channel)
+        layers, partial(plugin_quantize, terms=1), lambda x, s, i: plugin.gemm(x, s, words[i], flat[i], channel)
     )
 
 
@@ -107,7 +107,7 @@ def ours_bf16(layers: Layers) -> Prepared:
             raise NotHereError(f"more than {most} tokens")
 
         def call(i: int) -> torch.Tensor:
-            return plugin.gemm(*_plugin_quantize(x, 2), words[i], flat[i], channel)
+            return plugin.gemm(*plugin_quantize(x, 2), words[i], flat[i], channel)
 
         return [partial(call, i) for i in range(layers.count)]
 
