@@ -23,6 +23,7 @@ sys.path.append(str(ROOT / "scripts" / "gpu"))
 import bench_decode
 import bench_serving
 import contestants
+import few_humming
 import make_random_checkpoint
 import random_layers
 
@@ -284,3 +285,12 @@ def test_the_picture_of_the_decode_benchmark(tmp_path: Path) -> None:
     command = [sys.executable, str(script), str(tmp_path / "figures.json"), str(tmp_path / "out.png"), "1", "16"]
     subprocess.run(command, check=True)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranges_of_batch_sizes_are_fewer_and_whole() -> None:
+    """Every size has one range; those that are measured have their own."""
+    ranges: list[list[Any]] = [[8 * i, 8 * i + 8, {"name": i}] for i in range(100)] + [[800, 1 << 30, {"name": 100}]]
+    few = few_humming.thinned(ranges, (1, 8, 64, 500))
+    assert [entry[2]["name"] for entry in few] == [0, 7, 62, 100]
+    assert [entry[:2] for entry in few] == [[0, 8], [8, 64], [64, 504], [504, 1 << 30]]
+    assert few_humming.thinned(ranges, [entry[1] for entry in ranges]) == ranges

@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import few_humming
 import vllm_engine
 from make_random_checkpoint import SHAPES, ensure
 from results import VLLM_PACKAGES, add_options, read_results
@@ -38,6 +39,10 @@ from results import VLLM_PACKAGES, add_options, read_results
 CASES = ("1x128", "8x128", "32x128", "64x128", "128x128", "1x2048", "1x8192", "8x4096", "32x2048", "64x2048")
 """Requests at a time and prompt tokens of each."""
 NEW_TOKENS = 128
+STEP = 8192
+"""Tokens of a step at most, vLLM's default here."""
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Batch sizes of CUDA graphs."""
 FIRST_TOKENS = 10
 """Runs for the time to the first token of a single request."""
 REPEATS = 5
@@ -53,11 +58,12 @@ class Kind:
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 420
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
 
 def _humming(environment: Mapping[str, str]) -> Kind:
-    # It compiles a kernel for each of about 100 ranges of batch sizes and each layer's shape, once a machine.
-    return Kind("w4a16", {"quantization": "humming"}, environment, timeout=580)
+    plugins = {"few_humming": few_humming.MORE}
+    return Kind("w4a16", {"quantization": "humming"}, environment, timeout=580, plugins=plugins)
 
 
 KINDS = {
@@ -176,17 +182,20 @@ def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, An
         "skip_tokenizer_init": True,
         "max_model_len": max(length for _, length in args.cases) + 2 * NEW_TOKENS,
         "max_num_seqs": max(128, *(batch for batch, _ in args.cases)),
-        "max_num_batched_tokens": 8192,
+        "max_num_batched_tokens": STEP,
         "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
         "gpu_memory_utilization": 0.5,
         "enable_prefix_caching": False,
-        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]},
+        "compilation_config": {"cudagraph_capture_sizes": list(GRAPHS)},
         "disable_log_stats": False,  # or requests have no metrics
         "generation_config": "vllm",
         **kind.options,
     }
     payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": shape.vocabulary}
-    return vllm_engine.run_worker(__file__, payload, timeout=kind.timeout, environment=kind.environment)
+    # Those of CUDA graphs, and of the steps in which prompts are read, each in a step of at most 8192 tokens.
+    sizes = {*GRAPHS, *(min(STEP, batch * length) for batch, length in args.cases)}
+    environment = {few_humming.SETTING: ",".join(map(str, sorted(sizes))), **kind.environment}
+    return vllm_engine.run_worker(__file__, payload, kind.timeout, environment, kind.plugins)
 
 
 def case_of(text: str) -> tuple[int, int]:
