@@ -60,8 +60,8 @@ def run_worker(
     """Run `script --worker PAYLOAD RESULT` in a process of its own and return what it wrote to RESULT.
 
     plugins: as `plugin_environment` takes them. Beside what was written: `wall_s`, and `kernels`, the lines in which
-    vLLM's log names the kernels that it chose. Raises RuntimeError with the end of the log if the process fails or takes
-    longer than `timeout` seconds.
+    vLLM's log names the kernels that it chose. Raises RuntimeError with the end of the log if the process fails or
+    takes longer than `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="w4a8-engine-") as directory:
         ask, answer, log = (Path(directory) / name for name in ("payload.json", "result.json", "log.txt"))
