@@ -265,7 +265,7 @@ def main() -> int:
             }
             rows += new
             text = text_of(new, base)
-            question = f"How fast is serving, beside {base}?"
+            question = f"How fast is serving {args.model}, beside {base}?"
             vllm_engine.finish(args, question, new, text, extend=args.extend, **settings)
             args.extend = True
     finally:

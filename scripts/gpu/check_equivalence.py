@@ -299,6 +299,8 @@ def main() -> int:
     )
     text += f"\n{'demands met' if met else 'DEMANDS NOT MET'}"
     question = "Does the plugin compute what vLLM computes from the stock checkpoint?"
+    if args.decode:
+        question = "Is the decode kernel as near to CUTLASS as stock W4A8 is to itself?"
     settings = {"scales": sorted(args.arithmetics), "met": met, "environment": dict(args.env)}
     vllm_engine.finish(args, question, rows, text, extend=args.extend, **settings)
     return 0 if met else 1

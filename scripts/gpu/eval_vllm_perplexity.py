@@ -225,6 +225,7 @@ def main() -> int:
     }
     if "decode" in results:
         settings["batch"] = args.batch
+        question = f"What does {args.directories[args.baseline].name} score token by token, and what by whole windows?"
     vllm_engine.finish(args, question, rows, text, **settings)
     return 0
 
