@@ -13,7 +13,7 @@ GROUP = 128
 class Layers:
     """So many random layers of one shape, by default as many as exceed the L2 four times."""
 
-    def __init__(self, n: int, k: int, count: int | None = None, device: str = "cuda") -> None:
+    def __init__(self, n: int, k: int, count: int | None = None, *, device: str = "cuda") -> None:
         self.n, self.k, self.device = n, k, device
         self.nbytes = n * k // 2 + n * k // 16
         self.count = count or max(3, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / self.nbytes))
