@@ -82,7 +82,7 @@ def test_a_changed_figure_is_noticed(name: str, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "pattern", "replacement", "message"),
     [
-        ("serving.md", r"\| 18\.11 \|", "| 18.12 |", "serving: not current"),
+        ("serving.md", r"\| 162\.80 \|", "| 162.81 |", "serving: not current"),
         ("serving.md", "table: serving", "table: nothing", "nothing: no nothing.json"),
         ("serving.md", r"(?s)<!-- table: serving -->.*?<!-- end -->", "", "serving: in docs/benchmarks/results, but"),
         ("serving.md", "table: load-time", "table: serving", "serving: more than one table"),
@@ -168,15 +168,21 @@ def test_kept_figures_replace_the_answer_and_not_the_question(kept: Path) -> Non
 def test_rows_are_added_to_those_of_the_same_run_only(kept: Path) -> None:
     """Of one commit, one machine and one set of versions."""
     args = Namespace(json=None, keep="startup")
-    results.save(args, "What?", [{"a": 1}])
-    results.save(args, "What?", [{"a": 2}], extend=True)
+    results.save(args, "What?", [{"a": 1}], settings={"kernels": {"x": 1}, "layers": 1})
+    results.save(args, "What?", [{"a": 2}], extend=True, settings={"kernels": {"y": 2}, "layers": 2})
+    sys.argv.append("--more")
+    results.save(args, "What?", [{"a": 3}], extend=True)
     document = json.loads(kept.read_text(encoding="utf-8"))
-    assert document["rows"] == [{"a": 1}, {"a": 2}]
-    assert len(document["command"].splitlines()) == 2
+    assert document["rows"] == results.read_results(args) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert document["settings"] == {"kernels": {"x": 1, "y": 2}, "layers": 2}
+    first, second = document["command"].splitlines()
+    assert second == f"{first} --more"
     for key in ("commit", "machine", "versions"):
         kept.write_text(json.dumps(document | {key: "another"}), encoding="utf-8")
         with pytest.raises(SystemExit, match=f"is of {key} another"):
             results.save(args, "What?", [{"a": 3}], extend=True)
+        with pytest.raises(SystemExit, match=f"is of {key} another"):
+            results.read_results(args)
 
 
 @pytest.mark.parametrize("name", ["../serving", "Serving", "a b", "-"])

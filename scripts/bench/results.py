@@ -67,13 +67,41 @@ def write_results(
         document = {key: before[key] for key in ("question", "setup") if key in before} | document
         document["question"] = before["question"]
     if before is not None and extend:
-        for key in ("machine", "versions", "commit"):
-            if before[key] != document[key]:
-                sys.exit(f"{path} is of {key} {before[key]}, not {document[key]}: run all of its commands anew")
-        document["command"] = f"{before['command']}\n{document['command']}"
+        require_same_run(path, before, document)
+        *_, last = commands = before["command"].splitlines()
+        document["command"] = "\n".join(commands if document["command"] == last else [*commands, document["command"]])
+        if settings := merged(before.get("settings", {}), document.get("settings", {})):
+            document["settings"] = settings
         document["rows"] = before["rows"] + document["rows"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(document), encoding="utf-8")
+
+
+def read_results(args: argparse.Namespace, packages: Sequence[str] = PACKAGES) -> list[dict[str, Any]]:
+    """Return the rows that are to be extended, of what --json or else --keep names; none where there is no file.
+
+    SystemExit where they are of another commit, machine or set of versions: before anything is measured.
+    """
+    path = args.json or (args.keep and RESULTS / f"{args.keep}.json")
+    if not path or not path.is_file():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    require_same_run(path, before, describe("", [], packages=packages))
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
+
+
+def require_same_run(path: Path, before: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+    """Raise SystemExit where two documents are not of one commit, machine and set of versions."""
+    for key in ("machine", "versions", "commit"):
+        if before[key] != document[key]:
+            sys.exit(f"{path} is of {key} {before[key]}, not {document[key]}: run all of its commands anew")
+
+
+def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of two commands: the later one's, but objects of both with the keys of both."""
+    both = {key: {**before[key], **now[key]} for key in now if isinstance(now[key], dict) and key in before}
+    return {**before, **now, **both}
 
 
 def describe(

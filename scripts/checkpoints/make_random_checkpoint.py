@@ -47,6 +47,7 @@ SHAPES = {
     "llama-8b": Shape(4096, 14336, 32, 32, 8, 128256),
     # One block of Cohere's Command A, as a Llama: its attention and MLP have these linear layers.
     "command-a-block": Shape(12288, 33792, 1, 96, 8, 1024),
+    "qwen3-30b-a3b": Shape(2048, 768, 48, 32, 4, 151936, experts=128),
     "qwen3-moe": Shape(2048, 768, 4, 32, 4, 4096, experts=32),
     # Each rank's part is a multiple of 128 (256 for experts) at tensor-parallel sizes 1, 2 and 4, with too few KV heads
     # for the last.

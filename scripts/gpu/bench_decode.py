@@ -1,20 +1,22 @@
-"""Measure the decode GEMM over the LUT layout on a CUDA GPU, beside vLLM's kernels and the memory, in one run.
+"""Measure the decode GEMM over the LUT layout on a CUDA GPU, beside other kernels and the memory, in one run.
 
-    python scripts/gpu/bench_decode.py [--shapes 6144x4096 ...] [--tokens 1 16 64 ...] [--tune] [--json FILE]
+    python scripts/gpu/bench_decode.py [--shapes 6144x4096 ...] [--tokens 1 16 64 ...] [--only ours cutlass ...]
+        [--vllm-ops _C_stable_libtorch.abi3.so] [--json FILE]
 
 Every time is one call in a CUDA graph of calls with different weights, which exceed the L2 several times; launches
-are included. The floor is the layer's bytes (codes and tables) at the rate of a reduction of 2 GiB. Peers are
-vLLM's own ops, where vLLM is installed: CUTLASS W4A8, Machete W4A16, BF16 by torch. Every result of ours is compared
-with float64 first. With --tune, ways of cutting the work are tried, and the best of each printed.
+are included. `NAME_us` is all that a layer needs with BF16 activations, `NAME_before_us` the same without quantizing
+them, where the kernel wants FP8. The floor is the layer's bytes (codes and tables) at the rate of a reduction of 2 GiB.
+contestants.py is the table of kernels; one that cannot be loaded, fails or is wrong (compared with float64) has no
+time, and `settings` says why.
 """
 
 import argparse
-import math
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,108 +24,123 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from contestants import (
+    CONTESTANTS,
+    PEERS,
+    Prepared,
+    humming_layer,
+    humming_tuning,
+    load_vllm_ops,
+)
 from graph_timing import Call, microseconds
+from random_layers import Layers
 from results import VLLM_PACKAGES, add_options, line, save
-
-from convert_w4a8.kernels.gemm import gpu, reference
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "12288x33792", "1536x2048")
 TOKENS = (1, 8, 16, 32, 64, 128)
 LAUNCHES = 12
 """Calls of a CUDA graph at least."""
-U4B8 = 1125899907892224
-"""vLLM's number of the scalar type of codes with bias 8."""
+MULTIPLIED, QUANTIZED = 0.01, 0.06
+"""The largest distance from float64, as a share of the result's length: of a product, and of one with activations that
+were quantized to FP8."""
+QUESTION = "How fast is a linear layer at small batches, beside other kernels and the memory?"
 
 Row = dict[str, Any]
 
 
-class Layers:
-    """As many random layers of one shape as exceed the L2 four times, with tables of entries of either sign."""
-
-    def __init__(self, n: int, k: int, count: int | None = None) -> None:
-        self.n, self.k = n, k
-        self.nbytes = n * k // 2 + n * k // 16
-        count = count or max(3, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / self.nbytes))
-        self.packed = [
-            torch.randint(-(2**31), 2**31, (k // 32, 4 * n), dtype=torch.int32, device="cuda") for _ in range(count)
-        ]
-        self.tables = [
-            torch.randn(k // 128, n, 8, device="cuda").mul(8).clamp(-56, 56).to(torch.float8_e4m3fn)
-            for _ in range(count)
-        ]
-        self.channel = torch.rand(n, device="cuda") / 64
-
-
-class Activations:
-    """Random activations, in 16 bits and as FP8 with token scales."""
-
-    def __init__(self, m: int, k: int) -> None:
-        self.m = m
-        self.x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        self.scale = (self.x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
-        self.tokens = (self.x.float() / self.scale).to(torch.float8_e4m3fn)
-
-
-def ours(layers: Layers, act: Activations, launch: gpu.Launch) -> list[Call]:
-    """Return our kernel on each of the layers, activations quantized before."""
-    return [
-        partial(gpu.gemm_by, act.tokens, act.scale, packed, tables, layers.channel, launch)
-        for packed, tables in zip(layers.packed, layers.tables, strict=True)
-    ]
-
-
-def relative_error(layers: Layers, act: Activations, call: Call) -> float:
-    """Return the distance of a result for the first layer from float64, as a share of its length."""
-    weights = reference.weights(layers.packed[0], layers.tables[0]).double()
-    exact = (act.tokens.double() @ weights.t()) * layers.channel.double() * act.scale.double()
-    return float((call().double() - exact).norm() / exact.norm())
-
-
-def peers(layers: Layers, act: Activations) -> Iterator[tuple[str, list[Call]]]:
-    """Yield the other kernels that are here, on layers of the same shape."""
-    n, k = layers.n, layers.k
-    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, len(layers.packed) // 4))]
-    yield "bf16", [partial(torch.nn.functional.linear, act.x, w) for w in weights]
-    ops = vllm_ops()
-    if ops is None:
-        return
-    channel = layers.channel.view(-1, 1)
-    cutlass: list[Call] = []
-    for packed, tables in zip(layers.packed, layers.tables, strict=True):
-        shown = packed.view(-1).view(n, k // 8).t()
-        cutlass.append(
-            partial(ops.cutlass_w4a8_mm, act.tokens, shown, tables.flatten(), 128, channel, act.scale, None, None)
+def main() -> None:
+    """Measure, print, and exit with 1 where a result of ours is wrong."""
+    args = parse()
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    reasons: dict[str, str] = {}
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    load_vllm_ops(args.vllm_ops)
+    if names := [name for name in args.only if name.startswith("humming")]:
+        compile_humming(names, shapes, args.tokens)
+    for n, k in shapes:
+        layers = Layers(n, k)
+        rows += compare(layers, args.tokens, args.only, reasons)
+        document = save(
+            args, QUESTION, rows, packages=(*VLLM_PACKAGES, "humming-kernels"), settings={"missing": reasons}
         )
-    yield "cutlass", cutlass
-    scales = (torch.rand(k // 128, n, device="cuda") / 64).bfloat16()
-    machete: list[Call] = []
-    for packed in layers.packed:
-        laid = ops.machete_prepack_B(packed.view(-1).view(n, k // 8).t(), torch.bfloat16, U4B8, torch.bfloat16)
-        machete.append(partial(ops.machete_mm, act.x, laid, U4B8, None, scales, None, 128, None, None, None))
-    yield "machete", machete
+        del layers
+        torch.cuda.empty_cache()
+    print(*(f"{what}: {why}" for what, why in reasons.items()), line(document), sep="\n")
+    if any(what.startswith("ours") and "error" in why for what, why in reasons.items()):
+        raise SystemExit(1)
 
 
-def vllm_ops() -> Any:
-    """Return vLLM's CUDA ops, or None where it is not installed."""
-    try:
-        import vllm._custom_ops  # noqa: F401
-    except ImportError:
-        return None
-    return torch.ops._C  # noqa: SLF001 - where vLLM registers them
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=TOKENS, help="rows of activations (default: all of %(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=tuple(CONTESTANTS), help="(default: all)")
+    parser.add_argument(
+        "--vllm-ops", type=Path, metavar="FILE", help="load vLLM's operators from there, not from the package"
+    )
+    add_options(parser)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is needed")
+    return args
 
 
-def candidates(m: int, n: int, k: int) -> list[gpu.Launch]:
-    """Return the ways of cutting the work that are worth a try."""
-    block = gpu.choose_launch(m, n, k, 1).block_m
-    splits = [s for s in (1, 2, 3, 4, 6, 8) if s <= k // 128]
-    return [gpu.Launch(block, s, stages, chain=chain) for s, stages, chain in product(splits, (4, 5), (False, True))]
+def compare(layers: Layers, tokens: Sequence[int], names: Sequence[str], reasons: dict[str, str]) -> list[Row]:
+    """Return the times of all kernels on one shape, a row for each number of tokens, and note what is missing."""
+    floor = layers.nbytes / bytes_per_microsecond()
+    rows: list[Row] = [{"n": layers.n, "k": layers.k, "m": m, "floor_us": floor} for m in tokens]
+    activations = [torch.randn(m, layers.k, device=layers.device, dtype=torch.bfloat16) for m in tokens]
+    for name in names:
+        try:
+            prepared = CONTESTANTS[name](layers, tokens)
+        except Exception as error:  # noqa: BLE001 - one kernel's absence must not end the run
+            reasons[f"{name} {layers.n}x{layers.k}"] = first_line(error)
+            continue
+        for row, x in zip(rows, activations, strict=True):
+            try:
+                race(name, prepared, x, row)
+            except Exception as error:  # noqa: BLE001
+                reasons[f"{name} {layers.n}x{layers.k} M={row['m']}"] = first_line(error)
+        del prepared
+        torch.cuda.empty_cache()
+    for row in rows:
+        row.update(standing(row))
+        show(row)
+    return rows
 
 
-def measure(layers: Layers, act: Activations, launch: gpu.Launch) -> Row:
-    """Return our time and error for one way of cutting the work."""
-    calls = ours(layers, act, launch)
-    row = {"n": layers.n, "k": layers.k, "m": act.m, "error": relative_error(layers, act, calls[0])}
-    return row | {"ours_us": microseconds(calls, LAUNCHES)} | asdict(launch)
+def race(name: str, prepared: Prepared, x: torch.Tensor, row: Row) -> None:
+    """Note a kernel's times and error in a row. ArithmeticError where it is wrong."""
+    limit = MULTIPLIED
+    if prepared.before is not None:
+        calls, multiplied = prepared.before(x)
+        row[f"{name}_error"] = checked(calls[0], prepared.exact(multiplied), MULTIPLIED)
+        row[f"{name}_before_us"] = microseconds(calls, LAUNCHES)
+        limit = QUANTIZED
+    calls = prepared.whole(x)
+    row.setdefault(f"{name}_error", checked(calls[0], prepared.exact(x), limit))
+    row[f"{name}_us"] = microseconds(calls, LAUNCHES)
+
+
+def checked(call: Call, exact: torch.Tensor, limit: float) -> float:
+    """Return the distance of a result from the exact one as a share of its length. ArithmeticError beyond the limit."""
+    error = float((call().double() - exact).norm() / exact.norm())
+    if not error <= limit:  # also where it is no number
+        raise ArithmeticError(f"error {error:.4f} is more than {limit}")
+    return error
+
+
+def standing(row: Mapping[str, Any]) -> Row:
+    """Return which other kernel of 4-bit weights is the fastest, and how much more ours does in the same time."""
+    times = {name: row[f"{name}_us"] for name in PEERS if f"{name}_us" in row}
+    if not times or "ours_us" not in row:
+        return {}
+    best = min(times, key=lambda name: times[name])
+    return {"best_peer": best, "gain": times[best] / row["ours_us"] - 1, "bandwidth": row["floor_us"] / row["ours_us"]}
 
 
 @cache
@@ -133,58 +150,36 @@ def bytes_per_microsecond() -> float:
     return words.nbytes / microseconds([partial(torch.sum, words)] * 2, LAUNCHES)
 
 
-def compare(layers: Layers, act: Activations) -> Row:
-    """Return the times of our kernel as it comes, of reading the layer, and of the other kernels."""
-    floor = layers.nbytes / bytes_per_microsecond()
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    row = measure(layers, act, gpu.choose_launch(act.m, layers.n, layers.k, sms)) | {"floor_us": floor}
-    for name, calls in peers(layers, act):
-        row[f"{name}_us"] = microseconds(calls, LAUNCHES)
-        if name == "cutlass":
-            row["cutlass_error"] = relative_error(layers, act, calls[0])
-    return row
+def compile_humming(names: Sequence[str], shapes: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> None:
+    """Have humming compile its kernels, those of all shapes side by side. What fails says so when its turn comes."""
+
+    def compile_one(name: str, n: int, k: int) -> None:
+        words = torch.zeros(n, k // 8, dtype=torch.int32, device="cuda")
+        scales = torch.ones(n, k // 128, dtype=torch.bfloat16, device="cuda")
+        layer = humming_layer(words, scales, "float8e4m3" if name == "humming_w4a8" else "bfloat16")
+        layer(torch.zeros(1, k, dtype=torch.bfloat16, device="cuda"), tuning_config=humming_tuning(layer, tokens))
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name in names:
+            for n, k in shapes:
+                pool.submit(compile_one, name, n, k)
+    torch.cuda.empty_cache()
+    print(f"humming compiled what it needs in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def show(row: Row) -> None:
-    """Print the figures of one shape and number of tokens."""
+def show(row: Mapping[str, Any]) -> None:
+    """Print the times of one shape and number of tokens."""
     text = f"{row['n']:>6} x {row['k']:<6} M = {row['m']:<4}"
-    text += "".join(f" | {name[:-3]} {row[name]:6.1f}" for name in row if name.endswith("_us"))
-    text += f" | parts {row['splits']}, stages {row['stages']}{', chain' if row['chain'] else ''}"
-    print(f"{text} | error {row['error']:.5f}, CUTLASS's {row.get('cutlass_error', math.nan):.5f}", flush=True)
+    text += "".join(f" | {name[:-3]} {value:6.1f}" for name, value in row.items() if name.endswith("_us"))
+    if "gain" in row:
+        text += f" | {row['gain']:+.0%} over {row['best_peer']}, {row['bandwidth']:.0%} of the memory"
+    print(text, flush=True)
 
 
-def main() -> None:
-    """Measure, print, and exit with 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
-    parser.add_argument(
-        "--tokens", nargs="+", type=int, default=TOKENS, help="rows of activations (default: all of %(default)s)"
-    )
-    parser.add_argument("--tune", action="store_true", help="try many ways of cutting the work, without peers")
-    add_options(parser)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a CUDA GPU is needed")
-    torch.manual_seed(0)
-    rows: list[Row] = []
-    for shape in args.shapes:
-        layers = Layers(*map(int, shape.split("x")))
-        for m in args.tokens:
-            act = Activations(m, layers.k)
-            if args.tune:
-                found = [measure(layers, act, launch) for launch in candidates(m, layers.n, layers.k)]
-                found.sort(key=lambda row: float(row["ours_us"]))
-            else:
-                found = [compare(layers, act)]
-            for row in found[:3]:
-                show(row)
-            rows += found
-        del layers
-        torch.cuda.empty_cache()
-    question = "How fast is a linear layer at small batches, beside other kernels and the memory?"
-    print(line(save(args, question, rows, packages=VLLM_PACKAGES)))
-    if any(row["error"] > 0.004 for row in rows):
-        raise SystemExit(1)
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ checkpoint: compiled, its scale quantization is compiled first), with the GPU id
 processing; engine start is all of `LLM(...)`.
 
 So that whole starts compare, a small engine starts first and is not counted (the first engine of a machine does more:
-vLLM inspects the model class), every file is read before, and the engines of a model take turns: stock, ours, ours,
-stock. What is printed of a kind are medians over its engines.
+vLLM inspects the model class), every file is read before, and the engines of a model take turns: stock, ours, ours
+without its decode kernel, and all again the other way round. What is printed of a kind are medians over its engines.
 """
 
 import argparse
@@ -29,8 +29,10 @@ import vllm_engine
 from make_random_checkpoint import SHAPES, ensure
 from results import add_options
 
-KINDS = ("lut", "stock")
-ORDER = ("stock", "lut", "lut", "stock")
+WITHOUT = "lut:cutlass"
+"""The plugin without its decode kernel."""
+KINDS = ("stock", "lut", WITHOUT)
+ORDER = (*KINDS, *reversed(KINDS))
 LLM_OPTIONS = {
     "enforce_eager": True,
     "skip_tokenizer_init": True,
@@ -95,9 +97,10 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def run(directory: Path) -> dict[str, Any]:
+def run(directory: Path, kind: str = "stock") -> dict[str, Any]:
     """Start an engine in a process of its own; return what it found, and its process's seconds and kernels."""
-    return vllm_engine.run_worker(__file__, {"llm": {"model": str(directory), **LLM_OPTIONS}})
+    environment = {"W4A8_LUT_DECODE": "cutlass"} if kind == WITHOUT else {}
+    return vllm_engine.run_worker(__file__, {"llm": {"model": str(directory), **LLM_OPTIONS}}, environment=environment)
 
 
 def read_files(directory: Path) -> None:
@@ -119,13 +122,16 @@ def by_size(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
 def rows_of(name: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return one model's rows: what, medians of stock and plugin, their ratio, and the largest time of each."""
 
-    def row(what: str, stock: list[float], ours: list[float]) -> dict[str, Any]:
-        a, b = statistics.median(stock), statistics.median(ours)
+    def row(what: str, stock: list[float], ours: list[float], without: list[float]) -> dict[str, Any]:
+        a, b, c = (statistics.median(times) for times in (stock, ours, without))
         largest = {"stock_max_ms": max(stock), "plugin_max_ms": max(ours)}
-        return {"model": name, "what": what, "stock_ms": a, "plugin_ms": b, "ratio": b / a, **largest}
+        return {"model": name, "what": what, "stock_ms": a, "plugin_ms": b, "without_ms": c, "ratio": b / a, **largest}
 
-    stock, ours = (by_size(found[kind]) for kind in ("stock", "lut"))
-    rows = [row(f"layer {size}, median of {len(times)}", times, ours[size]) for size, times in stock.items()]
+    sizes = {kind: by_size(found[kind]) for kind in KINDS}
+    rows = [
+        row(f"layer {size}, median of {len(times)}", *(sizes[kind][size] for kind in KINDS))
+        for size, times in sizes["stock"].items()
+    ]
     measures: dict[str, Callable[[dict[str, Any]], float]] = {
         "all layers": lambda run: sum(layer["ms"] for layer in run["layers"]),
         "the first layer": lambda run: run["layers"][0]["ms"],
@@ -134,7 +140,7 @@ def rows_of(name: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str,
         "engine start, eager": lambda run: run["engine_start_ms"],
     }
     for what, measure in measures.items():
-        rows.append(row(what, *([measure(run) for run in found[kind]] for kind in ("stock", "lut"))))
+        rows.append(row(what, *([measure(run) for run in found[kind]] for kind in KINDS)))
     return rows
 
 
@@ -147,18 +153,18 @@ def main() -> int:
     add_options(parser)
     args = parser.parse_args()
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
-    order = ORDER[:2] if args.quick else ORDER
+    order = KINDS if args.quick else ORDER
     results: dict[str, Any] = {}
     rows = []
     try:
         print(f"not counted: {run(ensure('tiny', root)['stock'])['wall_s']} s", flush=True)
         for name in args.shapes:
             directories = ensure(name, root, 4 if args.quick else None)
-            for kind in KINDS:
+            for kind in ("stock", "lut"):
                 read_files(directories[kind])
             results[name] = {kind: [] for kind in KINDS}
             for kind in order:
-                found = run(directories[kind])
+                found = run(directories[kind.partition(":")[0]], kind)
                 results[name][kind].append(found)
                 times = ", ".join(
                     f"{what} {found[f'{what}_ms'] / 1e3:.2f} s" for what in ("processing", "load_model", "engine_start")
@@ -168,13 +174,14 @@ def main() -> int:
     finally:
         if args.dir is None:
             shutil.rmtree(root)
-    header = ("model", "what", "stock ms", "plugin ms", "plugin/stock", "stock max", "plugin max")
+    header = ("model", "what", "stock ms", "plugin ms", "without", "plugin/stock", "stock max", "plugin max")
     cells = [
         (
             row["model"],
             row["what"],
             f"{row['stock_ms']:.2f}",
             f"{row['plugin_ms']:.2f}",
+            f"{row['without_ms']:.2f}",
             f"{row['ratio']:.2%}",
             f"{row['stock_max_ms']:.1f}",
             f"{row['plugin_max_ms']:.1f}",

@@ -1,10 +1,19 @@
-"""Time to first token and per output token: W4A16 (the source) against our W4A8, `bench_serving.py`.
+"""Time to first token and per output token: W4A16 (the source) against W4A8, ours and others, `bench_serving.py`.
 
-A random checkpoint of Llama-8B's shapes is made below `--dir` (13 GB; kept there, else removed). Each engine runs in a
-process of its own, one after the other, compiled with CUDA graphs and scheduled as vLLM comes, without prefix caching.
-All requests of a batch arrive together. TTFT and TPOT are means over the requests, by the engine's own clock: arrival
-to first token, and first to last token divided by the tokens between. Medians of `--repeats` runs with fresh random
-prompts after one warm-up; "faster" is W4A16's time / ours − 1. Which kernel vLLM chose is taken from its log.
+    bench_serving.py --dir DIR [--kinds w4a16 lut ...] [--cases 1x128 64x2048 ...] [--json FILE [--extend]]
+
+Random checkpoints of a model's shapes are made below `--dir` (13 GB for Llama-8B; kept there, else removed). Each
+engine runs in a process of its own, one after the other, compiled with CUDA graphs and scheduled as vLLM comes, without
+prefix caching. All requests of a case arrive together.
+
+TTFT and TPOT are means over the requests, by the engine's own clock: arrival to first token, and first to last token
+divided by the tokens between. `prefill_ms` is the time from the first request that is scheduled to the last first
+token, without what comes before the engine; `step_ms` the time per token of the request that starts last: steps without
+any prefill. Medians over runs with fresh random prompts, as many as fit in `--seconds` (one at least) after a warm-up;
+a single request's TTFT is of ten runs more, with its fastest tenth, since the host's part of it varies. Gains are the
+first kind's time / the other's − 1. Which kernel vLLM chose is taken from its log.
+
+Each kind is written when it is done. With --extend, kinds that the file has are not run again.
 """
 
 import argparse
@@ -14,21 +23,60 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import few_humming
 import vllm_engine
-from make_random_checkpoint import FORMATS, SHAPES, ensure
-from results import add_options
+from make_random_checkpoint import SHAPES, ensure
+from results import VLLM_PACKAGES, add_options, read_results
 
-CASES: tuple[tuple[int, int], ...] = ((1, 512), (8, 512), (32, 512), (64, 512), (128, 512), (1, 8192))
-"""Batch size and prompt tokens."""
+CASES = ("1x128", "8x128", "32x128", "64x128", "128x128", "1x2048", "1x8192", "8x4096", "32x2048", "64x2048")
+"""Requests at a time and prompt tokens of each."""
 NEW_TOKENS = 128
-CUTLASS = "lut:cutlass"
-"""The plugin without its decode kernel."""
+STEP = 8192
+"""Tokens of a step at most, vLLM's default here."""
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Batch sizes of CUDA graphs."""
+FIRST_TOKENS = 10
+"""Runs for the time to the first token of a single request."""
+REPEATS = 5
+"""Runs of a case at most."""
+TIMES = ("ttft_ms", "prefill_ms", "tpot_ms", "step_ms")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to serve the model: the checkpoint's format, vLLM's options, environment variables, seconds at most."""
+
+    format: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 420
+    plugins: Mapping[str, str] = field(default_factory=dict)
+
+
+def _humming(environment: Mapping[str, str]) -> Kind:
+    plugins = {"few_humming": few_humming.MORE}
+    return Kind("w4a16", {"quantization": "humming"}, environment, timeout=580, plugins=plugins)
+
+
+KINDS = {
+    "w4a16": Kind("w4a16"),
+    "w4a16-marlin": Kind("w4a16", {"linear_backend": "marlin"}),
+    "w4a16-humming": _humming({}),
+    "w4a8-humming": _humming({"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype": "float8e4m3"}'}),
+    "stock": Kind("stock"),
+    "lut:cutlass": Kind("lut", environment={"W4A8_LUT_DECODE": "cutlass"}),
+    "lut": Kind("lut"),
+}
+"""Name → how. `w4a16` is vLLM's default for the source; `stock` the compressed-tensors W4A8, `lut` the plugin, and
+`lut:cutlass` the plugin without its decode kernel."""
 
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -40,8 +88,8 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter() - start
     generator = random.Random(0)
 
-    def timed(batch: int, length: int, tokens: int) -> tuple[float, float, float]:
-        """Return mean TTFT and mean TPOT in ms, and the wall time of the batch in s."""
+    def timed(batch: int, length: int, tokens: int) -> dict[str, float]:
+        """Return the times of one run in ms, and the wall time of the batch in s."""
         prompts = [
             {"prompt_token_ids": [generator.randrange(payload["vocabulary"]) for _ in range(length)]}
             for _ in range(batch)
@@ -50,100 +98,180 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - begin
-        stats = [output.metrics for output in outputs]
-        first = statistics.fmean(found.first_token_latency for found in stats)
-        each = statistics.fmean((found.last_token_ts - found.first_token_ts) / (tokens - 1) for found in stats)
-        return 1e3 * first, 1e3 * each, seconds
+        return request_times([output.metrics for output in outputs], tokens) | {"batch_s": seconds}
 
     cases = []
     for batch, length in payload["cases"]:
-        timed(batch, length, 8)
-        runs = [timed(batch, length, NEW_TOKENS) for _ in range(payload["repeats"])]
-        ttft, tpot, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
-        cases.append({"batch": batch, "prompt": length, "ttft_ms": ttft, "tpot_ms": tpot, "batch_s": seconds})
+        timed(min(batch, max(1, 16384 // length)), length, 4)
+        runs: list[dict[str, float]] = []
+        begin = time.perf_counter()
+        while not runs or (len(runs) < REPEATS and time.perf_counter() - begin < payload["seconds"]):
+            runs.append(timed(batch, length, NEW_TOKENS))
+        firsts = [timed(batch, length, 2) for _ in range(FIRST_TOKENS)] if batch == 1 else []
+        cases.append({"batch": batch, "prompt": length, **summary(runs, firsts)})
     return {"cases": cases, "start_s": round(started, 1)}
+
+
+def request_times(stats: Sequence[Any], tokens: int) -> dict[str, float]:
+    """Return the times of one run, in ms, from vLLM's metrics of its requests."""
+    each = [(found.last_token_ts - found.first_token_ts) / (tokens - 1) for found in stats]
+    last = max(range(len(stats)), key=lambda i: stats[i].first_token_ts)
+    seconds = (
+        statistics.fmean(found.first_token_latency for found in stats),
+        stats[last].first_token_ts - min(found.scheduled_ts for found in stats),
+        statistics.fmean(each),
+        each[last],
+    )
+    return dict(zip(TIMES, (1e3 * value for value in seconds), strict=True))
+
+
+def summary(runs: Sequence[Mapping[str, float]], firsts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return medians over runs. firsts: runs of which only the time to the first token counts."""
+    found: dict[str, float] = {"runs": len(runs)}
+    for name in (*TIMES, "batch_s"):
+        more = firsts if name in {"ttft_ms", "prefill_ms"} else ()
+        values = sorted(run[name] for run in (*runs, *more))
+        found[name] = statistics.median(values)
+        if name == "ttft_ms":
+            found["ttft_p10_ms"] = values[len(values) // 10]
+    return found
+
+
+def rows_of(kind: str, cases: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a kind's rows, with what it gains over the base's rows of the same cases, where there are any."""
+    bases = {(row["batch"], row["prompt"]): row for row in base}
+    rows = []
+    for case in cases:
+        row = {"kind": kind, **case, "tokens_per_s": case["batch"] * NEW_TOKENS / case["batch_s"]}
+        other = bases.get((case["batch"], case["prompt"]))
+        if other is not None and other["kind"] != kind:
+            row |= {f"{name[:-3]}_gain": other[name] / case[name] - 1 for name in TIMES if name in other}
+            row["throughput_gain"] = row["tokens_per_s"] / other["tokens_per_s"] - 1
+        rows.append(row)
+    return rows
+
+
+def text_of(rows: Sequence[Mapping[str, Any]], base: str) -> str:
+    """Return a table of rows."""
+    header = ("kind", "batch", "prompt", "TTFT ms", "p10", "prefill", "TPOT ms", "step", "tokens/s")
+    times = ("ttft_ms", "ttft_p10_ms", "prefill_ms", "tpot_ms", "step_ms")
+    gains = ("ttft_gain", "tpot_gain", "step_gain", "throughput_gain")
+    cells = [
+        (
+            *(row[name] for name in ("kind", "batch", "prompt")),
+            *(f"{row[name]:.2f}" for name in times),
+            f"{row['tokens_per_s']:.0f}",
+            *(f"{100 * row[name]:+.0f} %" if name in row else "" for name in gains),
+        )
+        for row in rows
+    ]
+    faster = (f"TTFT over {base}", "TPOT", "step", "tokens/s")
+    return vllm_engine.table((*header, *faster), cells)
+
+
+def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, Any]:
+    """Run all cases on one engine, and return what `worker` found."""
+    shape = SHAPES[args.model]
+    layers = args.layers or shape.layers
+    # Keys and values in BF16 of all requests of the largest case, and a little.
+    cached = max(batch * (length + NEW_TOKENS + 16) for batch, length in args.cases)
+    token_bytes = 2 * 2 * shape.kv_heads * shape.head_dim * layers
+    llm = {
+        "model": str(directory),
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "max_model_len": max(length for _, length in args.cases) + 2 * NEW_TOKENS,
+        "max_num_seqs": max(128, *(batch for batch, _ in args.cases)),
+        "max_num_batched_tokens": STEP,
+        "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
+        "gpu_memory_utilization": 0.5,
+        "enable_prefix_caching": False,
+        "compilation_config": {"cudagraph_capture_sizes": list(GRAPHS)},
+        "disable_log_stats": False,  # or requests have no metrics
+        "generation_config": "vllm",
+        **kind.options,
+    }
+    payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": shape.vocabulary}
+    # Those of CUDA graphs, and of the steps in which prompts are read, each in a step of at most 8192 tokens.
+    sizes = {*GRAPHS, *(min(STEP, batch * length) for batch, length in args.cases)}
+    environment = {few_humming.SETTING: ",".join(map(str, sorted(sizes))), **kind.environment}
+    return vllm_engine.run_worker(__file__, payload, kind.timeout, environment, kind.plugins)
+
+
+def case_of(text: str) -> tuple[int, int]:
+    """Return batch size and prompt tokens of a word such as 8x2048."""
+    batch, length = map(int, text.split("x"))
+    return batch, length
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="llama-8b", help="whose shapes (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="so many of its layers (default: all)")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=[kind for kind in KINDS if kind != "w4a16-marlin"],
+        help="the baseline, and what is compared with it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cases", nargs="+", type=case_of, default=[case_of(case) for case in CASES], help=f"(default: {CASES})"
+    )
+    parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
+    parser.add_argument("--seconds", type=float, default=2.5, help="for the runs of a case (default: %(default)s)")
+    parser.add_argument("--base", choices=KINDS, help="the baseline, if it is not the first kind: one of the file's")
+    parser.add_argument("--quick", action="store_true", help="four layers, batch 1 and 8 with short prompts, one run")
+    add_options(parser)
+    parser.add_argument("--extend", action="store_true", help="add to what --json and --keep name, do not replace it")
+    args = parser.parse_args()
+    if args.quick:
+        args.layers, args.cases, args.seconds = 4, [case_of(case) for case in CASES[:2]], 0
+    return args
 
 
 def main() -> int:
     """Make the checkpoints, run the engines, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=[*FORMATS, CUTLASS],
-        default=("w4a16", "stock", CUTLASS, "lut"),
-        help="the baseline, and what is compared with it",
-    )
-    parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="four layers, one repeat, batch 1 and 16")
-    add_options(parser)
-    args = parser.parse_args()
-    shape, cases = SHAPES[args.shape], CASES
-    if args.quick:
-        cases, args.repeats = CASES[:2], 1
-    # Keys and values in BF16 of all requests of the largest case, and a little.
-    cached = max(batch * (length + NEW_TOKENS + 16) for batch, length in cases)
-    token_bytes = 2 * 2 * shape.kv_heads * shape.head_dim * shape.layers
+    args = parse()
+    before = read_results(args, VLLM_PACKAGES) if args.extend else []
+    base = args.base or (before[0]["kind"] if before else args.kinds[0])
+    rows = list(before)
+    done = {row["kind"] for row in before}
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
-    found: dict[str, Any] = {}
+    failed = 0
     try:
-        directories = ensure(args.shape, root, 4 if args.quick else None)
-        for kind in args.kinds:
-            llm = {
-                "model": str(directories[kind.partition(":")[0]]),
-                "dtype": "bfloat16",
-                "skip_tokenizer_init": True,
-                "max_model_len": max(length for _, length in cases) + 2 * NEW_TOKENS,
-                "max_num_seqs": 128,
-                "max_num_batched_tokens": 8192,
-                "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
-                "gpu_memory_utilization": 0.5,
-                "enable_prefix_caching": False,
-                "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]},
-                "disable_log_stats": False,  # or requests have no metrics
-                "generation_config": "vllm",
+        directories = ensure(args.model, root, args.layers)
+        for name in args.kinds:
+            if name in done:
+                print(f"{name}: in the file already", flush=True)
+                continue
+            try:
+                found = serve(args, KINDS[name], directories[KINDS[name].format])
+            except RuntimeError as error:  # the others are worth having
+                print(f"{name}: {error}", flush=True)
+                failed += 1
+                continue
+            print(
+                f"{name}: start {found['start_s']} s, all {found['wall_s']} s; {', '.join(found['kernels'])}",
+                flush=True,
+            )
+            new = rows_of(name, found["cases"], [row for row in rows if row["kind"] == base])
+            settings = {
+                "model": args.model,
+                "layers": args.layers or SHAPES[args.model].layers,
+                "new_tokens": NEW_TOKENS,
+                "kernels": {name: found["kernels"]},
             }
-            payload = {"llm": llm, "cases": cases, "repeats": args.repeats, "vocabulary": shape.vocabulary}
-            environment = {"W4A8_LUT_DECODE": "cutlass"} if kind == CUTLASS else {}
-            found[kind] = vllm_engine.run_worker(__file__, payload, environment=environment)
-            kernels = ", ".join(found[kind]["kernels"])
-            print(f"{kind}: start {found[kind]['start_s']} s, all {found[kind]['wall_s']} s; {kernels}", flush=True)
+            rows += new
+            text = text_of(new, base)
+            question = f"How fast is serving {args.model}, beside {base}?"
+            vllm_engine.finish(args, question, new, text, extend=args.extend, **settings)
+            args.extend = True
     finally:
         if args.dir is None:
             shutil.rmtree(root)
-    base, *others = args.kinds
-    rows = [
-        {
-            "kind": kind,
-            "batch": a["batch"],
-            "prompt": a["prompt"],
-            **{f"{name}_base": a[name] for name in ("ttft_ms", "tpot_ms", "batch_s")},
-            **{name: b[name] for name in ("ttft_ms", "tpot_ms", "batch_s")},
-            **{f"{name}_gain": a[f"{name}_ms"] / b[f"{name}_ms"] - 1 for name in ("ttft", "tpot")},
-        }
-        for kind in others
-        for a, b in zip(found[base]["cases"], found[kind]["cases"], strict=True)
-    ]
-    times = ("ttft_ms_base", "ttft_ms", "tpot_ms_base", "tpot_ms")
-    cells = [
-        (
-            row["kind"],
-            row["batch"],
-            row["prompt"],
-            *(f"{row[name]:.2f}" for name in times),
-            *(f"{100 * row[name]:+.0f} %" for name in ("ttft_gain", "tpot_gain")),
-        )
-        for row in rows
-    ]
-    header = ("kind", "batch", "prompt", f"TTFT ms {base}", "TTFT ms", f"TPOT ms {base}", "TPOT ms")
-    text = vllm_engine.table((*header, "TTFT faster", "TPOT faster"), cells)
-    chosen = {kind: result["kernels"] for kind, result in found.items()}
-    text += "".join(f"\n{kind}: {', '.join(names)}" for kind, names in chosen.items())
-    settings = {"shape": args.shape, "quick": args.quick, "new_tokens": NEW_TOKENS, "kernels": chosen}
-    vllm_engine.finish(args, f"How fast is serving, beside {base}?", rows, text, **settings)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare what vLLM computes from a `w4a8_lut` checkpoint and from the stock checkpoint of the same conversion.
 
-    check_equivalence.py LUT_DIR STOCK_DIR [--tp 2] [--text-file F | --tokens-file F] [--json FILE] [--quick]
+    check_equivalence.py LUT_DIR STOCK_DIR [--decode] [--tp 2] [--text-file F | --tokens-file F] [--json FILE] [--quick]
 
 Both must have been converted with `--scales reference`. At tensor-parallel size 1, greedy tokens and the
 log-probabilities of all prompt tokens must be identical wherever vLLM quantizes the stock checkpoint's scales with the
@@ -14,6 +14,11 @@ arithmetic that the `w4a8_lut` checkpoint has. There are two, because `QuantFP8`
 Which arithmetic the checkpoint has is found by doing both, and its two modes are what runs unless `--modes` says
 otherwise; a mode of the other arithmetic is reported, not demanded. Where outputs differ that must not, the stock
 checkpoint runs once more, to show what an engine differs from itself.
+
+That is asked of the plugin without its decode kernel: the same bytes by the same op. With `--decode` prompts are read
+token by token, so that all log-probabilities come through decode, 16 tokens a step, and the plugin's decode kernel is
+compared with CUTLASS. The mean deviation of log-probabilities must not exceed 1.5 times that of stock from itself: run
+twice, or once so and once with prompts read at once, whichever is more. `--env NAME=VALUE` sets the plugin's options.
 
 Each engine runs in a process of its own, which schedules by itself (no engine-core process whose batches depend on
 when requests arrive: other batch sizes are other kernels and other roundings).
@@ -30,9 +35,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +45,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
 from results import add_options
+from stock_scales import find_arithmetics
 
 BATCH = 16
+SLACK = 1.5
+"""Two independent deviations add up to √2."""
 MAX_LENGTH = 1024
 GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, BATCH]}
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,36 +109,6 @@ def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def scale_pairs(lut: Path, stock: Path) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield of each layer in both checkpoints the stock scales [N, G], our group scales [G, N] and channel scales."""
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-
-        def tensors(directory: Path) -> dict[str, Any]:
-            files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
-            return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-        ours, theirs = tensors(lut), tensors(stock)
-        for name, file in ours.items():
-            module, _, leaf = name.rpartition(".")
-            scale = f"{module}.weight_scale"
-            if leaf == "weight_chan_scale" and scale in theirs and scale in ours:
-                yield theirs[scale].get_tensor(scale), ours[scale].get_tensor(scale), file.get_tensor(name)
-
-
-def find_arithmetics(lut: Path, stock: Path) -> set[str]:
-    """Return with which arithmetics vLLM makes the checkpoint's scales, all of them, from the stock checkpoint's."""
-    found, layers = {"division", "reciprocal"}, 0
-    for scales, group, channel in scale_pairs(lut, stock):
-        layers += 1
-        for arithmetic in tuple(found):
-            fp8, expected = vllm_engine.quantize_scales(scales, arithmetic)
-            if not (expected.equal(channel) and fp8.float().equal(group.t().float())):
-                found.remove(arithmetic)
-    return found if layers else set()
-
-
 def make_prompts(args: argparse.Namespace) -> list[list[int]]:
     """Return token ids: given ones, those of NUL-separated documents, or random ones."""
     if args.tokens_file:
@@ -149,6 +127,14 @@ def make_prompts(args: argparse.Namespace) -> list[list[int]]:
     return [[generator.randrange(vocabulary) for _ in range(length)] for length in lengths]
 
 
+def setting(text: str) -> tuple[str, str]:
+    """Return name and value of an environment variable."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    return name, value
+
+
 def parse() -> argparse.Namespace:
     """Return the arguments; ends with an error where there is nothing to compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -164,6 +150,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
     parser.add_argument("--jobs", type=int, default=4, help="engines of size 1 at a time, on the same GPU")
     parser.add_argument("--disable-custom-all-reduce", action="store_true")
+    parser.add_argument("--decode", action="store_true", help="read prompts token by token; compare the decode kernel")
+    parser.add_argument(
+        "--env", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="for the decode kernel"
+    )
     parser.add_argument("--quick", action="store_true", help="one mode, without compilation, 4 prompts")
     add_options(parser)
     parser.add_argument("--extend", action="store_true", help="add to what --json and --keep name, do not replace it")
@@ -187,71 +177,112 @@ def parse() -> argparse.Namespace:
     return args
 
 
+@dataclass(frozen=True, order=True)
+class Engine:
+    """One engine to run.
+
+    decode_kernel: ours, which the plugin has unless told otherwise. by_decode: prompts are read token by token. run:
+    the second of two that are the same otherwise.
+    """
+
+    directory: Path
+    tp: int
+    decode_kernel: bool = False
+    by_decode: bool = False
+    run: int = 1
+
+
+def serve(args: argparse.Namespace, prompts: list[list[int]], engine: Engine, mode: str) -> Any:
+    """Run an engine in one of MODES and return its outputs."""
+    llm = {
+        "model": str(engine.directory),
+        "tensor_parallel_size": engine.tp,
+        "skip_tokenizer_init": True,
+        # Not less than max_num_batched_tokens / max_num_seqs: vLLM warms up with requests of that many tokens, and
+        # attention reads beyond the block tables of a shorter max_model_len (vllm-project/vllm#49751).
+        "max_model_len": MAX_LENGTH,
+        "max_num_seqs": BATCH,
+        "max_num_batched_tokens": 8 * MAX_LENGTH,
+        # Not profiled, so that engines can start side by side; the utilization is only checked to be free.
+        "kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30),
+        "gpu_memory_utilization": 0.1,
+        "enable_prefix_caching": False,
+        "async_scheduling": False,
+        "generation_config": "vllm",
+        "disable_custom_all_reduce": args.disable_custom_all_reduce,
+        "seed": 0,
+        **(vllm_engine.token_by_token(BATCH) if engine.by_decode else {}),
+        **MODES[mode][1],
+    }
+    payload = {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens}
+    environment = dict(args.env) if engine.decode_kernel else {"W4A8_LUT_DECODE": "cutlass"}
+    result = vllm_engine.run_worker(__file__, payload, environment=environment)
+    what = ("decode kernel, " if engine.decode_kernel else "") + ("by decode" if engine.by_decode else "by prefill")
+    times = f"start {result['start_s']} s, all {result['wall_s']} s"
+    print(f"{engine.directory.name} {mode} TP {engine.tp}, {what}: {times}", flush=True)
+    return result["outputs"]
+
+
+def pairs(args: argparse.Namespace) -> dict[str, tuple[Engine, Engine]]:
+    """Return what is compared with what, by a name."""
+    one, stock, lut = Engine(args.stock, 1), Engine(args.stock, args.tp), Engine(args.lut, args.tp)
+    if args.decode:
+        stock, lut = replace(stock, by_decode=True), replace(lut, by_decode=True)
+        return {
+            "stock again, stock": (replace(stock, run=2), stock),
+            "stock by decode, by prefill": (stock, replace(stock, by_decode=False)),
+            "plugin without decode kernel, stock": (lut, stock),
+            "plugin, without decode kernel": (replace(lut, decode_kernel=True), lut),
+        }
+    if args.tp > 1:
+        return {
+            f"stock TP {args.tp}, stock TP 1": (stock, one),
+            f"plugin TP {args.tp}, stock TP 1": (lut, one),
+            f"plugin TP {args.tp}, stock TP {args.tp}": (lut, stock),
+        }
+    return {"plugin, stock": (lut, stock)}
+
+
+def is_met(args: argparse.Namespace, mode: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the rows of one mode, as `pairs` orders them, are what they must be."""
+    gaps = [float(row["mean_gap"]) for row in rows]
+    demanded = MODES[mode][0] in args.arithmetics and args.tp == 1
+    if args.decode:
+        again, by_prefill, without, plugin = gaps
+        return (not demanded or without <= SLACK * again) and plugin <= SLACK * max(again, by_prefill)
+    return gaps[-1] <= SLACK * gaps[0] if args.tp > 1 else not demanded or bool(rows[0]["identical"])
+
+
 def main() -> int:
     """Run the engines, print the table, return 1 if a demand is not met."""
     args = parse()
     prompts = make_prompts(args)
-
-    def run(directory: Path, mode: str, tp: int) -> Any:
-        llm = {
-            "model": str(directory),
-            "tensor_parallel_size": tp,
-            "skip_tokenizer_init": True,
-            # Not less than max_num_batched_tokens / max_num_seqs: vLLM warms up with requests of that many tokens, and
-            # attention reads beyond the block tables of a shorter max_model_len (vllm-project/vllm#49751).
-            "max_model_len": MAX_LENGTH,
-            "max_num_seqs": BATCH,
-            "max_num_batched_tokens": 8 * MAX_LENGTH,
-            # Not profiled, so that engines can start side by side; the utilization is only checked to be free.
-            "kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30),
-            "gpu_memory_utilization": 0.1,
-            "enable_prefix_caching": False,
-            "async_scheduling": False,
-            "generation_config": "vllm",
-            "disable_custom_all_reduce": args.disable_custom_all_reduce,
-            "seed": 0,
-            **MODES[mode][1],
-        }
-        result = vllm_engine.run_worker(__file__, {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens})
-        print(f"{directory.name} {mode} TP {tp}: start {result['start_s']} s, all {result['wall_s']} s", flush=True)
-        return result["outputs"]
-
-    rows: list[dict[str, Any]] = []
     model = json.loads((args.stock / "config.json").read_text())["architectures"][0]
-
-    def note(mode: str, what: str, a: Any, b: Any) -> dict[str, Any]:
-        row = {"model": model, "tp": args.tp, "mode": mode, "what": what, **compare(a, b)}
-        rows.append(row)
-        return row
-
-    engines = sorted({(args.stock, args.tp), (args.lut, args.tp), (args.stock, 1)})
+    compared = pairs(args)
+    engines = sorted({engine for pair in compared.values() for engine in pair})
     # Engines on several GPUs run one at a time (their ranks wait for each other on the GPU), beside those on one.
     with ThreadPoolExecutor(args.jobs) as single, ThreadPoolExecutor(1) as several:
         runs = {
-            (path, mode, tp): (single if tp == 1 else several).submit(run, path, mode, tp)
+            (engine, mode): (single if engine.tp == 1 else several).submit(serve, args, prompts, engine, mode)
             for mode in args.modes
-            for path, tp in engines
+            for engine in engines
         }
     outputs = {key: future.result() for key, future in runs.items()}
 
-    met, is_floor_known = True, False
+    def row_of(mode: str, what: str, a: Any, b: Any) -> dict[str, Any]:
+        return {"model": model, "tp": args.tp, "mode": mode, "what": what, **compare(a, b)}
+
+    rows: list[dict[str, Any]] = []
+    met = True
     for mode in args.modes:
-        one, stock, lut = (
-            outputs[path, mode, tp] for path, tp in ((args.stock, 1), (args.stock, args.tp), (args.lut, args.tp))
-        )
-        if args.tp > 1:
-            own = note(mode, f"stock TP {args.tp}, stock TP 1", stock, one)
-            note(mode, f"plugin TP {args.tp}, stock TP 1", lut, one)
-            both = note(mode, f"plugin TP {args.tp}, stock TP {args.tp}", lut, stock)
-            met &= both["mean_gap"] <= 1.5 * own["mean_gap"]
-            continue
-        demanded = MODES[mode][0] in args.arithmetics
-        row = note(mode, "plugin, stock" if demanded else "plugin, stock (other arithmetic)", lut, one)
-        if demanded and not row["identical"]:
+        new = [row_of(mode, what, outputs[a, mode], outputs[b, mode]) for what, (a, b) in compared.items()]
+        if not is_met(args, mode, new):
             met = False
-            if not is_floor_known:
-                is_floor_known = True
-                note(mode, "stock, stock again", run(args.stock, mode, 1), one)
+            if args.tp == 1 and not args.decode:
+                stock = Engine(args.stock, 1)
+                again = serve(args, prompts, replace(stock, run=2), mode)
+                new.append(row_of(mode, "stock, stock again", again, outputs[stock, mode]))
+        rows += new
     text = vllm_engine.table(
         ("mode", "compared", "prompt log-probs equal", "mean |gap|", "max |gap|", "greedy tokens equal"),
         [
@@ -268,7 +299,9 @@ def main() -> int:
     )
     text += f"\n{'demands met' if met else 'DEMANDS NOT MET'}"
     question = "Does the plugin compute what vLLM computes from the stock checkpoint?"
-    settings = {"scales": sorted(args.arithmetics), "met": met}
+    if args.decode:
+        question = "Is the decode kernel as near to CUTLASS as stock W4A8 is to itself?"
+    settings = {"scales": sorted(args.arithmetics), "met": met, "environment": dict(args.env)}
     vllm_engine.finish(args, question, rows, text, extend=args.extend, **settings)
     return 0 if met else 1
 

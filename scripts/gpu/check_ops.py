@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
 from results import add_options
+from stock_scales import quantize_scales
 
 from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes, unpack_codes
@@ -163,7 +164,7 @@ def check_scales(sizes: list[tuple[int, int]]) -> Iterator[Row]:
             size = f"{n}x{k}"
             scales = random_scales(n, k // GROUP_SIZE)
             group, channel = quantize_reference(scales.cpu().t())
-            by_division = channel.equal(vllm_engine.quantize_scales(scales.cpu(), "division")[1])
+            by_division = channel.equal(quantize_scales(scales.cpu(), "division")[1])
             ours = "division" if by_division else "reciprocal"
             group, channel = group.to(DEVICE), channel.to(DEVICE)
             here, channel_here = quantize_reference(scales.t())

@@ -6,6 +6,11 @@ Every checkpoint scores the same windows of tokens, through the log-probabilitie
 that differences are paired: mean over tokens ± standard error, in nats. One engine each, in processes of their own,
 with BF16 activations wherever the checkpoint leaves them alone. `scripts/bench/eval_perplexity.py` emulates the same on
 a CPU, on the same tokens.
+
+`--path decode` feeds the windows token by token, as generation does: `--batch` of them at a time, one token of each in
+a step, so that every GEMM has that many rows, attention reads the cache, and with `--compiled` CUDA graphs run. With
+`--path prefill decode` a checkpoint is scored both ways, and the difference between the two is reported:
+`nats_over_prefill`, paired too, is noise if it is less than twice its standard error.
 """
 
 import argparse
@@ -64,27 +69,47 @@ def read_windows(args: argparse.Namespace, tokenizer_directory: Path) -> list[li
     return [ids[i * args.window : (i + 1) * args.window] for i in range(count)]
 
 
+def difference(result: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how many nats per token a result costs over another of the same tokens, and the standard error."""
+    worse = [b - a for a, b in zip(result["logprobs"], base["logprobs"], strict=True)]
+    return statistics.fmean(worse), statistics.stdev(worse) / math.sqrt(len(worse))
+
+
 def score(result: dict[str, Any], base: dict[str, Any], targets: list[int]) -> dict[str, float]:
     """Return one checkpoint's scores beside the baseline's."""
-    worse = [b - a for a, b in zip(result["logprobs"], base["logprobs"], strict=True)]
+    nats, standard_error = difference(result, base)
     hits, base_hits = (
         sum(a == b for a, b in zip(found["likeliest"], targets, strict=True)) for found in (result, base)
     )
     same = sum(a == b for a, b in zip(result["likeliest"], base["likeliest"], strict=True))
     return {
         "perplexity": math.exp(-statistics.fmean(result["logprobs"])),
-        "nats_per_token": statistics.fmean(worse),
-        "nats_standard_error": statistics.stdev(worse) / math.sqrt(len(worse)),
+        "nats_per_token": nats,
+        "nats_standard_error": standard_error,
         "accuracy": hits / len(targets),
         "relative_accuracy": hits / base_hits,
         "agreement": same / len(targets),
     }
 
 
+def scheduling(path: str, window: int, batch: int) -> dict[str, int]:
+    """Return vLLM's options for a path: several windows a step, or one token of each of `batch` windows."""
+    if path == "prefill":
+        return {"max_num_seqs": 16, "max_num_batched_tokens": 16 * window}
+    return vllm_engine.token_by_token(batch)
+
+
 def serve(
-    args: argparse.Namespace, directories: Mapping[str, Path], windows: Sequence[Sequence[int]]
+    args: argparse.Namespace,
+    directories: Mapping[str, Path],
+    windows: Sequence[Sequence[int]],
+    path: str = "prefill",
+    batch: int = 16,
 ) -> dict[str, dict[str, Any]]:
-    """Score the windows with an engine for each checkpoint, and return what `worker` found by name."""
+    """Score the windows with an engine for each checkpoint, and return what `worker` found by name.
+
+    path, batch: as `scheduling` takes them.
+    """
 
     def run(name: str) -> dict[str, Any]:
         llm = {
@@ -93,8 +118,7 @@ def serve(
             "enforce_eager": not args.compiled,
             "skip_tokenizer_init": True,
             "max_model_len": args.window + 1,
-            "max_num_seqs": 16,
-            "max_num_batched_tokens": 16 * args.window,
+            **scheduling(path, args.window, batch),
             # Not profiled, so that engines can start side by side; the utilization is only checked to be free.
             "kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30),
             "gpu_memory_utilization": 0.1,
@@ -105,7 +129,7 @@ def serve(
         }
         result = vllm_engine.run_worker(__file__, {"llm": llm, "windows": windows})
         kernels = ", ".join(result["kernels"])
-        print(f"{name}: start {result['start_s']} s, all {result['wall_s']} s; {kernels}", flush=True)
+        print(f"{name}, {path}: start {result['start_s']} s, all {result['wall_s']} s; {kernels}", flush=True)
         return result
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -130,6 +154,10 @@ def parse() -> argparse.Namespace:
     text.add_argument("--text-file", type=Path, help="documents, separated by NUL")
     text.add_argument("--tokens-file", type=Path, help="a JSON list of token ids")
     parser.add_argument("--baseline", help="the checkpoint that differences are to; default: the first")
+    parser.add_argument(
+        "--path", nargs="+", choices=("prefill", "decode"), default=["prefill"], help="what computes them"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="windows at a time where --path is decode")
     add_engine_options(parser)
     args = parser.parse_args()
     pairs = [named.partition("=")[::2] for named in args.checkpoints]
@@ -150,31 +178,54 @@ def main() -> int:
     targets = [token for window in windows for token in window[1:]]
     print(f"{len(windows)} windows of {args.window}, {len(targets)} tokens scored", flush=True)
 
-    results = serve(args, args.directories, windows)
-    scores = {name: score(result, results[args.baseline], targets) for name, result in results.items()}
+    results = {path: serve(args, args.directories, windows, path, args.batch) for path in dict.fromkeys(args.path)}
+    base = results[args.path[0]][args.baseline]
+    rows: list[dict[str, Any]] = []
+    for path, found in results.items():
+        for name, result in found.items():
+            row: dict[str, Any] = {"checkpoint": name, "path": path, **score(result, base, targets)}
+            if path == "decode" and "prefill" in results:
+                nats, standard_error = difference(result, results["prefill"][name])
+                row |= {"nats_over_prefill": nats, "nats_over_prefill_standard_error": standard_error}
+            rows.append(row)
     text = vllm_engine.table(
-        ("checkpoint", "perplexity", f"nats/token over {args.baseline}", "accuracy", "relative", "agrees"),
+        (
+            "checkpoint",
+            "path",
+            "perplexity",
+            f"nats/token over {args.baseline}",
+            "over prefill",
+            "accuracy",
+            "relative",
+            "agrees",
+        ),
         [
             (
-                name,
-                f"{found['perplexity']:.4f}",
-                f"{found['nats_per_token']:+.5f} ± {found['nats_standard_error']:.5f}",
-                f"{found['accuracy']:.2%}",
-                f"{found['relative_accuracy']:.2%}",
-                f"{found['agreement']:.2%}",
+                row["checkpoint"],
+                row["path"],
+                f"{row['perplexity']:.4f}",
+                f"{row['nats_per_token']:+.5f} ± {row['nats_standard_error']:.5f}",
+                f"{row['nats_over_prefill']:+.5f} ± {row['nats_over_prefill_standard_error']:.5f}"
+                if "nats_over_prefill" in row
+                else "",
+                f"{row['accuracy']:.2%}",
+                f"{row['relative_accuracy']:.2%}",
+                f"{row['agreement']:.2%}",
             )
-            for name, found in scores.items()
+            for row in rows
         ],
     )
-    rows = [{"checkpoint": name, **found} for name, found in scores.items()]
     question = f"What do the modes cost {args.directories[args.baseline].name}, by vLLM's kernels?"
     settings = {
         "tokens": len(targets),
         "window": args.window,
         "baseline": args.baseline,
         "compiled": args.compiled,
-        "kernels": {name: result["kernels"] for name, result in results.items()},
+        "kernels": {name: result["kernels"] for name, result in results[args.path[0]].items()},
     }
+    if "decode" in results:
+        settings["batch"] = args.batch
+        question = f"What does {args.directories[args.baseline].name} score token by token, and what by whole windows?"
     vllm_engine.finish(args, question, rows, text, **settings)
     return 0
 

@@ -19,8 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from bench_decode import Layers
 from graph_timing import Call, microseconds
+from random_layers import Layers
 from results import add_options, line, save
 
 from convert_w4a8.kernels.activations import gpu as activations

@@ -19,21 +19,28 @@ from results import VLLM_PACKAGES, line, save
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def plugin_environment() -> dict[str, str]:
+def plugin_environment(plugins: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment in which vLLM's processes find this checkout and its entry point.
 
     Where the package is installed, that is the environment as it is. Where it only lies on PYTHONPATH, a directory
-    with the metadata that an installation would have written is put beside it.
+    with the metadata that an installation would have written is put beside it. plugins: more of vLLM's plugins, name →
+    module and function, of the modules beside this one.
     """
     env = dict(os.environ)
     paths = [str(ROOT)]
+    points = dict(plugins or {})
+    if points:
+        paths.append(str(Path(__file__).parent))
     known = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if "w4a8_lut" not in known:
+        points["w4a8_lut"] = "convert_w4a8.vllm_plugin:register"
+    if points:
         site = Path(tempfile.mkdtemp(prefix="w4a8-plugin-"))
-        info = site / "w4a8_convert-0.dist-info"
+        info = site / "w4a8_convert_checkout-0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: w4a8-convert\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[vllm.general_plugins]\nw4a8_lut = convert_w4a8.vllm_plugin:register\n")
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: w4a8-convert-checkout\nVersion: 0\n")
+        lines = "".join(f"{name} = {target}\n" for name, target in points.items())
+        (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{lines}")
         paths.append(str(site))
     env["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [env.get("PYTHONPATH")])])
     env.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,12 +51,17 @@ def plugin_environment() -> dict[str, str]:
 
 
 def run_worker(
-    script: str, payload: dict[str, Any], timeout: float = 420, environment: Mapping[str, str] | None = None
+    script: str,
+    payload: dict[str, Any],
+    timeout: float = 420,
+    environment: Mapping[str, str] | None = None,
+    plugins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run `script --worker PAYLOAD RESULT` in a process of its own and return what it wrote to RESULT.
 
-    Beside that: `wall_s`, and `kernels`, the lines in which vLLM's log names the kernels that it chose. Raises
-    RuntimeError with the end of the log if the process fails or takes longer than `timeout` seconds.
+    plugins: as `plugin_environment` takes them. Beside what was written: `wall_s`, and `kernels`, the lines in which
+    vLLM's log names the kernels that it chose. Raises RuntimeError with the end of the log if the process fails or
+    takes longer than `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="w4a8-engine-") as directory:
         ask, answer, log = (Path(directory) / name for name in ("payload.json", "result.json", "log.txt"))
@@ -58,7 +70,7 @@ def run_worker(
         start = time.perf_counter()
         with log.open("wb") as output:
             try:
-                env = plugin_environment() | dict(environment or {})
+                env = plugin_environment(plugins) | dict(environment or {})
                 code = subprocess.run(
                     command, stdout=output, stderr=output, env=env, timeout=timeout, check=False
                 ).returncode
@@ -82,21 +94,12 @@ def start(worker: Callable[[dict[str, Any]], dict[str, Any]], main: Callable[[],
         sys.exit(main())
 
 
-def quantize_scales(scales: Any, arithmetic: str) -> tuple[Any, Any]:
-    """Quantize BF16 group scales [N, G], on the CPU, as one of the two forms of vLLM's `QuantFP8` does at load.
+def token_by_token(batch: int) -> dict[str, int]:
+    """Return vLLM's options by which prompts are read as text is generated: one token of each request in a step.
 
-    arithmetic: "division", c = amax / 448, the CUDA kernel (eager mode); or "reciprocal", c = amax · fl(1/448), the
-        native form (vLLM's default; on a GPU, PyTorch and inductor multiply where a tensor is divided by a number).
-    Returns float8_e4m3fn [N, G] and float32 [N].
+    All that a layer sees is at most `batch` rows, and attention reads the cache.
     """
-    import torch
-
-    s = scales.float()
-    largest = s.abs().amax(dim=1)
-    c = largest / 448 if arithmetic == "division" else largest * (torch.tensor(1.0) / 448)
-    c = c.clamp(min=1 / (448 * 512))
-    fp8 = (s / c[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return (fp8.float() / 8).to(torch.float8_e4m3fn), c * 8
+    return {"max_num_seqs": batch, "max_num_batched_tokens": batch, "long_prefill_token_threshold": 1}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
