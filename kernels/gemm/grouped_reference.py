@@ -1,0 +1,43 @@
+"""What the experts of a mixture compute on the LUT layout, in torch."""
+
+import torch
+from torch.nn import functional
+
+from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.kernels.gemm import reference
+
+
+def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return activation(gate) · up, all bfloat16, rounded after each of the two steps as vLLM's kernels do."""
+    functions = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    }
+    return (functions[activation](gate.float()).bfloat16().float() * up.float()).bfloat16()
+
+
+def experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    expert_map: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """Do what `grouped.experts` does."""
+    local = topk_ids.long()
+    if expert_map is not None:
+        local = torch.where(local < 0, -1, expert_map.long()[local])
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for choice in range(topk_ids.shape[1]):
+        for expert in range(len(gate_up[0])):
+            chosen = (local[:, choice] == expert).nonzero().flatten()
+            if not len(chosen):
+                continue
+            first, second = (tuple(tensor[expert] for tensor in layer) for layer in (gate_up, down))
+            gate, up = reference.gemm(*quantize_tokens(x[chosen]), *first).chunk(2, dim=-1)
+            result = reference.gemm(*quantize_tokens(activate(gate, up, activation)), *second)
+            total[chosen] += topk_weights[chosen, choice, None] * result.float()
+    return total.bfloat16()
