@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import METHOD, refusal
 
@@ -58,8 +59,8 @@ def require_op_dtypes(weight: torch.Tensor, tables: torch.Tensor, channel: torch
         raise TypeError(f"{METHOD}: the kernel cannot read {weight.dtype}, {tables.dtype}, {channel.dtype}")
 
 
-def require_moe_support(moe_config: Any, name: str) -> None:
-    """Raise ValueError, in one line, where vLLM's W4A8 experts do not support how a MoE layer is to be run."""
+def why_not_cutlass_experts(moe_config: Any) -> str | None:
+    """Return why vLLM's W4A8 experts cannot run a MoE layer as it is to be run; None if they can."""
     from vllm.model_executor.layers.fused_moe import FusedMoEActivationFormat  # noqa: PLC0415
     from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8  # noqa: PLC0415
     from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: PLC0415
@@ -72,8 +73,37 @@ def require_moe_support(moe_config: Any, name: str) -> None:
     supported, reason = CutlassExpertsW4A8Fp8.is_supported_config(
         CutlassExpertsW4A8Fp8, moe_config, kInt4Static, kFp8DynamicTokenSym, layout
     )
-    if not supported:
-        raise refusal(name, f"vLLM's W4A8 experts refuse this deployment ({reason})", "change that option of vLLM")
+    return None if supported else f"vLLM's W4A8 experts refuse this deployment ({reason})"
+
+
+def why_not_our_experts(moe_config: Any) -> str | None:
+    """Return why our kernels cannot run a MoE layer as it is to be run; None if they can.
+
+    They take the place of vLLM's quantization, experts and sum, which is right where tokens stay on their rank.
+    """
+    import vllm.envs as envs  # noqa: PLC0415, PLR0402
+
+    parallel = moe_config.moe_parallel_config
+    moved = parallel.use_all2all_kernels or parallel.dp_size > 1 or getattr(parallel, "use_passthrough_all2all", False)
+    activation = activation_name(moe_config.activation)
+    for problem, reason in (
+        (moved, "tokens are sent to other ranks"),
+        (moe_config.in_dtype is not torch.bfloat16, f"its dtype is {moe_config.in_dtype}"),
+        (activation not in ACTIVATIONS, f"its activation is {activation}"),
+        (moe_config.swiglu_limit is not None, "its activation is clamped"),
+        (not moe_config.is_act_and_mul, "it has no gate"),
+        (moe_config.has_bias, "it has biases"),
+        (moe_config.is_lora_enabled, "LoRA is enabled"),
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT is set"),
+    ):
+        if problem:
+            return reason
+    return None
+
+
+def activation_name(activation: Any) -> str:
+    """Return the name of a member of vLLM's `MoEActivation`."""
+    return str(activation.value)
 
 
 def make_moe_kernel(moe_config: Any, quant_config: Any, layouts: Sequence[Any], routing_tables: Any) -> Any:

@@ -28,15 +28,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.fp8 import to_e4m3
 from convert_w4a8.kernels.gemm.gpu import _INTERPRETED, _counters, _look_up, _multiprocessors
+from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 GROUP = 128
-MULTIPLE = 128
-"""Hidden and intermediate sizes of experts are multiples of this."""
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _CHUNK = 1024
 """The most pairs that the sort looks at at once."""
-_LINE = 32
-"""Words of a line of the L2."""
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of E experts: codes int32 [E, K/32, 4·N], tables float8_e4m3fn [E, K/128, N, 8], channel scales float32 [E, N]."""
@@ -100,10 +96,14 @@ def experts(
     x: bfloat16 [M, hidden]. topk_weights: float32 [M, T]. topk_ids: int32 or int64 [M, T]; an id of −1 is no expert.
     gate_up: K = hidden, N = 2·intermediate, the gate first. down: K = intermediate, N = hidden. expert_map: int32 [all
     experts], the place of an expert in these tensors, −1 for one that is not in them and adds nothing; None where the
-    ids are places. activation: one of `ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`.
+    ids are places. activation: one of
+    `grouped_reference.ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`.
 
-    Activations are quantized per token, and per pair between the projections, as vLLM's W4A8 experts do it.
+    Activations are quantized per token, and per pair between the projections, as vLLM's W4A8 experts do it. ValueError
+    for another activation, and for sizes that are not multiples of 128.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"experts with the activation {activation}")
     (m, hidden), choices = x.shape, topk_ids.shape[1]
     pairs, count, intermediate = m * choices, gate_up[0].shape[0], down[0].shape[1] * 32
     output = torch.empty(m, hidden, dtype=torch.bfloat16, device=x.device)
@@ -124,6 +124,7 @@ def experts(
     both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
+    chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
     overlap = _overlaps(x.device)
     options = {"INTERPRETED": _INTERPRETED, "PDL": overlap}
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
@@ -141,7 +142,8 @@ def experts(
             blocks,
             BLOCK_M=block_m,
             BINS=max(128, triton.next_power_of_2(count)),
-            CHUNK=min(_CHUNK, max(128, triton.next_power_of_2(pairs))),
+            CHUNK=chunk,
+            ONE_CHUNK=pairs <= chunk,
             BLOCK_K=triton.next_power_of_2(hidden),
             num_warps=4 if hidden <= 4096 else 8,
             **mapping,
@@ -292,6 +294,7 @@ def _prepare_kernel(
     BLOCK_M: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
@@ -302,22 +305,26 @@ def _prepare_kernel(
     program = tl.program_id(0)
     if program < E:
         bins = tl.arange(0, BINS)
-        pairs_of = tl.zeros((BINS,), tl.int32)
-        for begin in range(0, PAIRS, CHUNK):
-            index = begin + tl.arange(0, CHUNK)
-            place = _place(ids, index, index < PAIRS, expert_map, MAPPED)
-            pairs_of += tl.histogram(tl.where(place < 0, 0, place), BINS, mask=place >= 0)
+        index = tl.arange(0, CHUNK)
+        place = _place(ids, index, index < PAIRS, expert_map, MAPPED)
+        pairs_of = tl.histogram(tl.where(place < 0, 0, place), BINS, mask=place >= 0)
+        if not ONE_CHUNK:
+            for begin in range(CHUNK, PAIRS, CHUNK):
+                other = _place(ids, begin + index, begin + index < PAIRS, expert_map, MAPPED)
+                pairs_of += tl.histogram(tl.where(other < 0, 0, other), BINS, mask=other >= 0)
         blocks_of = (pairs_of + BLOCK_M - 1) // BLOCK_M
         first = tl.sum(tl.where(bins < program, blocks_of, 0))
         mine = tl.sum(tl.where(bins == program, blocks_of, 0))
         count = tl.sum(tl.where(bins == program, pairs_of, 0))
-        seen = first * BLOCK_M
-        for begin in range(0, PAIRS, CHUNK):
-            index = begin + tl.arange(0, CHUNK)
-            match = _place(ids, index, index < PAIRS, expert_map, MAPPED) == program
-            rank = tl.cumsum(match.to(tl.int32), 0)
-            tl.store(rows + seen + rank - 1, index, mask=match)
-            seen += tl.sum(match.to(tl.int32))
+        match = (place == program).to(tl.int32)
+        tl.store(rows + first * BLOCK_M + tl.cumsum(match, 0) - 1, index, mask=match != 0)
+        if not ONE_CHUNK:
+            seen = first * BLOCK_M + tl.sum(match)
+            for begin in range(CHUNK, PAIRS, CHUNK):
+                other = _place(ids, begin + index, begin + index < PAIRS, expert_map, MAPPED)
+                match = (other == program).to(tl.int32)
+                tl.store(rows + seen + tl.cumsum(match, 0) - 1, begin + index, mask=match != 0)
+                seen += tl.sum(match)
         rest = count + tl.arange(0, BLOCK_M)
         tl.store(rows + first * BLOCK_M + rest, PAIRS + 0 * rest, mask=rest < mine * BLOCK_M)
         for begin in range(0, mine, 16):

@@ -72,7 +72,7 @@ def bytes_per_microsecond() -> float:
 
 def floor(mixture: Mixture, inputs: Sequence[Routed]) -> float:
     """Return how long it takes to read the experts that are chosen, microseconds a call."""
-    distinct = sum(len(ids.unique()) for _, _, ids in inputs) / len(inputs)
+    distinct = sum(len(set(ids.flatten().tolist())) for _, _, ids in inputs) / len(inputs)
     return distinct * mixture.expert_bytes / bytes_per_microsecond()
 
 
@@ -110,7 +110,7 @@ def compare(mixture: Mixture, tokens: Sequence[int], names: Sequence[str]) -> It
 def blocks_of_pairs(mixture: Mixture, m: int) -> list[int]:
     """Return the sizes of blocks worth a try."""
     mean = m * mixture.choices / min(mixture.experts, m * mixture.choices)
-    return [size for size in (16, 32, 64) if size == 16 and mean <= 24 or size > 16 and size / 8 < mean <= 4 * size]
+    return [size for size in (16, 32, 64) if (size == 16 and mean <= 24) or (size > 16 and size / 8 < mean <= 4 * size)]
 
 
 def shapes(block_m: int) -> list[grouped.Launch]:
@@ -145,8 +145,10 @@ def tune(mixture: Mixture, tokens: Sequence[int], deadline: float) -> Iterator[R
         sms = torch.cuda.get_device_properties(0).multi_processor_count
 
         def run(launches: tuple[grouped.Launch, grouped.Launch], m: int = m, inputs: Sequence[Routed] = inputs) -> Row:
-            def experts(layer: int, *given: torch.Tensor) -> torch.Tensor:
-                return grouped.experts(*given, *mixture.lut[layer], None, "silu", launches)
+            def experts(
+                layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+            ) -> torch.Tensor:
+                return grouped.experts(x, topk_weights, topk_ids, *mixture.lut[layer], None, "silu", launches)
 
             us = microseconds(calls_of(experts, mixture, inputs))
             return {"mixture": mixture.name, "m": m, "us": us} | {

@@ -67,13 +67,14 @@ class Mixture:
     def exact(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return what the first layer makes of tokens: sums in float64, rounded only where every kernel rounds."""
         total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-        for expert in topk_ids.unique().tolist():
+        for expert in sorted(set(topk_ids.flatten().tolist())):
             token, choice = (topk_ids == expert).nonzero(as_tuple=True)
             result = x[token]
             for place, layer in enumerate(self.lut[0]):
                 packed, tables, channel = (tensor[expert] for tensor in layer)
                 if place:
-                    result = grouped_reference.activate(*result.chunk(2, dim=-1), "silu")
+                    gate, up = result.chunk(2, dim=-1)
+                    result = grouped_reference.activate(gate, up, "silu")
                 quantized, scale = quantize_tokens(result)
                 weights = reference.weights(packed, tables).double()
                 result = ((quantized.double() @ weights.t()) * channel.double() * scale.double()).bfloat16()

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convert_w4a8.kernels.gemm import grouped
+from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 TYPES = {
     **dict.fromkeys(("x", "both", "results"), "*bf16"),
@@ -52,14 +53,14 @@ def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4
 
 def main() -> None:
     capability = int(sys.argv[1])
-    sort = {"MAPPED": True, "BLOCK_M": 16, "BINS": 128, "CHUNK": 128, "BLOCK_K": 2048}
+    sort = {"MAPPED": True, "BLOCK_M": 16, "BINS": 128, "CHUNK": 128, "ONE_CHUNK": True, "BLOCK_K": 2048}
     show(grouped._prepare_kernel, capability, sort)
     multiply = {"BLOCK_M": 16, "BLOCK_N": 64, "STAGES": 4, "CHAIN": False, "SPLIT": True, "AHEAD": False}
     show(grouped._grouped_kernel, capability, multiply)
     multiply |= {"SPLIT": False, "AHEAD": capability >= 90}
     show(grouped._grouped_kernel, capability, multiply)
     show(grouped._grouped_kernel, capability, multiply | {"BLOCK_M": 128, "STAGES": 3, "CHAIN": True})
-    for activation in grouped.ACTIVATIONS:
+    for activation in ACTIVATIONS:
         show(grouped._activate_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "ACTIVATION": activation})
     show(grouped._combine_kernel, capability, {"MAPPED": False, "CHOICES": 8, "BLOCK": 1024})
 
