@@ -141,7 +141,7 @@ def test_nothing_else_is_written_or_read(assert_untouched: Callable[[], None]) -
 
 
 def test_every_code_and_every_byte_of_a_table() -> None:
-    """All 16 codes on all 256 bytes of an entry, NaN apart: a single 1 picks each weight of the second of two experts."""
+    """All 16 codes on all 256 bytes of an entry, NaN apart: a single 1 picks each weight of an expert."""
     byte = torch.arange(256, dtype=torch.uint8)
     byte[(byte & 0x7F) == 0x7F] = 0
     n, k = 256, 128

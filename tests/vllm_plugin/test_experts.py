@@ -212,7 +212,7 @@ def test_what_cutlass_cannot_run_is_refused_without_our_kernels(
     monkeypatch.setattr(experts, "is_supported_config", staticmethod(lambda *_: (False, "gelu_tanh activation")))
     activation = SimpleNamespace(value="gelu_tanh")
     assert not make_layer(monkeypatch, activation=activation).quant_method.cutlass
-    with pytest.raises(ValueError, match="gelu_tanh activation.*our kernels cannot be used; unset W4A8_LUT_DECODE"):
+    with pytest.raises(ValueError, match=r"gelu_tanh activation.*our kernels cannot be used; unset W4A8_LUT_DECODE"):
         make_layer(monkeypatch, activation=activation, has_kernels=False)
 
 
