@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import METHOD, refusal
-from convert_w4a8.vllm_plugin.partition import ExpertPartition, Partition
+from convert_w4a8.vllm_plugin.partition import Partition
 
 TESTED = ("0.25.1", "0.33.0")
 """The oldest and the newest vLLM that this plugin was checked with."""
@@ -69,7 +70,7 @@ def require_gpu() -> None:
         )
 
 
-def why_not_cutlass(part: Partition | ExpertPartition) -> str | None:
+def why_not_cutlass(part: Partition) -> str | None:
     """Return why vLLM's CUTLASS kernels cannot run a rank's part of a layer, so that ours must; None where they can.
 
     They exist for Hopper, and take fewer sizes. A process without a GPU counts as one with a Hopper GPU.
@@ -83,25 +84,14 @@ def why_not_cutlass(part: Partition | ExpertPartition) -> str | None:
     return problem and f"{problem}, as vLLM's CUTLASS needs"
 
 
-def require_hopper() -> None:
-    """Raise ValueError, in one line, on a GPU other than Hopper, where there are no kernels for experts."""
-    found = capability()
-    if found not in (None, _HOPPER):
-        raise refusal(
-            f"GPU of compute capability {found[0]}.{found[1]}",
-            "kernels for experts exist for 9.0 (Hopper: H100, H200, GH200) only",
-            "serve it on a Hopper GPU, or serve the W4A16 source checkpoint here",
-        )
-
-
 def require_op_dtypes(weight: torch.Tensor, tables: torch.Tensor, channel: torch.Tensor) -> None:
     """Raise TypeError where a weight would be handed to an op in another dtype than it reads: the ops do not look."""
     if (weight.dtype, tables.dtype, channel.dtype) != (torch.int32, torch.float8_e4m3fn, torch.float32):
         raise TypeError(f"{METHOD}: the kernel cannot read {weight.dtype}, {tables.dtype}, {channel.dtype}")
 
 
-def require_moe_support(moe_config: Any, name: str) -> None:
-    """Raise ValueError, in one line, where vLLM's W4A8 experts do not support how a MoE layer is to be run."""
+def why_not_cutlass_experts(moe_config: Any) -> str | None:
+    """Return why vLLM's W4A8 experts cannot run a MoE layer as it is to be run; None if they can."""
     from vllm.model_executor.layers.fused_moe import FusedMoEActivationFormat  # noqa: PLC0415
     from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8  # noqa: PLC0415
     from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: PLC0415
@@ -114,8 +104,37 @@ def require_moe_support(moe_config: Any, name: str) -> None:
     supported, reason = CutlassExpertsW4A8Fp8.is_supported_config(
         CutlassExpertsW4A8Fp8, moe_config, kInt4Static, kFp8DynamicTokenSym, layout
     )
-    if not supported:
-        raise refusal(name, f"vLLM's W4A8 experts refuse this deployment ({reason})", "change that option of vLLM")
+    return None if supported else f"vLLM's W4A8 experts refuse this deployment ({reason})"
+
+
+def why_not_our_experts(moe_config: Any) -> str | None:
+    """Return why our kernels cannot run a MoE layer as it is to be run; None if they can.
+
+    They take the place of vLLM's quantization, experts and sum, which is right where tokens stay on their rank.
+    """
+    import vllm.envs as envs  # noqa: PLC0415, PLR0402
+
+    parallel = moe_config.moe_parallel_config
+    moved = parallel.use_all2all_kernels or parallel.dp_size > 1 or getattr(parallel, "use_passthrough_all2all", False)
+    activation = activation_name(moe_config.activation)
+    for problem, reason in (
+        (moved, "tokens are sent to other ranks"),
+        (moe_config.in_dtype is not torch.bfloat16, f"its dtype is {moe_config.in_dtype}"),
+        (activation not in ACTIVATIONS, f"its activation is {activation}"),
+        (moe_config.swiglu_limit is not None, "its activation is clamped"),
+        (not moe_config.is_act_and_mul, "it has no gate"),
+        (moe_config.has_bias, "it has biases"),
+        (moe_config.is_lora_enabled, "LoRA is enabled"),
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT is set"),
+    ):
+        if problem:
+            return reason
+    return None
+
+
+def activation_name(activation: Any) -> str:
+    """Return the name of a member of vLLM's `MoEActivation`."""
+    return str(activation.value)
 
 
 def make_moe_kernel(moe_config: Any, quant_config: Any, layouts: Sequence[Any], routing_tables: Any) -> Any:

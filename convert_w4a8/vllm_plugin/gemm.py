@@ -17,7 +17,7 @@ from convert_w4a8 import devices
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import METHOD, refusal
 from convert_w4a8.vllm_plugin import compat
-from convert_w4a8.vllm_plugin.partition import ExpertPartition, Partition
+from convert_w4a8.vllm_plugin.partition import Partition
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers print only what is named vllm.*
 
@@ -81,7 +81,7 @@ def _hopper(device: torch.device) -> Any:
     return hopper if hopper.is_usable(device) else None
 
 
-def require_kernel(name: str, part: Partition | ExpertPartition) -> None:
+def require_kernel(name: str, part: Partition) -> None:
     """Raise ValueError, in one line, where neither CUTLASS nor our kernel can run a rank's part of the layer `name`."""
     why_not_cutlass = compat.why_not_cutlass(part)
     if why_not_cutlass is None:

@@ -1,4 +1,8 @@
-"""Experts: parameters that vLLM's MoE loader can slice, and vLLM's own W4A8 experts to run them."""
+"""Experts: parameters that vLLM's MoE loader can slice, and what runs them: our kernels, or vLLM's own W4A8 experts.
+
+Ours where they are the faster ones, at few tokens, and at every number of tokens where vLLM's cannot run: sizes that
+CUTLASS does not take.
+"""
 
 from functools import cache
 from typing import Any
@@ -12,8 +16,10 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.lut_format import TableForm, not_loaded, reordered_shape
+from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, partition
+from convert_w4a8.vllm_plugin.experts import lut_experts, takes
+from convert_w4a8.vllm_plugin.gemm import SETTING, decode_kernel
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
 
 _PROJECTIONS = {"w13": 2, "w2": 1}
@@ -28,8 +34,12 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def __init__(self, moe: Any, tables: TableForm, name: str) -> None:
         super().__init__(moe)
-        compat.require_hopper()
-        compat.require_moe_support(moe, name)
+        compat.require_gpu()
+        self.why_not_cutlass = compat.why_not_cutlass_experts(moe)
+        self.why_not_ours = compat.why_not_our_experts(moe)
+        if self.why_not_cutlass and self.why_not_ours:
+            reasons = f"{self.why_not_cutlass}; for our kernels, {self.why_not_ours}"
+            raise refusal(name, reasons, "change that option of vLLM")
         self.tables = tables
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.experts_cls = CutlassExpertsW4A8Fp8
@@ -48,15 +58,8 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         They start as zeros, since vLLM may pad the hidden size: a zero nibble is the code 0. Only the first channel
         scale of each projection, which is never padding, starts as NaN, to show where no expert was loaded.
         """
-        full = self.moe.intermediate_size
-        partition.check(
-            layer.layer_name,
-            partition.ExpertPartition(hidden_size, intermediate_size_per_partition),
-            self.moe.tp_size,
-            lambda tp: (
-                None if (part := partition.divided(full, tp)) is None else partition.ExpertPartition(hidden_size, part)
-            ),
-        )
+        self.ours = self.why_not_ours is None and decode_kernel(torch.get_default_device())
+        self._check_sizes(layer.layer_name, hidden_size, intermediate_size_per_partition)
         noting = noting_experts(extra_weight_attrs["weight_loader"])
         group, channel = (FusedMoeWeightScaleSupported[kind].value for kind in ("GROUP", "CHANNEL"))
         sizes = {
@@ -82,6 +85,24 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 set_weight_attrs(parameter, extra_weight_attrs | attributes)
             getattr(layer, f"{w}_weight_chan_scale").data[:, :: n // _PROJECTIONS[w]] = torch.nan
 
+    def _check_sizes(self, name: str, hidden: int, intermediate: int) -> None:
+        """Find out whether CUTLASS takes this rank's part of the experts. ValueError where no kernel does."""
+        if self.why_not_cutlass and not self.ours:
+            raise refusal(
+                name,
+                f"{self.why_not_cutlass}, and our kernels cannot be used",
+                f"unset {SETTING}, and see what the log says of Triton",
+            )
+        multiple = partition.EXPERT_MULTIPLE if self.ours else partition.CUTLASS_EXPERT_MULTIPLE
+
+        def at(tp: int) -> partition.ExpertPartition | None:
+            part = partition.divided(self.moe.intermediate_size, tp)
+            return None if part is None else partition.ExpertPartition(hidden, part, multiple)
+
+        partition.check(name, partition.ExpertPartition(hidden, intermediate, multiple), self.moe.tp_size, at)
+        wide = partition.ExpertPartition(hidden, intermediate, partition.CUTLASS_EXPERT_MULTIPLE)
+        self.cutlass = self.why_not_cutlass is None and wide.problem is None
+
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device.
 
@@ -102,9 +123,12 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if self.tables is TableForm.SCALE:
                 table = multiply_tables(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
-            layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
-            layouts.append(layout.to(packed.device, non_blocking=True))
+            if self.cutlass:
+                layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
+                layouts.append(layout.to(packed.device, non_blocking=True))
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        if not self.cutlass:
+            return
         self.moe_kernel = compat.make_moe_kernel(
             self.moe,
             self.moe_quant_config,
@@ -133,6 +157,17 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> Any:
         """Run the routed experts on bfloat16 [tokens, hidden]."""
+        if layer.apply_router_weight_on_input:
+            # Here, since vLLM's W4A8 experts multiply by the weights again when they add up an expert's results.
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        if not self.cutlass or (self.ours and takes(len(x))):
+            weights = (
+                getattr(layer, f"{w}_{name}")
+                for w in _PROJECTIONS
+                for name in ("weight_packed", self.table_name, "weight_chan_scale")
+            )
+            activation = compat.activation_name(layer.activation)
+            return lut_experts(x, topk_weights, topk_ids, *weights, layer.expert_map, activation)
         return self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight_packed,
@@ -142,7 +177,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             activation=layer.activation,
             global_num_experts=layer.global_num_experts,
             expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            apply_router_weight_on_input=False,
             shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,
         )

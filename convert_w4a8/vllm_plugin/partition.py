@@ -7,9 +7,11 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TILE_N, refusal
 
 CUTLASS_MULTIPLE = 128
-"""`cutlass_w4a8_mm` takes N in multiples of this; the other kernel takes whole tiles."""
-EXPERT_MULTIPLE = 256
-"""CUTLASS reorders experts, and the grouped kernel reads them, in multiples of this along hidden and intermediate."""
+"""`cutlass_w4a8_mm` takes N in multiples of this; our kernel takes whole tiles."""
+EXPERT_MULTIPLE = 128
+"""Our grouped kernel takes experts in multiples of this along hidden and intermediate."""
+CUTLASS_EXPERT_MULTIPLE = 256
+"""CUTLASS reorders experts, and its grouped kernel reads them, in multiples of this."""
 _TP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
 
 
@@ -40,22 +42,18 @@ class Partition:
 
 @dataclass(frozen=True)
 class ExpertPartition:
-    """One rank's part of an expert."""
+    """One rank's part of an expert, and what its sizes are to be multiples of."""
 
     hidden: int
     intermediate: int
+    multiple: int = EXPERT_MULTIPLE
 
     @property
     def problem(self) -> str | None:
-        """Why no kernel can take it; None if one can."""
-        return self.cutlass_problem
-
-    @property
-    def cutlass_problem(self) -> str | None:
-        """Why vLLM's CUTLASS kernel cannot take it; None if it can."""
+        """Why the grouped kernel cannot take it; None if it can."""
         for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
-            if size % EXPERT_MULTIPLE:
-                return f"an expert's {name} size of {size} is not a multiple of {EXPERT_MULTIPLE}"
+            if size % self.multiple:
+                return f"an expert's {name} size of {size} is not a multiple of {self.multiple}"
         return None
 
 

@@ -86,7 +86,14 @@ def part_of(size: int, rank: int, tp: int) -> slice:
 
 def make_moe_config(experts: int, hidden: int, intermediate: int, tp: int, rank: int) -> SimpleNamespace:
     """Return what vLLM's `FusedMoEConfig` says of a gated MoE layer without expert parallelism."""
-    parallel = SimpleNamespace(tp_size=tp, use_ep=False, enable_eplb=False, use_batched_activation_format=False)
+    parallel = SimpleNamespace(
+        tp_size=tp,
+        dp_size=1,
+        use_ep=False,
+        enable_eplb=False,
+        use_batched_activation_format=False,
+        use_all2all_kernels=False,
+    )
     return SimpleNamespace(
         num_experts=experts,
         num_local_experts=experts,
@@ -102,7 +109,10 @@ def make_moe_config(experts: int, hidden: int, intermediate: int, tp: int, rank:
         tp_shard_with_padding=False,
         in_dtype=torch.bfloat16,
         is_act_and_mul=True,
-        activation="silu",
+        activation=SimpleNamespace(value="silu"),
+        swiglu_limit=None,
+        has_bias=False,
+        is_lora_enabled=False,
         rocm_aiter_fmoe_enabled=False,
         shared_expert_prefix=None,
         device=torch.device("cpu"),

@@ -143,8 +143,13 @@ ATTRIBUTES = (
         "layer_name moe_config ckpt_gate_proj_name ckpt_down_proj_name ckpt_up_proj_name activation"
         " global_num_experts expert_map apply_router_weight_on_input",
     ),
-    (f"{_MOE}.config", "FusedMoEConfig", "num_logical_experts intermediate_size tp_size moe_parallel_config"),
-    (f"{_MOE}.config", "FusedMoEParallelConfig", "use_batched_activation_format"),
+    (
+        f"{_MOE}.config",
+        "FusedMoEConfig",
+        "num_logical_experts intermediate_size tp_size moe_parallel_config in_dtype activation swiglu_limit"
+        " is_act_and_mul has_bias is_lora_enabled",
+    ),
+    (f"{_MOE}.config", "FusedMoEParallelConfig", "use_batched_activation_format use_all2all_kernels dp_size"),
     (_BASE, "QuantizationConfig", "packed_modules_mapping"),
     ("vllm.platforms.interface", "Platform", "get_device_capability is_rocm pass_key"),
     ("vllm.compilation.passes.inductor_pass", "PassContext", "compile_range"),

@@ -1,0 +1,69 @@
+"""Compile the kernels of the experts for a compute capability, without a GPU: `compile_grouped.py 90`.
+
+`TRITON_INTERPRET` must not be set. Prints a line a kernel: its name, NAME=COUNT of instructions of the machine code,
+the bytes of shared memory, and how often values change their places among threads in the loop over K.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from convert_w4a8.kernels.gemm import grouped
+from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
+
+TYPES = {
+    **dict.fromkeys(("x", "both", "results"), "*bf16"),
+    **dict.fromkeys(("tokens", "active"), "*fp8e4nv"),
+    **dict.fromkeys(("ids", "rows", "of_block", "expert_map", "packed", "counters"), "*i32"),
+    **dict.fromkeys(("token_scale", "channel_scale", "scales", "sums", "weights"), "*fp32"),
+    **dict.fromkeys(("K", "N", "PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE"), "i32"),
+    "tables": "*i64",
+    "output": "*bf16",
+}
+NOT_SIXTEEN = ("PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE")
+INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL")
+
+
+def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4) -> None:
+    names = kernel.arg_names
+    constants |= {"INTERPRETED": False, "PDL": capability >= 90}
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    variable = [name for name in names if name not in constants and name not in NOT_SIXTEEN]
+    sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in variable}
+    source = ASTSource(kernel, signature, places, sixteen)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        sass = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    found = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+    counts = " ".join(f"{name}={count}" for name, count in found.items())
+    print(kernel.__name__, counts, f"shared={compiled.metadata.shared}")  # noqa: T201
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    sort = {"MAPPED": True, "BLOCK_M": 16, "BINS": 128, "CHUNK": 128, "ONE_CHUNK": True, "BLOCK_K": 2048}
+    show(grouped._prepare_kernel, capability, sort)
+    multiply = {"BLOCK_M": 16, "BLOCK_N": 64, "STAGES": 4, "CHAIN": False, "SPLIT": True, "AHEAD": False}
+    show(grouped._grouped_kernel, capability, multiply)
+    multiply |= {"SPLIT": False, "AHEAD": capability >= 90}
+    show(grouped._grouped_kernel, capability, multiply)
+    show(grouped._grouped_kernel, capability, multiply | {"BLOCK_M": 128, "STAGES": 3, "CHAIN": True})
+    for activation in ACTIVATIONS:
+        show(grouped._activate_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "ACTIVATION": activation})
+    show(grouped._combine_kernel, capability, {"MAPPED": False, "CHOICES": 8, "BLOCK": 1024})
+
+
+if __name__ == "__main__":
+    main()
