@@ -43,7 +43,7 @@ def make_layer(
     intermediate: int = 256,
     tables: TableForm = TableForm.SCALE,
     has_kernels: bool = True,
-    **changes: object,
+    **changes: Any,
 ) -> Any:
     """Return a layer of four experts; changes: of what vLLM says about it."""
     moe_module = importlib.import_module("convert_w4a8.vllm_plugin.moe")
@@ -166,7 +166,7 @@ def test_sizes_that_no_kernel_takes_are_refused(
         make_layer(monkeypatch, intermediate=384, has_kernels=False)
 
 
-REASONS: dict[str, tuple[dict[str, object], str]] = {
+REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "all to all": ({"use_all2all_kernels": True}, "tokens are sent to other ranks"),
     "data parallel": ({"dp_size": 2}, "tokens are sent to other ranks"),
     "passed through": ({"use_passthrough_all2all": True}, "tokens are sent to other ranks"),
