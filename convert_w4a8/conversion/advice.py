@@ -9,7 +9,7 @@ from convert_w4a8.checkpoint.files import INDEX, SINGLE_FILE, is_adapter, needs_
 from convert_w4a8.checkpoint.names import is_expert, merged_name
 from convert_w4a8.conversion.layers import Kept, LayerPlan
 from convert_w4a8.errors import Problem
-from convert_w4a8.targets.base import DENSE_MULTIPLE, EXPERT_MULTIPLE
+from convert_w4a8.targets.base import EXPERT_MULTIPLE
 from convert_w4a8.text import counted, shortened
 
 _MODULES = "modules.json"
@@ -17,7 +17,7 @@ _MAX_MODULES_BYTES = 1 << 20
 
 
 def width_warnings(layers: Iterable[LayerPlan]) -> Iterable[str]:
-    """Yield which layers are kept in BF16 since vLLM's kernels refuse their sizes on any number of GPUs."""
+    """Yield which layers are kept in BF16 since their sizes would not be served, or not on several GPUs."""
     wide: dict[str, str] = {}
     experts: list[str] = []
     for layer in layers:
@@ -26,12 +26,9 @@ def width_warnings(layers: Iterable[LayerPlan]) -> Iterable[str]:
         if is_expert(layer.module):
             experts.append(layer.module)
         else:
-            wide.setdefault(merged_name(layer.module), str(layer.dequantize).rpartition(": ")[2])
+            wide.setdefault(merged_name(layer.module), str(layer.dequantize))
     if wide:
-        yield (
-            f"{counted(len(wide), 'layer')} of a width that is no multiple of {DENSE_MULTIPLE}, which vLLM's kernel"
-            f" needs: {next(iter(wide.values()))}; kept in BF16"
-        )
+        yield f"{counted(len(wide), 'layer')} of {next(iter(wide.values()))}; kept in BF16"
     if experts:
         yield (
             f"{counted(len(experts), 'expert layer')} of a size that is no multiple of {EXPERT_MULTIPLE}, which vLLM's"

@@ -1,7 +1,6 @@
 """What becomes of each layer: it is converted, kept in BF16 and why, or refused."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,7 +22,7 @@ from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.options import PATTERN, Options, Policy, Unsupported
 from convert_w4a8.sources import LayerSpec
-from convert_w4a8.targets.base import DENSE_MULTIPLE, EXPERT_MULTIPLE, Target
+from convert_w4a8.targets.base import EXPERT_MULTIPLE, Target
 
 
 class Codes(StrEnum):
@@ -45,7 +44,7 @@ class Kept(StrEnum):
     LOADER = "vLLM's model would load it wrongly"
     UNGATED = "vLLM's kernel needs experts with a gate"
     SIZE = "a size that the kernel cannot take"
-    WIDTH = "a width that vLLM's kernel cannot take"
+    WIDTH = "a width that does not suit the kernel"
     TOGETHER = "served together with a layer that stays in 16 bits"
 
 
@@ -96,7 +95,7 @@ def plan_layers(
     _keep_together(groups, reasons)
     _check_sizes(specs, target, options, reasons, problems)
     _keep_together(groups, reasons)
-    _keep_widths(groups, reasons)
+    _keep_widths(groups, target, reasons)
     _check_groups(specs, options, reasons, problems)
     _check_kept(model, reasons, problems)
     layers = []
@@ -244,8 +243,8 @@ def _check_sizes(
             problems.append(Problem(spec.name, reason, "pass --unsupported dequantize to keep it in BF16"))
 
 
-def _keep_widths(groups: Mapping[str, Sequence[LayerSpec]], reasons: _Reasons) -> None:
-    """Keep what vLLM's kernels take on no number of GPUs: sizes of merged layers and of experts."""
+def _keep_widths(groups: Mapping[str, Sequence[LayerSpec]], target: Target, reasons: _Reasons) -> None:
+    """Keep what is served in this format on no number of GPUs: sizes of merged layers and of experts."""
     for key, specs in groups.items():
         if specs[0].name in reasons:
             continue
@@ -256,17 +255,18 @@ def _keep_widths(groups: Mapping[str, Sequence[LayerSpec]], reasons: _Reasons) -
             size = f"{odd.name} is {odd.out_features} × {odd.in_features}"
             reason = f"vLLM's kernel needs experts of multiples of {EXPERT_MULTIPLE}: {size}"
         else:
-            width = _merged_width(specs)
-            if not width % DENSE_MULTIPLE:
+            widths = _merged_widths(specs)
+            problem = target.unserved_width(widths)
+            if problem is None:
                 continue
-            reason = f"vLLM's kernel needs widths of multiples of {DENSE_MULTIPLE}: {key} has N = {width}"
+            reason = f"{problem}: {key} has N = {sum(widths.values())}"
         reasons.update({spec.name: (Kept.WIDTH, reason) for spec in specs})
 
 
-def _merged_width(specs: Sequence[LayerSpec]) -> int:
-    """Return N of a merged layer. Where there are a q_proj and a k_proj alone, vLLM loads k_proj as v_proj, too."""
-    widths = Counter({spec.name.rpartition(".")[2]: spec.out_features for spec in specs})
-    return widths.total() + (widths["k_proj"] if widths.keys() == {"q_proj", "k_proj"} else 0)
+def _merged_widths(specs: Sequence[LayerSpec]) -> dict[str, int]:
+    """Return each N in a merged layer. Where there are only q_proj and k_proj, vLLM loads k_proj as v_proj, too."""
+    widths = {spec.name.rpartition(".")[2]: spec.out_features for spec in specs}
+    return widths | ({"v_proj": widths["k_proj"]} if widths.keys() == {"q_proj", "k_proj"} else {})
 
 
 def _check_groups(specs: Iterable[LayerSpec], options: Options, reasons: _Reasons, problems: list[Problem]) -> None:

@@ -13,8 +13,8 @@ from convert_w4a8.linear import GROUP_SIZE, W4A8Linear
 from convert_w4a8.lut_format import TILE_N
 from convert_w4a8.options import ScalesMode
 
-DENSE_MULTIPLE = 128
-"""What the width N of a layer, as vLLM merges it, is a multiple of for its dense kernel (`cutlass_w4a8_mm`)."""
+CUTLASS_MULTIPLE = 128
+"""What the width N of a layer, as vLLM merges it, is a multiple of for its own kernel (`cutlass_w4a8_mm`)."""
 EXPERT_MULTIPLE = 256
 """The same of N and K of an expert for its grouped kernel."""
 
@@ -42,6 +42,12 @@ class Target(Protocol):
 
     def unsupported_size(self, n: int, k: int) -> str | None:
         """Return why a layer with N = n and K = k cannot be in this format; None if it can."""
+
+    def unserved_width(self, widths: Mapping[str, int]) -> str | None:
+        """Return which kind of width keeps layers that vLLM merges in BF16; None if it can serve them.
+
+        widths: N of each, by the last part of its name.
+        """
 
     def tensor_specs(self, module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
         """Return the tensors that a layer with N = n and K = k becomes."""

@@ -17,7 +17,7 @@ from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference
-from convert_w4a8.targets.base import check_tensors, kernel_problem, packed_shape
+from convert_w4a8.targets.base import CUTLASS_MULTIPLE, check_tensors, kernel_problem, packed_shape
 
 NAME = "compressed-tensors"
 SCALES_AT_LOAD = True
@@ -28,6 +28,13 @@ MODES = (ScalesMode.REFERENCE, ScalesMode.SEARCH)
 def matches(quantization_config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with this quantization_config is of this format."""
     return quantization_config.get("quant_method") == "compressed-tensors"
+
+
+def unserved_width(widths: Mapping[str, int]) -> str | None:
+    """Return which kind of width keeps layers that vLLM merges in BF16; None if it can serve them."""
+    if sum(widths.values()) % CUTLASS_MULTIPLE:
+        return f"a width that is no multiple of {CUTLASS_MULTIPLE}, which vLLM's kernel needs"
+    return None
 
 
 def tensor_specs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:  # noqa: ARG001

@@ -13,7 +13,7 @@ from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, TableForm, reordered_shape, version_for
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.targets.base import check_tensors, kernel_problem, packed_shape
+from convert_w4a8.targets.base import CUTLASS_MULTIPLE, check_tensors, kernel_problem, packed_shape
 from convert_w4a8.version import INSTALL_NOTE, install_command
 
 NAME = "lut"
@@ -25,6 +25,18 @@ MODES = tuple(ScalesMode)
 def matches(quantization_config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with this quantization_config is of this format."""
     return quantization_config.get("quant_method") == METHOD
+
+
+def unserved_width(widths: Mapping[str, int]) -> str | None:
+    """Return which kind of width keeps layers that vLLM merges in BF16; None if it can serve them.
+
+    Every multiple of a tile is served. But narrow layers, and `in_proj` of state spaces and linear attention, have a
+    channel for each head, whose number is soon split within a tile.
+    """
+    by_heads = min(widths.values()) < CUTLASS_MULTIPLE or any(name.startswith("in_proj") for name in widths)
+    if sum(widths.values()) % CUTLASS_MULTIPLE and by_heads:
+        return f"a narrow or per-head width, which tensor parallelism may not split into tiles of {TILE_N}"
+    return None
 
 
 def tensor_specs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:

@@ -21,6 +21,7 @@ import torch
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import METHOD, refusal
+from convert_w4a8.vllm_plugin.partition import ExpertPartition, Partition
 
 TESTED = ("0.25.1", "0.33.0")
 """The oldest and the newest vLLM that this plugin was checked with."""
@@ -36,21 +37,51 @@ def untested(version: str) -> str | None:
     return f"{METHOD}: vLLM {version} is untested; the plugin was tested with vLLM {TESTED[0]} to {TESTED[1]}"
 
 
-def require_hopper() -> None:
-    """Raise ValueError, in one line, on a GPU that is not of compute capability 9.0.
+LEAST_CAPABILITY = (8, 9)
+"""Ada: the first GPUs whose tensor cores multiply FP8."""
+_HOPPER = (9, 0)
 
-    `get_min_capability` alone would let Blackwell through, for which CUTLASS has no such kernel. A process without a
-    GPU (a launcher) passes; its workers are asked again.
+
+def capability() -> tuple[int, int] | None:
+    """Return the GPU's compute capability; None in a process without a GPU."""
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    found = current_platform.get_device_capability()
+    return None if found is None else (found[0], found[1])
+
+
+def require_gpu() -> None:
+    """Raise ValueError, in one line, on a GPU that no kernel is for.
+
+    A process without a GPU (a launcher) passes; its workers are asked again.
     """
     from vllm.platforms import current_platform  # noqa: PLC0415
 
-    capability = current_platform.get_device_capability()
-    if capability is not None and tuple(capability) != (9, 0):
+    found = capability()
+    if found is None:
+        return
+    if current_platform.is_rocm():
+        raise refusal("GPU", "the W4A8 kernels are for NVIDIA's GPUs", "serve the W4A16 source checkpoint here")
+    if found < LEAST_CAPABILITY:
         raise refusal(
-            f"GPU of compute capability {capability[0]}.{capability[1]}",
-            "vLLM's W4A8 kernels exist for 9.0 (Hopper: H100, H200, GH200) only",
-            "serve it on a Hopper GPU, or serve the W4A16 source checkpoint here",
+            f"GPU of compute capability {found[0]}.{found[1]}",
+            "W4A8 needs FP8 tensor cores, from 8.9 on (Ada, Hopper, Blackwell)",
+            "serve the W4A16 source checkpoint here",
         )
+
+
+def why_not_cutlass(part: Partition | ExpertPartition) -> str | None:
+    """Return why vLLM's CUTLASS kernels cannot run a rank's part of a layer, so that ours must; None where they can.
+
+    They exist for Hopper, and take fewer sizes. A process without a GPU counts as one with a Hopper GPU.
+    """
+    found = capability()
+    if found not in (None, _HOPPER):
+        return (
+            f"vLLM's CUTLASS runs W4A8 on compute capability 9.0 (Hopper) only, and this GPU has {found[0]}.{found[1]}"
+        )
+    problem = part.cutlass_problem
+    return problem and f"{problem}, as vLLM's CUTLASS needs"
 
 
 def require_op_dtypes(weight: torch.Tensor, tables: torch.Tensor, channel: torch.Tensor) -> None:

@@ -43,8 +43,9 @@ class W4A8LutConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Return Hopper's capability; `compat.require_hopper` refuses the newer ones."""
-        return 90
+        """Return the capability from which there is a kernel; vLLM writes 8.9 as 89."""
+        major, minor = compat.LEAST_CAPABILITY
+        return 10 * major + minor
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -56,7 +57,7 @@ class W4A8LutConfig(QuantizationConfig):  # type: ignore[misc]
         """Read the block; ValueError, in one line, if it or the GPU is not one that this plugin can serve."""
         if message := compat.untested(vllm.__version__):
             logger.warning(message)
-        compat.require_hopper()
+        compat.require_gpu()
         return cls(LutFormat.parse(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -79,7 +80,7 @@ class W4A8LutConfig(QuantizationConfig):  # type: ignore[misc]
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             from convert_w4a8.vllm_plugin.moe import W4A8LutMoEMethod  # noqa: PLC0415
 
-            return W4A8LutMoEMethod(layer.moe_config, self.form.tables, prefix)
+            return W4A8LutMoEMethod(layer.moe_config, self.form.tables)
         if isinstance(layer, LinearBase):
             if self.form.is_ignored(prefix, self.packed_modules_mapping):
                 return UnquantizedLinearMethod()

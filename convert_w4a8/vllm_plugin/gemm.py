@@ -1,4 +1,6 @@
-"""One operation for linear layers: the decode kernel or vLLM's CUTLASS, by the number of tokens.
+"""One operation for linear layers: our kernel or vLLM's CUTLASS, by the number of tokens, or the one that can.
+
+For many tokens CUTLASS is the faster one where it can go: on Hopper, N a multiple of 128. Elsewhere ours does all.
 
 It is one operator of torch, so that torch.compile sees the same graph whatever runs, and each CUDA graph captures what
 is right for its batch.
@@ -12,27 +14,29 @@ import torch
 
 from convert_w4a8 import devices
 from convert_w4a8.linear import GROUP_SIZE
-from convert_w4a8.lut_format import METHOD
+from convert_w4a8.lut_format import METHOD, refusal
+from convert_w4a8.vllm_plugin import compat
+from convert_w4a8.vllm_plugin.partition import Partition
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers print only what is named vllm.*
 
 SETTING = "W4A8_LUT_DECODE"
-"""The environment variable that says `cutlass` to leave the decode kernel out."""
+"""The environment variable that says `cutlass` to leave our kernel out."""
 _FEW_TOKENS = 64
 _MORE_TOKENS = 128
 _NARROW = 64 * 132
-"""The decode kernel takes up to `_MORE_TOKENS` tokens where no multiprocessor has more than one of its blocks of 64
-channels; wider layers give CUTLASS enough to do (docs/benchmarks/serving.md)."""
+"""Our kernel is the faster one up to `_MORE_TOKENS` tokens where no multiprocessor has more than one of its blocks of
+64 channels; wider layers give CUTLASS enough to do (docs/benchmarks/serving.md)."""
 
 
 def takes(m: int, n: int) -> bool:
-    """Whether the decode kernel is the faster one for [m, K] activations and N = n."""
+    """Whether our kernel is the faster one for [m, K] activations and N = n."""
     return m <= _FEW_TOKENS or (m <= _MORE_TOKENS and n <= _NARROW)
 
 
 @cache
 def decode_kernel(device: torch.device) -> bool:
-    """Whether the decode kernel can run on a device, and nobody said otherwise; the first call prepares it."""
+    """Whether our kernel can run on a device, and nobody said otherwise; the first call prepares it."""
     if device.type != "cuda" or os.environ.get(SETTING) == "cutlass":
         return False
     if why_not := devices.why_not_compiled(device):
@@ -42,6 +46,27 @@ def decode_kernel(device: torch.device) -> bool:
 
     gpu.prepare(device)
     return True
+
+
+def require_kernel(name: str, part: Partition) -> None:
+    """Raise ValueError, in one line, where neither CUTLASS nor our kernel can run a rank's part of the layer `name`."""
+    if why_not_cutlass := compat.why_not_cutlass(part):
+        require_ours(name, why_not_cutlass)
+
+
+def require_ours(name: str, why_not_cutlass: str) -> None:
+    """Raise ValueError, in one line, where our kernels cannot run the layer `name`, which CUTLASS cannot."""
+    if os.environ.get(SETTING) == "cutlass":
+        reason = f"{why_not_cutlass}, and {SETTING}=cutlass leaves out the kernel that can run it"
+        raise refusal(name, reason, f"unset {SETTING}")
+    if why_not := devices.why_not_compiled(torch.device("cuda")):
+        reason = f"{why_not_cutlass}, and Triton cannot compile the kernel that can run it ({why_not})"
+        raise refusal(name, reason, "install what Triton needs: a C compiler and Python's headers")
+
+
+@cache
+def _cutlass_can(n: int, k: int) -> bool:
+    return compat.why_not_cutlass(Partition(k, (n,))) is None
 
 
 def gemm(
@@ -57,7 +82,7 @@ def gemm(
     float8_e4m3fn [K/128·N·8]. channel_scale: float32 [N].
     """
     (m, k), n = tokens.shape, packed.shape[1]
-    if takes(m, n) and decode_kernel(tokens.device):
+    if not _cutlass_can(n, k) or (takes(m, n) and decode_kernel(tokens.device)):
         from convert_w4a8.kernels.gemm import gpu  # noqa: PLC0415
 
         return gpu.gemm(tokens, token_scale, packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel_scale)

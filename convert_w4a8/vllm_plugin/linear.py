@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
@@ -26,7 +27,7 @@ from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, partition
-from convert_w4a8.vllm_plugin.gemm import decode_kernel, lut_gemm
+from convert_w4a8.vllm_plugin.gemm import decode_kernel, lut_gemm, require_kernel
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 
 
@@ -34,7 +35,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads and runs one linear layer of a `w4a8_lut` checkpoint."""
 
     def __init__(self, tables: TableForm) -> None:
-        compat.require_hopper()
+        compat.require_gpu()
         self.tables = tables
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.quant_fp8 = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
@@ -50,8 +51,10 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         """Register this rank's `weight_packed`, `weight_scale` or `weight_lut`, and `weight_chan_scale`."""
+        _check_groups(layer)
         part = partition.Partition(input_size_per_partition, tuple(output_partition_sizes))
         partition.check(layer.prefix, part, layer.tp_size, _other_sizes(layer, input_size, part))
+        require_kernel(layer.prefix, part)
         if params_dtype is not torch.bfloat16:
             raise refusal(
                 layer.prefix, f"its dtype is {params_dtype}", "the kernel writes bfloat16: set --dtype bfloat16"
@@ -117,6 +120,21 @@ def _packed(data: torch.Tensor, columns_per_channel: int, loader: Callable[..., 
     return PackedvLLMParameter(
         data=data, input_dim=0, output_dim=1, packed_dim=1, packed_factor=factor, weight_loader=loader
     )
+
+
+def _check_groups(layer: LinearBase) -> None:
+    """Raise ValueError, in one line, for a state space with one group for several ranks.
+
+    `MambaMixer2` then gives each rank a copy, in an `in_proj` that is not a merged layer and is wider than the
+    checkpoint's. Only tensors called `weight`, and scales of one, are loaded so.
+    """
+    if type(layer) is ColumnParallelLinear and layer.prefix.endswith("in_proj") and layer.tp_size > 1:
+        raise refusal(
+            layer.prefix,
+            f"at tensor-parallel size {layer.tp_size}, vLLM repeats output channels of it, which it does for 16-bit"
+            " weights only",
+            "serve it at tensor-parallel size 1, or convert it again with this layer unquantized (--keep)",
+        )
 
 
 def _other_sizes(

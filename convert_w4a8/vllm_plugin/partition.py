@@ -1,12 +1,13 @@
-"""What one tensor-parallel rank may hold of a layer: the kernel's size rules, and what to do about a violation."""
+"""What one tensor-parallel rank may hold of a layer: the kernels' size rules, and what to do about a violation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TILE_N, refusal
 
-DENSE_MULTIPLE = 128
-"""`cutlass_w4a8_mm` takes K and N in multiples of this."""
+CUTLASS_MULTIPLE = 128
+"""`cutlass_w4a8_mm` takes N in multiples of this; the other kernel takes whole tiles."""
 EXPERT_MULTIPLE = 128
 """Our grouped kernel takes experts in multiples of this along hidden and intermediate."""
 CUTLASS_EXPERT_MULTIPLE = 256
@@ -23,15 +24,20 @@ class Partition:
 
     @property
     def problem(self) -> str | None:
-        """Why the kernel, or vLLM's slicing in units of 16 output channels, cannot take it; None if it can."""
-        n = sum(self.shards)
-        if self.k % DENSE_MULTIPLE:
-            return f"{self.k} input channels are not a multiple of {DENSE_MULTIPLE}"
-        if n % DENSE_MULTIPLE:
-            return f"{n} output channels are not a multiple of {DENSE_MULTIPLE}"
+        """Why no kernel, or vLLM's slicing in units of 16 output channels, can take it; None if one can."""
+        if self.k % GROUP_SIZE:
+            return f"{self.k} input channels are not a multiple of {GROUP_SIZE}"
         if any(shard % TILE_N for shard in self.shards):
+            if len(self.shards) == 1:
+                return f"{self.shards[0]} output channels are not a multiple of {TILE_N}"
             return f"merged shards of {', '.join(map(str, self.shards))} output channels are not multiples of {TILE_N}"
         return None
+
+    @property
+    def cutlass_problem(self) -> str | None:
+        """Why vLLM's CUTLASS kernel cannot take what one kernel takes; None if it can."""
+        n = sum(self.shards)
+        return f"{n} output channels are not a multiple of {CUTLASS_MULTIPLE}" if n % CUTLASS_MULTIPLE else None
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,18 @@ class ExpertPartition:
 
     @property
     def problem(self) -> str | None:
-        """Why the grouped kernel cannot take it; None if it can."""
+        """Why no kernel can take it; None if one can."""
+        return self._not_multiples_of(self.multiple)
+
+    @property
+    def cutlass_problem(self) -> str | None:
+        """Why vLLM's CUTLASS kernel cannot take it; None if it can."""
+        return self._not_multiples_of(CUTLASS_EXPERT_MULTIPLE)
+
+    def _not_multiples_of(self, multiple: int) -> str | None:
         for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
-            if size % self.multiple:
-                return f"an expert's {name} size of {size} is not a multiple of {self.multiple}"
+            if size % multiple:
+                return f"an expert's {name} size of {size} is not a multiple of {multiple}"
         return None
 
 
@@ -87,7 +101,7 @@ def check(
     tp: int,
     at: Callable[[int], Partition | ExpertPartition | None],
 ) -> None:
-    """Raise ValueError, in one line, if a rank's part of the layer `name` is not one that the kernel takes.
+    """Raise ValueError, in one line, if a rank's part of the layer `name` is not one that a kernel takes.
 
     at: the part at another tensor-parallel size, from which the error says which sizes would work.
     """

@@ -1,12 +1,12 @@
-"""Small-batch GEMM over the LUT layout: FP8 activations times INT4 weights that a table turns into FP8.
+"""GEMM over the LUT layout: FP8 activations times INT4 weights that a table turns into FP8.
 
 A tile of 16 output and 32 input channels of the layout is, byte for byte, what the 32 threads of a warp hold of an
 operand of the 8-bit tensor-core instruction (PTX ISA, mma.m16n8k32, and the register operand of wgmma). So the words go
 from memory to registers, through the table, into the instruction, and no thread needs another's.
 
-A block computes `BLOCK_N` output channels for all tokens, over one of `SPLITS` parts of K. Where there are several,
-each leaves its sums in a workspace, and the last one to arrive adds all of them, in the order of K: the same bytes
-whatever the order of blocks.
+A block computes `BLOCK_N` output channels for `BLOCK_M` tokens. Where these are all there are, it may do so over one of
+`SPLITS` parts of K: each part leaves its sums in a workspace, and the last one to arrive adds all of them, in the order
+of K: the same bytes whatever the order of blocks.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -23,8 +23,15 @@ import triton.language as tl
 
 GROUP = 128
 BLOCK_N = 64
-MAX_TOKENS = 128
-"""The most rows of activations that one launch takes."""
+_ONE_BLOCK = 128
+"""Up to so many tokens, a block takes all of them."""
+_PREFILL_BLOCK = 256
+"""Tokens of a block where there are more: two such blocks fill a multiprocessor of Hopper."""
+SIDE_BY_SIDE = 16
+"""Blocks along N that run through all tokens before the next ones begin: their weights stay in the L2."""
+HOPPER_SHARED = 227 * 1024
+"""Bytes of shared memory that a block may have on Hopper, and on GPUs of compute capability 10. Those with less (8.9,
+12.0) multiply by single warps, whose registers a tile of 64 × 128 sums overflows unless there are eight of them."""
 _BLOCKS_PER_SM = 3
 """Blocks that a multiprocessor holds side by side, with the copies in flight that keep the memory busy."""
 _SPLITS = 4
@@ -62,6 +69,7 @@ prmt.b32 $1, positive, negative, sign;
 class Launch:
     """How one GEMM is cut: tokens of a block (a power of two from 16), parts of K, copies in flight, warps.
 
+    splits: counts where one block takes all tokens; K is not split for several rows of blocks.
     chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits on Hopper, instead of adding
         up groups of 128 in float32.
     """
@@ -73,14 +81,27 @@ class Launch:
     chain: bool = False
 
 
-def choose_launch(m: int, n: int, k: int, multiprocessors: int) -> Launch:
-    """Return how to cut an [m, n, k] GEMM where nothing was measured: every multiprocessor busy, few parts of K."""
+def choose_launch(m: int, n: int, k: int, multiprocessors: int, shared: int = HOPPER_SHARED) -> Launch:
+    """Return how to cut an [m, n, k] GEMM where nothing was measured: every multiprocessor busy, few parts of K.
+
+    shared: bytes of shared memory that a block may have.
+    """
+    small = shared < HOPPER_SHARED
+    warps = 8 if small and m > _MANY_TOKENS else 4
+    if m > _ONE_BLOCK:
+        return Launch(_ONE_BLOCK if small else _PREFILL_BLOCK, 1, stages=3, warps=warps, chain=True)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(_BLOCKS_PER_SM * multiprocessors // blocks, _SPLITS, k // GROUP)
     if m > _MANY_TOKENS:
         splits = min(splits, k // _LONG_PART)
     block_m = max(16, triton.next_power_of_2(m))
-    return Launch(block_m, max(1, splits), stages=5 if k >= _LONG_K else 4, chain=m >= _MANY_TOKENS)
+    stages = 5 if k >= _LONG_K and 5 * _copied(block_m) <= shared else 4
+    return Launch(block_m, max(1, splits), stages, warps, chain=m >= _MANY_TOKENS)
+
+
+def _copied(block_m: int) -> int:
+    """Return the bytes that a block copies to shared memory for a group of K."""
+    return GROUP * block_m + BLOCK_N * (GROUP // 2 + 8)
 
 
 def gemm(
@@ -90,9 +111,9 @@ def gemm(
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`. ValueError for M > `MAX_TOKENS`."""
+    """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`."""
     (m, k), n = tokens.shape, packed.shape[1] // 4
-    launch = choose_launch(m, n, k, _multiprocessors(tokens.device))
+    launch = choose_launch(m, n, k, _multiprocessors(tokens.device), _shared_memory(tokens.device))
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)
 
 
@@ -107,19 +128,17 @@ def gemm_by(
     """Do what `gemm` does, cut as `launch` says."""
     m, k = tokens.shape
     n = packed.shape[1] // 4
-    if m > MAX_TOKENS:
-        raise ValueError(f"M = {m} is more than {MAX_TOKENS}")
     output = torch.empty(m, n, dtype=torch.bfloat16, device=tokens.device)
     if m == 0:
         return output
-    blocks = triton.cdiv(n, BLOCK_N)
-    counters = _counters(tokens.device, blocks) if launch.splits > 1 else None
+    blocks, rows = triton.cdiv(n, BLOCK_N), triton.cdiv(m, launch.block_m)
+    counters = _counters(tokens.device, blocks) if launch.splits > 1 and rows == 1 else None
     splits = launch.splits if counters is not None else 1
     sums = output  # not used without parts
     if splits > 1:
         sums = torch.empty(splits, blocks, BLOCK_N * launch.block_m, dtype=torch.float32, device=tokens.device)
     with torch.cuda.device_of(tokens):
-        _gemm_kernel[(blocks * splits,)](
+        _gemm_kernel[(blocks * rows * splits,)](
             tokens,
             packed,
             tables.view(torch.int64),
@@ -137,6 +156,7 @@ def gemm_by(
             STAGES=launch.stages,
             CHAIN=launch.chain,
             SPLIT=splits > 1,
+            SIDE_BY_SIDE=SIDE_BY_SIDE if rows > 1 else 0,
             WHOLE=n % BLOCK_N == 0,
             INTERPRETED=_INTERPRETED,
             num_warps=launch.warps,
@@ -174,6 +194,15 @@ def _counters(device: torch.device, blocks: int) -> torch.Tensor | None:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have."""
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    size: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return size
 
 
 @triton.jit
@@ -251,12 +280,23 @@ def _gemm_kernel(
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
     SPLIT: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     blocks = tl.cdiv(N, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    part = tl.program_id(0) // blocks
+    program = tl.program_id(0)
+    m = tl.arange(0, BLOCK_M)[None, :]
+    if SIDE_BY_SIDE:  # several rows of blocks, one part of K
+        part = 0
+        programs = SIDE_BY_SIDE * tl.cdiv(M, BLOCK_M)
+        left = program // programs * SIDE_BY_SIDE
+        width = min(blocks - left, SIDE_BY_SIDE)
+        block = left + program % programs % width
+        m += program % programs // width * BLOCK_M
+    else:
+        part = program // blocks
+        block = program % blocks
     begin = (K // 128 * part) // SPLITS
     end = (K // 128 * (part + 1)) // SPLITS
 
@@ -266,7 +306,6 @@ def _gemm_kernel(
     half = tl.arange(0, BLOCK_N // 2)
     row = block * BLOCK_N + half // 8 * 16 + half % 8
     tables_at = tables + begin.to(tl.int64) * N + row
-    m = tl.arange(0, BLOCK_M)[None, :]
     tokens_at = tokens + m.to(tl.int64) * K + begin * 128 + tl.arange(0, 128)[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for _ in tl.range(begin, end, num_stages=STAGES):

@@ -231,18 +231,6 @@ def plan_of(source: Path, form: str = "lut", **options: Any) -> dict[str, str | 
             {f"{LAYER}.self_attn.q_proj": (256, 256), f"{LAYER}.self_attn.k_proj": (128, 256)}, {}, set(), id="v-is-k"
         ),
         pytest.param(
-            {f"{LAYER}.self_attn.q_proj": (256, 256), f"{LAYER}.self_attn.k_proj": (144, 256)},
-            {},
-            {"q_proj", "k_proj"},
-            id="v-is-k-of-a-width-that-does-not-fit",
-        ),
-        pytest.param(
-            {f"{LAYER}.self_attn.q_a_proj": (1536, 256), f"{LAYER}.self_attn.kv_a_proj_with_mqa": (576, 256)},
-            {},
-            {"q_a_proj", "kv_a_proj_with_mqa"},
-            id="mla-2112",
-        ),
-        pytest.param(
             {f"{LAYER}.linear_attn.in_proj_b": (32, 256), f"{LAYER}.linear_attn.in_proj_a": (32, 256)},
             {},
             {"in_proj_b", "in_proj_a"},
@@ -286,6 +274,31 @@ def test_what_is_kept_without_being_asked(
     assert {name.rpartition(".")[2] for name in converted(source)} == (
         {name.rpartition(".")[2] for name in quantized} - kept | {"down_proj"} - (kept & {"down_proj"})
     ) | {"down_proj"}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("quantized", "kept", "kept_by_lut"),
+    [
+        pytest.param({"q_proj": 256, "k_proj": 144}, {"q_proj", "k_proj"}, set(), id="v-is-k"),
+        pytest.param(
+            {"q_a_proj": 1536, "kv_a_proj_with_mqa": 576}, {"q_a_proj", "kv_a_proj_with_mqa"}, set(), id="mla"
+        ),
+        pytest.param({"qkv_proj": 384, "o_proj": 320}, {"o_proj"}, set(), id="alone"),
+        pytest.param({"in_proj": 6448}, {"in_proj"}, {"in_proj"}, id="granite"),
+        pytest.param({"q_proj": 128, "k_proj": 96, "v_proj": 96}, *[{"q_proj", "k_proj", "v_proj"}] * 2, id="narrow"),
+    ],
+)
+def test_widths_that_are_no_multiples_of_128(
+    quantized: dict[str, int], kept: set[str], kept_by_lut: set[str], form: str, tmp_path: Path
+) -> None:
+    """Left to vLLM's kernel they are kept; ours takes them, unless they are narrow."""
+    layers = {f"{LAYER}.self_attn.{name}": (n, 256) for name, n in quantized.items()}
+    source = write(tmp_path / "in", {f"{LAYER}.mlp.down_proj": (256, 256)} | layers, {})
+    expected = kept_by_lut if form == "lut" else kept
+    found = {name.rpartition(".")[2] for name, reason in plan_of(source, form).items() if reason}
+    assert found == expected
+    assert {f"{LAYER}.self_attn.{name}" for name in expected} <= set(convert(source, form)["ignore"])
 
 
 def test_embeddings_of_a_group_of_their_own(tmp_path: Path) -> None:
@@ -379,7 +392,7 @@ def test_layers_without_a_name_stay_quantized(form: str, tmp_path: Path) -> None
     """MiniCPM3 of vLLM merges nothing of MLA, and asks for q_a_proj without a prefix."""
     q_a, kv_a = f"{LAYER}.self_attn.q_a_proj", f"{LAYER}.self_attn.kv_a_proj_with_mqa"
     source = write(tmp_path / "in", {q_a: (128, 256), kv_a: (192, 256)}, {}, model_type="minicpm3")
-    assert {name for name, why in plan_of(source, form).items() if why} == {kv_a}
+    assert {name for name, why in plan_of(source, form).items() if why} == (set() if form == "lut" else {kv_a})
     with pytest.raises(PlanError, match="without a name"):
         plan_of(source, form, keep=(q_a,))
 

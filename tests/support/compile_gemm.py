@@ -1,13 +1,14 @@
-"""Compile the decode GEMM for a compute capability, without a GPU, and count instructions: `compile_gemm.py 90`.
+"""Compile the GEMM for a compute capability and numbers of tokens, without a GPU: `compile_gemm.py 90 16 128`.
 
-`TRITON_INTERPRET` must not be set. Prints NAME=COUNT of the machine code for 16 tokens and a K that is split, and the
-bytes of shared memory.
+`TRITON_INTERPRET` must not be set. Prints a line for each number of tokens: NAME=COUNT of instructions in the machine
+code with which a layer of 4096 × 14336 runs, and the bytes of shared memory that it has and may have.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import triton
@@ -25,28 +26,40 @@ TYPES = {
     **dict.fromkeys(("token_scale", "channel_scale", "sums"), "*fp32"),
     **dict.fromkeys(("M", "N", "K", "SPLITS"), "i32"),
 }
-CONSTANTS = {
-    "BLOCK_M": 16,
-    "BLOCK_N": gpu.BLOCK_N,
-    "STAGES": 5,
-    "CHAIN": False,
-    "SPLIT": True,
-    "WHOLE": True,
-    "INTERPRETED": False,
-}
+SHARED = {89: 99 * 1024, 90: gpu.HOPPER_SHARED, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
+"""Bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications)."""
 INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL")
+DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
-kernel = gpu._gemm_kernel
-names = kernel.arg_names
-signature = {name: "constexpr" if name in CONSTANTS else TYPES[name] for name in names}
-places = {(names.index(name),): value for name, value in CONSTANTS.items()}
-sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
-source = ASTSource(kernel, signature, places, sixteen)
-compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4})
-with tempfile.TemporaryDirectory() as directory:
-    cubin = Path(directory) / "gemm.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    sass = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
-found = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
-print(*(f"{name}={count}" for name, count in found.items()), f"shared={compiled.metadata.shared}")  # noqa: T201
+
+def compiled(capability: int, tokens: int) -> tuple[str, int]:
+    """Return the machine code, disassembled, and the bytes of shared memory."""
+    launch = gpu.choose_launch(tokens, 4096, 14336, 132, SHARED[capability])
+    constants = {
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": gpu.BLOCK_N,
+        "STAGES": launch.stages,
+        "CHAIN": launch.chain,
+        "SPLIT": launch.splits > 1,
+        "SIDE_BY_SIDE": gpu.SIDE_BY_SIDE if tokens > launch.block_m else 0,
+        "WHOLE": True,
+        "INTERPRETED": False,
+    }
+    names = gpu._gemm_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
+    source = ASTSource(gpu._gemm_kernel, signature, places, sixteen)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "gemm.cubin"
+        cubin.write_bytes(found.asm["cubin"])
+        done = subprocess.run([DISASSEMBLER, "-c", cubin], capture_output=True, text=True, check=True)
+    return done.stdout, found.metadata.shared
+
+
+capability = int(sys.argv[1])
+for tokens in map(int, sys.argv[2:]):
+    code, shared = compiled(capability, tokens)
+    words = Counter(re.findall(r"\w+", code))
+    print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"shared={shared}", f"limit={SHARED[capability]}")  # noqa: T201

@@ -103,6 +103,7 @@ NAMES = (
     (_UTILS, "GroupShape.PER_TOKEN"),
     (_UTILS, "kInt4Static"),
     (_UTILS, "kFp8DynamicTokenSym"),
+    (_LINEAR, "ColumnParallelLinear"),
     (_LINEAR, "LinearBase"),
     (_LINEAR, "LinearMethodBase"),
     (_LINEAR, "MergedColumnParallelLinear"),
@@ -144,7 +145,7 @@ ATTRIBUTES = (
     ),
     (f"{_MOE}.config", "FusedMoEParallelConfig", "use_batched_activation_format use_all2all_kernels dp_size"),
     (_BASE, "QuantizationConfig", "packed_modules_mapping"),
-    ("vllm.platforms.interface", "Platform", "get_device_capability"),
+    ("vllm.platforms.interface", "Platform", "get_device_capability is_rocm"),
     # scripts/
     (
         "vllm.engine.arg_utils",

@@ -13,7 +13,7 @@ from convert_w4a8.kernels.gemm import reference
 gemm: Any = importlib.import_module("convert_w4a8.vllm_plugin.gemm")
 
 
-def random_case(m: int, n: int = 32, k: int = 256) -> list[torch.Tensor]:
+def random_case(m: int, n: int = 128, k: int = 256) -> list[torch.Tensor]:
     packed = torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32)
     tables = torch.randn(k // 128 * n * 8).mul(20).to(torch.float8_e4m3fn)
     return [*quantize_tokens(torch.randn(m, k).bfloat16()), packed, tables, torch.rand(n)]
@@ -38,6 +38,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ops = SimpleNamespace(cutlass_w4a8_mm=cutlass)
     monkeypatch.setitem(importlib.import_module("sys").modules, "vllm", SimpleNamespace(_custom_ops=ops))
     monkeypatch.setattr(gemm, "decode_kernel", lambda _device: True)
+    monkeypatch.setattr("convert_w4a8.vllm_plugin.compat.capability", lambda: (9, 0))
+    gemm._cutlass_can.cache_clear()
     return ran
 
 
@@ -50,6 +52,17 @@ def test_kernel_by_the_number_of_tokens(m: int, expected: str, kernels: list[str
     k, n = tokens.shape[1], packed.shape[1]
     same = reference.gemm(tokens, scale, packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel)
     assert torch.equal(found, same)
+
+
+@pytest.mark.parametrize(("capability", "n"), [((9, 0), 2112), ((9, 0), 48), ((8, 9), 128), ((10, 0), 128)])
+def test_where_cutlass_cannot_go(
+    capability: tuple[int, int], n: int, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other widths, other GPUs: our kernel takes every number of tokens, and is not asked whether it is faster."""
+    monkeypatch.setattr("convert_w4a8.vllm_plugin.compat.capability", lambda: capability)
+    for m in (1, 129, 300):
+        gemm.lut_gemm(*random_case(m, n))
+    assert kernels == ["decode"] * 3
 
 
 def test_wide_layers_change_earlier() -> None:

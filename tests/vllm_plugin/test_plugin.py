@@ -164,31 +164,36 @@ def test_a_vllm_outside_the_tested_range_is_named(version: str, tested: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("k", "shards", "problem"),
+    ("k", "shards", "problem", "cutlass_problem"),
     [
-        (128, (128,), None),
-        (256, (112, 16), None),
-        (192, (128,), "192 input channels are not a multiple of 128"),
-        (128, (64, 32), "96 output channels are not a multiple of 128"),
-        (128, (120, 8), "merged shards of 120, 8 output channels are not multiples of 16"),
+        (128, (128,), None, None),
+        (256, (112, 16), None, None),
+        (7168, (1536, 576), None, "2112 output channels are not a multiple of 128"),
+        (128, (64, 32), None, "96 output channels are not a multiple of 128"),
+        (192, (128,), "192 input channels are not a multiple of 128", None),
+        (128, (136,), "136 output channels are not a multiple of 16", "136 output channels are not a multiple of 128"),
+        (128, (120, 8), "merged shards of 120, 8 output channels are not multiples of 16", None),
     ],
 )
-def test_what_the_kernel_takes(k: int, shards: tuple[int, ...], problem: str | None) -> None:
-    """K and N in multiples of 128; merged shards in whole tiles of 16, or vLLM would slice beside them."""
-    assert partition.Partition(k, shards).problem == problem
+def test_what_the_kernels_take(
+    k: int, shards: tuple[int, ...], problem: str | None, cutlass_problem: str | None
+) -> None:
+    """K in multiples of 128; shards in whole tiles of 16, or vLLM would slice beside them; N of 128 for CUTLASS."""
+    part = partition.Partition(k, shards)
+    assert (part.problem, part.cutlass_problem) == (problem, cutlass_problem)
 
 
 def test_a_refused_partition_names_the_layer_and_what_would_work() -> None:
-    """Eight heads of 64 with two KV heads: at TP 8, 64 + 64 + 64 channels; at 1, 2 and 4 whole multiples of 128."""
+    """Gate and up of 192 channels: parts of 24 at 8 ranks; whole tiles at 1, 2, 3, 4, 6 and 12."""
 
     def at(tp: int) -> partition.Partition | None:
-        return partition.qkv(512, 8, 2, (64, 64), tp)
+        return partition.columns(512, (192, 192), tp)
 
     part = at(8)
-    assert part == partition.Partition(512, (64, 64, 64))
-    with pytest.raises(ValueError, match=r"m\.qkv_proj: at tensor-parallel size 8, 192 output") as error:
-        partition.check("m.qkv_proj", part, 8, at)
-    assert str(error.value).endswith("tensor-parallel sizes that work for this layer: 1, 2, 4")
+    assert part == partition.Partition(512, (24, 24))
+    with pytest.raises(ValueError, match=r"m\.gate_up_proj: at tensor-parallel size 8, merged shards of 24") as error:
+        partition.check("m.gate_up_proj", part, 8, at)
+    assert str(error.value).endswith("tensor-parallel sizes that work for this layer: 1, 2, 3, 4, 6, 12")
 
 
 def test_a_layer_that_fits_no_tensor_parallel_size_is_told_so() -> None:
@@ -358,13 +363,41 @@ def test_layers_get_the_method_they_need(vllm: vllm_sources.Ranks) -> None:  # n
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed_tokens") is None
 
 
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """Say why Triton cannot compile: under "why_not", None at first."""
+    said: dict[str, str | None] = {"why_not": None}
+    monkeypatch.setattr("convert_w4a8.devices.why_not_compiled", lambda _device: said["why_not"])
+    return said
+
+
+def _replicated(k: int, n: int, config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return linear_classes().ReplicatedLinear(k, n, bias=False, params_dtype=dtype, quant_config=config, prefix="m.out")
+
+
 @ON_BOTH
-@pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
-def test_other_gpus_are_refused(vllm: vllm_sources.Ranks, capability: tuple[int, int]) -> None:
-    """Blackwell is newer than the minimum capability, and has no such kernel."""
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0), (10, 3), (12, 0), (12, 1)])
+def test_other_gpus_need_our_kernel(
+    vllm: vllm_sources.Ranks, triton: dict[str, str | None], capability: tuple[int, int]
+) -> None:
+    """Ada and Blackwell, for which CUTLASS has no such kernel: served where Triton compiles, refused where not."""
     vllm.capability = capability
-    says = rf"compute capability {capability[0]}\.{capability[1]}: vLLM's W4A8 kernels exist for 9\.0"
-    with pytest.raises(ValueError, match=says):
+    config = make_config(TableForm.SCALE)
+    assert config.get_min_capability() <= 10 * capability[0] + capability[1]
+    assert _replicated(256, 128, config).weight_packed.shape == (8, 512)
+    triton["why_not"] = "there is no C compiler"
+    with pytest.raises(ValueError, match=r"m\.out: vLLM's CUTLASS runs W4A8 on .* 9\.0") as error:
+        _replicated(256, 128, config)
+    assert f"this GPU has {capability[0]}.{capability[1]}, and Triton cannot compile" in str(error.value)
+    assert "there is no C compiler" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@ON_BOTH
+def test_older_gpus_are_refused(vllm: vllm_sources.Ranks) -> None:
+    """Ampere has no FP8."""
+    vllm.capability = (8, 6)
+    with pytest.raises(ValueError, match=r"compute capability 8\.6: W4A8 needs FP8 tensor cores, from 8\.9 on"):
         make_config(TableForm.SCALE)
 
 
@@ -373,28 +406,93 @@ def test_a_launcher_without_a_gpu_passes_and_its_worker_is_asked_again(vllm: vll
     """The configuration is read where there may be no GPU; layers are made where there is one."""
     vllm.capability = None
     config = make_config(TableForm.SCALE)
-    vllm.capability = (10, 0)
-    with pytest.raises(ValueError, match="compute capability 10"):
-        linear_classes().ReplicatedLinear(256, 128, params_dtype=torch.bfloat16, quant_config=config, prefix="m")
+    vllm.capability = (8, 0)
+    with pytest.raises(ValueError, match="compute capability 8"):
+        _replicated(256, 128, config)
 
 
 @ON_BOTH
-def test_layers_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks) -> None:
+@BOTH_TABLES
+def test_what_cutlass_cannot_take_is_loaded_for_our_kernel(
+    vllm: vllm_sources.Ranks, triton: dict[str, str | None], tables: TableForm
+) -> None:
+    """DeepSeek's fused q_a and kv_a, 1536 + 576 channels, on every rank in full."""
+    vllm.size = 2
+    q_a, kv_a = Weight(1536, 256, tables, 1), Weight(576, 256, tables, 2)
+    config = make_config(tables)
+
+    def fused() -> Any:
+        return linear_classes().MergedColumnParallelLinear(
+            256,
+            [1536, 576],
+            bias=False,
+            params_dtype=torch.bfloat16,
+            quant_config=config,
+            prefix="m.fused_qkv_a_proj",
+            disable_tp=True,
+        )
+
+    layer = fused()
+    for shard, weight in enumerate((q_a, kv_a)):
+        load(layer, weight, shard)
+    for name, expected in join([q_a.tensors(), kv_a.tensors()]).items():
+        _same(getattr(layer, name), expected)
+    triton["why_not"] = "there is no C compiler"
+    with pytest.raises(ValueError, match=r"2112 output channels are not a multiple of 128, .*there is no C compiler"):
+        fused()
+
+
+@ON_BOTH
+def test_a_state_space_of_one_group_is_refused_on_several_ranks(
+    vllm: vllm_sources.Ranks,
+    triton: dict[str, str | None],  # noqa: ARG001
+) -> None:
+    """The in_proj, merged elsewhere, then has a copy of the group for each rank, which vLLM's loader would not fill."""
+    linear, config = linear_classes(), make_config(TableForm.SCALE)
+    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": config}
+    linear.ColumnParallelLinear(256, 1408, prefix="m.mixer.in_proj", **args)
+    vllm.size = 2
+    with pytest.raises(ValueError, match=r"m\.mixer\.in_proj: at tensor-parallel size 2, vLLM repeats .*\(--keep\)$"):
+        linear.ColumnParallelLinear(256, 1408, prefix="m.mixer.in_proj", **args)
+    linear.MergedColumnParallelLinear(256, [512, 512, 128, 128, 128], prefix="m.mixer.in_proj", **args)
+    linear.ColumnParallelLinear(256, 256, prefix="m.mixer.proj", **args)
+
+
+@ON_BOTH
+def test_cutlass_alone_cannot_run_what_it_cannot_take(
+    vllm: vllm_sources.Ranks,  # noqa: ARG001
+    triton: dict[str, str | None],  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The variable is refused where it leaves no kernel, and obeyed elsewhere."""
+    config = make_config(TableForm.SCALE)
+    monkeypatch.setenv("W4A8_LUT_DECODE", "cutlass")
+    _replicated(256, 128, config)
+    with pytest.raises(
+        ValueError, match=r"m\.out: 2112 .*W4A8_LUT_DECODE=cutlass leaves out .*; unset W4A8_LUT_DECODE$"
+    ):
+        _replicated(256, 2112, config)
+
+
+@ON_BOTH
+def test_layers_that_no_kernel_can_take_are_refused(
+    vllm: vllm_sources.Ranks,
+    triton: dict[str, str | None],  # noqa: ARG001
+) -> None:
     """The error comes when the layer is made, names it, and says which tensor-parallel sizes would work."""
     linear = linear_classes()
-    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": make_config(TableForm.SCALE)}
+    config = make_config(TableForm.SCALE)
+    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": config}
     vllm.size = 4
+    linear.QKVParallelLinear(768, 64, 12, 4, prefix="m.qkv_proj", **args)
     with pytest.raises(ValueError, match=r"m\.down_proj: at .* 4, 192 input .* this layer: 1, 2, 3, 6$"):
         linear.RowParallelLinear(768, 128, prefix="m.down_proj", **args)
-    with pytest.raises(ValueError, match=r"m\.qkv_proj: at .* 4, 320 output .* this layer: 1, 2$"):
-        linear.QKVParallelLinear(768, 64, 12, 4, prefix="m.qkv_proj", **args)
-    with pytest.raises(ValueError, match=r"m\.gate_up_proj: at .* 4, 64 output .* this layer: 1, 2$"):
-        linear.MergedColumnParallelLinear(256, [128, 128], prefix="m.gate_up_proj", **args)
-    with pytest.raises(ValueError, match=r"m\.out: at .* 4, 64 output channels .* no tensor-parallel size"):
-        linear.ReplicatedLinear(256, 64, prefix="m.out", **args)
-    args["params_dtype"] = torch.float16
+    with pytest.raises(ValueError, match=r"m\.gate_up_proj: at .* 4, merged shards of 24, .* this layer: 1, 2, 3, 6$"):
+        linear.MergedColumnParallelLinear(256, [96, 96], prefix="m.gate_up_proj", **args)
+    with pytest.raises(ValueError, match=r"m\.out: at .* 4, 40 output channels .* no tensor-parallel size"):
+        _replicated(256, 40, config)
     with pytest.raises(ValueError, match=r"its dtype is torch\.float16; the kernel writes bfloat16"):
-        linear.ReplicatedLinear(256, 128, prefix="m.out", **args)
+        _replicated(256, 128, config, torch.float16)
 
 
 @pytest.mark.parametrize("mode", list(ScalesMode))
@@ -516,12 +614,12 @@ def test_a_weight_of_another_dtype_never_reaches_the_op(
 
 @ON_BOTH
 def test_experts_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks) -> None:
-    """Multiples of 256 per rank, and the tensor-parallel sizes that give them."""
+    """Multiples of 128 per rank, and the tensor-parallel sizes that give them."""
     vllm.size = 4
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 3$"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 2, 3, 6$"):
         make_experts(make_config(TableForm.SCALE), make_moe_config(2, 256, 768, 4, 0), QWEN)
-    with pytest.raises(ValueError, match=r"hidden size of 384 is not a multiple of 256 .* no tensor-parallel size"):
-        make_experts(make_config(TableForm.SCALE), make_moe_config(2, 384, 1024, 4, 0), QWEN)
+    with pytest.raises(ValueError, match=r"hidden size of 320 is not a multiple of 128 .* no tensor-parallel size"):
+        make_experts(make_config(TableForm.SCALE), make_moe_config(2, 320, 1024, 4, 0), QWEN)
 
 
 @ON_BOTH

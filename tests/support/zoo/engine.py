@@ -39,7 +39,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import workspace
 
-from convert_w4a8 import vllm_plugin
+from convert_w4a8 import devices, vllm_plugin
 
 _INT32_SENTINEL = 0x13579BDF
 _FP8_SENTINEL = 0x7B
@@ -115,6 +115,7 @@ def prepare() -> None:
     fp8_kernel = linear_kernels.TritonFp8BlockScaledMMKernel
     fp8_kernel.is_supported = classmethod(lambda _cls, compute_capability=None: (True, None))  # noqa: ARG005
     linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS[current_platform._enum] = [fp8_kernel]
+    devices.why_not_compiled = lambda device: None  # noqa: ARG005
     torch.accelerator.empty_cache = lambda: None
     torch.cuda.Stream = torch.cuda.Event = MagicMock  # type: ignore[misc]
     workspace.init_workspace_manager(torch.device("cpu"))

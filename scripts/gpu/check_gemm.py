@@ -1,0 +1,214 @@
+"""Check the GEMM over the LUT layout on a CUDA GPU: `check_gemm.py [--quick | --sanitizer] [--json FILE]`.
+
+Needs this checkout on PYTHONPATH, torch and Triton. Products of random activations with random codes (all 16) and
+tables of entries of either sign are held against float64 of the same numbers: an output may differ by its rounding to
+bfloat16, and by 2⁻¹¹ of the sum of its terms' magnitudes, since Hopper's tensor core adds FP8 products in about 14
+bits. Every product is computed twice and must come out with the same bytes; so must 1,000 replays of a CUDA graph, one
+alone and two on two streams at once, each with its own layer.
+
+--sanitizer is small enough for `compute-sanitizer --tool memcheck python scripts/gpu/check_gemm.py --sanitizer`.
+--kernel names another module with a function `gemm` of the same arguments; --terms 2 gives it the two FP8 terms of an
+activation, x = scale · (first + second / 16), as rows 0 … M − 1 and M … 2·M − 1; --most and --multiple say what it
+takes.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from results import add_options, line, save
+
+from convert_w4a8.encoding.tables import multiply_tables, quantize_tokens
+from convert_w4a8.kernels.gemm import reference
+
+TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 129, 300, 1000)
+WIDTHS = (16, 48, 1536, 2112, 4096)
+LENGTHS = (128, 512, 4096, 14336)
+REPLAYS = 1000
+ROUNDING = 2.0**-8
+"""What rounding to bfloat16 may change, relative to the result."""
+SUMS = 2.0**-11
+"""What sums in the tensor core may change, relative to the sum of the terms' magnitudes."""
+
+Gemm = Callable[..., torch.Tensor]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Random codes int32 [K/32, 4·N], tables float8_e4m3fn [K/128, N, 8], channel scales float32 [N]."""
+
+    packed: torch.Tensor
+    tables: torch.Tensor
+    channel: torch.Tensor
+
+    @staticmethod
+    def random(n: int, k: int, form: str) -> "Layer":
+        """Return a layer whose tables are free entries ("lut") or multiples of a group scale ("scale")."""
+        packed = torch.randint(-(2**31), 2**31, (k // 32, 4 * n), dtype=torch.int64, device="cuda").int()
+        if form == "lut":
+            tables = torch.randn(k // 128, n, 8, device="cuda").mul(30).clamp(-448, 448).to(torch.float8_e4m3fn)
+        else:
+            scale = torch.randn(k // 128, n, device="cuda").mul(10).clamp(-56, 56)
+            tables = multiply_tables(scale.to(torch.float8_e4m3fn))
+        return Layer(packed, tables, torch.rand(n, device="cuda") / 64)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Activations of one or two FP8 terms: float8_e4m3fn [terms, M, K], and scales float32 [M, 1]."""
+
+    terms: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def random(m: int, k: int, terms: int) -> "Tokens":
+        """Return normal activations, each token of another size."""
+        act = torch.randn(m, k, device="cuda") * torch.rand(m, 1, device="cuda").mul(10).exp()
+        high, scale = quantize_tokens(act.bfloat16())
+        if terms == 1:
+            return Tokens(high[None], scale)
+        low = ((act.bfloat16().float() / scale - high.float()) * 16).to(torch.float8_e4m3fn)
+        return Tokens(torch.stack((high, low)), scale)
+
+    def first(self, m: int) -> "Tokens":
+        """Return the first m tokens."""
+        return Tokens(self.terms[:, :m], self.scale[:m])
+
+    def values(self) -> torch.Tensor:
+        """Return float64 [M, K], without the scales."""
+        weights = torch.tensor([1.0, 1 / 16], dtype=torch.float64, device="cuda")[: len(self.terms)]
+        return (self.terms.double() * weights.view(-1, 1, 1)).sum(0)
+
+    def call(self, gemm: Gemm, layer: Layer) -> torch.Tensor:
+        """Multiply."""
+        rows = self.terms.reshape(-1, self.terms.shape[-1])
+        return gemm(rows, self.scale, layer.packed, layer.tables, layer.channel)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Products float64 [M, N], and the sums of their terms' magnitudes."""
+
+    products: torch.Tensor
+    magnitudes: torch.Tensor
+
+    @staticmethod
+    def of(tokens: Tokens, layer: Layer) -> "Exact":
+        """Multiply in float64."""
+        weights = reference.weights(layer.packed, layer.tables).double().t()
+        values, scale = tokens.values(), tokens.scale.double() * layer.channel.double()
+        return Exact(values @ weights * scale, values.abs() @ weights.abs() * scale)
+
+    def compare(self, found: torch.Tensor) -> Row:
+        """Return the error as a share of the length, what of it sums cost (in units of SUMS), and the verdict."""
+        m = len(found)
+        exact, magnitudes = self.products[:m], self.magnitudes[:m]
+        gap = (found.double() - exact).abs()
+        beyond = float(((gap - exact.abs() * ROUNDING) / magnitudes.clamp(min=1e-300)).max()) / SUMS
+        return {
+            "error": float(gap.norm() / exact.norm()),
+            "beyond_rounding": max(0.0, beyond),
+            "right": bool(torch.isfinite(found).all()) and beyond <= 1,
+        }
+
+
+def check_products(gemm: Gemm, sizes: Sequence[tuple[int, int]], tokens: Sequence[int], terms: int) -> Iterator[Row]:
+    """Compare products of every size with float64, and with themselves computed again."""
+    for (n, k), form in product(sizes, ("lut", "scale")):
+        layer, all_tokens = Layer.random(n, k, form), Tokens.random(max(tokens), k, terms)
+        exact = Exact.of(all_tokens, layer)
+        for m in tokens:
+            some = all_tokens.first(m)
+            found = some.call(gemm, layer)
+            again = all(torch.equal(some.call(gemm, layer), found) for _ in range(3))
+            yield (
+                {"check": "products", "m": m, "n": n, "k": k, "tables": form} | exact.compare(found) | {"again": again}
+            )
+
+
+class Replayed:
+    """A CUDA graph of one product, captured on a stream of its own, which counts results that are not the first."""
+
+    def __init__(self, call: Callable[[], torch.Tensor]) -> None:
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.expected = call()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.output = call()
+            self.wrong += (self.output.view(torch.int16) != self.expected.view(torch.int16)).any()
+
+    def replay(self) -> None:
+        """Start the graph once more on its stream."""
+        with torch.cuda.stream(self.stream):
+            self.graph.replay()
+
+
+def check_replays(gemm: Gemm, sizes: Sequence[tuple[int, int]], tokens: Sequence[int], terms: int) -> Iterator[Row]:
+    """Replay a graph alone, then two on two streams at once; count the replays that gave other bytes."""
+    for (n, k), m in product(sizes, tokens):
+        graphs = [Replayed(partial(Tokens.random(m, k, terms).call, gemm, Layer.random(n, k, "lut"))) for _ in range(2)]
+        torch.cuda.synchronize()
+        for several in (graphs[:1], graphs):
+            for _ in range(REPLAYS):
+                for graph in several:
+                    graph.replay()
+            torch.cuda.synchronize()
+            wrong = sum(int(graph.wrong) for graph in graphs)
+            row = {"check": "replays", "m": m, "n": n, "k": k, "streams": len(several), "replays": REPLAYS}
+            yield row | {"wrong": wrong, "again": wrong == 0}
+
+
+def main() -> int:
+    """Run the checks, print what is wrong and the worst of the rest, return 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes only")
+    parser.add_argument("--sanitizer", action="store_true", help="some products of very small sizes, no replays")
+    parser.add_argument("--kernel", default="convert_w4a8.kernels.gemm.gpu", help="module (default: %(default)s)")
+    parser.add_argument("--terms", type=int, default=1, choices=(1, 2), help="FP8 terms of an activation")
+    parser.add_argument("--most", type=int, default=max(TOKENS), help="most tokens that the kernel takes")
+    parser.add_argument("--multiple", type=int, default=16, help="of what N must be a multiple")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="N (default: %(default)s)")
+    add_options(parser)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is needed")
+    torch.manual_seed(0)
+    gemm: Gemm = importlib.import_module(args.kernel).gemm
+    small = args.quick or args.sanitizer
+    widths = [n for n in ((16, 48, 208) if small else args.widths) if n % args.multiple == 0] or [args.multiple]
+    lengths = (128, 1024) if args.sanitizer else LENGTHS[:3] if args.quick else LENGTHS
+    tokens = [m for m in ((1, 17, 65, 129, 300) if args.sanitizer else TOKENS) if m <= args.most]
+    checks = [check_products(gemm, list(product(widths, lengths)), tokens, args.terms)]
+    if not args.sanitizer:
+        replayed = [(n, 4096) for n in (widths[-1], 4 * widths[-1])]
+        checks.append(check_replays(gemm, replayed, [m for m in (1, 16, 65, 300) if m <= args.most], args.terms))
+    rows: list[Row] = []
+    for check in checks:
+        for row in check:
+            rows.append(row)
+            if not (row["again"] and row.get("right", True)):
+                print("WRONG", row, flush=True)
+    products = [row for row in rows if row["check"] == "products"]
+    worst, beyond = (max(products, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
+    print(f"{len(products)} products; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
+    question = "Does the GEMM over the LUT layout compute what it must, with the same bytes every time?"
+    print(line(save(args, question, rows)))
+    return 0 if all(row["again"] and row.get("right", True) for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
