@@ -109,7 +109,7 @@ class Tables(Protocol):
 
 
 class Gemm(Protocol):
-    """Products with a layer in the LUT layout, for the few tokens of a decode step."""
+    """Products with a layer in the LUT layout."""
 
     def gemm(
         self,

@@ -9,7 +9,6 @@ from convert_w4a8.checkpoint.files import INDEX, SINGLE_FILE, is_adapter, needs_
 from convert_w4a8.checkpoint.names import is_expert, merged_name
 from convert_w4a8.conversion.layers import Kept, LayerPlan
 from convert_w4a8.errors import Problem
-from convert_w4a8.targets.base import EXPERT_MULTIPLE
 from convert_w4a8.text import counted, shortened
 
 _MODULES = "modules.json"
@@ -24,16 +23,13 @@ def width_warnings(layers: Iterable[LayerPlan]) -> Iterable[str]:
         if layer.kept is not Kept.WIDTH:
             continue
         if is_expert(layer.module):
-            experts.append(layer.module)
+            experts.append(str(layer.dequantize))
         else:
             wide.setdefault(merged_name(layer.module), str(layer.dequantize))
     if wide:
         yield f"{counted(len(wide), 'layer')} of {next(iter(wide.values()))}; kept in BF16"
     if experts:
-        yield (
-            f"{counted(len(experts), 'expert layer')} of a size that is no multiple of {EXPERT_MULTIPLE}, which vLLM's"
-            f" kernel needs: {experts[0]}; kept in BF16"
-        )
+        yield f"{counted(len(experts), 'expert layer')} of {experts[0]}; kept in BF16"
 
 
 def left_out_warnings(checkpoint: Checkpoint) -> Iterable[str]:

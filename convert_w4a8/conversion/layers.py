@@ -22,7 +22,7 @@ from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.options import PATTERN, Options, Policy, Unsupported
 from convert_w4a8.sources import LayerSpec
-from convert_w4a8.targets.base import EXPERT_MULTIPLE, Target
+from convert_w4a8.targets.base import Target
 
 
 class Codes(StrEnum):
@@ -249,11 +249,12 @@ def _keep_widths(groups: Mapping[str, Sequence[LayerSpec]], target: Target, reas
         if specs[0].name in reasons:
             continue
         if is_expert(specs[0].name):
-            odd = next((s for s in specs if s.out_features % EXPERT_MULTIPLE or s.in_features % EXPERT_MULTIPLE), None)
+            multiple = target.EXPERT_MULTIPLE
+            odd = next((s for s in specs if s.out_features % multiple or s.in_features % multiple), None)
             if odd is None:
                 continue
             size = f"{odd.name} is {odd.out_features} × {odd.in_features}"
-            reason = f"vLLM's kernel needs experts of multiples of {EXPERT_MULTIPLE}: {size}"
+            reason = f"a size that is no multiple of {multiple}, which vLLM's kernel needs: {size}"
         else:
             widths = _merged_widths(specs)
             problem = target.unserved_width(widths)

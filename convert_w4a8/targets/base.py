@@ -15,8 +15,6 @@ from convert_w4a8.options import ScalesMode
 
 CUTLASS_MULTIPLE = 128
 """What the width N of a layer, as vLLM merges it, is a multiple of for its own kernel (`cutlass_w4a8_mm`)."""
-EXPERT_MULTIPLE = 256
-"""The same of N and K of an expert for its grouped kernel."""
 
 
 class Target(Protocol):
@@ -33,6 +31,10 @@ class Target(Protocol):
     @property
     def MODES(self) -> tuple[ScalesMode, ...]:  # noqa: N802
         """The scale modes that the format can hold."""
+
+    @property
+    def EXPERT_MULTIPLE(self) -> int:  # noqa: N802
+        """What N and K of an expert are multiples of for the kernels that serve the format."""
 
     def matches(self, quantization_config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint with this quantization_config is of this format."""

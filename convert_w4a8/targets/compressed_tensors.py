@@ -23,6 +23,7 @@ NAME = "compressed-tensors"
 SCALES_AT_LOAD = True
 unsupported_size = kernel_problem
 MODES = (ScalesMode.REFERENCE, ScalesMode.SEARCH)
+EXPERT_MULTIPLE = 256
 
 
 def matches(quantization_config: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ NAME = "lut"
 SCALES_AT_LOAD = False
 unsupported_size = kernel_problem
 MODES = tuple(ScalesMode)
+EXPERT_MULTIPLE = 128  # our kernel's; CUTLASS takes half of these
 
 
 def matches(quantization_config: Mapping[str, Any]) -> bool:

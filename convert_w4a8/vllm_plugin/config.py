@@ -80,7 +80,7 @@ class W4A8LutConfig(QuantizationConfig):  # type: ignore[misc]
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             from convert_w4a8.vllm_plugin.moe import W4A8LutMoEMethod  # noqa: PLC0415
 
-            return W4A8LutMoEMethod(layer.moe_config, self.form.tables, prefix)
+            return W4A8LutMoEMethod(layer.moe_config, self.form.tables)
         if isinstance(layer, LinearBase):
             if self.form.is_ignored(prefix, self.packed_modules_mapping):
                 return UnquantizedLinearMethod()

@@ -83,9 +83,12 @@ def _hopper(device: torch.device) -> Any:
 
 def require_kernel(name: str, part: Partition) -> None:
     """Raise ValueError, in one line, where neither CUTLASS nor our kernel can run a rank's part of the layer `name`."""
-    why_not_cutlass = compat.why_not_cutlass(part)
-    if why_not_cutlass is None:
-        return
+    if why_not_cutlass := compat.why_not_cutlass(part):
+        require_ours(name, why_not_cutlass)
+
+
+def require_ours(name: str, why_not_cutlass: str) -> None:
+    """Raise ValueError, in one line, where our kernels cannot run the layer `name`, which CUTLASS cannot."""
     if os.environ.get(SETTING) == "cutlass":
         reason = f"{why_not_cutlass}, and {SETTING}=cutlass leaves out the kernel that can run it"
         raise refusal(name, reason, f"unset {SETTING}")

@@ -36,7 +36,7 @@ from convert_w4a8.vllm_plugin.gemm import (
     require_kernel,
     terms,
 )
-from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards, of_all_channels
+from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 
 
 class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -60,6 +60,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         """Register this rank's `weight_packed`, `weight_scale` or `weight_lut`, and `weight_chan_scale`."""
+        _check_groups(layer)
         part = partition.Partition(input_size_per_partition, tuple(output_partition_sizes))
         partition.check(layer.prefix, part, layer.tp_size, _other_sizes(layer, input_size, part))
         require_kernel(layer.prefix, part)
@@ -69,8 +70,6 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         k, n = part.k, sum(part.shards)
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
-        if type(layer) is ColumnParallelLinear:
-            loader = of_all_channels(loader)
         layer.register_parameter(
             "weight_packed", _packed(torch.empty(reordered_shape(n, k), dtype=torch.int32), 4, loader)
         )
@@ -140,6 +139,21 @@ def _packed(data: torch.Tensor, columns_per_channel: int, loader: Callable[..., 
     return PackedvLLMParameter(
         data=data, input_dim=0, output_dim=1, packed_dim=1, packed_factor=factor, weight_loader=loader
     )
+
+
+def _check_groups(layer: LinearBase) -> None:
+    """Raise ValueError, in one line, for a state space with one group for several ranks.
+
+    `MambaMixer2` then gives each rank a copy, in an `in_proj` that is not a merged layer and is wider than the
+    checkpoint's. Only tensors called `weight`, and scales of one, are loaded so.
+    """
+    if type(layer) is ColumnParallelLinear and layer.prefix.endswith("in_proj") and layer.tp_size > 1:
+        raise refusal(
+            layer.prefix,
+            f"at tensor-parallel size {layer.tp_size}, vLLM repeats output channels of it, which it does for 16-bit"
+            " weights only",
+            "serve it at tensor-parallel size 1, or convert it again with this layer unquantized (--keep)",
+        )
 
 
 def _other_sizes(

@@ -1,4 +1,4 @@
-"""What vLLM's weight loaders are given: checked where they would slice it wrongly, and noted, on the host.
+"""Which shards of a parameter vLLM's weight loader has filled: noted on the host, where asking costs nothing.
 
 Only what is noted is known to be there. Parameters may also be filled without their weight loader (`--load-format
 dummy`, a sharded state); only their contents show that, and to look at those is to wait for the device.
@@ -13,8 +13,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-
-from convert_w4a8.lut_format import refusal
 
 _NOTES = "w4a8_filled"
 _WHOLE = None
@@ -34,32 +32,6 @@ def noting_shards(loader: Callable[..., None]) -> Callable[..., None]:
         _note(param, *(ids if isinstance(ids, tuple) else (ids,)))
 
     return MethodType(load_and_note, loader.__self__)
-
-
-def of_all_channels(loader: Callable[..., None]) -> Callable[..., None]:
-    """Return a column-parallel layer's weight loader that refuses tensors of other channels than the ranks hold.
-
-    Where a state space has one group for several ranks, vLLM gives each a copy: the ranks' channels (`in_proj`) are
-    more than the checkpoint's, and only tensors called `weight` or `weight_scale` are sliced so.
-    """
-    if not isinstance(loader, MethodType):
-        return loader
-    load = loader.__func__
-
-    @wraps(load)
-    def check_and_load(layer: Any, param: Any, loaded_weight: torch.Tensor) -> None:
-        columns = param.shape[-1] * layer.tp_size
-        if loaded_weight.shape[-1] != columns:
-            found = loaded_weight.shape[-1] * layer.output_size // columns
-            raise refusal(
-                layer.prefix,
-                f"at tensor-parallel size {layer.tp_size}, vLLM's model has {layer.output_size} output channels,"
-                f" and the checkpoint {found}",
-                "serve it at a smaller size, or convert it again with this layer unquantized (--keep)",
-            )
-        load(layer, param, loaded_weight)
-
-    return MethodType(check_and_load, loader.__self__)
 
 
 def noting_experts(loader: Callable[..., bool | None]) -> Callable[..., bool | None]:

@@ -19,7 +19,7 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, partition
 from convert_w4a8.vllm_plugin.experts import lut_experts, takes
-from convert_w4a8.vllm_plugin.gemm import SETTING, decode_kernel
+from convert_w4a8.vllm_plugin.gemm import decode_kernel, require_ours
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
 
 _PROJECTIONS = {"w13": 2, "w2": 1}
@@ -32,14 +32,11 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     The loader looks at this class's name: it must contain neither "ModelOpt" nor "compressed".
     """
 
-    def __init__(self, moe: Any, tables: TableForm, name: str) -> None:
+    def __init__(self, moe: Any, tables: TableForm) -> None:
         super().__init__(moe)
         compat.require_gpu()
         self.why_not_cutlass = compat.why_not_cutlass_experts(moe)
         self.why_not_ours = compat.why_not_our_experts(moe)
-        if self.why_not_cutlass and self.why_not_ours:
-            reasons = f"{self.why_not_cutlass}; for our kernels, {self.why_not_ours}"
-            raise refusal(name, reasons, "change that option of vLLM")
         self.tables = tables
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.experts_cls = CutlassExpertsW4A8Fp8
@@ -58,7 +55,6 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         They start as zeros, since vLLM may pad the hidden size: a zero nibble is the code 0. Only the first channel
         scale of each projection, which is never padding, starts as NaN, to show where no expert was loaded.
         """
-        self.ours = self.why_not_ours is None and decode_kernel(torch.get_default_device())
         self._check_sizes(layer.layer_name, hidden_size, intermediate_size_per_partition)
         noting = noting_experts(extra_weight_attrs["weight_loader"])
         group, channel = (FusedMoeWeightScaleSupported[kind].value for kind in ("GROUP", "CHANNEL"))
@@ -86,22 +82,22 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             getattr(layer, f"{w}_weight_chan_scale").data[:, :: n // _PROJECTIONS[w]] = torch.nan
 
     def _check_sizes(self, name: str, hidden: int, intermediate: int) -> None:
-        """Find out whether CUTLASS takes this rank's part of the experts. ValueError where no kernel does."""
-        if self.why_not_cutlass and not self.ours:
-            raise refusal(
-                name,
-                f"{self.why_not_cutlass}, and our kernels cannot be used",
-                f"unset {SETTING}, and see what the log says of Triton",
-            )
-        multiple = partition.EXPERT_MULTIPLE if self.ours else partition.CUTLASS_EXPERT_MULTIPLE
+        """Find out whether CUTLASS can run this rank's part of the experts. ValueError where no kernel can."""
+        multiple = partition.CUTLASS_EXPERT_MULTIPLE if self.why_not_ours else partition.EXPERT_MULTIPLE
 
         def at(tp: int) -> partition.ExpertPartition | None:
-            part = partition.divided(self.moe.intermediate_size, tp)
-            return None if part is None else partition.ExpertPartition(hidden, part, multiple)
+            size = partition.divided(self.moe.intermediate_size, tp)
+            return None if size is None else partition.ExpertPartition(hidden, size, multiple)
 
-        partition.check(name, partition.ExpertPartition(hidden, intermediate, multiple), self.moe.tp_size, at)
-        wide = partition.ExpertPartition(hidden, intermediate, partition.CUTLASS_EXPERT_MULTIPLE)
-        self.cutlass = self.why_not_cutlass is None and wide.problem is None
+        part = partition.ExpertPartition(hidden, intermediate, multiple)
+        if not (self.why_not_cutlass and self.why_not_ours):
+            partition.check(name, part, self.moe.tp_size, at)
+        if why_not_cutlass := self.why_not_cutlass or compat.why_not_cutlass(part):
+            if self.why_not_ours:
+                reasons = f"{why_not_cutlass}; for our kernels, {self.why_not_ours}"
+                raise refusal(name, reasons, "change that option of vLLM, or serve the W4A16 source checkpoint")
+            require_ours(name, why_not_cutlass)
+        self.cutlass = why_not_cutlass is None
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Show the loaded buffers to the op as it wants to see them; expand the scales to tables, on their device.
@@ -123,6 +119,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if self.tables is TableForm.SCALE:
                 table = multiply_tables(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
+            self.ours = self.why_not_ours is None and decode_kernel(packed.device)  # before CUDA graphs are captured
             if self.cutlass:
                 layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
                 layouts.append(layout.to(packed.device, non_blocking=True))

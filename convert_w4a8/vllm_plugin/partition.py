@@ -50,10 +50,18 @@ class ExpertPartition:
 
     @property
     def problem(self) -> str | None:
-        """Why the grouped kernel cannot take it; None if it can."""
+        """Why no kernel can take it; None if one can."""
+        return self._not_multiples_of(self.multiple)
+
+    @property
+    def cutlass_problem(self) -> str | None:
+        """Why vLLM's CUTLASS kernel cannot take it; None if it can."""
+        return self._not_multiples_of(CUTLASS_EXPERT_MULTIPLE)
+
+    def _not_multiples_of(self, multiple: int) -> str | None:
         for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
-            if size % self.multiple:
-                return f"an expert's {name} size of {size} is not a multiple of {self.multiple}"
+            if size % multiple:
+                return f"an expert's {name} size of {size} is not a multiple of {multiple}"
         return None
 
 

@@ -31,6 +31,10 @@ from convert_w4a8.kernels.gemm.gpu import _INTERPRETED, _counters, _look_up, _mu
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 GROUP = 128
+_SPLITS, _LEAST_PART = 8, 512
+"""The most parts of K, and the least of their length."""
+_SHORT_K = 1024
+"""Up to here fewer copies in flight, and more blocks side by side, are the faster ones."""
 _CHUNK = 1024
 """The most pairs that the sort looks at at once."""
 
@@ -57,9 +61,9 @@ class Launch:
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
-    """Return how many pairs a block takes: most experts need one block, and prefill uses the tensor cores well."""
+    """Return how many pairs a block takes: about as many as an expert has, if all have as many."""
     mean = pairs / experts
-    for size, most in ((16, 8), (32, 24), (64, 96)):
+    for size, most in ((16, 9), (32, 24), (64, 64)):
         if mean <= most:
             return size
     return 128
@@ -72,13 +76,19 @@ def most_blocks(pairs: int, experts: int, block_m: int) -> int:
 
 
 def choose_launch(pairs: int, experts: int, n: int, k: int, multiprocessors: int) -> Launch:
-    """Return how to cut a grouped GEMM of these pairs of tokens and experts where nothing was measured."""
+    """Return how to cut a grouped GEMM of these pairs of tokens and experts where nothing was measured.
+
+    Blocks of 128 channels if those fill the multiprocessors; K in parts until there are a few blocks for each.
+    """
     block_m = block_of_pairs(pairs, experts)
-    blocks = most_blocks(pairs, experts, block_m) * (n // 64)
-    splits = max(1, min(3 * multiprocessors // blocks, k // GROUP // 2, 8))
-    if block_m < 64:
-        return Launch(block_m, splits, stages=5 if k >= 4096 else 4)
-    return Launch(block_m, 1, stages=3, chain=True, columns=16)
+    blocks = most_blocks(pairs, experts, block_m)
+    block_n = 128 if blocks * (n // 128) >= 2 * multiprocessors else 64
+    if block_m >= 64:
+        return Launch(block_m, 1, 64, stages=3, chain=True, columns=16)
+    splits = 1
+    while 2 * splits <= min(_SPLITS, k // _LEAST_PART) and blocks * (n // block_n) * splits < 4 * multiprocessors:
+        splits *= 2
+    return Launch(block_m, splits, block_n, stages=3 if k <= _SHORT_K else 4)
 
 
 def experts(
@@ -125,8 +135,7 @@ def experts(
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
     chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
-    overlap = _overlaps(x.device)
-    options = {"INTERPRETED": _INTERPRETED, "PDL": overlap}
+    early = _early(x.device)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
     with torch.cuda.device_of(x):
         _prepare_kernel[(count + m,)](
@@ -147,9 +156,10 @@ def experts(
             BLOCK_K=triton.next_power_of_2(hidden),
             num_warps=4 if hidden <= 4096 else 8,
             **mapping,
-            **options,
+            **_order("prepare", early),
         )
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], overlap, ahead=False)
+        order = _order("gate_up", early)
+        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], order)
         _activate_kernel[(pairs,)](
             both,
             ids,
@@ -158,12 +168,11 @@ def experts(
             intermediate,
             BLOCK=triton.next_power_of_2(intermediate),
             ACTIVATION=activation,
-            num_warps=4 if intermediate <= 2048 else 8,
+            num_warps=4 if intermediate <= 2048 else 16,
             **mapping,
-            **options,
-            **({"launch_pdl": True} if overlap else {}),
+            **_order("activate", early),
         )
-        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], overlap, ahead=True)
+        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], _order("down", early))
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](
             results,
@@ -175,8 +184,7 @@ def experts(
             BLOCK=block,
             num_warps=4,
             **mapping,
-            **options,
-            **({"launch_pdl": True} if overlap else {}),
+            **_order("combine", early),
         )
     return output
 
@@ -190,13 +198,9 @@ def _multiply(
     of_block: torch.Tensor,
     share: int,
     launch: Launch,
-    overlap: bool,
-    ahead: bool,
+    order: dict[str, bool],
 ) -> None:
-    """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
-
-    ahead: whether `of_block` is there before the launch before this one is complete, so that weights can be fetched.
-    """
+    """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`."""
     packed, tables, channel_scale = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
@@ -231,18 +235,27 @@ def _multiply(
         STAGES=launch.stages,
         CHAIN=launch.chain,
         SPLIT=splits > 1,
-        AHEAD=ahead and overlap,
-        PDL=overlap,
-        INTERPRETED=_INTERPRETED,
         num_warps=launch.warps,
-        **({"launch_pdl": True} if overlap else {}),
+        **order,
     )
 
 
+_LAUNCHES = ("prepare", "gate_up", "activate", "down", "combine")
+
+
 @cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends: from compute capability 9.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _early(device: torch.device) -> frozenset[str]:
+    """Return which launches may begin while the one before ends: from compute capability 9.0 on."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return frozenset(_LAUNCHES[1:]) if able else frozenset()
+
+
+def _order(launch: str, early: frozenset[str]) -> dict[str, bool]:
+    """Return the arguments of a launch that say whether it begins early, and whether the next one does."""
+    begins = {"launch_pdl": True} if launch in early else {}
+    following = _LAUNCHES[_LAUNCHES.index(launch) + 1 :]
+    releases = bool(following) and following[0] in early
+    return {"INTERPRETED": _INTERPRETED, "WAITS": launch in early, "RELEASES": releases, **begins}
 
 
 @triton.jit
@@ -297,10 +310,13 @@ def _prepare_kernel(
     ONE_CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
+    WAITS: tl.constexpr,
+    RELEASES: tl.constexpr,
 ):
     """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8."""
-    if PDL:
+    if WAITS:
+        gdc_wait()
+    if RELEASES:
         gdc_launch_dependents()
     program = tl.program_id(0)
     if program < E:
@@ -368,9 +384,9 @@ def _grouped_kernel(
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
     SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    WAITS: tl.constexpr,
+    RELEASES: tl.constexpr,
 ):
     columns = N // BLOCK_N
     program = tl.program_id(0)
@@ -383,29 +399,23 @@ def _grouped_kernel(
     column = column % columns
     begin = (K // 128 * part) // SPLITS
     end = (K // 128 * (part + 1)) // SPLITS
-    if PDL:
+    if WAITS:
+        gdc_wait()
+    if RELEASES:
         gdc_launch_dependents()
-        if not AHEAD:
-            gdc_wait()
-    expert = tl.load(of_block + block, cache_modifier=".cg")
+    expert = tl.load(of_block + block)
     if expert >= 0:
-        words = packed + expert.to(tl.int64) * (K // 32) * (4 * N) + begin.to(tl.int64) * (16 * N)
-        words_at = words + tl.arange(0, 4)[:, None].to(tl.int64) * (4 * N)
+        words_at = packed + expert.to(tl.int64) * (K // 32) * (4 * N) + begin.to(tl.int64) * (16 * N)
+        words_at += tl.arange(0, 4)[:, None].to(tl.int64) * (4 * N)
         words_at += column * (4 * BLOCK_N) + tl.arange(0, 4 * BLOCK_N)[None, :]
-        if AHEAD:
-            lines = words + tl.arange(0, 16)[:, None].to(tl.int64) * (4 * N)
-            lines += column * (4 * BLOCK_N) + tl.arange(0, BLOCK_N // 8)[None, :] * 32
-            inside_part = tl.arange(0, 16)[:, None] < 4 * (end - begin)
-            lines = tl.where(inside_part, lines, words + column * (4 * BLOCK_N))
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-            )
-            gdc_wait()
         row = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
         half = tl.arange(0, BLOCK_N // 2)
         tables_at = tables + (expert.to(tl.int64) * (K // 128) + begin) * N
         tables_at += column * BLOCK_N + half // 8 * 16 + half % 8
         tokens_at = tokens + (row // SHARE).to(tl.int64) * K + begin * 128 + tl.arange(0, 128)[:, None]
+        n = column * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        scale = tl.load(channel_scale + expert.to(tl.int64) * N + n)  # here, not to wait for them at the end
+        scale_of_row = tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in tl.range(begin, end, num_stages=STAGES):
             weights = _look_up(tl.load(words_at), tl.load(tables_at), tl.load(tables_at + 8), BLOCK_N, INTERPRETED)
@@ -435,10 +445,8 @@ def _grouped_kernel(
                         mask = (row < ROWS) & (other + next_ < SPLITS)
                         total += tl.load(sums_at + (other + next_) * stride, mask=mask, other=0.0, cache_modifier=".cg")
         if last:
-            n = column * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-            scaled = total * tl.load(channel_scale + expert.to(tl.int64) * N + n)
-            scaled = scaled * tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
-            tl.store(output + row.to(tl.int64) * N + n, _to_bf16(scaled, INTERPRETED), mask=row < ROWS)
+            scaled = _to_bf16(total * scale * scale_of_row, INTERPRETED)
+            tl.store(output + row.to(tl.int64) * N + n, scaled, mask=row < ROWS)
 
 
 @triton.jit
@@ -453,17 +461,19 @@ def _activate_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
+    WAITS: tl.constexpr,
+    RELEASES: tl.constexpr,
 ):
     """Program r: activation(gate) · up of pair r, quantized; rounded to bfloat16 where vLLM's kernels round."""
     pair = tl.program_id(0).to(tl.int64)
-    if PDL:
-        gdc_wait()  # before the next kernel starts: it relies on the sort to be complete
+    if WAITS:
+        gdc_wait()
+    if RELEASES:
         gdc_launch_dependents()
+    k = tl.arange(0, BLOCK)
+    gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
+    up = tl.load(both + pair * (2 * K) + K + k, mask=k < K, other=0.0).to(tl.float32)
     if _place(ids, pair, True, expert_map, MAPPED) >= 0:
-        k = tl.arange(0, BLOCK)
-        gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
-        up = tl.load(both + pair * (2 * K) + K + k, mask=k < K, other=0.0).to(tl.float32)
         if ACTIVATION == "silu":
             gate = gate / (1.0 + tl.exp(-gate))
         elif ACTIVATION == "gelu":
@@ -489,17 +499,20 @@ def _combine_kernel(
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
+    WAITS: tl.constexpr,
+    RELEASES: tl.constexpr,
 ):
     """Program (b, m): part b of the sum of token m's experts, in the order of the router's choices."""
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
+    if WAITS:
         gdc_wait()
+    if RELEASES:
+        gdc_launch_dependents()
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOICES):
         pair = m * CHOICES + choice
         here = _place(ids, pair, True, expert_map, MAPPED) >= 0
-        result = tl.load(results + pair * N + n, mask=(n < N) & here, other=0.0).to(tl.float32)
-        total += tl.where(here, tl.load(weights + pair), 0.0) * result
+        result = tl.load(results + pair * N + n, mask=n < N, other=0.0).to(tl.float32)
+        total += tl.load(weights + pair) * tl.where(here, result, 0.0)
     tl.store(output + m * N + n, _to_bf16(total, INTERPRETED), mask=n < N)

@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
@@ -25,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import graph_timing
-from expert_contestants import CONTESTANTS, SAME_WEIGHTS, Experts, Mixture
+from expert_contestants import COMPILED, CONTESTANTS, SAME_WEIGHTS, Experts, Mixture
 from graph_timing import Call, microseconds
 from results import VLLM_PACKAGES, add_options, line, save
 
@@ -102,6 +103,29 @@ def compare(mixture: Mixture, tokens: Sequence[int], names: Sequence[str]) -> It
             yield row | {"why_not": f"{type(error).__name__}: {error}"[:300]}
         experts = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
+
+
+def compile_all(mixtures: Sequence[Mixture], tokens: Sequence[int], names: Sequence[str]) -> None:
+    """Let every kernel compile, all of them side by side, what it will need. What fails says so when its turn comes."""
+    kinds = [name for name in names if name in COMPILED]
+    tasks = [(name, replace(mixture, copies=1), m) for name in kinds for mixture in mixtures for m in tokens]
+    tasks.sort(key=lambda task: task[0].startswith("humming"), reverse=True)  # those take longest
+    with _pool() as pool:
+        pool.map(run_once, tasks, chunksize=1)
+
+
+def run_once(task: tuple[str, Mixture, int]) -> None:
+    """Call a kernel once."""
+    name, mixture, m = task
+    with suppress(Exception):
+        CONTESTANTS[name](mixture)(0, *routed(mixture, m)[0])
+        torch.cuda.synchronize()
+    mixture.__dict__.pop("lut", None)
+    torch.cuda.empty_cache()
+
+
+def _pool() -> Any:
+    return multiprocessing.get_context("spawn").Pool(min(14, multiprocessing.cpu_count()))
 
 
 # ------------------------------------------------------------------------------------------------------------- tuning
@@ -184,6 +208,26 @@ def tune(mixture: Mixture, tokens: Sequence[int], deadline: float) -> Iterator[R
 # -------------------------------------------------------------------------------------------------------------- main
 
 
+def beside(rows: Sequence[Row]) -> list[Row]:
+    """Return a row for each mixture and number of tokens, with the times of all kernels."""
+    joined: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        if "why_not" in row:
+            continue
+        kept = joined.setdefault((row["mixture"], row["m"]), {key: row[key] for key in ("mixture", "m", "floor_us")})
+        kept[f"{row['kernel']}_us"] = row["us"]
+        if "error" in row:
+            kept[f"{row['kernel']}_error"] = row["error"]
+    for row in joined.values():
+        others = {
+            key: value for key, value in row.items() if key.endswith("_us") and key not in ("floor_us", "ours_us")
+        }
+        if others and "ours_us" in row:
+            best = min(others, key=others.__getitem__)
+            row |= {"best_other": best.removesuffix("_us"), "faster": others[best] / row["ours_us"] - 1}
+    return list(joined.values())
+
+
 def show(row: Row) -> None:
     """Print one row."""
     print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
@@ -203,14 +247,17 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
-    deadline = time.monotonic() + args.seconds
+    start = time.monotonic()
+    deadline = start + args.seconds
+    chosen = [mixture for mixture in MIXTURES if mixture.name in args.mixtures]
     if args.tune:
         graph_timing.REPLAYS = 9
-        workers = min(14, multiprocessing.cpu_count())
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        with _pool() as pool:
             pool.map(compile_one, variants(), chunksize=1)
+    else:
+        compile_all(chosen, args.tokens, args.kernels)
+    print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
     rows: list[Row] = []
-    chosen = [mixture for mixture in MIXTURES if mixture.name in args.mixtures]
     for number, mixture in enumerate(chosen):
         left = deadline - time.monotonic()
         until = time.monotonic() + left / (len(chosen) - number)
@@ -228,7 +275,10 @@ def main() -> None:
         mixture.__dict__.pop("lut", None)
         torch.cuda.empty_cache()
     question = "How fast are the experts of a mixture at small batches, beside other kernels and the memory?"
-    print(line(save(args, question, rows, packages=(*VLLM_PACKAGES, "humming-kernels"))))
+    packages = (*VLLM_PACKAGES, "humming-kernels")
+    missing = {f"{row['kernel']}, {row['mixture']}": row["why_not"] for row in rows if "why_not" in row}
+    settings = {"not measured": missing} if missing else None
+    print(line(save(args, question, rows if args.tune else beside(rows), packages=packages, settings=settings)))
     if any(row.get("error", 0) > 0.02 or row.get("repeatable") is False for row in rows):
         raise SystemExit(1)
 

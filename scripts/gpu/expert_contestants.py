@@ -28,13 +28,14 @@ Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 
 @dataclass(frozen=True)
 class Mixture:
-    """As many random layers of experts of one shape as exceed the L2 four times, two at least."""
+    """As many random layers of experts of one shape as exceed the L2 four times, two at least; or `copies` of them."""
 
     name: str
     experts: int
     choices: int
     hidden: int
     intermediate: int
+    copies: int = 0
 
     @property
     def expert_bytes(self) -> int:
@@ -45,7 +46,7 @@ class Mixture:
     def layers(self) -> int:
         """How many layers there are."""
         most = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-        return max(2, math.ceil(most / (self.experts * self.expert_bytes)))
+        return self.copies or max(2, math.ceil(most / (self.experts * self.expert_bytes)))
 
     @property
     def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -273,5 +274,7 @@ CONTESTANTS: dict[str, Callable[[Mixture], Experts]] = {
     "humming_w4a16": partial(humming, activations="bfloat16"),
 }
 """Name → how to prepare it."""
+COMPILED = ("ours", "bf16", "humming_w4a8", "humming_w4a16")
+"""Those that compile when they are first called with a number of tokens, and keep the result on disk."""
 SAME_WEIGHTS = ("ours", "cutlass")
 """Those whose results can be compared with float64."""

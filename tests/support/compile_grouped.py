@@ -33,7 +33,7 @@ INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL")
 
 def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4) -> None:
     names = kernel.arg_names
-    constants |= {"INTERPRETED": False, "PDL": capability >= 90}
+    constants |= {"INTERPRETED": False, "WAITS": capability >= 90, "RELEASES": capability >= 90}
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
@@ -55,9 +55,9 @@ def main() -> None:
     capability = int(sys.argv[1])
     sort = {"MAPPED": True, "BLOCK_M": 16, "BINS": 128, "CHUNK": 128, "ONE_CHUNK": True, "BLOCK_K": 2048}
     show(grouped._prepare_kernel, capability, sort)
-    multiply = {"BLOCK_M": 16, "BLOCK_N": 64, "STAGES": 4, "CHAIN": False, "SPLIT": True, "AHEAD": False}
+    multiply = {"BLOCK_M": 16, "BLOCK_N": 64, "STAGES": 4, "CHAIN": False, "SPLIT": True}
     show(grouped._grouped_kernel, capability, multiply)
-    multiply |= {"SPLIT": False, "AHEAD": capability >= 90}
+    multiply |= {"SPLIT": False}
     show(grouped._grouped_kernel, capability, multiply)
     show(grouped._grouped_kernel, capability, multiply | {"BLOCK_M": 128, "STAGES": 3, "CHAIN": True})
     for activation in ACTIVATIONS:

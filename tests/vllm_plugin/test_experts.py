@@ -43,11 +43,13 @@ def make_layer(
     intermediate: int = 256,
     tables: TableForm = TableForm.SCALE,
     has_kernels: bool = True,
-    **changes: object,
+    **changes: Any,
 ) -> Any:
     """Return a layer of four experts; changes: of what vLLM says about it."""
     moe_module = importlib.import_module("convert_w4a8.vllm_plugin.moe")
     monkeypatch.setattr(moe_module, "decode_kernel", lambda _device: has_kernels)
+    if has_kernels:
+        monkeypatch.setattr(moe_module, "require_ours", lambda *_: None)
     moe = make_moe_config(4, HIDDEN, intermediate, 1, 0)
     vars(moe).update({name: value for name, value in changes.items() if name in vars(moe)})
     vars(moe.moe_parallel_config).update({name: value for name, value in changes.items() if name not in vars(moe)})
@@ -156,17 +158,45 @@ def test_sizes_that_no_kernel_takes_are_refused(
     vllm: vllm_sources.Ranks,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Multiples of 128 with our kernels, of 256 without them."""
+    """Multiples of 128, of which half can run through CUTLASS as well."""
     with pytest.raises(ValueError, match="intermediate size of 192 is not a multiple of 128"):
         make_layer(monkeypatch, intermediate=192)
     vllm.size = 2
     moe = make_moe_config(4, HIDDEN, 768, 2, 0)
-    assert make_experts(make_config(TableForm.SCALE), moe, QWEN).quant_method.ours
-    with pytest.raises(ValueError, match="intermediate size of 384 is not a multiple of 256"):
+    assert not make_experts(make_config(TableForm.SCALE), moe, QWEN).quant_method.cutlass
+
+
+@ON_BOTH
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])
+def test_other_gpus_run_through_our_kernels_alone(
+    vllm: vllm_sources.Ranks, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    """The experts of vLLM exist for Hopper."""
+    vllm.capability = capability
+    layer = make_layer(monkeypatch)
+    load(layer, TableForm.SCALE, 256)
+    assert layer.quant_method.cutlass == (capability == (9, 0))
+    if capability != (9, 0):
+        layer.quant_method.apply(layer, *routed(300), None, None)
+        assert ran == ["ours"]
+
+
+@ON_BOTH
+def test_what_cutlass_cannot_run_is_refused_where_ours_cannot_either(
+    vllm: vllm_sources.Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes, and GPUs: without Triton, or where it is left out."""
+    with pytest.raises(ValueError, match=r"384 is not a multiple of 256.*and Triton cannot compile the kernel"):
         make_layer(monkeypatch, intermediate=384, has_kernels=False)
+    monkeypatch.setenv("W4A8_LUT_DECODE", "cutlass")
+    with pytest.raises(ValueError, match=r"384 is not a multiple of 256.*unset W4A8_LUT_DECODE"):
+        make_layer(monkeypatch, intermediate=384, has_kernels=False)
+    vllm.capability = (10, 0)
+    with pytest.raises(ValueError, match=r"this GPU has 10\.0.*unset W4A8_LUT_DECODE"):
+        make_layer(monkeypatch, has_kernels=False)
 
 
-REASONS: dict[str, tuple[dict[str, object], str]] = {
+REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "all to all": ({"use_all2all_kernels": True}, "tokens are sent to other ranks"),
     "data parallel": ({"dp_size": 2}, "tokens are sent to other ranks"),
     "passed through": ({"use_passthrough_all2all": True}, "tokens are sent to other ranks"),
@@ -211,9 +241,9 @@ def test_what_cutlass_cannot_run_is_refused_without_our_kernels(
     experts = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cutlass_moe").CutlassExpertsW4A8Fp8
     monkeypatch.setattr(experts, "is_supported_config", staticmethod(lambda *_: (False, "gelu_tanh activation")))
     activation = SimpleNamespace(value="gelu_tanh")
-    assert not make_layer(monkeypatch, activation=activation).quant_method.cutlass
-    with pytest.raises(ValueError, match=r"gelu_tanh activation.*our kernels cannot be used; unset W4A8_LUT_DECODE"):
+    with pytest.raises(ValueError, match=r"gelu_tanh activation.*and Triton cannot compile"):
         make_layer(monkeypatch, activation=activation, has_kernels=False)
+    assert not make_layer(monkeypatch, activation=activation).quant_method.cutlass
 
 
 def test_torch_knows_the_result_without_running_it(ran: list[str]) -> None:

@@ -443,23 +443,19 @@ def test_what_cutlass_cannot_take_is_loaded_for_our_kernel(
 
 
 @ON_BOTH
-def test_a_layer_that_vllm_widens_is_refused(vllm: vllm_sources.Ranks) -> None:
-    """A state space of one group on two ranks: vLLM's in_proj has a copy of the group for each."""
+def test_a_state_space_of_one_group_is_refused_on_several_ranks(
+    vllm: vllm_sources.Ranks,
+    triton: dict[str, str | None],  # noqa: ARG001
+) -> None:
+    """The in_proj, merged elsewhere, then has a copy of the group for each rank, which vLLM's loader would not fill."""
+    linear, config = linear_classes(), make_config(TableForm.SCALE)
+    args: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": config}
+    linear.ColumnParallelLinear(256, 1408, prefix="m.mixer.in_proj", **args)
     vllm.size = 2
-    weight = Weight(1280, 256, TableForm.SCALE, 1)
-    for vllm.rank in range(2):
-        layer = linear_classes().ColumnParallelLinear(
-            256,
-            1536,
-            bias=False,
-            params_dtype=torch.bfloat16,
-            quant_config=make_config(TableForm.SCALE),
-            prefix="m.mixer.in_proj",
-        )
-        for name, tensor in weight.tensors().items():
-            parameter = getattr(layer, name)
-            with pytest.raises(ValueError, match=r"in_proj: at .* 2, .* 1536 output channels, and the checkpoint 1280"):
-                parameter.weight_loader(parameter, tensor)
+    with pytest.raises(ValueError, match=r"m\.mixer\.in_proj: at tensor-parallel size 2, vLLM repeats .*\(--keep\)$"):
+        linear.ColumnParallelLinear(256, 1408, prefix="m.mixer.in_proj", **args)
+    linear.MergedColumnParallelLinear(256, [512, 512, 128, 128, 128], prefix="m.mixer.in_proj", **args)
+    linear.ColumnParallelLinear(256, 256, prefix="m.mixer.proj", **args)
 
 
 @ON_BOTH
@@ -618,12 +614,14 @@ def test_a_weight_of_another_dtype_never_reaches_the_op(
 
 @ON_BOTH
 def test_experts_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks) -> None:
-    """Multiples of 256 per rank, and the tensor-parallel sizes that give them."""
+    """Multiples of 128 per rank, and the tensor-parallel sizes that give them."""
     vllm.size = 4
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 3$"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 2, 3, 6$"
+    ):
         make_experts(make_config(TableForm.SCALE), make_moe_config(2, 256, 768, 4, 0), QWEN)
-    with pytest.raises(ValueError, match=r"hidden size of 384 is not a multiple of 256 .* no tensor-parallel size"):
-        make_experts(make_config(TableForm.SCALE), make_moe_config(2, 384, 1024, 4, 0), QWEN)
+    with pytest.raises(ValueError, match=r"hidden size of 320 is not a multiple of 128 .* no tensor-parallel size"):
+        make_experts(make_config(TableForm.SCALE), make_moe_config(2, 320, 1024, 4, 0), QWEN)
 
 
 @ON_BOTH

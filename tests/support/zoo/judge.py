@@ -16,7 +16,7 @@ from zoo.holdings import Weight, holdings
 from zoo.rows import FAILS, MODES, REFUSED, RIGHT, UNLOADABLE, WRONG, Row
 
 RANKS = (Rank(), Rank(2, 1))
-_SIZES = re.compile("multiples? of|divisible by|output channels")
+_SIZES = re.compile("multiples? of|divisible by|repeats output channels")
 """In the errors for a rank's part of a layer that the kernels cannot take."""
 _REMEDY = re.compile(r"pass --([a-z-]+) (dequantize|requantize)\b")
 _MIN_KEPT = 25.0, 18.0
