@@ -31,7 +31,7 @@ from convert_w4a8.targets import lut
 NAME = "toy-format"
 SCALES_AT_LOAD = False
 MODES = lut.MODES
-unsupported_size = lut.unsupported_size
+unsupported_size, unserved_width = lut.unsupported_size, lut.unserved_width
 find_problems = lut.find_problems
 _NAMES = {"weight_packed": "codes", "weight_scale": "scale", "weight_lut": "entries", "weight_chan_scale": "channel"}
 
