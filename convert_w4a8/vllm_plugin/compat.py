@@ -21,7 +21,7 @@ import torch
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import METHOD, refusal
-from convert_w4a8.vllm_plugin.partition import Partition
+from convert_w4a8.vllm_plugin.partition import ExpertPartition, Partition
 
 TESTED = ("0.25.1", "0.33.0")
 """The oldest and the newest vLLM that this plugin was checked with."""
@@ -70,7 +70,7 @@ def require_gpu() -> None:
         )
 
 
-def why_not_cutlass(part: Partition) -> str | None:
+def why_not_cutlass(part: Partition | ExpertPartition) -> str | None:
     """Return why vLLM's CUTLASS kernels cannot run a rank's part of a layer, so that ours must; None where they can.
 
     They exist for Hopper, and take fewer sizes. A process without a GPU counts as one with a Hopper GPU.
