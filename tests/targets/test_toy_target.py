@@ -30,6 +30,7 @@ from convert_w4a8.targets import lut
 
 NAME = "toy-format"
 SCALES_AT_LOAD = False
+EXPERT_MULTIPLE = 128
 MODES = lut.MODES
 unsupported_size, unserved_width = lut.unsupported_size, lut.unserved_width
 find_problems = lut.find_problems
