@@ -49,6 +49,7 @@ def decode_kernel(device: torch.device) -> bool:
     from convert_w4a8.kernels.gemm import gpu  # noqa: PLC0415 - Triton may be absent
 
     gpu.prepare(device)
+    _hopper(device)
     return True
 
 
@@ -73,12 +74,18 @@ def terms(device: torch.device) -> int:
 
 @cache
 def _hopper(device: torch.device) -> Any:
-    """Return the kernel for Hopper, or None where it cannot run: another GPU, a Triton without Gluon."""
-    try:
-        from convert_w4a8.kernels.gemm import hopper  # noqa: PLC0415
-    except ImportError:
+    """Return the kernel for Hopper, tried once; None on other GPUs, and with a warning where it cannot run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    return hopper if hopper.is_usable(device) else None
+    try:
+        from convert_w4a8.kernels.gemm import hopper  # noqa: PLC0415 - Gluon may be absent, or another one
+
+        hopper.probe(device)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other kernel can do the work
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("%s: the kernel for Hopper cannot be used (%s): a slower one is", METHOD, reason)
+        return None
+    return hopper
 
 
 def require_kernel(name: str, part: Partition) -> None:

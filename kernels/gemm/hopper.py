@@ -14,7 +14,6 @@ below the largest of its token (`kernels.activations`).
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -74,10 +73,15 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
 
 
-@cache
-def is_usable(device: torch.device) -> bool:
-    """Whether a device is one that these kernels are compiled for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+def probe(device: torch.device) -> None:
+    """Compile and run one small product; raises whatever goes wrong, ArithmeticError if it is that."""
+    ones = torch.ones(1, 128, device=device).to(torch.float8_e4m3fn)
+    packed = torch.full((4, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
+    tables = torch.ones(1, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(BLOCK_N, dtype=torch.float32, device=device)
+    product = gemm(ones, scale[:1, None], packed, tables, scale)
+    if not bool((product == 128).all()):
+        raise ArithmeticError("1 · 1, 128 times, is not 128")
 
 
 def suits(m: int, n: int, k: int) -> bool:

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     add_options(parser)
     args = parser.parse_args()
-    if not torch.cuda.is_available() or not hopper.is_usable(torch.device("cuda", 0)):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         parser.error("a Hopper GPU is needed")
     gpu.prepare(torch.device("cuda", 0))
     if args.warm is not None:

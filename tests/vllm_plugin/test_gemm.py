@@ -97,3 +97,21 @@ def test_torch_knows_the_result_without_running_it(kernels: list[str]) -> None:
     case = random_case(3)
     torch.library.opcheck(gemm.lut_gemm, tuple(case), test_utils="test_faketensor")
     assert kernels
+
+
+def test_a_kernel_that_fails_gives_way(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Another Gluon than the one it is written in: one warning, and the Triton kernel."""
+    hopper = pytest.importorskip("convert_w4a8.kernels.gemm.hopper", reason="Triton has no Gluon here")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+
+    def fail(_device: torch.device) -> None:
+        raise TypeError("warpgroup_mma() got an unexpected keyword\nmore")
+
+    monkeypatch.setattr(hopper, "probe", fail)
+    gemm._hopper.cache_clear()
+    assert [gemm._hopper(torch.device("cuda", 0)) for _ in range(2)] == [None, None]
+    gemm._hopper.cache_clear()
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "cannot be used (TypeError: warpgroup_mma() got an unexpected keyword): a slower one is"
+    )
