@@ -3,8 +3,9 @@
 Needs this checkout on PYTHONPATH, torch and Triton. Products of random activations with random codes (all 16) and
 tables of entries of either sign are held against float64 of the same numbers: an output may differ by its rounding to
 bfloat16, and by 2⁻¹⁰ of the sum of its terms' magnitudes, since Hopper's tensor core adds FP8 products in about 14
-bits, and for many tokens all of K there, as CUTLASS does. Every product is computed twice and must come out with the same bytes; so must 1,000 replays of a CUDA graph, one
-alone and two on two streams at once, each with its own layer.
+bits, and for many tokens all of K there, as CUTLASS does. Every product is computed several times and must come out
+with the same bytes; so must 1,000 replays of a CUDA graph, one alone and two on two streams at once, each with its own
+layer.
 
 --sanitizer is small enough for `compute-sanitizer --tool memcheck python scripts/gpu/check_gemm.py --sanitizer`.
 --kernel names another module with a function `gemm` of the same arguments; --terms 2 gives it the two FP8 terms of an
