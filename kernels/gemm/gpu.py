@@ -70,6 +70,7 @@ class Launch:
     """How one GEMM is cut: tokens of a block (a power of two from 16), parts of K, copies in flight, warps.
 
     splits: counts where one block takes all tokens; K is not split for several rows of blocks.
+    block_n: output channels of a block, 64 for every four warps.
     chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits on Hopper, instead of adding
         up groups of 128 in float32.
     """
@@ -79,6 +80,7 @@ class Launch:
     stages: int = 4
     warps: int = 4
     chain: bool = False
+    block_n: int = BLOCK_N
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, shared: int = HOPPER_SHARED) -> Launch:
@@ -131,12 +133,12 @@ def gemm_by(
     output = torch.empty(m, n, dtype=torch.bfloat16, device=tokens.device)
     if m == 0:
         return output
-    blocks, rows = triton.cdiv(n, BLOCK_N), triton.cdiv(m, launch.block_m)
+    blocks, rows = triton.cdiv(n, launch.block_n), triton.cdiv(m, launch.block_m)
     counters = _counters(tokens.device, blocks) if launch.splits > 1 and rows == 1 else None
     splits = launch.splits if counters is not None else 1
     sums = output  # not used without parts
     if splits > 1:
-        sums = torch.empty(splits, blocks, BLOCK_N * launch.block_m, dtype=torch.float32, device=tokens.device)
+        sums = torch.empty(splits, blocks, launch.block_n * launch.block_m, dtype=torch.float32, device=tokens.device)
     with torch.cuda.device_of(tokens):
         _gemm_kernel[(blocks * rows * splits,)](
             tokens,
@@ -152,12 +154,12 @@ def gemm_by(
             k,
             splits,
             BLOCK_M=launch.block_m,
-            BLOCK_N=BLOCK_N,
+            BLOCK_N=launch.block_n,
             STAGES=launch.stages,
             CHAIN=launch.chain,
             SPLIT=splits > 1,
             SIDE_BY_SIDE=SIDE_BY_SIDE if rows > 1 else 0,
-            WHOLE=n % BLOCK_N == 0,
+            WHOLE=n % launch.block_n == 0,
             INTERPRETED=_INTERPRETED,
             num_warps=launch.warps,
         )

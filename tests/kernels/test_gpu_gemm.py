@@ -90,12 +90,13 @@ def test_every_code_and_every_byte_of_a_table() -> None:
     k=st.integers(1, 9).map(lambda groups: 128 * groups),
     splits=st.integers(1, 5),
     chain=st.booleans(),
+    block_n=st.sampled_from([64, 128]),
 )
-def test_any_size_however_it_is_cut(m: int, n: int, k: int, splits: int, chain: bool) -> None:
+def test_any_size_however_it_is_cut(m: int, n: int, k: int, splits: int, chain: bool, block_n: int) -> None:
     """N of any number of tiles, K of any number of groups, more parts of K than groups."""
     case = random_case(m, n, k, seed=m + n + k)
     block_m = max(16, 1 << (m - 1).bit_length())
-    launch = KERNELS.Launch(block_m, min(splits, k // 128), chain=chain)
+    launch = KERNELS.Launch(block_m, min(splits, k // 128), chain=chain, block_n=block_n)
     assert_right(case, run(case, launch))
 
 
