@@ -28,14 +28,15 @@ ACTIVATIONS = "W4A8_LUT_ACTIVATIONS"
 _FEW_TOKENS = 64
 MORE_TOKENS = 128
 TWO_TERMS_TOKENS = 8
-_NARROW = 64 * 132
-"""Our kernel is the faster one up to `MORE_TOKENS` tokens where no multiprocessor has more than one of its blocks of
-64 channels; wider layers give CUTLASS enough to do (docs/benchmarks/serving.md)."""
+_MANY_TOKENS = 256
+_NARROW, _NARROWER = 64 * 132, 64 * 64
+"""Our kernel is the faster one up to `MORE_TOKENS` tokens where no multiprocessor has more than one of its blocks of 64
+channels, and up to `_MANY_TOKENS` where half of them have one; wider layers give CUTLASS enough to do."""
 
 
 def takes(m: int, n: int) -> bool:
-    """Whether our kernel is the faster one for [m, K] activations and N = n."""
-    return m <= _FEW_TOKENS or (m <= MORE_TOKENS and n <= _NARROW)
+    """Whether our kernel is the faster one for [m, K] activations and N = n (docs/benchmarks/serving.md)."""
+    return m <= _FEW_TOKENS or (m <= MORE_TOKENS and n <= _NARROW) or (m <= _MANY_TOKENS and n <= _NARROWER)
 
 
 @cache

@@ -91,7 +91,11 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, shared: int = HO
     small = shared < HOPPER_SHARED
     warps = 8 if small and m > _MANY_TOKENS else 4
     if m > _ONE_BLOCK:
-        return Launch(_ONE_BLOCK if small else _PREFILL_BLOCK, 1, stages=3, warps=warps, chain=True)
+        if small or m <= 2 * _ONE_BLOCK:
+            return Launch(_ONE_BLOCK, 1, stages=3 if small else 4, warps=warps, chain=True)
+        if triton.cdiv(m, _PREFILL_BLOCK) * triton.cdiv(n, 2 * BLOCK_N) >= multiprocessors - 4:
+            return Launch(_PREFILL_BLOCK, 1, stages=3, warps=8, chain=True, block_n=2 * BLOCK_N)
+        return Launch(_PREFILL_BLOCK, 1, stages=3, chain=True)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(_BLOCKS_PER_SM * multiprocessors // blocks, _SPLITS, k // GROUP)
     if m > _MANY_TOKENS:

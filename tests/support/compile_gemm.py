@@ -28,7 +28,7 @@ def compiled(capability: int, tokens: int) -> tuple[str, int]:
     launch = gpu.choose_launch(tokens, 4096, 14336, 132, SHARED[capability])
     constants = {
         "BLOCK_M": launch.block_m,
-        "BLOCK_N": gpu.BLOCK_N,
+        "BLOCK_N": launch.block_n,
         "STAGES": launch.stages,
         "CHAIN": launch.chain,
         "SPLIT": launch.splits > 1,

@@ -43,7 +43,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-@pytest.mark.parametrize(("m", "expected"), [(1, "decode"), (64, "decode"), (128, "decode"), (129, "cutlass")])
+@pytest.mark.parametrize(("m", "expected"), [(1, "decode"), (64, "decode"), (256, "decode"), (257, "cutlass")])
 def test_kernel_by_the_number_of_tokens(m: int, expected: str, kernels: list[str]) -> None:
     """Both are given the same layer in their own shapes, and give the same."""
     tokens, scale, packed, tables, channel = random_case(m)
@@ -66,9 +66,11 @@ def test_where_cutlass_cannot_go(
 
 
 def test_wide_layers_change_earlier() -> None:
-    """N = 28672: CUTLASS from 65 tokens on."""
+    """N = 28672: CUTLASS from 65 tokens on; N = 6144: from 129."""
     assert gemm.takes(64, 28672)
     assert not gemm.takes(65, 28672)
+    assert gemm.takes(128, 6144)
+    assert not gemm.takes(129, 6144)
 
 
 def test_without_triton_cutlass_runs_and_is_said_to(
