@@ -8,12 +8,13 @@ import torch
 
 from convert_w4a8.linear import GROUP_SIZE
 
-_FEW_TOKENS = 64
+_FEW_PAIRS = 32
+"""Our kernels are the faster ones up to so many tokens for each expert, on average."""
 
 
-def takes(m: int) -> bool:
-    """Whether our kernels are the faster ones for m tokens (docs/benchmarks/serving.md)."""
-    return m <= _FEW_TOKENS
+def takes(pairs: int, experts: int) -> bool:
+    """Whether our kernels are the faster ones for so many pairs of a token and one of its experts."""
+    return pairs <= _FEW_PAIRS * experts
 
 
 def experts(

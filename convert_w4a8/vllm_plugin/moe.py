@@ -157,7 +157,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if layer.apply_router_weight_on_input:
             # Here, since vLLM's W4A8 experts multiply by the weights again when they add up an expert's results.
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        if not self.cutlass or (self.ours and takes(len(x))):
+        if not self.cutlass or (self.ours and takes(topk_ids.numel(), layer.global_num_experts)):
             weights = (
                 getattr(layer, f"{w}_{name}")
                 for w in _PROJECTIONS

@@ -414,8 +414,10 @@ def _grouped_kernel(
         tables_at += column * BLOCK_N + half // 8 * 16 + half % 8
         tokens_at = tokens + (row // SHARE).to(tl.int64) * K + begin * 128 + tl.arange(0, 128)[:, None]
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        scale = tl.load(channel_scale + expert.to(tl.int64) * N + n)  # here, not to wait for them at the end
-        scale_of_row = tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
+        scale_at = channel_scale + expert.to(tl.int64) * N + n
+        if not SPLIT:  # here, not to wait for them at the end
+            scale = tl.load(scale_at)
+            scale_of_row = tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in tl.range(begin, end, num_stages=STAGES):
             weights = _look_up(tl.load(words_at), tl.load(tables_at), tl.load(tables_at + 8), BLOCK_N, INTERPRETED)
@@ -445,6 +447,9 @@ def _grouped_kernel(
                         mask = (row < ROWS) & (other + next_ < SPLITS)
                         total += tl.load(sums_at + (other + next_) * stride, mask=mask, other=0.0, cache_modifier=".cg")
         if last:
+            if SPLIT:
+                scale = tl.load(scale_at)
+                scale_of_row = tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
             scaled = _to_bf16(total * scale * scale_of_row, INTERPRETED)
             tl.store(output + row.to(tl.int64) * N + n, scaled, mask=row < ROWS)
 

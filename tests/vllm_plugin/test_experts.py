@@ -196,6 +196,15 @@ def test_what_cutlass_cannot_run_is_refused_where_ours_cannot_either(
         make_layer(monkeypatch, has_kernels=False)
 
 
+def test_few_tokens_are_few_for_each_expert() -> None:
+    """Qwen3-30B-A3B's 128 experts, 8 a token, and Mixtral's 8, 2 a token."""
+    takes = importlib.import_module("convert_w4a8.vllm_plugin.experts").takes
+    assert takes(8 * 512, 128)
+    assert not takes(8 * 513, 128)
+    assert takes(2 * 128, 8)
+    assert not takes(2 * 129, 8)
+
+
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "all to all": ({"use_all2all_kernels": True}, "tokens are sent to other ranks"),
     "data parallel": ({"dp_size": 2}, "tokens are sent to other ranks"),

@@ -616,9 +616,7 @@ def test_a_weight_of_another_dtype_never_reaches_the_op(
 def test_experts_that_the_kernel_cannot_take_are_refused(vllm: vllm_sources.Ranks) -> None:
     """Multiples of 128 per rank, and the tensor-parallel sizes that give them."""
     vllm.size = 4
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 2, 3, 6$"
-    ):
+    with pytest.raises(ValueError, match=r"mlp\.experts: at .* 4, .* intermediate size of 192 .*: 1, 2, 3, 6$"):
         make_experts(make_config(TableForm.SCALE), make_moe_config(2, 256, 768, 4, 0), QWEN)
     with pytest.raises(ValueError, match=r"hidden size of 320 is not a multiple of 128 .* no tensor-parallel size"):
         make_experts(make_config(TableForm.SCALE), make_moe_config(2, 320, 1024, 4, 0), QWEN)
