@@ -135,54 +135,67 @@ def _sort(keys, order, spare):
 
 
 @njit(cache=True, error_model="numpy")
-def _cut(sums, costs, new, back):
-    """Cut sorted magnitudes into zeros and seven clusters with the least error: see `reference._cut`."""
-    n = costs.shape[0] - 1
-    p0, p1, p2 = sums[0], sums[1], sums[2]
-    total = np.empty(n + 1)
-    total[:] = p2
+def _cut(sums, costs, totals):
+    """Put into totals[c, i] the least error of the i smallest magnitudes as zeros and c clusters."""
+    n = costs.shape[1] - 1
     for j in range(n):
-        row, b0, b1, b2 = costs[j], p0[j], p1[j], p2[j]
-        for i in range(j + 1, n + 1):
+        row, b0, b1, b2 = costs[j, j + 1 :], sums[0, j], sums[1, j], sums[2, j]
+        p0, p1, p2 = sums[0, j + 1 :], sums[1, j + 1 :], sums[2, j + 1 :]
+        for i in range(len(row)):
             d0, d1 = p0[i] - b0, p1[i] - b1
-            row[i] = (p2[i] - b2) - (d1 * d1) / d0 if d0 > 0.0 else 0.0
+            row[i] = (p2[i] - b2) - (d1 * d1) / (d0 if d0 > 0.0 else 1.0)
+    totals[0, : n + 1] = sums[2]
     for c in range(7):
-        arg = back[c]
-        for i in range(n + 1):
-            new[i] = total[i]
-            arg[i] = i
-        for j in range(n):
-            row, base = costs[j], total[j]
-            for i in range(j + 1, n + 1):
-                t = base + row[i]
-                better = t < new[i]
-                new[i] = t if better else new[i]
-                arg[i] = j if better else arg[i]
-        total[:] = new
+        old, new = totals[c], totals[c + 1]
+        new[:] = old
+        for j in range(0, n, 4):  # four at a time: what is read and written once does for all
+            t0, t1, t2, t3 = old[j], old[j + 1], old[j + 2], old[j + 3]
+            r0, r1, r2, r3 = costs[j, j:], costs[j + 1, j:], costs[j + 2, j:], costs[j + 3, j:]
+            part = new[j : n + 1]
+            for i in range(len(part)):
+                x0, x1, x2, x3 = t0 + r0[i], t1 + r1[i], t2 + r2[i], t3 + r3[i]
+                x0 = x0 if x0 < x1 else x1
+                x2 = x2 if x2 < x3 else x3
+                x0 = x0 if x0 < x2 else x2
+                part[i] = x0 if x0 < part[i] else part[i]
 
 
 @njit(cache=True, error_model="numpy")
-def _lone(sums, errors, count, gains, firsts):
+def _first(costs, totals, c, stop):
+    """Return where the last of c clusters begins that end before `stop`: the first place with the least error."""
+    least, old = totals[c, stop], totals[c - 1]
+    if old[stop] == least:
+        return stop
+    j = 0
+    while old[j] + costs[j, stop] != least:
+        j += 1
+    return j
+
+
+@njit(cache=True, error_model="numpy")
+def _lone(sums, errors, count, gains):
     """Find the cluster of sorted magnitudes of one sign that gains most: its gain and mean."""
-    p0, p1, p2 = sums[0], sums[1], sums[2]
-    for i in range(count + 1):
-        gains[i] = 0.0
-        firsts[i] = 0
+    gains[: count + 1] = 0.0
     for j in range(count):
-        b0, b1, b2, be = p0[j], p1[j], p2[j], errors[j]
-        for i in range(j + 1, count + 1):
+        b0, b1, b2, be = sums[0, j], sums[1, j], sums[2, j], errors[j]
+        p0, p1, p2 = sums[0, j + 1 : count + 1], sums[1, j + 1 : count + 1], sums[2, j + 1 : count + 1]
+        error, best = errors[j + 1 : count + 1], gains[j + 1 : count + 1]
+        for i in range(len(best)):
             d0, d1 = p0[i] - b0, p1[i] - b1
-            gain = (errors[i] - be) - ((p2[i] - b2) - (d1 * d1) / d0) if d0 > 0.0 else 0.0
-            better = gain > gains[i]
-            gains[i] = gain if better else gains[i]
-            firsts[i] = j if better else firsts[i]
-    best, mean = 0.0, 0.0
+            gain = (error[i] - be) - ((p2[i] - b2) - (d1 * d1) / (d0 if d0 > 0.0 else 1.0))
+            best[i] = gain if gain > best[i] else best[i]
+    stop = 0
     for i in range(1, count + 1):
-        if gains[i] > best:
-            best = gains[i]
-            j = firsts[i]
-            mean = (p1[i] - p1[j]) / (p0[i] - p0[j])
-    return best, mean
+        if gains[i] > gains[stop]:
+            stop = i
+    if gains[stop] == 0.0:
+        return 0.0, 0.0
+    for j in range(stop):
+        d0, d1 = sums[0, stop] - sums[0, j], sums[1, stop] - sums[1, j]
+        d2 = sums[2, stop] - sums[2, j]
+        if (errors[stop] - errors[j]) - (d2 - (d1 * d1) / (d0 if d0 > 0.0 else 1.0)) == gains[stop]:
+            return gains[stop], d1 / (d0 if d0 > 0.0 else 1.0)
+    return 0.0, 0.0
 
 
 @njit(cache=True, inline="always")
@@ -198,9 +211,10 @@ def _fit(values, importance, entries, rounds):
     n = values.shape[1]
     value, weight, magnitude = np.empty(n), np.empty(n), np.empty(n)
     order, spare = np.empty(n, np.int64), np.empty(n, np.int64)
-    sums, costs, new, back = np.empty((3, n + 1)), np.empty((n + 1, n + 1)), np.empty(n + 1), np.empty((7, n + 1), np.int64)
+    sums, totals = np.empty((3, n + 1)), np.zeros((8, n + 4))
+    costs = np.full((n + 3, n + 1), np.inf)
     cluster, means, errors = np.empty(n, np.int64), np.empty(8), np.empty(n + 1)
-    gains, firsts = np.empty(n + 1), np.empty(n + 1, np.int64)
+    gains = np.empty(n + 1)
     ordered, letters, places, code = np.empty(16), np.empty(16, np.uint8), np.empty(n, np.int64), np.empty(n, np.uint8)
     up, down = np.empty(8), np.empty(8)
     for r in range(len(values)):
@@ -213,12 +227,12 @@ def _fit(values, importance, entries, rounds):
         sums[:, 0] = 0.0
         for i in range(n):
             _extend(sums, i, weight[order[i]], magnitude[order[i]])
-        _cut(sums, costs, new, back)
+        _cut(sums, costs, totals)
         means[:] = 0.0
         cluster[:] = 0
         stop = n
         for c in range(7, 0, -1):
-            start = back[c - 1, stop]
+            start = _first(costs, totals, c, stop)
             d0 = sums[0, stop] - sums[0, start]
             means[c] = (sums[1, stop] - sums[1, start]) / d0 if d0 > 0.0 else 0.0
             for i in range(start, stop):
@@ -235,7 +249,7 @@ def _fit(values, importance, entries, rounds):
                     d = magnitude[k] - means[cluster[i]]
                     errors[count + 1] = errors[count] + weight[k] * d * d
                     count += 1
-            gain, mean = _lone(sums, errors, count, gains, firsts)
+            gain, mean = _lone(sums, errors, count, gains)
             if gain > best:
                 best, table[0] = gain, -mean if negative else mean
         for c in range(1, 8):
