@@ -11,14 +11,10 @@ import numpy as np
 import torch
 from numba import njit
 
+from convert_w4a8.kernels.codebooks.reference import GAIN, LARGEST, ROUNDS, STEPS
 from convert_w4a8.kernels.fp8_cpu import E4M3_VALUES, nearest, to_e4m3
 
-_LARGEST = 126
-"""The byte of 448."""
-_GAIN = 1e-3
-"""A step of the descent must gain at least this part of its own square: less may be rounding."""
-_STEPS = (-4, 5)
-"""Which neighbours of the nearest FP8 scale are tried: from the first, up to before the last."""
+_FIRST_STEP, _LAST_STEP = STEPS[0], STEPS[-1]
 
 
 def fit(values: torch.Tensor, importance: torch.Tensor, rounds: int) -> torch.Tensor:
@@ -327,7 +323,7 @@ def _refine(values, importance, entries, codes, passes, e4m3):
                     scratch[0] = old
                     place = np.int64(to_e4m3(np.float32(abs(old)), scratch, bits))
                     place = (-place if old < 0.0 else place) + direction
-                    step = np.float64(e4m3[min(abs(place), _LARGEST)])
+                    step = np.float64(e4m3[min(abs(place), LARGEST)])
                     table[j] = -step if place < 0 else step
                     error = _error(value, weight, table, ordered, letters, places, code)
                     if error < best:
@@ -354,7 +350,7 @@ def _fit_scale(values, importance, scales, limits, entries, codes, e4m3):
         sign = -1.0 if scales[r] < 0.0 else 1.0
         middle = np.int64(to_e4m3(np.float32(abs(scales[r])), scratch, bits))
         best = np.inf
-        for step in range(_STEPS[0], _STEPS[1]):
+        for step in range(_FIRST_STEP, _LAST_STEP + 1):
             place = min(max(middle + step, np.int64(limits[r, 0])), np.int64(limits[r, 1]))
             for j in range(8):
                 table[j] = _rounded(sign * e4m3[place] * (j - 8), scratch, bits, e4m3)
@@ -409,7 +405,7 @@ def _descend(goal, gradient, moment, entries, codes, errors, rounds, free, e4m3)
                     continue
                 place = _place(x[k] - y[k] / h, middles)
                 d = ordered[place] - x[k]
-                if d * (2.0 * y[k] + d * h) < -_GAIN * (d * d * h):
+                if d * (2.0 * y[k] + d * h) < -GAIN * (d * d * h):
                     code[k] = letters[place]
                     x[k] = ordered[place]
                     row = moment[k]
@@ -444,7 +440,7 @@ def _move_entries(x, y, moment, table, code, entry, sign, products, a, b, change
         for k in range(n):
             a[j, entry[k]] += sign[k] * products[j, k]
         change[j] = table[j]
-    for _ in range(12):
+    for _ in range(ROUNDS):
         moved = False
         for j in range(8):
             h = a[j, j]
@@ -452,7 +448,7 @@ def _move_entries(x, y, moment, table, code, entry, sign, products, a, b, change
                 continue
             aim = _rounded(table[j] - b[j] / h, scratch, bits, e4m3)
             d = aim - table[j]
-            if d * (2.0 * b[j] + d * h) < -_GAIN * (d * d * h):
+            if d * (2.0 * b[j] + d * h) < -GAIN * (d * d * h):
                 table[j] = aim
                 for i in range(8):
                     b[i] += d * a[i, j]
