@@ -5,14 +5,14 @@ from import_graph import circles, import_graph, reachable, rooms
 from paths import ROOT
 
 ORDER = (
-    ("fp8", "linear", "options", "text", "version"),
+    ("fp8", "linear", "options", "text", "threads", "version"),
     ("errors",),
     ("lut_format",),
     ("kernels",),
     ("devices",),
     ("encoding",),
     ("checkpoint", "quantization"),
-    ("sources", "targets"),
+    ("codebooks", "sources", "targets"),
     ("conversion", "verification", "hub", "vllm_plugin"),
     ("regression", "report"),
     ("api",),
