@@ -30,7 +30,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "codes": {"cuda": "gpu", "cpu": "cpu"},
     "tables": {"cuda": "gpu"},
     "gemm": {"cuda": "gpu"},
-    "codebooks": {"cpu": "cpu"},
+    "codebooks": {"cuda": "gpu", "cpu": "cpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
 _COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}

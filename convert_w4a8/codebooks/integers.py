@@ -8,12 +8,11 @@ from convert_w4a8.codebooks.curvature import Moment, ready
 from convert_w4a8.codebooks.matrix import check_weights
 from convert_w4a8.codebooks.method import Method
 from convert_w4a8.codebooks.rows import Rows
-from convert_w4a8.codebooks.start import ROWS
+from convert_w4a8.codebooks.start import by_rows
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.fp8 import CODE_MAX
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4Linear
 from convert_w4a8.quantization.codes import SCALE_CANDIDATES
-from convert_w4a8.threads import side_by_side
 
 
 def w4a16(weight: torch.Tensor, moment: Moment, method: Method, target: torch.Tensor | None = None) -> W4Linear:
@@ -33,8 +32,7 @@ def w4a16(weight: torch.Tensor, moment: Moment, method: Method, target: torch.Te
         packed[part] = pack_codes(rows.codes)
         scales[:, part] = rows.entries[..., 0] / -CODE_MAX
 
-    step = ROWS if goal.device.type == "cpu" else n
-    side_by_side(do, [slice(row, min(n, row + step)) for row in range(0, n, step)])
+    by_rows(do, goal)
     return W4Linear(packed, Packing.PACK_QUANTIZED, scales, None, None, GROUP_SIZE)
 
 

@@ -7,12 +7,14 @@ import torch
 from convert_w4a8.codebooks.curvature import Curvature, Moment, ready
 from convert_w4a8.codebooks.method import Method, Tables
 from convert_w4a8.codebooks.rows import Rows
-from convert_w4a8.codebooks.start import ROWS, UniformStart, uniform_start
+from convert_w4a8.codebooks.start import UniformStart, by_rows, uniform_start
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.fp8 import CODE_MAX, E4M3
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.quantization.error import sqnr_db
-from convert_w4a8.threads import side_by_side
+
+_CHECKED = 1 << 10
+"""Output channels that are looked at at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def check_weights(weight: torch.Tensor) -> None:
     n, k = weight.shape
     if k % GROUP_SIZE:
         raise ValueError(f"K = {k} is not a multiple of {GROUP_SIZE}")
-    if not all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in torch.split(weight, ROWS)):
+    if not all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in torch.split(weight, _CHECKED)):
         bad = n * k - int(torch.isfinite(weight).sum())
         raise ValueError(f"{bad} of {n * k} weights are not finite")
 
@@ -94,8 +96,7 @@ class _Matrix:
         self._entries = torch.empty(k // GROUP_SIZE, n, CODE_MAX, dtype=E4M3, device=goal.device)
         self._channel = torch.empty(n, device=goal.device)
         self._sums = torch.empty(4, n, dtype=torch.float64, device=goal.device)
-        step = ROWS if goal.device.type == "cpu" else n
-        side_by_side(self._do, [slice(row, min(n, row + step)) for row in range(0, n, step)])
+        by_rows(self._do, goal)
 
     def _do(self, part: slice) -> None:
         uniform = None if self._uniform is None else self._uniform.rows(part)

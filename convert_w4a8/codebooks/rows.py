@@ -128,7 +128,7 @@ class Rows:
                 product = torch.empty_like(part)
                 for s in self._groups():
                     product[:, s] = part[:, : s.stop] @ self._known.factor[: s.stop, s]
-            parts.append(product * root)
+            parts.append(product * root.float())
         return parts[0], parts[1]
 
     def _in_units(self, parts: tuple[torch.Tensor, torch.Tensor]) -> Energies:
@@ -136,6 +136,6 @@ class Rows:
         unit = self.channel.double().square()
 
         def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return (a.double() * b.double()).sum(1) * unit
+            return (a * b).sum(1, dtype=torch.float64) * unit
 
         return Energies(dot(target, target), dot(target, error), dot(error, error))

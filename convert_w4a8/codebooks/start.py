@@ -1,5 +1,6 @@
 """Channel scales, chosen before anything else: what the tables of all groups of an output channel share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +15,8 @@ from convert_w4a8.quantization.envelope import error_table, magnitude_frequencie
 from convert_w4a8.quantization.scale_search import quantize_search, quantize_stock
 from convert_w4a8.threads import one_thread_each, side_by_side
 
-ROWS = 128
-"""Output channels that are worked at a time on a CPU: what they give does not depend on the number of threads."""
+_ROWS = {"cpu": 128, "cuda": 1 << 14}
+"""Output channels that are worked at a time."""
 _POSITIONS = 16
 """Positions of the channel scale in an octave, where tables are free."""
 _HEADROOM = 1.25
@@ -23,6 +24,20 @@ _HEADROOM = 1.25
 _LEAST = 2.0**-100
 """The least channel scale: dividing by it overflows for no weight that is not much larger."""
 _TOP = int(torch.tensor(SCALE_MAX).to(E4M3).view(torch.uint8))
+
+
+def by_rows(work: Callable[[slice], None], weight: torch.Tensor) -> None:
+    """Work on the output channels of a matrix [N, K], some at a time: on a CPU side by side, on a GPU in turns.
+
+    What they give does not depend on the number of threads: how many are taken together does not.
+    """
+    n, step = len(weight), _ROWS[weight.device.type]
+    parts = [slice(row, min(n, row + step)) for row in range(0, n, step)]
+    if weight.device.type == "cpu":
+        side_by_side(work, parts)
+        return
+    for part in parts:
+        work(part)
 
 
 def free_channel_scale(entries: torch.Tensor, *, headroom: bool) -> torch.Tensor:
@@ -105,7 +120,7 @@ def uniform_start(goal: torch.Tensor, importance: torch.Tensor, *, headroom: boo
 
     headroom: for group scales up to twice as large as those of the weights as they are.
     """
-    scales, counts = _group_scales(goal, importance.float())
+    scales, counts = _group_scales(goal, (importance / importance.mean()).float())
     table = error_table(magnitude_frequencies(counts / counts.sum()))
     with one_thread_each():
         if stock:
@@ -122,19 +137,19 @@ def _group_scales(goal: torch.Tensor, importance: torch.Tensor) -> tuple[torch.T
     """Return the scales of uniform tables, not rounded, float32 [G, N], and the counts of the codes, float64 [16]."""
     n, k = goal.shape
     scales = torch.empty(n, k // GROUP_SIZE, device=goal.device)
-    starts = range(0, n, ROWS)
-    counts = torch.zeros(len(starts), 16, dtype=torch.float64, device=goal.device)
+    counts = torch.zeros(n, 16, dtype=torch.int32, device=goal.device)
     kernels = devices.codes(goal.device)
 
-    def choose(row: int) -> None:
-        values = goal[row : row + ROWS].float().reshape(-1, GROUP_SIZE)
+    def choose(part: slice) -> None:
+        values = goal[part].float().reshape(-1, GROUP_SIZE)
         shares = importance.repeat(len(values) // len(importance), 1)
         kept = torch.zeros(len(values), dtype=torch.bool, device=goal.device)
         codes = torch.empty_like(values, dtype=torch.uint8)
         found = torch.empty(len(values), device=goal.device)
         kernels.fit_symmetric(values, shares, kept, SCALE_CANDIDATES, codes, found)
-        scales[row : row + ROWS] = found.view(-1, k // GROUP_SIZE)
-        counts[row // ROWS] = torch.bincount(codes.flatten(), minlength=16)
+        scales[part] = found.view(-1, k // GROUP_SIZE)
+        for u in range(16):
+            counts[part, u] = (codes.view(-1, k) == u).sum(1)
 
-    side_by_side(choose, starts)
-    return scales.t().contiguous(), counts.sum(0).cpu()
+    by_rows(choose, goal)
+    return scales.t().contiguous(), counts.sum(0).double().cpu()
