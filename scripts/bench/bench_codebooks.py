@@ -55,20 +55,20 @@ def inputs(k: int, device: torch.device) -> torch.Tensor:
     return tokens.t() @ tokens / len(tokens)
 
 
-def timed(call: Callable[[], _T], device: torch.device) -> tuple[_T, float]:
-    """Return what a call returns, and how long it takes."""
-    started = time.perf_counter()
+def timed(call: Callable[[], _T], device: torch.device) -> tuple[_T, float, float]:
+    """Return what a call returns, how long it takes, and how much of the processors' time."""
+    started, cpu = time.perf_counter(), time.process_time()
     result = call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - started
+    return result, time.perf_counter() - started, time.process_time() - cpu
 
 
 def measure(name: str, kind: str, device: torch.device) -> Iterator[dict[str, object]]:
     """Yield a row for each shape of a block, and one for the block."""
     layers, shapes = MODELS[name]
     method = KINDS[kind]
-    weights = total = total_moment = 0.0
+    weights = total = total_moment = total_cpu = 0.0
     for what, (n, k, _) in shapes.items():
         generator = torch.Generator(device).manual_seed(1)
         weight = torch.randn(n, k, generator=generator, device=device)
@@ -78,19 +78,20 @@ def measure(name: str, kind: str, device: torch.device) -> Iterator[dict[str, ob
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         known: Curvature | torch.Tensor | None = None if moment is None else moment.diagonal()
-        moment_s = 0.0
+        moment_s = moment_cpu = 0.0
         if method.feedback and moment is not None:
-            known, moment_s = timed(partial(curvature, moment, method.damping), device)
-        (_, stats), matrix_s = timed(partial(quantize_matrix, weight, known, method), device)
+            known, moment_s, moment_cpu = timed(partial(curvature, moment, method.damping), device)
+        (_, stats), matrix_s, matrix_cpu = timed(partial(quantize_matrix, weight, known, method), device)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         millions = n * k / 1e6
         weights, total, total_moment = weights + millions, total + matrix_s, total_moment + moment_s
-        yield row(name, kind, what, device, f"{n} × {k}", millions, moment_s, matrix_s) | {
+        total_cpu += moment_cpu + matrix_cpu
+        yield row(name, kind, what, device, f"{n} × {k}", millions, moment_s, matrix_s, moment_cpu + matrix_cpu) | {
             "sqnr_db": stats.sqnr_db,
             "gpu_gib": peak,
         }
         del weight, moment, known
-    yield row(name, kind, "block", device, "", weights, total_moment, total) | {
+    yield row(name, kind, "block", device, "", weights, total_moment, total, total_cpu) | {
         "blocks": layers,
         "model_minutes": layers * (total + total_moment) / 60,
     }
@@ -105,6 +106,7 @@ def row(
     millions: float,
     moment_s: float,
     matrix_s: float,
+    cpu_s: float,
 ) -> dict[str, object]:
     """Return what every row has."""
     return {
@@ -116,6 +118,7 @@ def row(
         "million_weights": millions,
         "moment_s": moment_s,
         "matrix_s": matrix_s,
+        "cpu_s": cpu_s,
         "seconds_per_million": (moment_s + matrix_s) / millions,
     }
 
@@ -145,7 +148,7 @@ def main() -> None:
             for found in measure(name, kind, device):
                 rows.append(found)
                 print(found, flush=True)
-            save(args, question, rows)
+                save(args, question, rows)  # as they come
     print(line(save(args, question, rows)))
     print(*table(COLUMNS["codebooks"], rows), sep="\n")
 

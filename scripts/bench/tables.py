@@ -58,6 +58,7 @@ CODEBOOKS: Columns = (
     ("million weights", "{million_weights:.1f}"),
     ("factoring s", "{moment_s:.2f}"),
     ("codebooks s", "{matrix_s:.2f}"),
+    ("CPU s of both", "{cpu_s:.2f}"),
     ("s a million weights", "{seconds_per_million:.4f}"),
     ("all blocks, minutes", "{model_minutes:.1f}"),
 )
