@@ -1,12 +1,13 @@
 """A weight matrix as plain W4A16: symmetric INT4 codes and BF16 scales, by the same feedback and descent."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from convert_w4a8.codebooks.curvature import Moment, ready
 from convert_w4a8.codebooks.matrix import check_weights
 from convert_w4a8.codebooks.method import Method
+from convert_w4a8.codebooks.moments import Moment, ready
 from convert_w4a8.codebooks.rows import Rows
 from convert_w4a8.codebooks.start import by_rows
 from convert_w4a8.encoding.packing import pack_codes
@@ -41,6 +42,7 @@ class _Integers:
     """Tables s·v of positive BF16 scales s; there are no channel scales, they are 1."""
 
     channel_scale: torch.Tensor
+    is_fixed: ClassVar[bool] = True
 
     def tables(
         self,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from convert_w4a8.codebooks.curvature import Curvature, Moment, ready
 from convert_w4a8.codebooks.method import Method, Tables
+from convert_w4a8.codebooks.moments import Curvature, Moment, ready
 from convert_w4a8.codebooks.rows import Rows
 from convert_w4a8.codebooks.start import UniformStart, by_rows, uniform_start
 from convert_w4a8.encoding.packing import pack_codes
@@ -101,19 +101,10 @@ class _Matrix:
     def _do(self, part: slice) -> None:
         uniform = None if self._uniform is None else self._uniform.rows(part)
         rows = Rows(self._goal[part], self._known, self._method, uniform)
-        objective, plain = rows.energies()
-        channel = rows.channel
-        if uniform is None or uniform.pinned is None:
-            # The best channel scale for what was chosen: a parabola.
-            chosen = objective.error + 2 * objective.cross + objective.target
-            ratio = -(objective.error + objective.cross) / torch.where(chosen > 0, chosen, 1.0)
-            channel = (rows.channel * (1 + ratio)).float()
-            objective, plain = objective.scaled(ratio), plain.scaled(ratio)
         self._packed[part] = pack_codes(rows.codes)
         self._entries.view(torch.uint8)[:, part] = rows.entries.to(E4M3).view(torch.uint8)
-        self._channel[part] = channel
-        found = (objective.target, objective.error, plain.target, plain.error)
-        self._sums[:, part] = torch.stack(found)
+        self._channel[part] = rows.channel
+        self._sums[:, part] = rows.sums
 
     def layer(self) -> W4A8Linear:
         """Return the layer."""

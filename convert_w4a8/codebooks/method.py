@@ -25,7 +25,7 @@ class Method:
 
     tables: Tables = Tables.FREE
     feedback: bool = True
-    sweeps: int = 2
+    sweeps: int = 3
     damping: float = 0.05
     passes: int = 1
 

@@ -1,12 +1,10 @@
 """Some output channels of a matrix: tables, codes and channel scales, by feedback and descent."""
 
-from dataclasses import dataclass
-
 import torch
 
 from convert_w4a8 import devices
-from convert_w4a8.codebooks.curvature import Curvature
 from convert_w4a8.codebooks.method import Method
+from convert_w4a8.codebooks.moments import Curvature
 from convert_w4a8.codebooks.start import Uniform, free_channel_scale
 from convert_w4a8.fp8 import CODE_MAX
 from convert_w4a8.linear import GROUP_SIZE
@@ -17,28 +15,11 @@ _LLOYD = 8
 """The most rounds of Lloyd's algorithm before entries are rounded."""
 
 
-@dataclass(frozen=True)
-class Energies:
-    """Sums over the columns of n output channels, float64 [n]: of the target g, of the error e, and of their product.
-
-    The error is what was chosen less the target.
-    """
-
-    target: torch.Tensor
-    cross: torch.Tensor
-    error: torch.Tensor
-
-    def scaled(self, ratio: torch.Tensor) -> "Energies":
-        """Return what they become if what was chosen is multiplied by 1 + ratio."""
-        chosen = self.error + 2 * self.cross + self.target
-        error = self.error + 2 * ratio * (self.error + self.cross) + ratio.square() * chosen
-        return Energies(self.target, self.cross + ratio * (self.cross + self.target), error)
-
-
 class Rows:
     """Output channels [n, K] on their way; what is chosen is in `codes`, `entries`, `channel`.
 
     codes: uint8 [n, K]. entries: E4M3 numbers in float32 [G, n, 8]. channel: channel scales, float32 [n].
+    sums: of the squares of target and error under the objective, and of their own, float64 [4, n].
     """
 
     def __init__(self, weight: torch.Tensor, known: Curvature, method: Method, uniform: Uniform | None) -> None:
@@ -61,8 +42,16 @@ class Rows:
             self._feed_back()
         else:
             self._choose_nearest(None if uniform is not None else fitted.view(-1, CODE_MAX))
+        # The target times R, H = R·Rᵀ, in units of the channel scales: half the work of products with H.
+        self._target_product = self._times_root(self._goal)
+        if method.sweeps:
+            self._rescale()
         for _ in range(method.sweeps):
             self._descend()
+        error_product = self._rescale()
+        pairs = (self._target_product, error_product, self._goal, self._errors)
+        squares = [(part * part).sum(1, dtype=torch.float64) for part in pairs]
+        self.sums = torch.stack(squares) * self.channel.double().square()
 
     def _tables(
         self, values: torch.Tensor, groups: slice, entries: torch.Tensor | None, codes: torch.Tensor
@@ -114,28 +103,32 @@ class Rows:
     def _keep(self, g: int, s: slice, entries: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:
         self.entries[g], self.codes[:, s], self._errors[:, s] = entries, codes, errors
 
-    def energies(self) -> tuple[Energies, Energies]:
-        """Return energies under the objective, and of the weights themselves."""
-        return self._in_units(self._objective()), self._in_units((self._goal, self._errors))
+    def _times_root(self, part: torch.Tensor) -> torch.Tensor:
+        """Return rows [n, K] times R, whose square is their energy under the objective."""
+        product = part
+        if self._known.factor is not None:
+            product = torch.empty_like(part)
+            for s in self._groups():
+                product[:, s] = part[:, : s.stop] @ self._known.factor[: s.stop, s]
+        return product * self._known.importance.sqrt().float()
 
-    def _objective(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return target and errors times R, H = R·Rᵀ: half the work of products with H."""
-        root = self._known.importance.sqrt()
-        parts = []
-        for part in (self._goal, self._errors):
-            product = part
-            if self._known.factor is not None:
-                product = torch.empty_like(part)
-                for s in self._groups():
-                    product[:, s] = part[:, : s.stop] @ self._known.factor[: s.stop, s]
-            parts.append(product * root.float())
-        return parts[0], parts[1]
+    def _rescale(self) -> torch.Tensor:
+        """Change the channel scales to the best for what was chosen, unless they are fixed. Returns the errors times R.
 
-    def _in_units(self, parts: tuple[torch.Tensor, torch.Tensor]) -> Energies:
-        target, error = parts
-        unit = self.channel.double().square()
-
-        def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return (a * b).sum(1, dtype=torch.float64) * unit
-
-        return Energies(dot(target, target), dot(target, error), dot(error, error))
+        The objective is a parabola in a channel's scale.
+        """
+        error, target = self._times_root(self._errors), self._target_product
+        if self._uniform is not None and self._uniform.is_fixed:
+            return error
+        chosen = error + target
+        down = (chosen * chosen).sum(1, dtype=torch.float64)
+        up = (chosen * target).sum(1, dtype=torch.float64)
+        channel = (self.channel * torch.where(down > 0, up / torch.where(down > 0, down, 1.0), 1.0)).float()
+        usable = torch.isfinite(channel) & (channel > 0)
+        change = 1 - torch.where(usable, self.channel / channel, 1.0)[:, None]
+        self.channel = torch.where(usable, channel, self.channel)
+        self._errors += self._goal * change
+        error += target * change
+        self._goal -= self._goal * change
+        target -= target * change
+        return error

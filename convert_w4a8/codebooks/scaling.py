@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from convert_w4a8.codebooks.curvature import diagonal
 from convert_w4a8.codebooks.matrix import quantize_matrix
 from convert_w4a8.codebooks.method import Method
+from convert_w4a8.codebooks.moments import diagonal
 from convert_w4a8.encoding.tables import decode
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)

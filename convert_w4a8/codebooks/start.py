@@ -64,6 +64,10 @@ class Uniform(Protocol):
     def channel_scale(self) -> torch.Tensor:
         """Their channel scales, float32 [n]."""
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the channel scales have to stay."""
+
     def tables(
         self, values: torch.Tensor, importance: torch.Tensor, groups: slice, codes: torch.Tensor
     ) -> torch.Tensor:
@@ -83,6 +87,11 @@ class UniformStart:
 
     channel_scale: torch.Tensor
     pinned: torch.Tensor | None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the channel scales have to stay: where they come from a group's scale."""
+        return self.pinned is not None
 
     def rows(self, part: slice) -> "UniformStart":
         """Return those of some output channels."""

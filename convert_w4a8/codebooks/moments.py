@@ -97,7 +97,7 @@ def curvature(moment: torch.Tensor, damping: float) -> Curvature:
     if bool((moment.diagonal() < 0).any()):
         raise ValueError("the second moment of the inputs has negative energies")
     for attempt in range(_ATTEMPTS):
-        added = max(damping, 1e-6 if attempt else 0.0) * 10**attempt * (mean if mean > 0 else 1.0)
+        added = max(damping, 1e-4 if attempt else 0.0) * 10**attempt * (mean if mean > 0 else 1.0)
         factor = _factor(moment, added)
         if factor is not None:
             r = factor.diagonal().clone()
