@@ -1,9 +1,9 @@
 """Where the arithmetic runs: the devices of `--device`, and the one table of operations that kernels do.
 
 Each operation is a folder of `kernels/` with a file for each kind of device: `gpu.py` (Triton), `cpu.py` (numba) and
-`reference.py` (plain torch, on any device, many times slower). All of them give the same bytes. Where Triton or numba
-cannot work, the reference does the work. Either compiles a kernel when it is first called, some seconds for all, and
-keeps it for later processes.
+`reference.py` (plain torch, on any device, many times slower). All of them give the same bytes, but for
+`codebooks` on a GPU, which are as good. Where Triton or numba cannot work, the reference does the work. Either
+compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
 """
 
 import logging

@@ -140,13 +140,15 @@ def _factor(moment: torch.Tensor, added: float) -> torch.Tensor | None:
 
 
 def mixed_target(
-    weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, alpha: float, damping: float
+    weight: torch.Tensor, moment: torch.Tensor | Curvature, cross: torch.Tensor, alpha: float, damping: float
 ) -> torch.Tensor:
     """Return W + α·W·(C − H)·H⁻¹, float32 [N, K]: at α = 1 the weights that best give W's outputs from other inputs.
 
-    moment: H = E[x̂ x̂ᵀ] of the inputs that the quantized layer sees. cross: C = E[x x̂ᵀ], x the original model's.
+    weight: bfloat16, float16 or float32 [N, K]. moment: H = E[x̂ x̂ᵀ] of the inputs that the quantized layer sees, or
+    what `curvature` made of it, with a damping of its own. cross: C = E[x x̂ᵀ], x the original model's.
+    Raises ValueError where `curvature` does.
     """
-    known = curvature(moment, damping)
+    known = moment if isinstance(moment, Curvature) else curvature(moment, damping)
     assert known.moment is not None
     assert known.factor is not None
     h, factor = known.moment, known.factor

@@ -70,6 +70,7 @@ def test_the_mixed_target_gives_the_original_outputs(alpha: float) -> None:
     before = w.clone()
     found = mixed_target(w, h, cross, alpha, 0.01)
     assert torch.equal(w, before)
+    assert torch.equal(mixed_target(w, curvature(h, 0.01), cross, alpha, 1.0), found)
     damped = h.double() + 0.01 * h.diagonal().double().mean() * torch.eye(k)
     expected = w.double() + alpha * w.double() @ (cross.double() - h.double()) @ torch.linalg.inv(damped)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
