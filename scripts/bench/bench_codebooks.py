@@ -120,6 +120,7 @@ def row(
         "matrix_s": matrix_s,
         "cpu_s": cpu_s,
         "seconds_per_million": (moment_s + matrix_s) / millions,
+        "cpu_per_million": cpu_s / millions,
     }
 
 
@@ -150,7 +151,7 @@ def main() -> None:
                 print(found, flush=True)
                 save(args, question, rows)  # as they come
     print(line(save(args, question, rows)))
-    print(*table(COLUMNS["codebooks"], rows), sep="\n")
+    print(*table(COLUMNS["codebooks-gpu" if device.type == "cuda" else "codebooks"], rows), sep="\n")
 
 
 if __name__ == "__main__":
