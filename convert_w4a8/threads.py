@@ -24,7 +24,7 @@ def one_thread_each() -> Iterator[int]:
     with _lock:
         if not _inside:
             _before = torch.get_num_threads()
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)  # of the process, for new threads, and of this one, which has its own
         _inside += 1
     try:
         yield _before
