@@ -65,7 +65,23 @@ SERVING: Columns = (
     ("step", "{step_gain:+.0%}"),
     ("tokens/s", "{throughput_gain:+.0%}"),
 )
+CODEBOOKS: Columns = (
+    ("model", "{model}"),
+    ("preset", "{kind}"),
+    ("matrices", "{matrices}"),
+    ("N × K", "{shape}"),
+    ("million weights", "{million_weights:.1f}"),
+)
 COLUMNS: dict[str, Columns] = {
+    "codebooks": (*CODEBOOKS, ("CPU s", "{cpu_s:.2f}"), ("CPU s a million weights", "{cpu_per_million:.2f}")),
+    "codebooks-gpu": (
+        *CODEBOOKS,
+        ("factoring s", "{moment_s:.2f}"),
+        ("codebooks s", "{matrix_s:.2f}"),
+        ("s a million weights", "{seconds_per_million:.4f}"),
+        ("all blocks, minutes", "{model_minutes:.1f}"),
+        ("GPU memory GiB", "{gpu_gib:.1f}"),
+    ),
     "conversion": CONVERSION,
     "conversion-without-rest": CONVERSION,
     "conversion-sizes": (("GB", "{gigabytes:g}"), ("contender", "{contender}"), *COPY),
