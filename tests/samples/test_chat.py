@@ -16,7 +16,7 @@ from convert_w4a8.samples.encode import encode, token_kinds
 from convert_w4a8.samples.lines import Record
 from convert_w4a8.samples.sample import TokenKind
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
@@ -30,7 +30,11 @@ TOOLS = [
         },
     }
 ]
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "find", "arguments": {"name": 'a "b"', "limit": 3}}}
+CALL: dict[str, Any] = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "find", "arguments": {"name": 'a "b"', "limit": 3}},
+}
 ALPHABETS = {"system": "αβγδ", "user": "абвг", "assistant": "ሀለሐመ", "tool": "アイウエ"}
 """Role → characters of which its contents are made, and nothing else of a rendering."""
 KINDS = {
@@ -53,7 +57,7 @@ def chat(tokenizer: Any, name: str, messages: list[dict[str, Any]], tools: Any =
     return render(with_template(tokenizer, TEMPLATES[name]), messages, tools, "here")
 
 
-SAID = [
+SAID: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Where is it?"},
     {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
@@ -237,7 +241,9 @@ def contents(role: str) -> st.SearchStrategy[str]:
 @st.composite
 def chats(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Make chats that most templates accept."""
-    messages = [{"role": "system", "content": draw(contents("system"))}] if draw(st.booleans()) else []
+    messages: list[dict[str, Any]] = (
+        [{"role": "system", "content": draw(contents("system"))}] if draw(st.booleans()) else []
+    )
     for _ in range(draw(st.integers(1, 3))):
         messages.append({"role": "user", "content": draw(contents("user"))})
         answer: dict[str, Any] = {"role": "assistant", "content": draw(contents("assistant"))}
