@@ -11,7 +11,7 @@ ORDER = (
     ("kernels",),
     ("devices",),
     ("encoding",),
-    ("checkpoint", "quantization"),
+    ("checkpoint", "quantization", "samples"),
     ("sources", "targets"),
     ("conversion", "verification", "hub", "vllm_plugin"),
     ("regression", "report"),
