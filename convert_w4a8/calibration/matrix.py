@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
-from convert_w4a8.codebooks.curvature import mixed_target
+from convert_w4a8.codebooks.curvature import Curvature, curvature, mixed_target
 from convert_w4a8.codebooks.matrix import quantize_matrix
 from convert_w4a8.codebooks.method import FAST, FULL, NO_DATA, Method, Tables
 from convert_w4a8.conversion.layer import Quantizer
@@ -22,11 +23,18 @@ _BYTES_PER_WEIGHT = 24
 class Inputs:
     """Moments of what a layer sees.
 
-    second: float32 [K, K], or the energies [K]. cross: E[x x̂ᵀ] float32 [K, K], x being the original model's inputs.
+    second: the second moment, factored, or energies float32 [K]. cross: E[x x̂ᵀ] float32 [K, K], x being the original
+        model's inputs.
     """
 
-    second: torch.Tensor
+    second: Curvature | torch.Tensor
     cross: torch.Tensor | None = None
+
+
+def inputs_of(moments: Moments, options: QuantizeOptions) -> Inputs:
+    """Return moments as layers need them; a factorization serves all that share an input."""
+    second, cross = moments.mean()
+    return Inputs(second if moments.energies else curvature(second, options.damping), cross)
 
 
 def method_of(options: QuantizeOptions, *, data: bool) -> Method:

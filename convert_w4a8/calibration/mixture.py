@@ -12,7 +12,7 @@ import torch
 
 from convert_w4a8.calibration.block import Block, round_tokens
 from convert_w4a8.calibration.experts import down_inputs, stored_weights
-from convert_w4a8.calibration.matrix import Inputs, quantize_weight
+from convert_w4a8.calibration.matrix import Inputs, inputs_of, quantize_weight
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.states import States
@@ -76,30 +76,29 @@ def quantize_experts(
         notes = {"tokens": len(tokens), "routed_tokens": count}
 
         def finish(
-            leaf: str, weight: torch.Tensor, moments: Moments, notes: dict[str, Any] = notes, expert: int = expert
+            leaf: str, weight: torch.Tensor, ready: Inputs, notes: dict[str, Any] = notes, expert: int = expert
         ) -> tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]:
-            second, cross = moments.mean()
-            w4a8, stats, db = quantize_weight(weight.float(), Inputs(second, cross), options)
+            w4a8, stats, db = quantize_weight(weight.float(), ready, options)
             return expert, leaf, w4a8, stats, {**notes, "output_sqnr_db": db}
 
-        moments = _moments(ours, theirs, options)
+        ready = _inputs(ours, theirs, options)
         for leaf, weight, rows in zip(LEAVES, gate_up.chunk(2), stacks["gate_up_proj"][expert].chunk(2), strict=False):
-            done = finish(leaf, weight, moments)
+            done = finish(leaf, weight, ready)
             rows.copy_(decode(done[2]))
             yield done
         inner = down_inputs(module, theirs, gate_up, lambda x: x)
         inner_seen = inner
         if is_full:
             inner_seen = down_inputs(module, ours, stacks["gate_up_proj"][expert].to(block.dtype), round_tokens)
-        done = finish("down_proj", down, _moments(inner_seen, inner, options))
+        done = finish("down_proj", down, _inputs(inner_seen, inner, options))
         stacks["down_proj"][expert].copy_(decode(done[2]))
         yield done
     if is_full:
         block.take_experts(name, stacks)
 
 
-def _moments(seen: torch.Tensor, original: torch.Tensor, options: QuantizeOptions) -> Moments:
+def _inputs(seen: torch.Tensor, original: torch.Tensor, options: QuantizeOptions) -> Inputs:
     is_full = options.preset is Preset.FULL
     moments = Moments(energies=not is_full)
     moments.add(round_tokens(seen), original if is_full and options.alpha else None)
-    return moments
+    return inputs_of(moments, options)

@@ -10,7 +10,7 @@ from torch import nn
 
 from convert_w4a8.calibration.block import Block, Stage, round_tokens
 from convert_w4a8.calibration.experts import is_experts
-from convert_w4a8.calibration.matrix import Inputs, quantize_weight
+from convert_w4a8.calibration.matrix import inputs_of, quantize_weight
 from convert_w4a8.calibration.mixture import quantize_experts
 from convert_w4a8.calibration.model import Model
 from convert_w4a8.calibration.moments import Moments
@@ -70,10 +70,10 @@ class Walk:
                 yield from self._experts(number, block, stage, named)
             else:
                 seen = self._moments(number, block, stage) if inputs is None else inputs[stage]
-                second, cross = seen.mean()
+                ready = inputs_of(seen, self._options)
                 for name in stage.modules:
                     weight = block.module.get_parameter(f"{name}.weight").float()
-                    w4a8, stats, db = quantize_weight(weight, Inputs(second, cross), self._options)
+                    w4a8, stats, db = quantize_weight(weight, ready, self._options)
                     if self._is_full:
                         block.quantized[name] = decode(w4a8).to(self._model.dtype)
                     notes = {"tokens": seen.tokens, "output_sqnr_db": db}

@@ -106,13 +106,13 @@ def _factor(moment: torch.Tensor, added: float) -> torch.Tensor | None:
 
 
 def mixed_target(
-    weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, alpha: float, damping: float
+    weight: torch.Tensor, moment: Curvature | torch.Tensor, cross: torch.Tensor, alpha: float, damping: float
 ) -> torch.Tensor:
     """Return W + α·W·(C − H)·H⁻¹, float32 [N, K]: at α = 1 the weights that best give W's outputs from other inputs.
 
-    moment: H = E[x̂ x̂ᵀ] of the inputs that the quantized layer sees. cross: C = E[x x̂ᵀ], x the original model's.
+    moment: H = E[x̂ x̂ᵀ] of the inputs that the quantized layer sees, factored already or not. cross: C = E[x x̂ᵀ], x the original model's.
     """
-    ready = curvature(moment, damping)
+    ready = moment if isinstance(moment, Curvature) else curvature(moment, damping)
     # H·z = R·Rᵀ·z, with R = M·diag(r): two triangular solves for each row.
     scale = ready.importance.float()
     result = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
