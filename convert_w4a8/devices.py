@@ -30,6 +30,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "codes": {"cuda": "gpu", "cpu": "cpu"},
     "tables": {"cuda": "gpu"},
     "gemm": {"cuda": "gpu"},
+    "codebooks": {"cpu": "cpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
 _COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}
@@ -126,6 +127,72 @@ class Gemm(Protocol):
 
         output[m, n] = token_scale[m] · channel_scale[n] · Σ_k tokens[m, k] · weight[n, k], summed in float32.
         """
+
+
+class Codebooks(Protocol):
+    """Codebooks and codes for groups of 128 weights of R output channels; `kernels/codebooks/reference.py` has formulas.
+
+    Values are in units of the channel scale, float32 [R, 128]; row r has the importances in row r % C of float64
+    [C, 128]. Entries are float64 [R, 8], codes uint8 [R, 128].
+    """
+
+    def fit(self, values: torch.Tensor, importance: torch.Tensor, rounds: int) -> torch.Tensor:
+        """Return the entries, not rounded, with the least weighted squared error."""
+
+    def refine(
+        self, values: torch.Tensor, importance: torch.Tensor, entries: torch.Tensor, codes: torch.Tensor, passes: int
+    ) -> None:
+        """Round entries to E4M3 and improve them, in place, and choose the nearest codes."""
+
+    def fit_scale(
+        self,
+        values: torch.Tensor,
+        importance: torch.Tensor,
+        scales: torch.Tensor,
+        limits: torch.Tensor,
+        codes: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the entries of the best FP8 scales near `scales`, float32 [R]; choose the nearest codes.
+
+        limits: the least and the largest byte that a scale may have without its sign, uint8 [R, 2].
+        """
+
+    def feedback(
+        self,
+        goal: torch.Tensor,
+        start: torch.Tensor,
+        factor: torch.Tensor,
+        entries: torch.Tensor,
+        codes: torch.Tensor,
+        errors: torch.Tensor,
+    ) -> None:
+        """Choose codes one column after the other, each column's error made up for by those after it.
+
+        goal: what to approximate. start: `goal` with the errors of earlier groups made up for. factor: float64
+        [128, 128]. errors: what the codes mean less `goal`, float32 [R, 128], filled.
+        """
+
+    def descend(
+        self,
+        goal: torch.Tensor,
+        gradient: torch.Tensor,
+        moment: torch.Tensor,
+        entries: torch.Tensor,
+        codes: torch.Tensor,
+        errors: torch.Tensor,
+        rounds: int,
+        free: bool,
+    ) -> None:
+        """Improve codes, and entries if they are `free`, in place, one at a time, under the second moment.
+
+        gradient: half that of the objective, float32 [R, 128]. moment: float64 [128, 128]. errors: filled as above.
+        """
+
+
+def codebooks(device: torch.device) -> Codebooks:
+    """Return what makes codebooks on a device."""
+    operations: Codebooks = _kernels("codebooks", device)
+    return operations
 
 
 def repack(device: torch.device) -> Repack:

@@ -11,7 +11,7 @@ ORDER = (
     ("kernels",),
     ("devices",),
     ("encoding",),
-    ("checkpoint", "quantization", "samples"),
+    ("checkpoint", "codebooks", "quantization", "samples"),
     ("sources", "targets"),
     ("conversion", "verification", "hub", "vllm_plugin"),
     ("regression", "report"),

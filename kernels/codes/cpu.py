@@ -15,13 +15,11 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
+from convert_w4a8.kernels.fp8_cpu import E4M3_VALUES, ROUNDER, nearest, to_e4m3
+
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _CODE_MAX = np.float32(8)
 _LOWEST, _HIGHEST = np.float32(-9), np.float32(8)
-_ROUNDER = np.float32(1.5 * 2**23)
-"""x + this − this rounds |x| < 2²² to the nearest integer, ties to even."""
-_E4M3_MAX, _E4M3_NORMAL, _E4M3_STEPS = np.float32(448), np.float32(2**-6), np.float32(2**9)
-_E4M3_VALUES: npt.NDArray[np.float32] = torch.arange(256).byte().view(torch.float8_e4m3fn).float().numpy()
 
 
 def gather(
@@ -144,7 +142,7 @@ def _add_energies(words, zeros, scales, energies):
 @njit(cache=True, inline="always")
 def _round_code(x):
     clamped = min(max(x, _LOWEST), _HIGHEST)
-    rounded = (clamped + _ROUNDER) - _ROUNDER
+    rounded = (clamped + ROUNDER) - ROUNDER
     return min(max(rounded, -_CODE_MAX), _CODE_MAX - _ONE)
 
 
@@ -194,41 +192,6 @@ def _fit_symmetric(values, weights, kept, factors, codes, scales):
         scales[r] = best * unit
 
 
-@njit(cache=True, inline="always")
-def _to_e4m3(x, scratch, bits):
-    """Return the byte of the nearest E4M3 value, ties to even, saturating; `bits` is `scratch` seen as uint32."""
-    magnitude = min(abs(x), _E4M3_MAX)
-    scratch[0] = x
-    sign = (bits[0] >> np.uint32(24)) & np.uint32(0x80)
-    if magnitude < _E4M3_NORMAL:
-        return sign | np.uint32((magnitude * _E4M3_STEPS + _ROUNDER) - _ROUNDER)
-    scratch[0] = magnitude
-    b = bits[0]
-    b += np.uint32(0x7FFFF) + ((b >> np.uint32(20)) & np.uint32(1))
-    return sign | ((b >> np.uint32(20)) - np.uint32(120 << 3))
-
-
-@njit(cache=True, inline="always")
-def _nearest(value, entries, ordered, order, counts, codes):
-    """Choose for each value the nearest of the 16 that `entries` stand for, the earlier in a stable sort if equal."""
-    descending = entries[0] > _ZERO  # most are sorted already, one way or the other
-    for step in range(16):
-        c = 15 - step if descending else step
-        x = entries[c] if c < 8 else (_ZERO if c == 8 else -entries[16 - c])
-        i = step
-        while i > 0 and (ordered[i - 1] > x or (descending and ordered[i - 1] == x)):
-            ordered[i], order[i] = ordered[i - 1], order[i - 1]
-            i -= 1
-        ordered[i], order[i] = x, c
-    counts[:] = 0
-    for i in range(15):
-        middle = (ordered[i + 1] + ordered[i]) / np.float32(2)
-        for v in range(len(value)):
-            counts[v] += middle < value[v]
-    for v in range(len(value)):
-        codes[v] = order[counts[v]]
-
-
 @njit(cache=True, nogil=True)
 def _refit(groups, codes, tables, rounds, e4m3_values):
     values, counts, weights, kept, channel_scale = groups
@@ -248,7 +211,7 @@ def _refit(groups, codes, tables, rounds, e4m3_values):
                 value[v] = values[r, v] / channel
             is_settled = False
             for i in range(rounds):
-                _nearest(value, entries, ordered, order, places, code)
+                nearest(value, entries, ordered, order, places, code)
                 is_settled = i > 0 and (code == previous).all()  # then the entries are, too
                 if is_settled:
                     break
@@ -256,10 +219,10 @@ def _refit(groups, codes, tables, rounds, e4m3_values):
                 _best_entries(value, weight, code, up, down)
                 for j in range(8):
                     if down[0, j] > _ZERO:
-                        table[j] = _to_e4m3(up[0, j] / down[0, j], scratch, bits)
+                        table[j] = to_e4m3(up[0, j] / down[0, j], scratch, bits)
                         entries[j] = e4m3_values[table[j]]
             if not is_settled:
-                _nearest(value, entries, ordered, order, places, code)
+                nearest(value, entries, ordered, order, places, code)
         for v in range(width):
             c = code[v]
             entry = entries[c] if c < 8 else (_ZERO if c == 8 else -entries[16 - c])
