@@ -13,7 +13,7 @@ import numpy as np
 from convert_w4a8.report.drawing import new_figure, png, style
 from convert_w4a8.samples.sample import REASONS, Sample, SampleSet, TokenKind
 from convert_w4a8.samples.tokenizer import Tokenizer
-from convert_w4a8.text import printable
+from convert_w4a8.text import counted, printable
 
 _COLORS = {
     TokenKind.TEXT: "#555555",
@@ -67,6 +67,17 @@ def as_rows(samples: SampleSet) -> Iterator[tuple[str, ...]]:
 
 
 HEADER = ("tokens", "seen", "kept", "masked", "by")
+
+
+def summary(samples: SampleSet) -> str:
+    """Say in a line or more what the samples are."""
+    longest = max(map(len, samples.samples))
+    lines = [f"{counted(len(samples.samples), 'sample')} of up to {longest:,} tokens, {samples.tokens:,} in all"]
+    if samples.wholly_masked:
+        lines.append(f"{counted(samples.wholly_masked, 'sample')} more are wholly masked, and not used")
+    if samples.cut:
+        lines.append(f"{counted(samples.cut, 'sample')} lost the end to the limits")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
