@@ -34,7 +34,8 @@ class Windows:
 def compare_logits(logits: torch.Tensor, base: torch.Tensor, targets: torch.Tensor) -> Windows:
     """Compare logits [B, T, V] of B windows with those of the 16-bit model.
 
-    targets: the tokens that came, int64 [B, T]. KL(p ‖ q) = Σ p·(log p − log q) over the vocabulary, with p of the 16-bit model.
+    targets: the tokens that came, int64 [B, T]. KL(p ‖ q) = Σ p·(log p − log q) over the vocabulary, with p of the
+    16-bit model.
 
     Raises ValueError if the vocabularies are of different size.
     """

@@ -93,7 +93,8 @@ def build_model(contents: Contents, dtype: torch.dtype, device: str = "cpu") -> 
     contents.config._experts_implementation = "eager"  # noqa: SLF001  (the one that multiplies by F.linear)
     rounded = {name: tensor.to(dtype).float() for name, tensor in contents.rest.items()}
     weights = {f"{name}.weight": weight for name, weight in contents.layers.items()}
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(contents.config)].from_pretrained(
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(contents.config)]
+    model, info = architecture.from_pretrained(
         None, config=contents.config, state_dict=rounded | weights, dtype=torch.float32, output_loading_info=True
     )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
@@ -107,7 +108,7 @@ def build_model(contents: Contents, dtype: torch.dtype, device: str = "cpu") -> 
     return result
 
 
-def emulated_weights(model: nn.Module) -> Iterable[nn.Parameter]:
+def emulated_weights(model: nn.Module) -> Iterable[torch.Tensor]:
     """Yield the weights of the layers that a conversion quantizes: linear layers of blocks and experts, not routers."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]

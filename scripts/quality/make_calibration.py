@@ -56,8 +56,7 @@ class HubTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
-        text: str = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-        return text
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def long_lines(text: str) -> list[str]:

@@ -50,8 +50,8 @@ def make_auto_round(model: str, windows: Windows, out: str, settings: Settings) 
     import torch
     from auto_round import AutoRound
 
-    data = torch.utils.data.DataLoader([torch.tensor(window) for window in windows], batch_size=8)  # type: ignore[arg-type]
-    loader = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in data]
+    batches = torch.split(torch.tensor(windows), 8)
+    loader = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
     common = {"dataset": loader, "seqlen": len(windows[0]), "nsamples": len(windows), "batch_size": 8}
     AutoRound(model, **settings, **common, device_map="cpu", enable_torch_compile=False).quantize_and_save(
         out, format="auto_round"
@@ -104,10 +104,10 @@ _AUTO_ROUND = ("auto-round", (TORCH, "auto-round==0.16.1"), make_auto_round)
 RIVALS: dict[str, Rival] = {
     "auto-round": Rival(*_AUTO_ROUND, {"scheme": "W4A16", "iters": 200}),
     "llm-compressor-awq": _llm_compressor(
-        ("AWQModifier", {}), ("QuantizationModifier", {**_LINEAR, "scheme": "W4A16"})
+        ("AWQModifier", {"offload_device": None}), ("QuantizationModifier", {**_LINEAR, "scheme": "W4A16"})
     ),
     "llm-compressor-awq-asym": _llm_compressor(
-        ("AWQModifier", {}), ("QuantizationModifier", {**_LINEAR, "scheme": "W4A16_ASYM"})
+        ("AWQModifier", {"offload_device": None}), ("QuantizationModifier", {**_LINEAR, "scheme": "W4A16_ASYM"})
     ),
     "llm-compressor-gptq": _llm_compressor(("GPTQModifier", {**_LINEAR, "scheme": "W4A16"})),
     "gptqmodel": Rival(
@@ -119,8 +119,8 @@ RIVALS: dict[str, Rival] = {
     ),
     "auto-round-1000": Rival(*_AUTO_ROUND, {"scheme": "W4A16", "iters": 1000}),
 }
-"""Settings are the defaults of each program where none is named; W4A16 is symmetric, in groups of 128. The second of AWQ
-has zero-points, as in that program's examples. The last takes five times as long as the first."""
+"""Settings are the defaults of each program where none is named; W4A16 is symmetric, in groups of 128. The second of
+AWQ has zero-points, as in that program's examples. The last takes five times as long as the first."""
 
 
 def read_windows(model: str, data: str, window: int) -> Windows:
@@ -214,6 +214,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(*sys.argv[2:6], int(sys.argv[6]))
+        rival_name, model_directory, data_file, directory_out, length = sys.argv[2:]
+        worker(rival_name, model_directory, data_file, directory_out, int(length))
     else:
         sys.exit(main())
