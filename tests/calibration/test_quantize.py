@@ -105,7 +105,9 @@ def test_experts_in_one_tensor(options: QuantizeOptions | None, tmp_path: Path) 
     outputs = []
     for name, model in (("a", plain), ("b", fused)):
         quantize(model, tmp_path / name, options or FULL, samples)
-        outputs.append({k: v for file in sorted((tmp_path / name).glob("*.safetensors")) for k, v in load_file(file).items()})
+        outputs.append(
+            {k: v for file in sorted((tmp_path / name).glob("*.safetensors")) for k, v in load_file(file).items()}
+        )
     assert outputs[0].keys() == outputs[1].keys()
     for name, tensor in outputs[0].items():
         assert torch.equal(tensor.view(torch.uint8), outputs[1][name].view(torch.uint8)), name
@@ -147,13 +149,13 @@ def test_sizes_that_the_kernel_refuses_are_kept_with_a_warning(tmp_path: Path) -
     model = write_llama(tmp_path / "in", layers=1, intermediate_size=192)
     result = quantize(model, tmp_path / "out", FAST, samples_of([40]))
     kept = {layer.plan.module.rpartition(".")[2] for layer in result.layers if layer.stats is None}
-    assert kept == {"gate_proj", "up_proj", "down_proj"} or kept == {"down_proj"}
+    assert kept == {"gate_proj", "up_proj", "down_proj"}
 
 
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     """In one line, which says what to use instead."""
-    write_case("awq-symmetric-fp16", tmp_path / "in")
-    with pytest.raises(ConvertError, match="is quantized already .* w4a8-convert"):
+    write_case("awq-symmetric-fp16-sharded", tmp_path / "in")
+    with pytest.raises(ConvertError, match=r"is quantized already .* w4a8-convert"):
         api.quantize(tmp_path / "in", tmp_path / "out")
 
 
