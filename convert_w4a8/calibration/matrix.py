@@ -6,9 +6,17 @@ import torch
 
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
-from convert_w4a8.codebooks.curvature import Curvature, curvature, mixed_target
-from convert_w4a8.codebooks.matrix import quantize_matrix
-from convert_w4a8.codebooks.method import FAST, FULL, NO_DATA, Method, Tables
+from convert_w4a8.codebooks import (
+    FAST,
+    FULL,
+    NO_DATA,
+    Curvature,
+    Method,
+    Tables,
+    curvature,
+    mixed_target,
+    quantize_matrix,
+)
 from convert_w4a8.conversion.layer import Quantizer
 from convert_w4a8.encoding.tables import decode
 from convert_w4a8.errors import ConvertError
