@@ -10,6 +10,7 @@ from convert_w4a8.cli.inspect import inspect_command
 from convert_w4a8.cli.push import push_command
 from convert_w4a8.cli.quantize import quantize_command
 from convert_w4a8.cli.report import report_command
+from convert_w4a8.cli.samples import samples_command
 from convert_w4a8.cli.verify import verify_command
 from convert_w4a8.version import __version__
 
@@ -23,6 +24,7 @@ def main() -> None:
 for _command in (
     convert_command,
     quantize_command,
+    samples_command,
     check_command,
     inspect_command,
     verify_command,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from convert_w4a8.samples.sample import SampleSet
 
 
-class _Mask(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
+class Mask(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
     """What `parse_mask` reads."""
 
     name = "mask"
@@ -47,7 +47,7 @@ class _Mask(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 
 )
 @click.option(
     "--mask",
-    type=_Mask(),
+    type=Mask(),
     metavar="MASK",
     help="Tokens that count in no statistic: template, system, tools, repeated, with commas between. [default: none]",
 )
@@ -137,7 +137,7 @@ def quantize_command(
     checkpoint = open_checkpoint(resolve_input(model))
     options = _options(choices)
     plan_quantization(checkpoint, options)  # refuses what it must before the data is read
-    samples = _read(checkpoint, data, mask, max_tokens) if data else None
+    samples = read_data(checkpoint, data, mask, max_tokens) if data else None
     options = with_samples(options, samples)
     plan = plan_quantization(checkpoint, options)
     cost = predict_cost(plan, options, samples, torch_device)
@@ -187,9 +187,10 @@ def _options(choices: dict[str, Any]) -> QuantizeOptions:
     )
 
 
-def _read(
+def read_data(
     checkpoint: "Checkpoint", data: tuple[Path, ...], mask: "MaskOptions | None", max_tokens: int | None
 ) -> "SampleSet":
+    """Read calibration data with the tokenizer of a checkpoint."""
     from convert_w4a8.samples.masks import NO_MASK
     from convert_w4a8.samples.read import read_samples
     from convert_w4a8.samples.tokenizer import open_tokenizer

@@ -5,6 +5,7 @@ say which characters came from which message, however the template trims, joins 
 rendering without them lacks; a system prompt that the template writes by itself is what goes when the chat has its own.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import numpy.typing as npt
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.marks import (
     TOOLS,
-    Care,
     Marked,
     Marker,
     Messages,
@@ -24,6 +24,7 @@ from convert_w4a8.samples.marks import (
     common_prefix,
     common_suffix,
     free_plane,
+    kind_of,
     literals,
     mark_messages,
     mark_tools,
@@ -50,27 +51,51 @@ class Rendered:
 def render(tokenizer: Tokenizer, messages: Messages, tools: Tools, origin: str) -> Rendered:
     """Render a chat with the model's template.
 
+    messages: as `read_records` yields them, with contents as strings. Of a template that knows lists of parts only, as
+    some for images do, they are one part each; vLLM detects that too (`content_format="openai"`).
+
     Raises:
-        ConvertError: there is no template, or it refuses the chat.
+        ConvertError: there is no template, it refuses the chat, or it leaves out what is said in it.
 
     """
     if not getattr(tokenizer, "chat_template", None):
         remedy = "give the data as text or input_ids, or add the model's chat_template.jinja"
         raise ConvertError(origin, "has messages, but the model has no chat template", remedy)
-    try:
-        text = _render(tokenizer, messages, tools)
-    except Exception as error:  # a template is a program, and raises what it likes
-        raise ConvertError(origin, f"the chat template refuses it ({first_line(error)})", _MEND) from error
-    if not text:
-        raise ConvertError(origin, "the chat template makes nothing of it", _MEND)
-    return Rendered(text, _kinds(tokenizer, messages, tools, text))
+    refusal: Exception | None = None
+    for form in (messages, _in_parts(messages)):
+        try:
+            text = _render(tokenizer, form, tools)
+        except Exception as error:  # noqa: BLE001 - a template is a program, and raises what it likes
+            refusal = refusal or error
+            continue
+        kinds = _kinds(tokenizer, form, tools, text)
+        if kinds is None or _says_all(messages, kinds):
+            return Rendered(text, kinds)
+    if refusal is not None:
+        raise ConvertError(origin, f"the chat template refuses it ({first_line(refusal)})", _MEND) from refusal
+    raise ConvertError(origin, "the chat template leaves out what is said in it", "compare the line with the template")
+
+
+def _in_parts(messages: Messages) -> Messages:
+    """Return messages whose contents are lists of one part."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if message.get("content") else message
+        for message in messages
+    ]
+
+
+def _says_all(messages: Messages, kinds: Kinds) -> bool:
+    """Whether a rendering has something of what the user says; without a user, of what anybody says."""
+    said = {kind_of(message["role"]) for message in messages if message.get("content", "").strip()}
+    wanted = said & {TokenKind.USER} or said
+    return not wanted or any((kinds == kind).any() for kind in wanted)
 
 
 def _render(tokenizer: Tokenizer, messages: Messages, tools: Tools) -> str:
     """Render a chat as text, in transformers' sandbox."""
     rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-    if not isinstance(rendered, str):
-        raise TypeError("it gives no text")
+    if not isinstance(rendered, str) or not rendered:
+        raise ValueError("it gives no text")
     return rendered
 
 
@@ -80,8 +105,8 @@ def _kinds(tokenizer: Tokenizer, messages: Messages, tools: Tools, text: str) ->
     if plane is None:
         return None
     words = literals(str(tokenizer.get_chat_template(tools=tools)))
-    for care in Care:
-        marker = Marker(plane, words, care)
+    for alike, careful in itertools.product((False, True), repeat=2):
+        marker = Marker(plane, words, careful, alike)
         found = _render_marked(tokenizer, marker, messages, tools)
         if found is not None and found.text == text:
             return _kinds_of(tokenizer, marker, messages, tools, found)
@@ -121,8 +146,8 @@ def _kinds_of(tokenizer: Tokenizer, marker: Marker, messages: Messages, tools: T
 
 def _fill_arguments(text: str, messages: Messages, runs: list[Run], kinds: Kinds) -> None:
     """Assign the arguments of tool calls to the end, where they end with a number, say, which bears no mark."""
-    limits = [run.start for run in runs[1:]] + [len(text)]
-    for run, limit in zip(runs, limits, strict=True):
+    for run, following in itertools.zip_longest(runs, runs[1:]):
+        limit = following.start if following else len(text)
         calls: list[dict[str, Any]] = messages[run.group].get("tool_calls", []) if run.group != TOOLS else []
         place = run.start
         for call in calls:
@@ -154,14 +179,20 @@ def _between(text: str, runs: list[Run]) -> tuple[list[int], list[str]]:
 
 
 def _inserted(text: str, other: str) -> tuple[int, int]:
-    """Return where in a text that lies which the other one lacks; as far to the left as it can be said to lie."""
-    first = common_prefix(text, other)
+    """Return where in a text that lies which the other one lacks.
+
+    It may begin at several places, as `b` + `ab` in `abab`: at the last one that cuts no word and no special token.
+    """
+    first = latest = common_prefix(text, other)
     rest = common_suffix(text[first:], other[first:])
-    last = len(text) - rest
-    if first + rest == len(other):  # nothing else is lacking
-        while first and last > first and text[first - 1] == text[last - 1]:
-            first, last = first - 1, last - 1
-    return first, last
+    length = len(text) - rest - first
+    while length and first + rest == len(other):  # the other one lacks it, and has nothing instead
+        if not first or text[first - 1].isspace() or text[first].isspace() or text[first] in "<[":
+            return first, first + length
+        if text[first - 1] != text[first + length - 1]:
+            break
+        first, rest = first - 1, rest + 1
+    return latest, latest + length
 
 
 def _fill_prompt(before: str, other: str, other_runs: list[Run], kinds: Kinds) -> None:

@@ -79,7 +79,7 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
         if len(raw) > MAX_LINE:
             raise ConvertError(origin, f"is longer than {human_bytes(MAX_LINE)}", "is it JSON lines? " + _COLUMNS)
         if raw.strip():
-            yield _record(origin, _decoded(origin, raw))
+            yield _record(origin, _decoded(origin, raw).rstrip("\r\n"))
 
 
 def _decoded(origin: str, raw: bytes) -> str:
@@ -97,6 +97,8 @@ def _record(origin: str, line: str) -> Record:
         line.encode() if "\\u" not in line else json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ConvertError(origin, "has half of a surrogate pair (\\ud800 … \\udfff)", _MEND) from error
+    except json.JSONDecodeError as error:
+        raise ConvertError(origin, f"is not JSON (column {error.colno}: {error.msg})", _MEND) from error
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ConvertError(origin, f"is not JSON ({reason})", _MEND) from error
@@ -196,7 +198,8 @@ def _message(origin: str, name: str, value: Any) -> dict[str, Any]:
     message = {key: item for key, item in value.items() if item is not None}
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        what = "has no role" if role is None else f"has the role {role!r}" if isinstance(role, str) else "has no string"
+        shown = repr(role) if isinstance(role, str) else _a(role)
+        what = "has no role" if role is None else f"has the role {shown}"
         raise ConvertError(origin, f"{name} {what}", f"roles are {', '.join(ROLES)}")
     if "content" in message:
         message["content"] = _content(origin, f"{name}.content", message["content"])

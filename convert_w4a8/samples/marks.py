@@ -8,7 +8,6 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,17 @@ _KINDS = {
     "user": TokenKind.USER,
     **dict.fromkeys(("assistant", "model"), TokenKind.ASSISTANT),
 }
-"""Role → kind; the other roles' messages are results of tools."""
+"""Role → kind."""
 _PLANES = (0xF0000, 0x100000)
 """Unicode's two supplementary planes for private use; marks are of one that the chat does not use."""
 _MARKS = 0xFFFE
 """Characters of a plane for private use."""
 _WORD_ENDS = re.compile(r"(?<=\s)(?=\S)|(?<=\S)(?=\s)")
+
+
+def kind_of(role: str) -> TokenKind:
+    """Return what the contents of a role's messages are; those of the roles not named here are results of tools."""
+    return _KINDS.get(role, TokenKind.TOOL)
 
 
 def free_plane(text: str) -> int | None:
@@ -57,27 +61,21 @@ def literals(template: str) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, words))) if words else None
 
 
-class Care(Enum):
-    """Which strings are marked with care."""
-
-    NONE = auto()
-    LITERALS = auto()
-    """Those with a literal of the template inside."""
-    ALL = auto()
-
-
 @dataclass
 class Marker:
     """Puts marks into the strings of a chat, and remembers which string each mark stands for.
 
-    In a string that is treated with care, no mark is where a template may look: not at an end with white space or a
-    literal of the template, nor between the two. Such marks hold where a template trims or cuts contents, but do not
-    tell whose the white space at its ends is.
+    In a string with a literal of the template, no mark is where the template may look: not at an end with white space
+    or a literal, nor between the two. Such marks hold where a template trims or cuts contents, but do not tell whose
+    the white space at the ends is. careful: so in every string.
     """
 
     base: int
     literals: re.Pattern[str] | None
-    care: Care
+    careful: bool
+    alike: bool
+    """Whether equal messages get the same marks. A template may compare messages, with the last question, say; but then
+    those of equal neighbours cannot be told apart."""
     group: int = 0
     kind: TokenKind = TokenKind.TEMPLATE
     groups: list[int] = field(default_factory=list)
@@ -92,7 +90,7 @@ class Marker:
 
     def anew(self) -> "Marker":
         """Return a marker like this one that has marked nothing yet."""
-        return Marker(self.base, self.literals, self.care)
+        return Marker(self.base, self.literals, self.careful, self.alike)
 
     def __call__(self, text: str) -> str:
         """Return a string with marks in it."""
@@ -109,13 +107,12 @@ class Marker:
         """Return where in a string marks go: at its ends, and between white space, literals and other text."""
         if not text:
             return []
-        literals = self.literals if self.care is not Care.NONE else None
-        spans = [m.span() for m in literals.finditer(text)] if literals else []
+        spans = [m.span() for m in self.literals.finditer(text)] if self.literals else []
         inside = {place for start, end in spans for place in range(start + 1, end)}
         starts, ends = {start for start, _ in spans}, {end for _, end in spans}
         words = {m.start() for m in _WORD_ENDS.finditer(text)}
         borders = sorted(((words | starts | ends) - inside) | {0, len(text)})
-        if not (spans or self.care is Care.ALL):
+        if not (spans or self.careful):
             return borders
         watched_before = ends | {0} | {place for place in borders if text[place - 1 : place].isspace()}
         watched_after = starts | {len(text)} | {place for place in borders if text[place : place + 1].isspace()}
@@ -124,17 +121,26 @@ class Marker:
 
 def mark_messages(marker: Marker, messages: Messages) -> Messages:
     """Return messages with marks in their contents, their reasoning and their calls of tools."""
-    found = copy.deepcopy(messages)
-    for number, message in enumerate(found):
-        marker.start(number, _KINDS.get(message["role"], TokenKind.TOOL))
-        for key in ("content", *REASONING):
-            if key in message:
-                message[key] = marker(message[key])
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            function["name"] = marker(function["name"])
-            function["arguments"] = _map_strings(marker, function["arguments"])
+    found: Messages = []
+    for number, message in enumerate(messages):
+        marker.start(number, kind_of(message["role"]))
+        earlier = messages.index(message) if marker.alike else number
+        found.append(_mark_message(marker, message) if earlier == number else copy.deepcopy(found[earlier]))
     return found
+
+
+def _mark_message(marker: Marker, message: dict[str, Any]) -> dict[str, Any]:
+    marked = copy.deepcopy(message)
+    for key in ("content", *REASONING):
+        if isinstance(marked.get(key), str):
+            marked[key] = marker(marked[key])
+        elif key in marked:
+            marked[key] = [{**part, "text": marker(part["text"])} for part in marked[key]]
+    for call in marked.get("tool_calls", ()):
+        function = call["function"]
+        function["name"] = marker(function["name"])
+        function["arguments"] = _map_strings(marker, function["arguments"])
+    return marked
 
 
 def _map_strings(change: Callable[[str], str], value: Any) -> Any:

@@ -36,10 +36,9 @@ def read_samples(
     paths = list(paths)
     samples: list[Sample] = []
     cut, room = 0, max_tokens
-    for record in read_records(paths):
+    records = read_records(paths)
+    while (room is None or room > 0) and (record := next(records, None)) is not None:
         limit = min((n for n in (room, max_length) if n is not None), default=None)
-        if limit is not None and limit <= 0:
-            break
         sample, whole = _sample(tokenizer, record, masks, limit, vocab_size or len(tokenizer))
         samples.append(sample)
         cut += not whole

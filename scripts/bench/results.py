@@ -39,19 +39,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def save(
-    args: argparse.Namespace, question: str, rows: Sequence[Mapping[str, Any]], *, extend: bool = False, **more: Any
+    args: argparse.Namespace,
+    question: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    extend: bool = False,
+    merged: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     """Write what --json and --keep ask for, each as `write_results` does. Return the document, written or not."""
     if args.keep and not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", args.keep):
         sys.exit(f"--keep {args.keep}: a name of small letters, digits and hyphens is needed")
     for path in filter(None, [args.json, args.keep and RESULTS / f"{args.keep}.json"]):
-        write_results(path, question, rows, extend=extend, **more)
+        write_results(path, question, rows, extend=extend, merged=merged, **more)
         print(f"written: {path}", file=sys.stderr)
     return describe(question, rows, **more)
 
 
 def write_results(
-    path: Path, question: str, rows: Sequence[Mapping[str, Any]], *, extend: bool = False, **more: Any
+    path: Path,
+    question: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    extend: bool = False,
+    merged: bool = False,
+    **more: Any,
 ) -> None:
     """Write one file of figures: a JSON object with the keys that `describe` returns.
 
@@ -59,6 +71,7 @@ def write_results(
     ("setup"). Its note goes, if it has one: that was of the figures before.
     extend: add the rows to those of the file, for a question that takes several commands. All must be of one commit,
         machine and set of versions; otherwise SystemExit.
+    merged: the rows hold those of the file already, which may be of other commits: each says its own.
     more: arguments of `describe`.
     """
     document = describe(question, rows, **more)
@@ -66,12 +79,16 @@ def write_results(
     if before is not None and path.parent == RESULTS:
         document = {key: before[key] for key in ("question", "setup") if key in before} | document
         document["question"] = before["question"]
-    if before is not None and extend:
-        for key in ("machine", "versions", "commit"):
+    if before is not None and (extend or merged):
+        for key in ("machine", "versions", *(() if merged else ("commit",))):
             if before[key] != document[key]:
                 sys.exit(f"{path} is of {key} {before[key]}, not {document[key]}: run all of its commands anew")
         document["command"] = f"{before['command']}\n{document['command']}"
-        document["rows"] = before["rows"] + document["rows"]
+        if merged:
+            commits = [*str(before["commit"]).split(", "), str(document["commit"])]
+            document["commit"] = ", ".join(dict.fromkeys(commits))
+        else:
+            document["rows"] = before["rows"] + document["rows"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(document), encoding="utf-8")
 
@@ -126,7 +143,7 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
             skip = not equals
         elif skip:
             skip = False
-        elif word != "--extend":
+        elif word not in {"--extend", "--append"}:
             words.append(word)
     return shlex.join(words)
 

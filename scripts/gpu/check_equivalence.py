@@ -268,7 +268,7 @@ def main() -> int:
     )
     text += f"\n{'demands met' if met else 'DEMANDS NOT MET'}"
     question = "Does the plugin compute what vLLM computes from the stock checkpoint?"
-    settings = {"scales": sorted(args.arithmetics), "met": met}
+    settings: dict[str, Any] = {"scales": sorted(args.arithmetics), "met": met}
     vllm_engine.finish(args, question, rows, text, extend=args.extend, **settings)
     return 0 if met else 1
 
