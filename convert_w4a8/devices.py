@@ -30,7 +30,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "codes": {"cuda": "gpu", "cpu": "cpu"},
     "tables": {"cuda": "gpu"},
     "gemm": {"cuda": "gpu"},
-    "codebooks": {"cpu": "cpu"},
+    "codebooks": {"cuda": "gpu", "cpu": "cpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
 _COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}
@@ -130,7 +130,7 @@ class Gemm(Protocol):
 
 
 class Codebooks(Protocol):
-    """Codebooks and codes for groups of 128 weights of R output channels; `kernels/codebooks/reference.py` has formulas.
+    """Codebooks and codes for R groups of 128 weights; `kernels/codebooks/reference.py` has the formulas.
 
     Values are in units of the channel scale, float32 [R, 128]; row r has the importances in row r % C of float64
     [C, 128]. Entries are float64 [R, 8], codes uint8 [R, 128].

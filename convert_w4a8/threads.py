@@ -36,7 +36,7 @@ def one_thread_each() -> Iterator[int]:
 
 
 def side_by_side(work: Callable[[_T], object], parts: Iterable[_T]) -> None:
-    """Do independent pieces of work, as many at a time as torch may use threads, each with one; the first error ends all.
+    """Do independent pieces of work, each on one thread, as many at a time as torch may use; the first error ends all.
 
     Inside `one_thread_each`, as in a job of a conversion, they run one after the other.
     """

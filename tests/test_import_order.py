@@ -5,16 +5,16 @@ from import_graph import circles, import_graph, reachable, rooms
 from paths import ROOT
 
 ORDER = (
-    ("fp8", "linear", "options", "text", "version"),
+    ("fp8", "linear", "options", "text", "threads", "version"),
     ("errors",),
     ("lut_format",),
     ("kernels",),
     ("devices",),
     ("encoding",),
-    ("checkpoint", "codebooks", "quantization", "samples"),
-    ("sources", "targets"),
+    ("checkpoint", "quantization", "samples"),
+    ("codebooks", "sources", "targets"),
     ("conversion", "verification", "hub", "vllm_plugin"),
-    ("regression", "report"),
+    ("calibration", "regression", "report"),
     ("api",),
     ("cli", "convert_w4a8"),
     ("__main__",),

@@ -43,12 +43,14 @@ def _as_is(x: torch.Tensor) -> torch.Tensor:
 class Block:
     """A loaded block, its original weights in place.
 
-    names: the modules that are to be quantized; projections of experts by the module that holds all of them.
+    label: what the checkpoint calls it. names: the modules that are to be quantized; projections of experts by the
+        module that holds all of them.
     quantized: the weights of those that are so far, in the dtype that is computed in. experts: the same of experts.
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str], dtype: torch.dtype, *, label: str) -> None:
         self.module = module
+        self.label = label
         self.dtype = dtype
         self.quantized: dict[str, torch.Tensor] = {}
         self.experts: dict[str, Weights] = {}

@@ -6,11 +6,20 @@ import torch
 
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
-from convert_w4a8.codebooks.curvature import Curvature, curvature, mixed_target
-from convert_w4a8.codebooks.matrix import quantize_matrix
-from convert_w4a8.codebooks.method import FAST, FULL, NO_DATA, Method, Tables
+from convert_w4a8.codebooks import (
+    FAST,
+    FULL,
+    NO_DATA,
+    Curvature,
+    Method,
+    Tables,
+    curvature,
+    mixed_target,
+    quantize_matrix,
+)
 from convert_w4a8.conversion.layer import Quantizer
 from convert_w4a8.encoding.tables import decode
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear
 from convert_w4a8.quantization.layer import LayerStats
 from convert_w4a8.targets import target_named
@@ -31,9 +40,18 @@ class Inputs:
     cross: torch.Tensor | None = None
 
 
-def inputs_of(moments: Moments, options: QuantizeOptions) -> Inputs:
-    """Return moments as layers need them; a factorization serves all that share an input."""
+def inputs_of(name: str, moments: Moments, options: QuantizeOptions) -> Inputs:
+    """Return moments as layers need them; a factorization serves all that share an input.
+
+    Raises:
+        ConvertError: the inputs are not finite.
+
+    """
     second, cross = moments.mean()
+    if not bool(torch.isfinite(second.sum(dtype=torch.float64))):
+        raise ConvertError(
+            name, "gets inputs that are not finite from this data", "check the weights of the blocks before it"
+        )
     return Inputs(second if moments.energies else curvature(second, options.damping), cross)
 
 
@@ -45,9 +63,16 @@ def method_of(options: QuantizeOptions, *, data: bool) -> Method:
 
 
 def quantize_weight(
-    weight: torch.Tensor, inputs: Inputs | None, options: QuantizeOptions
+    name: str, weight: torch.Tensor, inputs: Inputs | None, options: QuantizeOptions
 ) -> tuple[W4A8Linear, LayerStats, float]:
-    """Quantize a weight float32 [N, K] for what the layer sees; also return its outputs' SQNR in dB."""
+    """Quantize a weight float32 [N, K] for what the layer sees; also return its outputs' SQNR in dB.
+
+    Raises:
+        ConvertError: the weight is not finite.
+
+    """
+    if not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
+        raise ConvertError(name, "holds NaN or infinite weights", "the checkpoint is damaged: download it again")
     method = method_of(options, data=inputs is not None)
     target = None
     if inputs is not None and inputs.cross is not None and options.alpha:
@@ -69,8 +94,8 @@ def _stats(weight: torch.Tensor, w4a8: W4A8Linear) -> LayerStats:
 def quantizer(options: QuantizeOptions) -> Quantizer:
     """Return what quantizes layers from their weights alone."""
 
-    def quantize(w: W4Linear | DenseLinear) -> tuple[W4A8Linear, LayerStats]:
+    def quantize(name: str, w: W4Linear | DenseLinear) -> tuple[W4A8Linear, LayerStats]:
         assert isinstance(w, DenseLinear)
-        return quantize_weight(w.weight.float(), None, options)[:2]
+        return quantize_weight(name, w.weight.float(), None, options)[:2]
 
     return Quantizer(quantize, _BYTES_PER_WEIGHT)

@@ -52,6 +52,7 @@ def quantize_experts(
     the original model and in the quantized one.
     """
     module = block.module.get_submodule(name)
+    label = f"{block.label}.{name}"
     weights = stored_weights(module, block.dtype)
     original, seen = inputs
     index = torch.cat(list(choices))
@@ -78,10 +79,10 @@ def quantize_experts(
         def finish(
             leaf: str, weight: torch.Tensor, ready: Inputs, notes: dict[str, Any] = notes, expert: int = expert
         ) -> tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]:
-            w4a8, stats, db = quantize_weight(weight.float(), ready, options)
+            w4a8, stats, db = quantize_weight(f"{label}.{expert}.{leaf}", weight.detach().float(), ready, options)
             return expert, leaf, w4a8, stats, {**notes, "output_sqnr_db": db}
 
-        ready = _inputs(ours, theirs, options)
+        ready = _inputs(f"{label}.{expert}", ours, theirs, options)
         for leaf, weight, rows in zip(LEAVES, gate_up.chunk(2), stacks["gate_up_proj"][expert].chunk(2), strict=False):
             done = finish(leaf, weight, ready)
             rows.copy_(decode(done[2]))
@@ -90,15 +91,15 @@ def quantize_experts(
         inner_seen = inner
         if is_full:
             inner_seen = down_inputs(module, ours, stacks["gate_up_proj"][expert].to(block.dtype), round_tokens)
-        done = finish("down_proj", down, _inputs(inner_seen, inner, options))
+        done = finish("down_proj", down, _inputs(f"{label}.{expert}.down_proj", inner_seen, inner, options))
         stacks["down_proj"][expert].copy_(decode(done[2]))
         yield done
     if is_full:
         block.take_experts(name, stacks)
 
 
-def _inputs(seen: torch.Tensor, original: torch.Tensor, options: QuantizeOptions) -> Inputs:
+def _inputs(label: str, seen: torch.Tensor, original: torch.Tensor, options: QuantizeOptions) -> Inputs:
     is_full = options.preset is Preset.FULL
     moments = Moments(energies=not is_full)
     moments.add(round_tokens(seen), original if is_full and options.alpha else None)
-    return inputs_of(moments, options)
+    return inputs_of(label, moments, options)

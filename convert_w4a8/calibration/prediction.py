@@ -3,13 +3,11 @@
 The constants are measured; docs/explanation/calibration.md says where and how.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 
-from convert_w4a8.calibration.options import Preset, QuantizeOptions
-from convert_w4a8.checkpoint.names import block_of
+from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.samples.sample import SampleSet
 
@@ -23,9 +21,7 @@ class Cost:
     disk: int
 
 
-def predict_cost(
-    plan: Plan, options: QuantizeOptions, samples: SampleSet | None, device: torch.device
-) -> Cost:
+def predict_cost(plan: Plan, options: QuantizeOptions, samples: SampleSet | None, device: torch.device) -> Cost:
     """Predict what carrying out a plan costs."""
     weights = sum(layer.spec.out_features * layer.spec.in_features for layer in plan.converted)
     return Cost(weights * 1e-6, 0, 0)

@@ -36,4 +36,4 @@ def recipe(options: QuantizeOptions, samples: SampleSet | None) -> Recipe:
             "tokens_kept": samples.kept,
             "sha256": samples.digest,
         }
-    return Recipe(name, sentence, tuple(rows), record)
+    return Recipe(name, sentence, tuple(rows), "w4a8 quantize MODEL OUT", record)

@@ -70,10 +70,10 @@ class Walk:
                 yield from self._experts(number, block, stage, named)
             else:
                 seen = self._moments(number, block, stage) if inputs is None else inputs[stage]
-                ready = inputs_of(seen, self._options)
+                ready = inputs_of(named[stage.modules[0]].module, seen, self._options)
                 for name in stage.modules:
-                    weight = block.module.get_parameter(f"{name}.weight").float()
-                    w4a8, stats, db = quantize_weight(weight, ready, self._options)
+                    weight = block.module.get_parameter(f"{name}.weight").detach().float()
+                    w4a8, stats, db = quantize_weight(named[name].module, weight, ready, self._options)
                     if self._is_full:
                         block.quantized[name] = decode(w4a8).to(self._model.dtype)
                     notes = {"tokens": seen.tokens, "output_sqnr_db": db}

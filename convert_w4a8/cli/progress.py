@@ -69,4 +69,3 @@ class ProgressLines:
             f"{self._label:<10} {share:4.0%}, {human_bytes(self._done)} of {human_bytes(self._total)},"
             f" {rate / 1e6:.0f} MB/s, {human_seconds(max(0, self._total - self._done) / rate)} left"
         )
-

@@ -14,60 +14,94 @@ from dataclasses import dataclass
 
 import torch
 
+from convert_w4a8.codebooks.method import Method
+from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.threads import one_thread_each, side_by_side
 
 _BLOCK = 256
-"""Columns of a step of the factorization; a multiple of the group size."""
+"""Columns of a step of the factorization, and rows of a product."""
 _EXACT = 8192
 """Up to so many inputs the factorization is in float64."""
+_FLOOR = 1e-3
 _ATTEMPTS = 6
 """Each with ten times the damping."""
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """A damped second moment and its factor.
+    """What the objective is made of: a damped second moment with its factor, or only a diagonal.
 
-    moment: float32 [K, K], as it was measured. damping: what is added to its diagonal.
-    factor: M with its unit diagonal, float32 [K, K]. importance: R[k, k]², float64 [K].
+    importance: R[k, k]², or the diagonal, float64 [K].
+    moment: H as it was measured, float32 [K, K]. factor: M with its unit diagonal, float32 [K, K]. None for a diagonal.
+    damping: what is added to H's diagonal.
     """
 
-    moment: torch.Tensor
-    damping: float
-    factor: torch.Tensor
     importance: torch.Tensor
+    moment: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    damping: float = 0.0
 
-    def to(self, device: torch.device) -> "Curvature":
-        """Return the same on another device."""
-        return Curvature(self.moment.to(device), self.damping, self.factor.to(device), self.importance.to(device))
+    @property
+    def groups(self) -> torch.Tensor:
+        """The importance by groups, float64 [G, 128]."""
+        return self.importance.view(-1, GROUP_SIZE)
+
+
+Moment = Curvature | torch.Tensor | None
+"""What is known of a layer's inputs: H = E[x xᵀ] [K, K], made ready or not; their energies [K]; or nothing."""
+
+
+def ready(moment: Moment, k: int, method: Method, device: torch.device) -> Curvature:
+    """Return what is known of K inputs as the method needs it. Raises ValueError where that does not fit."""
+    if moment is None:
+        moment = torch.ones(k, device=device)
+    found = len(moment.importance if isinstance(moment, Curvature) else moment)
+    if found != k:
+        raise ValueError(f"the statistics are of {found} inputs, the matrix has {k}")
+    has_moment = moment.moment is not None if isinstance(moment, Curvature) else moment.dim() == 2
+    if (method.feedback or method.sweeps) and not has_moment:
+        raise ValueError("error feedback and descent need the second moment of the inputs, not only their energies")
+    if isinstance(moment, Curvature):
+        return moment
+    return curvature(moment, method.damping) if method.feedback or method.sweeps else diagonal(moment)
+
+
+def diagonal(energies: torch.Tensor) -> Curvature:
+    """Let a squared error count as much as its input's energy, E[x²] [K], or the diagonal of a second moment [K, K].
+
+    Inputs that were hardly ever seen count a thousandth of the mean: they may be seen later.
+    """
+    found = (energies.diagonal() if energies.dim() == 2 else energies).double()
+    with one_thread_each():
+        mean = float(found.cpu().mean())
+    if not math.isfinite(mean) or bool((found < 0).any()):
+        raise ValueError("the energies of the inputs are not finite, or negative")
+    return Curvature(found.clamp(min=_FLOOR * mean) if mean > 0 else torch.ones_like(found))
 
 
 def curvature(moment: torch.Tensor, damping: float) -> Curvature:
-    """Factor a second moment [K, K], float32 or float64, K a multiple of 128; it stays as it is.
+    """Damp and factor a second moment [K, K], float32 or float64, K a multiple of 128; it stays as it is.
 
     damping: relative to the mean of the diagonal; ten times as much where the factor does not exist.
-    Memory beside the moment: one matrix of its size, float64 up to K = 8192, else float32, and half as much again
-    where that was float64. The result is the same on any number of threads. Raises ValueError on a moment that is not
-    square or finite, or with which no damping helps.
+    Memory beside the moment: its copy if that was not float32, and one matrix of its size, which is float64 up to
+    K = 8192 and float32 above: 4.6 GB for K = 33,792. The result is the same on any number of threads.
+    Raises ValueError on a moment that is not square or finite, or with which no damping helps.
     """
     if moment.dim() != 2 or moment.shape[0] != moment.shape[1]:
         raise ValueError(f"a second moment of shape {list(moment.shape)} is not square")
-    diagonal = moment.diagonal().double()
     with one_thread_each():
-        mean = float(diagonal.mean())
-        finite = all(bool(torch.isfinite(part.sum())) for part in moment.split(_BLOCK))
-    if not finite or not math.isfinite(mean):
+        mean = float(moment.diagonal().double().mean())
+        is_finite = all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in torch.split(moment, _BLOCK))
+    if not is_finite:
         raise ValueError("the second moment of the inputs is not finite")
-    unit = mean if mean > 0 else 1.0
+    if bool((moment.diagonal() < 0).any()):
+        raise ValueError("the second moment of the inputs has negative energies")
     for attempt in range(_ATTEMPTS):
-        added = max(damping, 1e-6 if attempt else 0.0) * 10**attempt * unit
-        factored = _factor(moment, added)
-        if factored is not None:
-            r = factored.diagonal().clone()
-            factor = factored.float() if factored.dtype != torch.float32 else factored
-            del factored
-            factor /= r.to(factor.dtype)
-            return Curvature(moment.float(), added, factor, r.double().square())
+        added = max(damping, 1e-6 if attempt else 0.0) * 10**attempt * (mean if mean > 0 else 1.0)
+        factor = _factor(moment, added)
+        if factor is not None:
+            r = factor.diagonal().clone()
+            return Curvature(r.double().square(), moment.float(), factor.float().div_(r.float()), added)
     raise ValueError("the second moment of the inputs is not positive definite, whatever is added to its diagonal")
 
 
@@ -110,20 +144,24 @@ def mixed_target(
 ) -> torch.Tensor:
     """Return W + α·W·(C − H)·H⁻¹, float32 [N, K]: at α = 1 the weights that best give W's outputs from other inputs.
 
-    moment: H = E[x̂ x̂ᵀ] of the inputs that the quantized layer sees, factored already or not. cross: C = E[x x̂ᵀ], x the original model's.
+    moment: H = E[x̂ x̂ᵀ] of the inputs that the quantized layer sees, made ready or not. cross: C = E[x x̂ᵀ],
+        x the original model's.
     """
-    ready = moment if isinstance(moment, Curvature) else curvature(moment, damping)
+    known = moment if isinstance(moment, Curvature) else curvature(moment, damping)
+    assert known.moment is not None
+    assert known.factor is not None
+    h, factor = known.moment, known.factor
     # H·z = R·Rᵀ·z, with R = M·diag(r): two triangular solves for each row.
-    scale = ready.importance.float()
+    scale = known.importance.float()
     result = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
     def solve(row: int) -> None:
         part = weight[row : row + _BLOCK].float()
-        right = part @ cross.float() - part @ ready.moment
-        right = torch.linalg.solve_triangular(ready.factor.t(), right, upper=False, left=False, unitriangular=True)
+        right = part @ cross.float() - part @ h
+        right = torch.linalg.solve_triangular(factor.t(), right, upper=False, left=False, unitriangular=True)
         right /= scale
-        right = torch.linalg.solve_triangular(ready.factor, right, upper=True, left=False, unitriangular=True)
-        result[row : row + _BLOCK] = part.add_(right, alpha=alpha)
+        right = torch.linalg.solve_triangular(factor, right, upper=True, left=False, unitriangular=True)
+        result[row : row + _BLOCK] = part + alpha * right
 
     side_by_side(solve, range(0, len(weight), _BLOCK))
     return result

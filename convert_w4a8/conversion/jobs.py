@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
+from convert_w4a8.threads import one_thread_each
 
 _MAX_WORKERS = 4
 """If nobody asks for more."""
@@ -91,14 +91,3 @@ def _choose_file(waiting: Iterable[str], busy: set[str]) -> str:
     """Return the first of the next files that nobody writes to, or the first of all."""
     candidates = list(islice(waiting, _FILES))
     return next((file for file in candidates if file not in busy), candidates[0])
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Keep torch from using several threads an operation: the jobs themselves run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -24,10 +24,10 @@ from convert_w4a8.targets import target_named
 class Quantizer:
     """What makes W4A8 of a layer, instead of `to_w4a8` by the options' scales.
 
-    quantize: the function. bytes_per_weight: memory that it takes beside the layer.
+    quantize: the function, of a layer's name and weights. bytes_per_weight: memory that it takes beside the layer.
     """
 
-    quantize: Callable[[W4Linear | DenseLinear], tuple[W4A8Linear, LayerStats]]
+    quantize: Callable[[str, W4Linear | DenseLinear], tuple[W4A8Linear, LayerStats]]
     bytes_per_weight: int
 
 
@@ -60,7 +60,7 @@ def convert_layer(
         if quantizer is None:
             w4a8, stats = to_w4a8(w, options.scales, stock=target.SCALES_AT_LOAD)
         else:
-            w4a8, stats = quantizer.quantize(w)
+            w4a8, stats = quantizer.quantize(layer.module, w)
         tensors = target.encode(layer.module, w4a8)
     except torch.OutOfMemoryError as error:
         raise _too_large(layer, device) from error

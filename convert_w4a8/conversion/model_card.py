@@ -52,7 +52,7 @@ def model_card(
         f"---\n{front}---",
         _introduction(checkpoint, plan, recipe),
         _figures(plan, stats, recipe),
-        plan.target.card_section(),
+        _serving(plan, recipe),
     ]
     if body:
         parts += ["---\n\n*What follows is the model card of the source.*", body]
@@ -64,6 +64,10 @@ def hub_id(checkpoint: Checkpoint) -> str | None:
     snapshots = checkpoint.root.absolute().parent
     prefix, *names = snapshots.parent.name.split("--")
     return "/".join(names) if snapshots.name == "snapshots" and prefix == "models" and len(names) == 2 else None
+
+
+def _serving(plan: Plan, recipe: Recipe | None) -> str:
+    return plan.target.card_section() if recipe is None else plan.target.card_section(recipe.command)
 
 
 def _source_card(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:

@@ -16,11 +16,11 @@ from statistics import fmean
 import torch
 
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
-from convert_w4a8.conversion.jobs import one_thread_each
 from convert_w4a8.conversion.plan import Codes, LayerPlan, Plan
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import DenseLinear, W4Linear, kept_zeros
 from convert_w4a8.quantization.layer import to_w4a8
+from convert_w4a8.threads import one_thread_each
 
 LAYERS = 32
 """Layers that are read at most, of all kinds together; one of each kind if there are more kinds."""

@@ -25,12 +25,13 @@ class Recipe:
     """How codes and tables were chosen, where it was not by the options' scales alone.
 
     name: in a few words. sentence: for the model card. rows: name and value, for its table.
-    record: what the output's config.json says of it, as JSON.
+    command: by which it is done, with MODEL and OUT. record: what the output's config.json says of it, as JSON.
     """
 
     name: str
     sentence: str
     rows: tuple[tuple[str, str], ...]
+    command: str
     record: Mapping[str, Any]
 
 

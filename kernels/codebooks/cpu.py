@@ -5,6 +5,8 @@ Every operation is rounded as torch rounds it, and sums run in the same order. E
 
 # numba's decorator and its functions have no Python types.
 # ruff: noqa: ANN001, ANN202
+# min() and max() ask for NaN first, and are not vectorized.
+# ruff: noqa: FURB136
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 import numpy as np
@@ -384,9 +386,9 @@ def _feedback(goal, start, factor, entries, codes, errors):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _descend(goal, gradient, moment, entries, codes, errors, rounds, free, e4m3):
     n = goal.shape[1]
-    x, y, inverse = np.empty(n), np.empty(n), np.empty(n)
+    x, y = np.empty(n), np.empty(n)
     ordered, letters, middles = np.empty(16), np.empty(16, np.uint8), np.empty(15)
-    products, a, b, change = np.empty((8, n)), np.empty((8, 8)), np.empty(8), np.empty(8)
+    products, a, b, before = np.empty((8, n)), np.empty((8, 8)), np.empty(8), np.empty(8)
     entry, sign = np.empty(n, np.int64), np.empty(n)
     scratch = np.empty(1, np.float32)
     bits = scratch.view(np.uint32)
@@ -413,7 +415,9 @@ def _descend(goal, gradient, moment, entries, codes, errors, rounds, free, e4m3)
                         y[j] += d * row[j]
                     moved = True
             if free:
-                moved |= _move_entries(x, y, moment, table, code, entry, sign, products, a, b, change, scratch, bits, e4m3)
+                moved |= _move_entries(
+                    x, y, moment, table, code, (entry, sign, products, a, b, before, scratch, bits), e4m3
+                )
             if not moved:
                 break
         for k in range(n):
@@ -421,8 +425,9 @@ def _descend(goal, gradient, moment, entries, codes, errors, rounds, free, e4m3)
 
 
 @njit(cache=True, error_model="numpy")
-def _move_entries(x, y, moment, table, code, entry, sign, products, a, b, change, scratch, bits, e4m3):
+def _move_entries(x, y, moment, table, code, spare, e4m3):
     """Move the entries of a table on the E4M3 grid while that helps; whether any moved."""
+    entry, sign, products, a, b, before, scratch, bits = spare
     n = len(x)
     products[:] = 0.0
     b[:] = 0.0
@@ -439,7 +444,7 @@ def _move_entries(x, y, moment, table, code, entry, sign, products, a, b, change
     for j in range(8):
         for k in range(n):
             a[j, entry[k]] += sign[k] * products[j, k]
-        change[j] = table[j]
+        before[j] = table[j]
     for _ in range(ROUNDS):
         moved = False
         for j in range(8):
@@ -457,7 +462,7 @@ def _move_entries(x, y, moment, table, code, entry, sign, products, a, b, change
             break
     moved = False
     for j in range(8):
-        d = table[j] - change[j]
+        d = table[j] - before[j]
         if d != 0.0:
             moved = True
             row = products[j]

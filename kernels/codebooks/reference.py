@@ -9,7 +9,7 @@ from the first weight to the last.
 
 import torch
 
-from convert_w4a8.fp8 import CODE_MAX, SCALE_MAX, to_e4m3
+from convert_w4a8.fp8 import CODE_MAX, to_e4m3
 from convert_w4a8.kernels.codes.reference import nearest_codes, values_of
 
 LARGEST = 126
@@ -31,8 +31,9 @@ def fit(values: torch.Tensor, importance: torch.Tensor, rounds: int) -> torch.Te
     zeros: found exactly, by dynamic programming. The lone entry then becomes the mean of that run of one sign from
     which one more value takes most error. `rounds` of Lloyd's algorithm follow.
     """
-    parts = zip(values.split(_GROUPS_AT_ONCE), _rows(importance, values).split(_GROUPS_AT_ONCE), strict=True)
-    return torch.cat([_fit(w.double(), h, rounds) for w, h in parts])
+    shares = _rows(importance, values)
+    parts = [slice(start, start + _GROUPS_AT_ONCE) for start in range(0, len(values), _GROUPS_AT_ONCE)]
+    return torch.cat([_fit(values[part].double(), shares[part], rounds) for part in parts])
 
 
 def _rows(importance: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -77,9 +78,7 @@ def _fit(w: torch.Tensor, h: torch.Tensor, rounds: int) -> torch.Tensor:
 def _prefix_sums(h: torch.Tensor, magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the sums of h, h·m and h·m² before each place, float64 [R, V + 1]."""
     first = h * magnitude
-    p0, p1, p2 = (
-        torch.nn.functional.pad(terms.cumsum(dim=1), (1, 0)) for terms in (h, first, first * magnitude)
-    )
+    p0, p1, p2 = (torch.nn.functional.pad(terms.cumsum(dim=1), (1, 0)) for terms in (h, first, first * magnitude))
     return p0, p1, p2
 
 
@@ -207,7 +206,7 @@ def feedback(
 ) -> None:
     """Choose the nearest code column by column, after the errors of the columns before were made up for.
 
-        x[k] = start[k] − Σ_{j<k} errors[j]·factor[j, k],  errors[k] = q[k] − goal[k]
+    Column k rounds x[k] = start[k] − Σ_{j<k} errors[j]·factor[j, k], and leaves errors[k] = q[k] − goal[k].
     """
     x = start.double()
     for k in range(x.shape[1]):

@@ -74,7 +74,7 @@ def refit(
     """
     arrays = map(_array, (values, counts, importance, kept, channel_scale))
     energies: tuple[float, float] = _refit(
-        tuple(arrays), codes.numpy(), tables.view(torch.uint8).numpy(), rounds, _E4M3_VALUES
+        tuple(arrays), codes.numpy(), tables.view(torch.uint8).numpy(), rounds, E4M3_VALUES
     )
     return energies
 

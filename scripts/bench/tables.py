@@ -50,7 +50,21 @@ VLLM_PERPLEXITY: Columns = (
     ("nats/token over W4A16", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
     ("next-token accuracy, of W4A16's", "{relative_accuracy:.2%}"),
 )
+CODEBOOKS: Columns = (
+    ("model", "{model}"),
+    ("preset", "{kind}"),
+    ("matrices", "{matrices}"),
+    ("N × K", "{shape}"),
+    ("million weights", "{million_weights:.1f}"),
+    ("factoring s", "{moment_s:.2f}"),
+    ("codebooks s", "{matrix_s:.2f}"),
+    ("CPU s of both", "{cpu_s:.2f}"),
+    ("s a million weights", "{seconds_per_million:.4f}"),
+    ("all blocks, minutes", "{model_minutes:.1f}"),
+)
 COLUMNS: dict[str, Columns] = {
+    "codebooks": CODEBOOKS,
+    "codebooks-gpu": (*CODEBOOKS, ("GPU memory GiB", "{gpu_gib:.1f}")),
     "conversion": CONVERSION,
     "conversion-without-rest": CONVERSION,
     "conversion-sizes": (("GB", "{gigabytes:g}"), ("contender", "{contender}"), *COPY),

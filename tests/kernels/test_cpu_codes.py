@@ -103,7 +103,7 @@ def test_groups_by_their_codes() -> None:
 
 def round_all(values: npt.NDArray[np.float32], found: npt.NDArray[np.uint8]) -> None:
     """Fill `found` with the bytes of the E4M3 numbers nearest to float32 values."""
-    to_e4m3 = KERNELS._to_e4m3
+    to_e4m3 = import_module("convert_w4a8.kernels.fp8_cpu").to_e4m3
 
     @numba.njit
     def fill(values, found, scratch, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202

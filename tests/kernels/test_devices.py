@@ -17,6 +17,7 @@ from packings import random_words
 from convert_w4a8 import devices, kernels
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.encoding.tables import expand_tables
+from convert_w4a8.kernels.codebooks import reference as codebooks_reference
 from convert_w4a8.kernels.codes import reference as codes_reference
 from convert_w4a8.kernels.gemm import reference as gemm_reference
 from convert_w4a8.kernels.repack import reference as repack_reference
@@ -31,6 +32,7 @@ REFERENCES = {
     "codes": codes_reference,
     "tables": tables_reference,
     "gemm": gemm_reference,
+    "codebooks": codebooks_reference,
 }
 
 

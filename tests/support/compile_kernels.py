@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from convert_w4a8.kernels.codebooks import gpu as codebooks
 from convert_w4a8.kernels.codes import gpu as codes
 from convert_w4a8.kernels.fp8 import OPTIONS
 from convert_w4a8.kernels.repack import gpu as repack
@@ -45,6 +46,13 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     for width in (16, 128):
         yield codes._fit_symmetric, types, {"WIDTH": width, "BLOCK": codes._GROUPS * 16 // width}
         yield codes._refit, types, {"WIDTH": width, "BLOCK": codes._ELEMENTS // (16 * width)}
+    names = ("signed", "shares", "all_sums", "all_scratch", "goal", "start", "factor", "gradient", "moment", "diagonal")
+    types = TYPES | dict.fromkeys((*names, "scales", "tables", "errors"), "*fp32")
+    types |= {"all_back": "*u8", "limits": "*u8", "passes": "i32"}
+    for kernel in (codebooks._fit, codebooks._refine, codebooks._fit_scale, codebooks._feedback):
+        yield kernel, types, {}
+    for free in (True, False):
+        yield codebooks._descend, types, {"FREE": free}
 
 
 for kernel, types, constants in kernels():
@@ -52,7 +60,8 @@ for kernel, types, constants in kernels():
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places)
-    compiled = triton.compile(source, target=HOPPER, options=OPTIONS)
+    warps = {"num_warps": 1} if kernel.__module__ == codebooks.__name__ else {}
+    compiled = triton.compile(source, target=HOPPER, options=OPTIONS | warps)
     arithmetic = re.findall(r"\b(?:add|sub|mul|div|fma|mad)(?:\.\w+)*\.f(?:32|64)\b", compiled.asm["ptx"])
     inexact = {word for word in arithmetic if not re.fullmatch(r"(?:add|sub|mul|div)\.rn\.f(?:32|64)", word)}
     print(kernel.__name__, compiled.metadata.shared, *inexact)  # noqa: T201 - its result
