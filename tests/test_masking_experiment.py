@@ -34,7 +34,7 @@ def test_the_prompt_is_as_much_as_is_said(data: tuple[Any, dict[str, SampleSet]]
 
 
 def test_masks_leave_the_clean_text(data: tuple[Any, dict[str, SampleSet]]) -> None:
-    """By the template exactly it; by repetition also the prompt where it stands first, and the ends of turns."""
+    """By the template exactly it; by repetition also the prompt of the first trace, and the ends of turns."""
     tokenizer, arms = data
     for clean, template, repeated in zip(
         *(arms[name].samples for name in ("clean", "template", "repeated")), strict=True
