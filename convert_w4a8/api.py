@@ -9,6 +9,9 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
+from convert_w4a8.calibration import run as calibration
+from convert_w4a8.calibration.options import QuantizeOptions
+from convert_w4a8.calibration.plan import plan_quantization, with_samples
 from convert_w4a8.checkpoint import directory
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.conversion import plan as planning
@@ -23,12 +26,14 @@ from convert_w4a8.options import Options
 from convert_w4a8.regression import check as regression
 from convert_w4a8.regression.baseline import Figures, read_baseline
 from convert_w4a8.report import collect, inspection
+from convert_w4a8.samples.sample import SampleSet
 from convert_w4a8.verification import proof
 
-__all__ = ["check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "verify"]
+__all__ = ["check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "quantize", "verify"]
 
 PathOrId = str | PathLike[str]
 _DEFAULTS = Options()
+_DEFAULTS_OF_QUANTIZE = QuantizeOptions()
 
 
 def _ignore(_nbytes: int) -> None:
@@ -104,6 +109,40 @@ def convert(
             resume=resume,
             progress=progress,
         )
+
+
+def quantize(
+    model: PathOrId,
+    out: PathOrId,
+    options: QuantizeOptions = _DEFAULTS_OF_QUANTIZE,
+    *,
+    samples: SampleSet | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[int], None] = _ignore,
+) -> Result:
+    """Quantize a model that is in 16 or 32 bits; `out` appears whole, at the end, or not at all.
+
+    samples: calibration data, from `convert_w4a8.samples`; None: codes and tables from the weights alone. The other
+    parameters are those of `convert`.
+
+    Raises:
+        ConvertError, PlanError: the model, the output path, the options or the device do not allow it.
+
+    """
+    checkpoint = open_checkpoint(model)
+    options = with_samples(options, samples)
+    return calibration.quantize(
+        checkpoint,
+        plan_quantization(checkpoint, options),
+        local_path(out),
+        samples,
+        device=resolve_device(device),
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+    )
 
 
 def verify(

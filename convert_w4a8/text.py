@@ -30,6 +30,15 @@ def human_bytes(nbytes: float) -> str:
     return f"{nbytes:.3g} {unit}"
 
 
+def human_seconds(seconds: float) -> str:
+    """Render a time: 45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def counted(number: int, noun: str) -> str:
     """Render a count with its noun: 1 layer, 1,024 layers."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

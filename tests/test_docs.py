@@ -7,7 +7,7 @@ import json
 import os
 import pydoc
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,26 @@ def printed_keys(value: Any) -> set[str]:
     return {key for key in value if re.fullmatch(r"[A-Za-z]\w*", key)}.union(*below)
 
 
+def check_keys(arguments: list[str], titles: list[str], allowed: Collection[str] = ()) -> None:
+    """Run a command and compare what it prints with sections of the reference; allowed: keys that need not be there."""
+    result = CliRunner().invoke(main, arguments)
+    section = "\n".join(JSON[title] for title in titles)
+    described = set(re.findall(r"`([A-Za-z]\w*)`", section))
+    printed = printed_keys(json.loads(result.stdout))
+    assert printed - described == set(), arguments[0]
+    first_cells = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) - printed - set(allowed) == set(), arguments[0]
+
+
+def test_json_keys_of_samples_are_in_the_reference(shared: Path, tmp_path: Path) -> None:
+    """The same of the command that needs a tokenizer."""
+    pytest.importorskip("transformers", reason="the extra `quantize` is not installed")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}), encoding="utf-8")
+    model = str(shared / "models" / "llama-31m-bf16")
+    check_keys(["samples", model, "--data", str(data), "--mask", "template", "--json"], ["w4a8 samples"])
+
+
 def test_json_keys_are_in_the_reference(tmp_path: Path) -> None:
     """Every key that a command prints is described, and no others."""
     source, out, baseline = (str(tmp_path / name) for name in ("in", "out", "baseline.json"))
@@ -217,13 +237,7 @@ def test_json_keys_are_in_the_reference(tmp_path: Path) -> None:
         (["report", out, *of_both], ["w4a8 report"]),
         (["check", source, "--write-baseline", baseline, "--json"], ["w4a8 check", "Baselines"]),
     ):
-        result = CliRunner().invoke(main, arguments)
-        section = "\n".join(JSON[title] for title in titles)
-        described = set(re.findall(r"`([A-Za-z]\w*)`", section))
-        printed = printed_keys(json.loads(result.stdout))
-        assert printed - described == set(), arguments[0]
-        first_cells = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
-        assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) - printed - problem == set(), arguments[0]
+        check_keys(arguments, titles, allowed=problem)
     assert printed_keys(json.loads(Path(baseline).read_text())) <= set(re.findall(r"`(\w+)`", JSON["Baselines"]))
 
 

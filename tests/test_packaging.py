@@ -26,7 +26,10 @@ from convert_w4a8 import __version__
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DEPENDENCIES = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
-REPORT = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["report"]]
+REPORT, QUANTIZE = (
+    [Requirement(line) for line in PROJECT["project"]["optional-dependencies"][extra]]
+    for extra in ("report", "quantize")
+)
 IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 FILES = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 FOLDERS = ("convert_w4a8", "kernels", "docs", "scripts", "tests")
@@ -59,7 +62,7 @@ def pins(name: str) -> dict[str, Version]:
 def test_what_is_imported_is_declared_and_nothing_else() -> None:
     """Even what is imported inside functions; not vLLM, inside which the plugin runs and never without."""
     names = {name for file in modules(ROOT) - {"convert_w4a8/py.typed"} for name in imported(ROOT / file)}
-    declared = {canonicalize_name(requirement.name) for requirement in [*DEPENDENCIES, *REPORT]}
+    declared = {canonicalize_name(requirement.name) for requirement in [*DEPENDENCIES, *REPORT, *QUANTIZE]}
     assert names - sys.stdlib_module_names - {"convert_w4a8", "vllm"} == {
         IMPORTED_AS.get(name, name) for name in declared
     }
@@ -79,7 +82,7 @@ def test_the_pinned_versions_are_allowed_and_complete() -> None:
     """constraints.txt names every direct requirement, groups included, and a version that it allows."""
     pinned = pins("constraints.txt")
     groups = [line for group in PROJECT["dependency-groups"].values() for line in group if isinstance(line, str)]
-    for requirement in [*DEPENDENCIES, *REPORT, *map(Requirement, groups)]:
+    for requirement in [*DEPENDENCIES, *REPORT, *QUANTIZE, *map(Requirement, groups)]:
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement.name
 
 

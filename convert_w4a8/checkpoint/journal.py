@@ -8,6 +8,7 @@ The work directory `.OUT.w4a8-partial` holds
                  written when the file's bytes are on the disk, and is on the disk before anything else
     checkpoint/  the output so far, which becomes OUT by one rename when all of it is on the disk
     replaced/    the old OUT, while the new one takes its place
+    states/      what a process keeps on the disk while it runs, and nobody reads after it
 
 A file is trusted if its line is in the journal and its bytes still have the checksums that they had in memory.
 """
@@ -30,7 +31,7 @@ from convert_w4a8.checkpoint.checksum import Piece
 from convert_w4a8.checkpoint.disk import fsync
 from convert_w4a8.errors import ConvertError
 
-LOCK, JOURNAL, CHECKPOINT, REPLACED = "lock", "journal", "checkpoint", "replaced"
+LOCK, JOURNAL, CHECKPOINT, REPLACED, STATES = "lock", "journal", "checkpoint", "replaced", "states"
 Fingerprint = Mapping[str, Any]
 _SUFFIX = ".w4a8-partial"
 
@@ -56,7 +57,7 @@ class WorkDirectory:
         self.checkpoint = self.path / CHECKPOINT
         self._lock = self._acquire(out)
         try:
-            _check_directories(self.path, CHECKPOINT, REPLACED)
+            _check_directories(self.path, CHECKPOINT, REPLACED, STATES)
             self._journal = _open(self.path / JOURNAL, os.O_RDWR | os.O_APPEND)
             entries, size = _read_journal(self._journal)
             os.truncate(self._journal, size)
@@ -143,7 +144,7 @@ class WorkDirectory:
         fsync(self.path)
 
     def _remove_directories(self) -> None:
-        for name in (CHECKPOINT, REPLACED):
+        for name in (CHECKPOINT, REPLACED, STATES):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def note_file(self, name: str, finished: "FinishedFile") -> None:

@@ -38,6 +38,10 @@ _ROUTER = re.compile(
 )
 _EXPERT_COUNT = re.compile(r"(?:num|n)_(?:local_|routed_)?experts|moe_num_experts|num_moe_experts")
 
+_BLOCK = re.compile(r"^(?P<above>(?:.*?\.)?(?:layers|h|blocks?|layer))\.(?P<number>\d+)(?=\.)")
+_OTHER_PARTS = re.compile(r"vis|image|audio|speech|tower|encoder|projector|connector|talker|code2wav|resampler")
+"""Parts of a model that are no language model, by words in the names of what is above their blocks."""
+
 # vLLM's Mixtral knows its experts by Mistral's names only; transformers 5 and GPTQModel write Llama's.
 _MIXTRAL_RENAMES = (
     (re.compile(r"\.mlp\.gate(?=\.|$)"), ".block_sparse_moe.gate"),
@@ -45,6 +49,15 @@ _MIXTRAL_RENAMES = (
     (re.compile(r"\.mlp\.experts\.(\d+)\.down_proj(?=\.|$)"), r".block_sparse_moe.experts.\1.w2"),
     (re.compile(r"\.mlp\.experts\.(\d+)\.up_proj(?=\.|$)"), r".block_sparse_moe.experts.\1.w3"),
 )
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """Return where the decoder block lies that a tensor or module belongs to: (`model.layers`, 3); None for others.
+
+    Blocks of vision and audio towers are none of the language model.
+    """
+    match = _BLOCK.match(name)
+    return None if match is None or _OTHER_PARTS.search(match["above"]) else (match["above"], int(match["number"]))
 
 
 def is_expert(module: str) -> bool:

@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,22 +38,29 @@ class ShardPlan:
 
 
 def plan_shards(
-    specs: Iterable[TensorSpec], max_shard_size: int, named: Mapping[str, str] = MappingProxyType({})
+    specs: Iterable[TensorSpec],
+    max_shard_size: int,
+    named: Mapping[str, str] = MappingProxyType({}),
+    part_of: Callable[[str], Hashable] = lambda _name: None,
 ) -> tuple[ShardPlan, ...]:
     """Fill shards in the given order up to `max_shard_size` bytes; a larger tensor gets a shard of its own.
 
     A shard also ends where its header would be longer than the safetensors library reads.
-    named: of tensors that go into another file, its name.
+    named: of tensors that go into another file, its name. part_of: a shard ends where this changes, too, from name to
+    name.
     """
     groups: list[list[TensorSpec]] = [[]]
     filled = header = 0
+    part: Hashable = None
     others: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         if spec.name in named:
             others.setdefault(named[spec.name], []).append(spec)
             continue
         nbytes, entry = spec.nbytes, len(spec.name.encode()) + _ENTRY_BYTES
-        if groups[-1] and (filled + nbytes > max_shard_size or header + entry > _HEADER_BYTES):
+        before, part = part, part_of(spec.name)
+        too_large = filled + nbytes > max_shard_size or header + entry > _HEADER_BYTES
+        if groups[-1] and (too_large or part != before):
             groups.append([])
             filled = header = 0
         groups[-1].append(spec)

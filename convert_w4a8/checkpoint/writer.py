@@ -5,8 +5,9 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from convert_w4a8.checkpoint.checksum import Piece, is_intact
 from convert_w4a8.checkpoint.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
 from convert_w4a8.checkpoint.files import INDEX, needs_index
-from convert_w4a8.checkpoint.journal import REPLACED, Fingerprint, FinishedFile, WorkDirectory, work_path
+from convert_w4a8.checkpoint.journal import REPLACED, STATES, Fingerprint, FinishedFile, WorkDirectory, work_path
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter
 from convert_w4a8.errors import ConvertError, DiskError, W4A8Error
 
@@ -122,6 +123,18 @@ class CheckpointWriter:
     def unfinished(self) -> list[str]:
         """The files that are still to be written, in the order of the plan."""
         return [name for name in self._plans if name not in self._work.files]
+
+    @contextmanager
+    def states(self) -> Iterator[Path]:
+        """Return a directory for what this process keeps on the disk while it runs; it is removed at the end."""
+        path = self._work.path / STATES
+        with disk_errors(path):
+            shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
+            path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def layers(self) -> Mapping[str, Any]:

@@ -8,7 +8,9 @@ from convert_w4a8.cli.convert import convert_command
 from convert_w4a8.cli.env import env_command
 from convert_w4a8.cli.inspect import inspect_command
 from convert_w4a8.cli.push import push_command
+from convert_w4a8.cli.quantize import quantize_command
 from convert_w4a8.cli.report import report_command
+from convert_w4a8.cli.samples import samples_command
 from convert_w4a8.cli.verify import verify_command
 from convert_w4a8.version import __version__
 
@@ -16,11 +18,13 @@ from convert_w4a8.version import __version__
 @click.group(cls=W4A8Group)
 @click.version_option(__version__, package_name="w4a8-convert")
 def main() -> None:
-    """W4A8 checkpoints for vLLM on Hopper: convert, inspect, verify, report, push, check."""
+    """W4A8 checkpoints for vLLM on Hopper: convert, quantize, inspect, verify, report, push, check."""
 
 
 for _command in (
     convert_command,
+    quantize_command,
+    samples_command,
     check_command,
     inspect_command,
     verify_command,

@@ -52,7 +52,7 @@ class _Layers(click.ParamType):  # type: ignore[type-arg]
 
 
 SIZE = _Size()
-_LAYERS = _Layers()
+LAYERS = _Layers()
 _CONVERSION_OPTIONS = (
     click.option(
         "--format",
@@ -113,7 +113,7 @@ _CONVERSION_OPTIONS = (
     ),
     click.option(
         "--keep",
-        type=_LAYERS,
+        type=LAYERS,
         multiple=True,
         metavar="PATTERN",
         help="Keep these layers in BF16, with all that vLLM serves together with them: a full name, or re: and a"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from convert_w4a8.cli.output import echo_error
-from convert_w4a8.text import human_bytes
+from convert_w4a8.text import human_bytes, human_seconds
 
 _SECONDS = 30.0
 """A line of a log comes after so many seconds, …"""
@@ -67,14 +67,5 @@ class ProgressLines:
         share = min(1.0, self._done / self._total) if self._total else 1.0
         return (
             f"{self._label:<10} {share:4.0%}, {human_bytes(self._done)} of {human_bytes(self._total)},"
-            f" {rate / 1e6:.0f} MB/s, {_duration(max(0, self._total - self._done) / rate)} left"
+            f" {rate / 1e6:.0f} MB/s, {human_seconds(max(0, self._total - self._done) / rate)} left"
         )
-
-
-def _duration(seconds: float) -> str:
-    """Render a time: 45 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

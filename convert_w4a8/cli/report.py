@@ -39,10 +39,11 @@ def report_command(out: str, source: str, html: Path | None, png_dir: Path | Non
     from convert_w4a8.report import collect as reports
     from convert_w4a8.report import html as report_html
     from convert_w4a8.report import pictures as report_pictures
+    from convert_w4a8.report.drawing import require_matplotlib
 
     with_pictures = html is not None or png_dir is not None
     if with_pictures:
-        report_pictures.require_matplotlib()
+        require_matplotlib()
     png_files = {name: png_dir / f"{name}.png" for name in report_pictures.NAMES} if png_dir is not None else {}
     check_writable(*png_files.values(), *([html] if html is not None else []))
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))

@@ -6,12 +6,14 @@ from typing import Any
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.settings import without_settings
 from convert_w4a8.conversion.plan import Plan
-from convert_w4a8.conversion.result import LayerResult
+from convert_w4a8.conversion.result import LayerResult, Recipe
 from convert_w4a8.targets.base import make_block
 from convert_w4a8.version import __version__
 
 
-def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult]) -> dict[str, Any]:
+def output_config(
+    checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerResult], recipe: Recipe | None = None
+) -> dict[str, Any]:
     """Return the output's config.json: the source's, in bfloat16, with the new quantization_config and no other.
 
     It is at the top, where vLLM looks first, wherever the source had its own.
@@ -25,6 +27,7 @@ def output_config(checkpoint: Checkpoint, plan: Plan, results: Sequence[LayerRes
         "layers_with_codes_kept": sum(s.codes_kept for s in stats),
         "layers_with_new_codes": sum(not s.codes_kept for s in stats),
         "layers_in_bf16": len(results) - len(stats),
+        **({} if recipe is None else recipe.record),
     }
     config = _in_bfloat16(without_settings(checkpoint.config))
     if not {"dtype", "torch_dtype"} & set(config):

@@ -4,6 +4,7 @@ Nothing here writes, locks or knows of files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -12,11 +13,23 @@ from convert_w4a8.checkpoint.values import not_finite
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.dequantize import BLOCK_WEIGHTS, dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.linear import GROUP_SIZE, DenseLinear, W4Linear
+from convert_w4a8.linear import GROUP_SIZE, DenseLinear, W4A8Linear, W4Linear
 from convert_w4a8.options import Options
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
 from convert_w4a8.sources import source_named
 from convert_w4a8.targets import target_named
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What makes W4A8 of a layer, instead of `to_w4a8` by the options' scales.
+
+    quantize: the function, of a layer's name and weights. bytes_per_weight: memory that it takes beside the layer.
+    """
+
+    quantize: Callable[[str, W4Linear | DenseLinear], tuple[W4A8Linear, LayerStats]]
+    bytes_per_weight: int
+
 
 CHUNK_BYTES = 8 << 20
 """Of a tensor that is copied, as much at a time."""
@@ -24,7 +37,7 @@ _DOWNLOAD_AGAIN = "the checkpoint is damaged: download it again"
 
 
 def convert_layer(
-    layer: LayerPlan, read: Reader, options: Options, device: torch.device
+    layer: LayerPlan, read: Reader, options: Options, device: torch.device, quantizer: Quantizer | None = None
 ) -> tuple[Mapping[str, Iterable[torch.Tensor]], LayerStats | None]:
     """Read one layer and return the tensors of the output that it becomes, and what that did to it.
 
@@ -43,7 +56,11 @@ def convert_layer(
         return {spec.name: _in_bfloat16(w)}, None
     target = target_named(options.format)
     try:
-        w4a8, stats = to_w4a8(w if device.type == "cpu" else w.to(device), options.scales, stock=target.SCALES_AT_LOAD)
+        w = w if device.type == "cpu" else w.to(device)
+        if quantizer is None:
+            w4a8, stats = to_w4a8(w, options.scales, stock=target.SCALES_AT_LOAD)
+        else:
+            w4a8, stats = quantizer.quantize(layer.module, w)
         tensors = target.encode(layer.module, w4a8)
     except torch.OutOfMemoryError as error:
         raise _too_large(layer, device) from error
@@ -67,7 +84,7 @@ def _too_large(layer: LayerPlan, device: torch.device) -> ConvertError:
     return ConvertError(layer.module, f"does not fit into the free memory of {device}", "use --device cpu")
 
 
-def layer_memory(layer: LayerPlan) -> int:
+def layer_memory(layer: LayerPlan, quantizer: Quantizer | None = None) -> int:
     """Return the bytes that converting a layer takes at most, to some ten per cent (tests/conversion/test_memory.py).
 
     That is what is read, the new codes, and what a block of weights takes meanwhile. Where the configuration says that
@@ -78,6 +95,8 @@ def layer_memory(layer: LayerPlan) -> int:
     block = min(weights, BLOCK_WEIGHTS)
     if layer.dequantize is not None:
         return spec.nbytes + 8 * block  # float32, what it is made of, and bfloat16
+    if quantizer is not None:
+        return spec.nbytes + quantizer.bytes_per_weight * weights
     is_scattered = spec.dense or spec.act_order or spec.group_size % GROUP_SIZE > 0
     if is_scattered or not spec.symmetric:
         return spec.nbytes + weights + (22 if is_scattered else 3) * block  # by weight, or by the values of a group

@@ -15,6 +15,7 @@ import yaml
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CARD
 from convert_w4a8.conversion.plan import Plan
+from convert_w4a8.conversion.result import Recipe
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.layer import LayerStats
@@ -38,14 +39,21 @@ _SCALES = {
 }
 
 
-def model_card(checkpoint: Checkpoint, plan: Plan, stats: Sequence[LayerStats | None]) -> str:
+def model_card(
+    checkpoint: Checkpoint, plan: Plan, stats: Sequence[LayerStats | None], recipe: Recipe | None = None
+) -> str:
     """Return the README.md of a conversion.
 
-    stats: of `plan.layers`, in their order; None where a layer was kept in BF16.
+    stats: of `plan.layers`, in their order; None where a layer was kept in BF16. recipe: how its numbers were chosen.
     """
     metadata, body = _source_card(checkpoint)
     front = yaml.safe_dump(_metadata(checkpoint, metadata), sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{front}---", _introduction(checkpoint, plan), _figures(plan, stats), plan.target.card_section()]
+    parts = [
+        f"---\n{front}---",
+        _introduction(checkpoint, plan, recipe),
+        _figures(plan, stats, recipe),
+        _serving(plan, recipe),
+    ]
     if body:
         parts += ["---\n\n*What follows is the model card of the source.*", body]
     return "\n\n".join(parts) + "\n"
@@ -56,6 +64,10 @@ def hub_id(checkpoint: Checkpoint) -> str | None:
     snapshots = checkpoint.root.absolute().parent
     prefix, *names = snapshots.parent.name.split("--")
     return "/".join(names) if snapshots.name == "snapshots" and prefix == "models" and len(names) == 2 else None
+
+
+def _serving(plan: Plan, recipe: Recipe | None) -> str:
+    return plan.target.card_section() if recipe is None else plan.target.card_section(recipe.command)
 
 
 def _source_card(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
@@ -108,7 +120,7 @@ def _strings(value: object) -> list[str]:
     return [item for item in values if isinstance(item, str) and 0 < len(item) <= 200][:100]
 
 
-def _introduction(checkpoint: Checkpoint, plan: Plan) -> str:
+def _introduction(checkpoint: Checkpoint, plan: Plan, recipe: Recipe | None) -> str:
     source = hub_id(checkpoint)
     # A name may be no UTF-8, or no text where Python takes the system's names for ASCII.
     here = os.fsencode(checkpoint.root.resolve().name).decode(errors="replace")
@@ -116,12 +128,14 @@ def _introduction(checkpoint: Checkpoint, plan: Plan) -> str:
     link = f"[{source}](https://huggingface.co/{source})" if source else f"`{name}`"
     return (
         f"# {name}, W4A8\n\n"
-        f"INT4 weights and FP8 activations (W4A8) for vLLM on NVIDIA Hopper (H100, H200, GH200). Converted from {link}"
-        f" ({plan.source.NAME}) by w4a8-convert {__version__}; no calibration data was used."
+        "INT4 weights and FP8 activations (W4A8) for vLLM on NVIDIA Hopper (H100, H200, GH200)."
+        f" {'Converted' if recipe is None else 'Quantized'} from {link}"
+        f" ({plan.source.NAME}) by w4a8-convert {__version__};"
+        f" {'no calibration data was used.' if recipe is None else recipe.sentence}"
     )
 
 
-def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
+def _figures(plan: Plan, stats: Sequence[LayerStats | None], recipe: Recipe | None) -> str:
     converted = [(layer, s) for layer, s in zip(plan.layers, stats, strict=True) if s is not None]
     kept_codes = sum(s.codes_kept for _, s in converted)
     new = len(converted) - kept_codes
@@ -146,7 +160,7 @@ def _figures(plan: Plan, stats: Sequence[LayerStats | None]) -> str:
         ]
     if plan.carried:
         rows.append(("carried over in FP8, byte for byte", counted(len(plan.carried), "layer")))
-    rows.append(("FP8 scales", _SCALES[plan.options.scales]))
+    rows += [("FP8 scales", _SCALES[plan.options.scales])] if recipe is None else recipe.rows
     if converted:
         worst, least = min(converted, key=lambda pair: pair[1].sqnr_db)
         rows += [

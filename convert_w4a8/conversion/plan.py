@@ -4,7 +4,7 @@ The warnings of a plan know some zero-points too (`contradictions.py`); they dec
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,17 +80,25 @@ class Plan:
         return Mixture(tuple(layer.module for layer in self.converted), carried_groups(self.carried, config))
 
 
-def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    options: Options,
+    *,
+    contents: bool = True,
+    source: Source | None = None,
+    part_of: Callable[[str], Hashable] = lambda _name: None,
+) -> Plan:
     """Plan a conversion from headers and configuration alone.
 
     contents: read the zero-points and g_idx of some layers for the warnings, too; not where only headers are here.
+    source: the input format, if it is known. part_of: tensors of the output of which this differs lie in other files.
 
     Raises:
         ConvertError: the checkpoint is of no known format.
         PlanError: something cannot be converted; every such thing is listed.
 
     """
-    source = find_source(checkpoint)
+    source = source or find_source(checkpoint)
     if options.format not in target_names():
         raise ConvertError(
             f"--format {options.format}", "is not an output format", f"use {' or '.join(target_names())}"
@@ -153,7 +161,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, *, contents: bool = True
         options=options,
         layers=layers,
         tensors=tensors,
-        shards=plan_shards(outputs, options.max_shard_size, _named(checkpoint, layers, tensors)),
+        shards=plan_shards(outputs, options.max_shard_size, _named(checkpoint, layers, tensors), part_of),
         ignore=ignore,
         warnings=(
             *width_warnings(layers),

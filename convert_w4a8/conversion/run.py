@@ -3,6 +3,8 @@
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ from convert_w4a8.conversion.config import output_config
 from convert_w4a8.conversion.destination import check_replaceable, privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.jobs import run_jobs
+from convert_w4a8.conversion.layer import Quantizer
 from convert_w4a8.conversion.memory import check_memory
 from convert_w4a8.conversion.model_card import model_card
-from convert_w4a8.conversion.plan import Plan, check_tensors
-from convert_w4a8.conversion.result import LayerResult, Result
+from convert_w4a8.conversion.plan import LayerPlan, Plan, check_tensors
+from convert_w4a8.conversion.result import LayerResult, Recipe, Result
 from convert_w4a8.conversion.shard import Notes, Progress, ShardTask, jobs_of, shard_tasks
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantization.layer import LayerStats
+
+WriteShards = Callable[[Sequence[ShardTask], CheckpointWriter], None]
+"""Writes the unfinished ones of some files of an output."""
 
 
 def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool, resume: bool = False) -> None:
@@ -69,10 +75,13 @@ def carry_out(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = lambda _nbytes: None,
+    write: WriteShards | None = None,
+    recipe: Recipe | None = None,
 ) -> Result:
     """Carry out a plan. `out` appears whole, at the end, or not at all.
 
     resume: continue a conversion that was interrupted, if there is one; the output is the same, byte for byte.
+    write: instead of `write_shards`. recipe: what to say of it.
 
     Raises:
         ConvertError, PlanError: the input, the output path, the options or the GPU's memory do not allow it.
@@ -92,25 +101,34 @@ def carry_out(
         resume=resume,
         privacy=privacy(checkpoint),
     ) as writer:
-        _convert_shards(tasks, writer, device, progress)
+        if write is None:
+            write_shards(tasks, writer, device, progress)
+        else:
+            write(tasks, writer)
         noted = writer.layers
-        layers = tuple(LayerResult(layer, _stats(noted[layer.module])) for layer in plan.layers)
+        layers = tuple(_result(layer, noted[layer.module]) for layer in plan.layers)
         warnings = infinity_warnings(writer.infinities)
         for relative in checkpoint.side_files:
             writer.copy_file(checkpoint.root / relative, relative)
-        writer.write_json(CONFIG, output_config(checkpoint, plan, layers))
-        writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers]))
+        writer.write_json(CONFIG, output_config(checkpoint, plan, layers, recipe))
+        writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers], recipe))
         check_unchanged(before, fingerprint(checkpoint, plan.options))
         writer.commit()
     return Result(plan, layers, time.perf_counter() - started, warnings)
 
 
-def _convert_shards(tasks: list[ShardTask], writer: CheckpointWriter, device: torch.device, progress: Progress) -> None:
-    """Write every unfinished file of the output, with threads."""
+def write_shards(
+    tasks: Sequence[ShardTask],
+    writer: CheckpointWriter,
+    device: torch.device,
+    progress: Progress,
+    quantizer: Quantizer | None = None,
+) -> None:
+    """Write every unfinished file of some, with threads. quantizer: instead of the scales that the options ask for."""
     unfinished = set(writer.unfinished)
     wanted = [task for task in tasks if task.shard.file_name in unfinished]
     _count_finished(tasks, wanted, progress)
-    writers = {name: writer.shard_writer(name) for name in writer.unfinished}
+    writers = {task.shard.file_name: writer.shard_writer(task.shard.file_name) for task in wanted}
     notes = Notes({}, {})
 
     def done(task: ShardTask) -> None:
@@ -122,11 +140,11 @@ def _convert_shards(tasks: list[ShardTask], writer: CheckpointWriter, device: to
     for task in wanted:
         if not task.shard.specs:  # a checkpoint without tensors
             done(task)
-    run_jobs(jobs_of(wanted, writers, notes, device, progress, done))
+    run_jobs(jobs_of(wanted, writers, notes, device, progress, done, quantizer))
     writer.wait()
 
 
-def _count_finished(tasks: list[ShardTask], wanted: list[ShardTask], progress: Progress) -> None:
+def _count_finished(tasks: Sequence[ShardTask], wanted: Sequence[ShardTask], progress: Progress) -> None:
     """Tell the progress of what is finished already: layers, and copied tensors, that no wanted file has."""
     coming = {layer.module for task in wanted for layer in task.layers}
     finished = [task for task in tasks if task not in wanted]
@@ -135,5 +153,10 @@ def _count_finished(tasks: list[ShardTask], wanted: list[ShardTask], progress: P
     progress(sum(tensor.info.nbytes for task in finished for tensor in task.tensors))
 
 
-def _stats(note: Any) -> LayerStats | None:
-    return None if note is None else LayerStats(**note)
+def _result(layer: LayerPlan, note: Any) -> LayerResult:
+    """Return what was noted of a layer: the fields of `LayerStats`, and others."""
+    if note is None:
+        return LayerResult(layer, None)
+    names = {field.name for field in fields(LayerStats)}
+    others = {key: value for key, value in note.items() if key not in names}
+    return LayerResult(layer, LayerStats(**{name: note[name] for name in names}), others)

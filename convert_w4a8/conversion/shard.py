@@ -15,7 +15,7 @@ from convert_w4a8.checkpoint.checksum import Piece
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_into, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter
 from convert_w4a8.conversion.jobs import Job, run_jobs
-from convert_w4a8.conversion.layer import CHUNK_BYTES, convert_layer, copy_tensor, layer_memory
+from convert_w4a8.conversion.layer import CHUNK_BYTES, Quantizer, convert_layer, copy_tensor, layer_memory
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.conversion.plan import LayerPlan, Plan, TensorPlan
 from convert_w4a8.errors import ConvertError
@@ -124,11 +124,13 @@ def jobs_of(
     device: torch.device,
     progress: Progress,
     done: Callable[[ShardTask], None] = lambda _task: None,
+    quantizer: Quantizer | None = None,
 ) -> Iterator[Job]:
     """Yield what is to be done for some tasks in this process, in the order of their files.
 
     A layer with tensors in several of the files is converted once. notes: what is found is put there before the last
     tensor is written that it is about. done: called with a task when the last tensor of its file is written.
+    quantizer: instead of the scales that the options ask for.
     """
     arenas = Arenas()
     by_name = {task.shard.file_name: task for task in tasks}
@@ -143,7 +145,7 @@ def jobs_of(
 
     def run_layer(layer: LayerPlan, options: Options) -> None:
         with memory_errors(layer.module), arenas.lend() as arena:
-            tensors, stats = convert_layer(layer, partial(read_tensor, arena=arena), options, device)
+            tensors, stats = convert_layer(layer, partial(read_tensor, arena=arena), options, device, quantizer)
             notes.layers[layer.module] = None if stats is None else asdict(stats)
             for name, parts in tensors.items():
                 write(name, parts)
@@ -163,7 +165,7 @@ def jobs_of(
                 yield Job(partial(run_copy, tensors[spec.name]), 2 * CHUNK_BYTES, name)
             elif layer.module not in begun:
                 begun.add(layer.module)
-                yield Job(partial(run_layer, layer, task.options), layer_memory(layer), name)
+                yield Job(partial(run_layer, layer, task.options), layer_memory(layer, quantizer), name)
 
 
 def _layer(layer: LayerPlan) -> dict[str, Any]:

@@ -3,54 +3,25 @@
 Colours are Okabe and Ito's, which the colour-blind tell apart; lines differ in dashes and markers as well.
 """
 
-import importlib.util
-import io
 import math
-import os
 import textwrap
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from convert_w4a8.errors import ConvertError
 from convert_w4a8.fp8 import CODE_MAX, E4M3_MAX
 from convert_w4a8.report.collect import Report, Spot, aggregate, fp8_values, short_kinds
+from convert_w4a8.report.drawing import new_figure, png, style
 from convert_w4a8.report.layers import LABELS, SCHEMES, Histogram
 from convert_w4a8.text import printable
 from convert_w4a8.verification.layers import MIN_SQNR_DB_KEPT
-from convert_w4a8.version import install_command
 
 COLORS = {"source": "#555555", "naive": "#D55E00", "reference": "#0072B2", "output": "#009E73", "limit": "#CC79A7"}
 _MARKERS = {"naive": "v", "reference": "s", "output": "o"}
 _DASHES = {"naive": ":", "reference": "--", "output": "-"}
 NAMES = ("scales", "products", "sqnr")
-_WIDTH = 10.0
-"""Inches."""
-_DPI = 144
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#999999",
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 _MANY_BLOCKS = 24
 """From here on, lines without markers: they would touch."""
-
-
-def require_matplotlib() -> None:
-    """Raise ConvertError unless matplotlib can be imported."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConvertError("w4a8 report", "its pictures need matplotlib", install_command("report"))
 
 
 def draw(report: Report) -> dict[str, bytes]:
@@ -60,52 +31,18 @@ def draw(report: Report) -> dict[str, bytes]:
         ConvertError: matplotlib is not installed.
 
     """
-    require_matplotlib()
-    with _elsewhere():
-        import matplotlib as mpl  # noqa: PLC0415
-
-    with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names in writing that the font does not have
-        mpl.rcdefaults()  # not what the user's own matplotlibrc says
-        mpl.rcParams.update(_STYLE)
+    with style():
         return {
-            "scales": _png(_draw_scales(report)),
-            "products": _png(_draw_products(report)),
-            "sqnr": _png(_draw_sqnr(report)),
+            "scales": png(_draw_scales(report)),
+            "products": png(_draw_products(report)),
+            "sqnr": png(_draw_sqnr(report)),
         }
-
-
-@contextmanager
-def _elsewhere() -> Iterator[None]:
-    """Go to the package's directory: matplotlib reads the `matplotlibrc` of the working directory when imported.
-
-    That may be a checkpoint's, and be wrong, a pipe, or without end. The working directory is every thread's.
-    """
-    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.chdir(Path(__file__).parent)
-        yield
-    finally:
-        os.fchdir(here)
-        os.close(here)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _figure(height: float) -> Any:
-    from matplotlib.figure import Figure  # noqa: PLC0415 - no pyplot: it would choose a display
-
-    return Figure(figsize=(_WIDTH, height))
 
 
 def _draw_scales(report: Report) -> Any:
     figures = report.distributions
     distinct = {name: fmean(layer.distinct[name] for layer in report.layers) for name in ("source", "naive", "output")}
-    figure = _figure(8.6)
+    figure = new_figure(8.6)
     source, naive, output, stored = figure.subplots(4, 1)
     for axes in (naive, output):
         axes.sharex(source)
@@ -148,7 +85,7 @@ def _values(counts: Any, noun: str = "") -> str:
 
 def _draw_products(report: Report) -> Any:
     products = report.distributions.products
-    figure = _figure(4.4)
+    figure = new_figure(4.4)
     axes = figure.subplots()
     axes.axvspan(E4M3_MAX, CODE_MAX * E4M3_MAX, color="#eeeeee", zorder=0, linewidth=0)
     axes.axvline(E4M3_MAX, color="#333333", linewidth=1)
@@ -186,7 +123,7 @@ def _draw_sqnr(report: Report) -> Any:
     kept = {layer.kind for layer in report.layers if layer.codes_kept}
     columns = min(4, len(kinds))
     rows = math.ceil(len(kinds) / columns)
-    figure = _figure(0.9 + 2.2 * rows)
+    figure = new_figure(0.9 + 2.2 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, (kind, title) in zip(grid, kinds.items(), strict=False):
         alike = [spot for spot in spots if spot.kind == kind]

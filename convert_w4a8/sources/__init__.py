@@ -12,7 +12,16 @@ from convert_w4a8.checkpoint.settings import where_looked
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.sources.base import LayerSpec, Source
 
-__all__ = ["LayerSpec", "Source", "find_notes", "find_source", "source_named", "sources"]
+__all__ = [
+    "LayerSpec",
+    "Source",
+    "find_notes",
+    "find_origin",
+    "find_source",
+    "source_named",
+    "sources",
+    "unquantized_source",
+]
 
 _NOT_FORMATS = (
     "base",
@@ -23,6 +32,7 @@ _NOT_FORMATS = (
     "fused_experts",
     "patterns",
     "settings",
+    "unquantized",
 )
 
 
@@ -34,8 +44,27 @@ def sources() -> tuple[Source, ...]:
 
 
 def source_named(name: str) -> Source:
-    """Return the format called `name`; KeyError if there is none."""
-    return {source.NAME: source for source in sources()}[name]
+    """Return the format called `name`, that of unquantized models too; KeyError if there is none."""
+    return {source.NAME: source for source in (*sources(), unquantized_source())}[name]
+
+
+def unquantized_source() -> Source:
+    """Return the format of models that are not quantized yet, from which `w4a8 quantize` starts."""
+    return cast("Source", import_module(f"{__name__}.unquantized"))
+
+
+def find_origin(checkpoint: Checkpoint) -> Source:
+    """Return the format of what an output was made from: of a quantized checkpoint, or of one that is not.
+
+    Raises:
+        ConvertError: it is none that is known.
+
+    """
+    model = unquantized_source()
+    anchors = tuple(f".{source.ANCHOR}" for source in sources() if source.ANCHOR != model.ANCHOR)
+    if model.matches(checkpoint) and not any(name.endswith(anchors) for name in checkpoint.tensors):
+        return model
+    return find_source(checkpoint)
 
 
 def find_source(checkpoint: Checkpoint) -> Source:
@@ -59,7 +88,11 @@ def find_source(checkpoint: Checkpoint) -> Source:
                 f"is quantized ({quantized}), but does not say how: {looked}",
                 f"add its quantization_config to {CONFIG}",
             )
-        raise ConvertError(str(checkpoint.root), f"is not quantized: {looked}", f"give a W4A16 checkpoint ({known})")
+        raise ConvertError(
+            str(checkpoint.root),
+            f"is not quantized: {looked}",
+            f"quantize it (w4a8 quantize), or give a W4A16 checkpoint ({known})",
+        )
     method = checkpoint.quantization_config.get("quant_method")
     raise ConvertError(
         f"{checkpoint.root / checkpoint.settings_place}: quant_method",

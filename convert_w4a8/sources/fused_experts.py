@@ -21,6 +21,7 @@ _LEAVES: Mapping[str, tuple[str, ...]] = {
 }
 """What a tensor of all experts holds → the projections, in the order of its rows."""
 _STACK = re.compile(rf"^(?P<stack>.+\.experts\.(?:{'|'.join(_LEAVES)}))(?:\.weight)?_(?P<role>\w+)$")
+_DENSE_STACK = re.compile(rf"^(?P<stack>.+\.experts\.(?:{'|'.join(_LEAVES)}))(?:\.weight)?$")
 _OTHER_LAYOUTS = frozenset({"gpt_oss", "llama4", "llama4_text"})
 """Models that hold the transposed weights, [E, H, 2·I], or the rows of gate and up by turns."""
 _REMEDY = "save the model with each expert's projections as layers of their own"
@@ -49,15 +50,8 @@ def split_experts(
     """
     parent, _, leaf = stack.rpartition(".")
     packed = parts["weight_packed"]
-    text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
-    hidden = text.get("hidden_size", config.get("hidden_size"))
-    if len(packed.shape) != 3 or 0 in packed.shape:
-        raise ConvertError(packed.name, f"is {packed.dtype} {list(packed.shape)}, not [E, N, K/8]", _REMEDY)
-    count, rows, words = packed.shape
-    types = {str(config.get("model_type")), str(text.get("model_type"))}
-    if types & _OTHER_LAYOUTS or (rows if leaf == "down_proj" else words * 8) != hidden:
-        reason = f"is {list(packed.shape)}, which is not laid out as the experts of a block with hidden_size {hidden}"
-        raise ConvertError(packed.name, reason, _REMEDY)
+    _check_layout(packed, leaf, 8, "[E, N, K/8]", config)
+    count = packed.shape[0]
     if "weight_g_idx" in parts:
         raise ConvertError(parts["weight_g_idx"].name, "reorders the input channels of experts in one tensor", _REMEDY)
     leaves = _LEAVES[leaf]
@@ -74,6 +68,44 @@ def split_experts(
                     for role, info in parts.items()
                 },
             )
+
+
+def dense_stack(info: TensorInfo) -> str | None:
+    """Return the module of a tensor with the unquantized weights of all experts; None for other tensors."""
+    match = _DENSE_STACK.match(info.name) if len(info.shape) == 3 else None
+    return match and match["stack"]
+
+
+def split_dense(info: TensorInfo, config: Mapping[str, Any]) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield (module, its part of the tensor) for each projection of each expert of an unquantized `dense_stack`.
+
+    Raises:
+        ConvertError: the tensor is not laid out as is read here.
+
+    """
+    stack = dense_stack(info)
+    assert stack is not None
+    parent, _, leaf = stack.rpartition(".")
+    _check_layout(info, leaf, 1, "[E, N, K]", config)
+    leaves = _LEAVES[leaf]
+    if info.shape[1] % len(leaves):
+        raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, whose rows are no two halves", _REMEDY)
+    for expert in range(info.shape[0]):
+        for half, name in enumerate(leaves):
+            yield f"{parent}.{expert}.{name}", _rows(info.part(expert), half, len(leaves))
+
+
+def _check_layout(info: TensorInfo, leaf: str, per_word: int, formula: str, config: Mapping[str, Any]) -> None:
+    """Raise ConvertError unless a tensor of all experts, `per_word` inputs a word, is laid out as is read here."""
+    text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
+    hidden = text.get("hidden_size", config.get("hidden_size"))
+    if len(info.shape) != 3 or 0 in info.shape:
+        raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, not {formula}", _REMEDY)
+    _, rows, words = info.shape
+    types = {str(config.get("model_type")), str(text.get("model_type"))}
+    if types & _OTHER_LAYOUTS or (rows if leaf == "down_proj" else words * per_word) != hidden:
+        reason = f"is {list(info.shape)}, which is not laid out as the experts of a block with hidden_size {hidden}"
+        raise ConvertError(info.name, reason, _REMEDY)
 
 
 def _rows(info: TensorInfo, half: int, halves: int) -> TensorInfo:

@@ -82,8 +82,8 @@ class Target(Protocol):
     def serve_command(self, name: str) -> str:
         """Return how to serve a checkpoint, in one line."""
 
-    def card_section(self) -> str:
-        """Return what the model card says of serving, in Markdown."""
+    def card_section(self, again: str = ...) -> str:
+        """Return what the model card says of serving, in Markdown. again: the command that writes another format."""
 
 
 def make_block(

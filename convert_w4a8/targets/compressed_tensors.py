@@ -144,9 +144,9 @@ def serve_command(name: str) -> str:
     return f"vllm serve {name}"
 
 
-def card_section() -> str:
-    """Return what the model card says of serving, in Markdown."""
-    return """\
+def card_section(again: str = "w4a8-convert") -> str:
+    """Return what the model card says of serving, in Markdown. again: the command that writes another format."""
+    return f"""\
 ## Serve it
 
 ```
@@ -154,4 +154,4 @@ vllm serve ORG/NAME    # this repository, or a directory with its files
 ```
 
 No plugin is needed: this is the compressed-tensors format, which vLLM repacks for its W4A8 kernel at every start.\
- `w4a8-convert --format lut` writes the kernel's own layout, which saves that, and needs a plugin."""
+ `{again} --format lut` writes the kernel's own layout, which saves that, and needs a plugin."""

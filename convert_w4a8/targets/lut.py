@@ -147,8 +147,8 @@ def serve_command(name: str) -> str:
     return f"vllm serve {name}, with this package installed beside vLLM"
 
 
-def card_section() -> str:
-    """Return what the model card says of serving, in Markdown."""
+def card_section(again: str = "w4a8-convert IN OUT") -> str:
+    """Return what the model card says of serving, in Markdown. again: the command that writes another format."""
     return f"""\
 ## Serve it
 
@@ -160,5 +160,5 @@ vllm serve ORG/NAME    # this repository, or a directory with its files
 {INSTALL_NOTE}.
 
 Without the plugin vLLM stops with `Unknown quantization method: {METHOD}`. To serve without it, convert the source\
- with `w4a8-convert IN OUT --format compressed-tensors`: vLLM reads that as it is, and repacks the weights at\
+ with `{again} --format compressed-tensors`: vLLM reads that as it is, and repacks the weights at\
  every start."""

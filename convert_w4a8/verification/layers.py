@@ -36,6 +36,12 @@ _CHANNEL_NOISE_KEPT = 10**-2.0
 """The same of an output channel: 20 dB. A channel of another layer, or another scale, leaves 0 dB."""
 _CHANNEL_LOSS_NEW = 10**0.6
 """How many times the noise of round to nearest an output channel may have: 6 dB."""
+MIN_SQNR_DB_CALIBRATED = 6.0
+"""Codes that were chosen for the outputs of a layer, not for its weights: errors of some inputs make up for those of
+others, so that the weights' own error is larger than that of round to nearest. Weights of another layer, or in another
+order, have −3 dB."""
+_CHANNEL_NOISE_CALIBRATED = 10**-0.3
+"""The same of an output channel: 3 dB."""
 _STEP = 2.0**-5
 """Errors of this many channel scales are the resolution of FP8's smallest numbers, whatever part of the signal that is:
 2^-7 from a subnormal group scale, times code 8, at a channel scale that is not quite the one that is assumed."""
@@ -91,14 +97,25 @@ class _Sums:
     worst_ratio: float = 0.0
 
 
-def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: W4A8Linear) -> LayerCheck:
-    """Compare a layer of the output with the source's. Memory beyond the two is bounded by a block of channels."""
+def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: W4A8Linear, *, calibrated: bool = False) -> LayerCheck:
+    """Compare a layer of the output with the source's. Memory beyond the two is bounded by a block of channels.
+
+    calibrated: whether its codes were chosen for the outputs of the layer, so that they need not be the nearest.
+    """
     n, k = w.shape_nk
     kept = keeps_codes(w)
     sums = _Sums()
     for start, stop in output_blocks(n, k):
-        _add_block(sums, w.output_channels(start, stop), w4a8.output_channels(start, stop), start, kept=kept)
+        _add_block(
+            sums,
+            w.output_channels(start, stop),
+            w4a8.output_channels(start, stop),
+            start,
+            kept=kept,
+            calibrated=calibrated,
+        )
     least = MIN_SQNR_DB_KEPT if kept else sqnr_db(sums.signal, sums.plain_noise) - MAX_LOSS_DB_NEW
+    least = MIN_SQNR_DB_CALIBRATED if calibrated else least
     return LayerCheck(
         module=module,
         out_features=n,
@@ -136,7 +153,9 @@ def judge(check: LayerCheck, source_keeps: bool, min_sqnr_db: float | None) -> l
     return [Problem(check.module, reason, "convert the checkpoint again") for reason in found]
 
 
-def _add_block(sums: _Sums, w: W4Linear | DenseLinear, out: W4A8Linear, first: int, *, kept: bool) -> None:
+def _add_block(
+    sums: _Sums, w: W4Linear | DenseLinear, out: W4A8Linear, first: int, *, kept: bool, calibrated: bool
+) -> None:
     """Add some output channels, of which the first is channel `first` of the layer."""
     n, k = w.shape_nk
     source, result = dequantize(w), decode(out)
@@ -159,13 +178,16 @@ def _add_block(sums: _Sums, w: W4Linear | DenseLinear, out: W4A8Linear, first: i
         plain_noise = (plain.flatten(1) - source).square_().sum(1, dtype=torch.float64)
         sums.plain_noise += float(plain_noise.sum())
         limit = torch.maximum(limit, plain_noise * _CHANNEL_LOSS_NEW)
+    if calibrated:
+        limit = signal.sum(1) * _CHANNEL_NOISE_CALIBRATED
     wrong = noise.sum(1) > limit + allowed * (k // GROUP_SIZE)
     sums.wrong_channels += int(wrong.sum())
     ratio = torch.where(signal.sum(1) > 0, noise.sum(1) / signal.sum(1), torch.where(wrong, math.inf, 0.0))
     worst = int(ratio.argmax())
     if float(ratio[worst]) > sums.worst_ratio:
         sums.worst_channel, sums.worst_ratio = first + worst, float(ratio[worst])
-    sums.wrong_codes += _count_wrong_codes(w, out, source, groups)
+    if not calibrated:
+        sums.wrong_codes += _count_wrong_codes(w, out, source, groups)
 
 
 def _count_wrong_codes(w: W4Linear | DenseLinear, out: W4A8Linear, source: torch.Tensor, groups: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from convert_w4a8.checkpoint.safetensors_file import Reader
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear, keeps_codes
-from convert_w4a8.sources import find_source
+from convert_w4a8.sources import find_origin, unquantized_source
 from convert_w4a8.sources.carried import carried_groups, find_carried
 from convert_w4a8.targets import find_target
 from convert_w4a8.targets.base import Target
@@ -64,7 +64,7 @@ def verify(
         ConvertError: one of the two cannot be read.
 
     """
-    target, reader, read = find_target(out), find_source(source), LibraryReader()
+    target, reader, read = find_target(out), find_origin(source), LibraryReader()
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     carried = find_carried(reader, source, problems)
@@ -84,7 +84,7 @@ def verify(
             else:
                 for mode in target.MODES:
                     expected.update(part.name for part in target.tensor_specs(module, *w4a8.shape_nk, mode))
-                check = check_layer(module, w, w4a8)
+                check = check_layer(module, w, w4a8, calibrated=reader.NAME == unquantized_source().NAME)
                 checks.append(check)
                 problems.extend(judge(check, keeps_codes(w), min_sqnr_db))
         else:

@@ -39,19 +39,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def save(
-    args: argparse.Namespace, question: str, rows: Sequence[Mapping[str, Any]], *, extend: bool = False, **more: Any
+    args: argparse.Namespace,
+    question: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    extend: bool = False,
+    merged: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     """Write what --json and --keep ask for, each as `write_results` does. Return the document, written or not."""
     if args.keep and not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", args.keep):
         sys.exit(f"--keep {args.keep}: a name of small letters, digits and hyphens is needed")
     for path in filter(None, [args.json, args.keep and RESULTS / f"{args.keep}.json"]):
-        write_results(path, question, rows, extend=extend, **more)
+        write_results(path, question, rows, extend=extend, merged=merged, **more)
         print(f"written: {path}", file=sys.stderr)
     return describe(question, rows, **more)
 
 
 def write_results(
-    path: Path, question: str, rows: Sequence[Mapping[str, Any]], *, extend: bool = False, **more: Any
+    path: Path,
+    question: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    extend: bool = False,
+    merged: bool = False,
+    **more: Any,
 ) -> None:
     """Write one file of figures: a JSON object with the keys that `describe` returns.
 
@@ -59,6 +71,7 @@ def write_results(
     ("setup"). Its note goes, if it has one: that was of the figures before.
     extend: add the rows to those of the file, for a question that takes several commands. All must be of one commit,
         machine and set of versions; otherwise SystemExit.
+    merged: the rows hold those of the file already, which may be of other commits: each says its own.
     more: arguments of `describe`.
     """
     document = describe(question, rows, **more)
@@ -66,11 +79,17 @@ def write_results(
     if before is not None and path.parent == RESULTS:
         document = {key: before[key] for key in ("question", "setup") if key in before} | document
         document["question"] = before["question"]
-    if before is not None and extend:
+    if before is not None and merged:
+        for key in ("machine", "versions"):
+            if before[key] != document[key]:
+                sys.exit(f"{path} is of {key} {before[key]}, not {document[key]}: run all of its commands anew")
+        document["command"] = f"{before['command']}\n{document['command']}"
+        document["commit"] = ", ".join(dict.fromkeys([*str(before["commit"]).split(", "), str(document["commit"])]))
+    elif before is not None and extend:
         require_same_run(path, before, document)
         *_, last = commands = before["command"].splitlines()
         document["command"] = "\n".join(commands if document["command"] == last else [*commands, document["command"]])
-        if settings := merged(before.get("settings", {}), document.get("settings", {})):
+        if settings := merged_settings(before.get("settings", {}), document.get("settings", {})):
             document["settings"] = settings
         document["rows"] = before["rows"] + document["rows"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +117,7 @@ def require_same_run(path: Path, before: Mapping[str, Any], document: Mapping[st
             sys.exit(f"{path} is of {key} {before[key]}, not {document[key]}: run all of its commands anew")
 
 
-def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def merged_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of two commands: the later one's, but objects of both with the keys of both."""
     both = {key: {**before[key], **now[key]} for key in now if isinstance(now[key], dict) and key in before}
     return {**before, **now, **both}
@@ -154,7 +173,7 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
             skip = not equals
         elif skip:
             skip = False
-        elif word != "--extend":
+        elif word not in {"--extend", "--append"}:
             words.append(word)
     return shlex.join(words)
 

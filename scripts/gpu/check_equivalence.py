@@ -305,7 +305,7 @@ def main() -> int:
     question = "Does the plugin compute what vLLM computes from the stock checkpoint?"
     if args.decode:
         question = "Is the decode kernel as near to CUTLASS as stock W4A8 is to itself?"
-    settings = {"scales": sorted(args.arithmetics), "met": met, "environment": dict(args.env)}
+    settings: dict[str, Any] = {"scales": sorted(args.arithmetics), "met": met, "environment": dict(args.env)}
     vllm_engine.finish(args, question, rows, text, extend=args.extend, **settings)
     return 0 if met else 1
 

@@ -105,10 +105,14 @@ def serve(
     windows: Sequence[Sequence[int]],
     path: str = "prefill",
     batch: int = 16,
+    *,
+    script: str = __file__,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score the windows with an engine for each checkpoint, and return what `worker` found by name.
+    """Score the windows with an engine for each checkpoint, and return what the worker found by name.
 
-    path, batch: as `scheduling` takes them.
+    path, batch: as `scheduling` takes them. script: whose worker; it is given `llm`, the arguments of vLLM's LLM,
+    `windows`, and `more`.
     """
 
     def run(name: str) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def serve(
             "generation_config": "vllm",
             "seed": 0,
         }
-        result = vllm_engine.run_worker(__file__, {"llm": llm, "windows": windows})
+        result = vllm_engine.run_worker(script, {"llm": llm, "windows": windows, **(more or {})})
         kernels = ", ".join(result["kernels"])
         print(f"{name}, {path}: start {result['start_s']} s, all {result['wall_s']} s; {kernels}", flush=True)
         return result

@@ -119,8 +119,9 @@ def finish(
     text: str,
     *,
     extend: bool = False,
+    merged: bool = False,
     **settings: Any,
 ) -> None:
     """Write the rows as JSON where asked, and print the machine, the versions and the table last."""
-    document = save(args, question, rows, packages=VLLM_PACKAGES, settings=settings, extend=extend)
+    document = save(args, question, rows, packages=VLLM_PACKAGES, settings=settings, extend=extend, merged=merged)
     print(f"\n{line(document)}\n{text}")

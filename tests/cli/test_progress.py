@@ -8,7 +8,8 @@ import pytest
 from checkpoint_edits import write_case
 
 from convert_w4a8.cli import progress as module
-from convert_w4a8.cli.progress import ProgressLines, _duration, progress
+from convert_w4a8.cli.progress import ProgressLines, progress
+from convert_w4a8.text import human_seconds
 
 
 class Clock:
@@ -69,7 +70,7 @@ def test_nothing_done_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     """Two units at most."""
-    assert _duration(seconds) == text
+    assert human_seconds(seconds) == text
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

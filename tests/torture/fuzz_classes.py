@@ -42,7 +42,7 @@ from convert_w4a8.regression import check as _check  # noqa: F401
 from convert_w4a8.regression import text as _text  # noqa: F401
 from convert_w4a8.report import html as _html  # noqa: F401
 from convert_w4a8.report import inspection as _inspection  # noqa: F401
-from convert_w4a8.report import pictures as _pictures
+from convert_w4a8.report.drawing import require_matplotlib
 
 from factories import CASES  # isort: skip  (sandbox makes it importable)
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    _pictures.require_matplotlib()
+    require_matplotlib()
     import matplotlib.pyplot as plt  # noqa: F401
 
     os.environ["HF_HUB_OFFLINE"] = "1"

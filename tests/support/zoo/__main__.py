@@ -2,6 +2,7 @@
 
     python -m zoo run [--json FILE] [NAME ...]    # tiny models of these architectures, or of all
     python -m zoo check [--json FILE] DIR ...     # checkpoints on disk
+    python -m zoo compare [--json FILE] OUT MODEL ...   # outputs on disk, each with the model in 16 bits
 
 One line an output on stdout; the rows of `judge.Row` as JSON in FILE.
 """
@@ -25,7 +26,7 @@ from zoo.rows import BAD, NOT_BUILT, Row
 def main() -> int:
     """Run what is asked for; exit with 1 if anything is not right."""
     parser = argparse.ArgumentParser(prog="zoo")
-    parser.add_argument("action", choices=("run", "check"))
+    parser.add_argument("action", choices=("run", "check", "compare"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -50,6 +51,11 @@ def main() -> int:
     models.silence()
     engine.prepare()
     rows = []
+    if args.action == "compare":
+        for out, model in zip(args.names[::2], args.names[1::2], strict=True):
+            rows += judge.judge_output(Path(out).name, Path(out), Path(model))
+        args.names = []
+        args.action = "compared"
     for name in args.names or (ARCHITECTURES if args.action == "run" else ()):
         start = time.perf_counter()
         work = Path(tempfile.mkdtemp(prefix="zoo-"))

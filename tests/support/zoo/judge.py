@@ -47,16 +47,7 @@ def convert(source: Path, out: Path, output_format: str, scales: str) -> tuple[s
 
 def judge(name: str, source: Path, twin: Path, work: Path) -> list[Row]:
     """Convert a source in every way and compare each output at every rank with the twin."""
-    references: dict[int, dict[str, Weight] | str] = {}
-    for rank in RANKS:
-        try:
-            model = engine.load(twin, rank)
-            lacking = engine.unfilled(model)
-            references[rank.size] = {key: copy(weight) for key, weight in holdings(model).items()}
-            if lacking:
-                references[rank.size] = f"the BF16 twin is not loaded whole: {lacking[0]}"
-        except Exception as error:  # noqa: BLE001 (whatever vLLM raises is its answer)
-            references[rank.size] = brief(error)
+    references = held_by(twin)
     rows = []
     layers = count_layers(source)
     for output_format, scales in MODES:
@@ -71,6 +62,28 @@ def judge(name: str, source: Path, twin: Path, work: Path) -> list[Row]:
             status, reason, weights, int4 = compare(out, rank, references[rank.size], are_new=are_new)
             rows.append(Row(name, output_format, scales, rank.size, status, reason, layers, weights, int4, used))
     return rows
+
+
+def held_by(twin: Path) -> dict[int, dict[str, Weight] | str]:
+    """Return tensor-parallel size → what vLLM holds of a checkpoint in BF16, or why it does not."""
+    references: dict[int, dict[str, Weight] | str] = {}
+    for rank in RANKS:
+        try:
+            model = engine.load(twin, rank)
+            lacking = engine.unfilled(model)
+            references[rank.size] = {key: copy(weight) for key, weight in holdings(model).items()}
+            if lacking:
+                references[rank.size] = f"the BF16 twin is not loaded whole: {lacking[0]}"
+        except Exception as error:  # noqa: BLE001 (whatever vLLM raises is its answer)
+            references[rank.size] = brief(error)
+    return references
+
+
+def judge_output(name: str, out: Path, model: Path) -> list[Row]:
+    """Compare an output that was quantized from a model in BF16 with it, at every rank."""
+    references = held_by(model)
+    found = [(rank, compare(out, rank, references[rank.size], are_new=True)) for rank in RANKS]
+    return [Row(name, "", "", rank.size, status, why, 0, n, int4) for rank, (status, why, n, int4) in found]
 
 
 def count_layers(source: Path) -> int:

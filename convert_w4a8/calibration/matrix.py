@@ -1,0 +1,101 @@
+"""One weight matrix: its codes and tables by the room `codebooks`, and what that did to the weights."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from convert_w4a8.calibration.moments import Moments
+from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
+from convert_w4a8.codebooks import (
+    FAST,
+    FULL,
+    NO_DATA,
+    Curvature,
+    Method,
+    Tables,
+    curvature,
+    mixed_target,
+    quantize_matrix,
+)
+from convert_w4a8.conversion.layer import Quantizer
+from convert_w4a8.encoding.tables import decode
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear
+from convert_w4a8.quantization.layer import LayerStats
+from convert_w4a8.targets import target_named
+
+_BYTES_PER_WEIGHT = 24
+"""Memory that quantizing a matrix takes at most: weights, targets and results in float32, codes and tables."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Moments of what a layer sees.
+
+    second: the second moment, factored, or energies float32 [K]. cross: E[x x̂ᵀ] float32 [K, K], x being the original
+        model's inputs.
+    """
+
+    second: Curvature | torch.Tensor
+    cross: torch.Tensor | None = None
+
+
+def inputs_of(name: str, moments: Moments, options: QuantizeOptions) -> Inputs:
+    """Return moments as layers need them; a factorization serves all that share an input.
+
+    Raises:
+        ConvertError: the inputs are not finite.
+
+    """
+    second, cross = moments.mean()
+    if not bool(torch.isfinite(second.sum(dtype=torch.float64))):
+        raise ConvertError(
+            name, "gets inputs that are not finite from this data", "check the weights of the blocks before it"
+        )
+    return Inputs(second if moments.energies else curvature(second, options.damping), cross)
+
+
+def method_of(options: QuantizeOptions, *, data: bool) -> Method:
+    """Return how codes and tables are chosen."""
+    method = (FULL if options.preset is Preset.FULL else FAST) if data else NO_DATA
+    tables = Tables.FREE if options.tables is TableKind.FREE else Tables.SCALE
+    return replace(method, tables=tables, damping=options.damping)
+
+
+def quantize_weight(
+    name: str, weight: torch.Tensor, inputs: Inputs | None, options: QuantizeOptions
+) -> tuple[W4A8Linear, LayerStats, float]:
+    """Quantize a weight float32 [N, K] for what the layer sees; also return its outputs' SQNR in dB.
+
+    Raises:
+        ConvertError: the weight is not finite.
+
+    """
+    if not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
+        raise ConvertError(name, "holds NaN or infinite weights", "the checkpoint is damaged: download it again")
+    method = method_of(options, data=inputs is not None)
+    target = None
+    if inputs is not None and inputs.cross is not None and options.alpha:
+        target = mixed_target(weight, inputs.second, inputs.cross, options.alpha, options.damping)
+    moment = None if inputs is None else inputs.second
+    stock = target_named(options.format).SCALES_AT_LOAD
+    w4a8, found = quantize_matrix(weight, moment, method, target, stock=stock)
+    return w4a8, _stats(weight, w4a8), found.sqnr_db
+
+
+def _stats(weight: torch.Tensor, w4a8: W4A8Linear) -> LayerStats:
+    noise = decode(w4a8).to(weight.device).sub_(weight).square_()
+    scales = w4a8.group_scale
+    distinct = None if scales is None else len(torch.unique(scales.view(torch.uint8) & 0x7F))
+    signal = float(weight.square().sum(dtype=torch.float64))
+    return LayerStats(False, signal, float(noise.sum(dtype=torch.float64)), distinct)
+
+
+def quantizer(options: QuantizeOptions) -> Quantizer:
+    """Return what quantizes layers from their weights alone."""
+
+    def quantize(name: str, w: W4Linear | DenseLinear) -> tuple[W4A8Linear, LayerStats]:
+        assert isinstance(w, DenseLinear)
+        return quantize_weight(name, w.weight.float(), None, options)[:2]
+
+    return Quantizer(quantize, _BYTES_PER_WEIGHT)

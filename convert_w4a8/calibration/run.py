@@ -1,0 +1,173 @@
+"""Quantizing a model: without data layer by layer, with data block by block.
+
+Output, resumption and errors are those of a conversion (`conversion/run.py`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert_w4a8.calibration.matrix import quantizer
+from convert_w4a8.calibration.model import Model
+from convert_w4a8.calibration.options import QuantizeOptions
+from convert_w4a8.calibration.recipe import recipe
+from convert_w4a8.calibration.states import batches
+from convert_w4a8.calibration.walk import Walk
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.names import block_of
+from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_header, read_into, read_tensor
+from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.conversion.layer import convert_layer, copy_tensor
+from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.conversion.plan import LayerPlan, Plan
+from convert_w4a8.conversion.result import Result
+from convert_w4a8.conversion.run import carry_out, write_shards
+from convert_w4a8.conversion.shard import Progress, ShardTask
+from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.samples.sample import SampleSet
+
+STATES_BYTES = 8 << 30
+"""Hidden states that are held in memory, of all kinds together; what is beyond lies on the disk."""
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    samples: SampleSet | None,
+    *,
+    device: torch.device,
+    overwrite: bool = False,
+    resume: bool = False,
+    states_bytes: int = STATES_BYTES,
+    progress: Progress = lambda _nbytes: None,
+) -> Result:
+    """Carry out a plan of `plan_quantization`. `out` appears whole, at the end, or not at all.
+
+    samples: those whose digest is in the plan's options; None without data.
+
+    Raises:
+        ConvertError, PlanError: the input, the output path, the options or the memory do not allow it.
+
+    """
+    options = plan.options
+    assert isinstance(options, QuantizeOptions)
+
+    def write(tasks: Sequence[ShardTask], writer: CheckpointWriter) -> None:
+        if samples is None:
+            write_shards(tasks, writer, device, progress, quantizer(options))
+        else:
+            _Run(checkpoint, plan, options, samples, writer, device, states_bytes, progress).write(tasks)
+
+    return carry_out(
+        checkpoint,
+        plan,
+        out,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+        write=write,
+        recipe=recipe(options, samples),
+    )
+
+
+class _Run:
+    """One run with data."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        options: QuantizeOptions,
+        samples: SampleSet,
+        writer: CheckpointWriter,
+        device: torch.device,
+        states_bytes: int,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint, self._plan, self._options, self._samples = checkpoint, plan, options, samples
+        self._writer, self._device, self._states_bytes, self._progress = writer, device, states_bytes, progress
+
+    def write(self, tasks: Sequence[ShardTask]) -> None:
+        """Write all unfinished files: first those of no block, then block by block."""
+        model = Model(self._checkpoint, self._device, torch.float32 if self._device.type == "cpu" else torch.bfloat16)
+        by_block: dict[int, list[ShardTask]] = {}
+        others = []
+        for task in tasks:
+            place = block_of(task.shard.specs[0].name) if task.shard.specs else None
+            if place is not None and place[0] == model.above and place[1] < len(model.blocks):
+                by_block.setdefault(place[1], []).append(task)
+            else:
+                others.append(task)
+        write_shards(others, self._writer, self._device, self._progress, quantizer(self._options))
+        unfinished = set(self._writer.unfinished)
+        last = max((n for n, ours in by_block.items() if any(_file(task) in unfinished for task in ours)), default=-1)
+        if last < 0:
+            return
+        with self._writer.states() as directory:
+            walk = Walk(model, batches(self._samples.samples), self._options, directory, self._states_bytes)
+            for number in range(last + 1):
+                ours = by_block.get(number, [])
+                with memory_errors(f"{model.above}.{number}"):
+                    self._block(walk, number, ours, is_last=number == last)
+                self._progress(sum(tensor.info.nbytes for task in ours for tensor in task.tensors))
+                self._progress(sum(layer.spec.nbytes for layer in _layers(ours).values()))
+        self._writer.wait()
+
+    def _block(self, walk: Walk, number: int, tasks: Sequence[ShardTask], *, is_last: bool) -> None:
+        """Write the unfinished files of a block."""
+        unfinished = set(self._writer.unfinished)
+        wanted = [task for task in tasks if _file(task) in unfinished]
+        layers = _layers(tasks)
+        converted = [layer for layer in layers.values() if layer.dequantize is None]
+        if not wanted:
+            walk.pass_by(number, self._finished(tasks, converted))
+            return
+        writers = {_file(task): self._writer.shard_writer(_file(task)) for task in wanted}
+        files = {spec.name: _file(task) for task in wanted for spec in task.shard.specs}
+        notes: dict[str, Any] = {}
+        infinities: dict[str, int] = {}
+
+        def write(tensors: Mapping[str, Iterable[torch.Tensor]]) -> None:
+            for name, parts in tensors.items():
+                if name in files:
+                    writers[files[name]].write(name, parts)
+
+        for done in walk.quantize(number, converted, is_last=is_last):
+            notes[done.layer.module] = {**asdict(done.stats), **done.notes}
+            write(self._plan.target.encode(done.layer.module, done.w4a8))
+        for layer in layers.values():
+            if layer.module not in notes:  # kept in 16 bits, or never called
+                made = quantizer(self._options)
+                tensors, stats = convert_layer(layer, read_tensor, self._options, self._device, made)
+                notes[layer.module] = None if stats is None else {**asdict(stats), "tokens": 0}
+                write(tensors)
+        for task in wanted:
+            for tensor in task.tensors:
+                name = tensor.output.name
+                write({name: copy_tensor(tensor, read_into, partial(infinities.__setitem__, name))})
+            ours = {layer.module: notes[layer.module] for layer in task.layers}
+            found = {name: infinities[name] for tensor in task.tensors if (name := tensor.output.name) in infinities}
+            self._writer.finish(writers[_file(task)], ours, found)
+
+    def _finished(self, tasks: Sequence[ShardTask], layers: Iterable[LayerPlan]) -> dict[str, W4A8Linear]:
+        """Read layers back from files that are finished; by their names in the source."""
+        directory = self._writer.directory
+        tensors: dict[str, TensorInfo] = {}
+        for task in tasks:
+            tensors |= read_header(directory / _file(task))[1]
+        written = replace(self._checkpoint, root=directory, tensors=tensors)
+        return {layer.spec.name: self._plan.target.decode(written, layer.module, read_tensor) for layer in layers}
+
+
+def _file(task: ShardTask) -> str:
+    return task.shard.file_name
+
+
+def _layers(tasks: Sequence[ShardTask]) -> dict[str, LayerPlan]:
+    return {layer.module: layer for task in tasks for layer in task.layers}

@@ -1,0 +1,84 @@
+"""Calibration samples in batches, and the hidden states of all their tokens: in memory, or on the disk past a limit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convert_w4a8.checkpoint.disk import disk_errors
+from convert_w4a8.samples.sample import Sample
+
+BATCH_TOKENS = 4096
+"""Tokens that go through a block at a time, of samples that are equally long; a longer sample goes alone."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one length. tokens: int64 [B, T]. kept: bool [B, T], the tokens that count in statistics."""
+
+    tokens: torch.Tensor
+    kept: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        count, length = self.tokens.shape
+        return count, length
+
+
+def batches(samples: Sequence[Sample]) -> list[Batch]:
+    """Put samples of one length together, the shortest first; samples of which no token is kept are left out."""
+    by_length: dict[int, list[Sample]] = {}
+    for sample in samples:
+        if bool(np.asarray(sample.kept).any()):
+            by_length.setdefault(len(sample.tokens), []).append(sample)
+    found = []
+    for length in sorted(by_length):
+        alike = by_length[length]
+        step = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(alike), step):
+            part = alike[start : start + step]
+            tokens = torch.stack([torch.as_tensor(sample.tokens).long() for sample in part])
+            found.append(Batch(tokens, torch.stack([torch.as_tensor(sample.kept).bool() for sample in part])))
+    return found
+
+
+class States:
+    """The hidden states of each batch, bfloat16 [B, T, H], as a model in BF16 has them between its blocks.
+
+    limit: bytes that are held in memory; what is beyond that lies in files of `directory`.
+    """
+
+    def __init__(self, directory: Path, name: str, limit: int) -> None:
+        self._directory, self._name, self._limit = directory, name, limit
+        self._held: dict[int, torch.Tensor] = {}
+        self._shapes: dict[int, torch.Size] = {}
+        self._nbytes = 0
+
+    def put(self, batch: int, states: torch.Tensor) -> None:
+        """Set the hidden states of a batch."""
+        states = states.detach().to("cpu", torch.bfloat16).contiguous()
+        self._shapes[batch] = states.shape
+        is_held = batch in self._held
+        if is_held or self._nbytes + states.nbytes <= self._limit:
+            self._nbytes += 0 if is_held else states.nbytes
+            self._held[batch] = states
+            return
+        path = self._path(batch)
+        with disk_errors(path):
+            states.view(torch.int16).numpy().tofile(path)
+
+    def get(self, batch: int) -> torch.Tensor:
+        """Return the hidden states of a batch."""
+        held = self._held.get(batch)
+        if held is not None:
+            return held
+        path = self._path(batch)
+        with disk_errors(path):
+            values = np.fromfile(path, dtype=np.int16)
+        return torch.from_numpy(values).view(torch.bfloat16).view(self._shapes[batch])
+
+    def _path(self, batch: int) -> Path:
+        return self._directory / f"{self._name}-{batch}"

@@ -1,0 +1,76 @@
+"""`w4a8 samples`: what calibration data hold, and what masks leave of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.files import check_writable, write_files
+from convert_w4a8.cli.output import echo, echo_json
+from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
+from convert_w4a8.cli.quantize import Mask, read_data
+
+if TYPE_CHECKING:
+    from convert_w4a8.samples.masks import MaskOptions
+
+
+@click.command("samples", cls=W4A8Command)
+@click.argument("model", metavar="MODEL", type=CHECKPOINT)
+@click.option(
+    "--data",
+    type=LocalPath(path_type=Path),
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Calibration data: JSON lines of messages (and tools), text or input_ids. Can be given more than once.",
+)
+@click.option(
+    "--mask",
+    type=Mask(),
+    metavar="MASK",
+    help="Tokens that count in no statistic: template, system, tools, repeated, with commas between. [default: none]",
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Use so many tokens of the data at most.")
+@click.option(
+    "--html", type=LocalPath(path_type=Path), metavar="FILE", help="Write a page with the text of one sample, coloured."
+)
+@click.option("--png", type=LocalPath(path_type=Path), metavar="FILE", help="Write the same as a picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON document on stdout.")
+def samples_command(
+    model: str,
+    data: tuple[Path, ...],
+    mask: "MaskOptions | None",
+    max_tokens: int | None,
+    html: Path | None,
+    png: Path | None,
+    as_json: bool,
+) -> None:
+    """Show what calibration data hold, as `w4a8 quantize` reads them: kinds of tokens, and which of them count.
+
+    MODEL is a local directory or a Hub id; its tokenizer and its chat template are used, and no weights are read. The
+    picture of --png needs matplotlib, which the extra `report` brings.
+    """
+    from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.hub.repository import resolve_input
+    from convert_w4a8.report import tokens
+    from convert_w4a8.report.drawing import require_matplotlib
+    from convert_w4a8.samples.tokenizer import open_tokenizer
+    from convert_w4a8.text import table
+
+    if png is not None:
+        require_matplotlib()
+    check_writable(*(path for path in (html, png) if path is not None))
+    checkpoint = open_checkpoint(resolve_input(model))
+    found = read_data(checkpoint, data, mask, max_tokens)
+    written = {}
+    if html is not None:
+        written[html] = tokens.page(found, open_tokenizer(checkpoint.root)).encode(errors="backslashreplace")
+    if png is not None:
+        written[png] = tokens.draw(found)
+    write_files(written)
+    if as_json:
+        echo_json(found.as_dict())
+    else:
+        echo(table(tokens.as_rows(found), tokens.HEADER))
+        echo(tokens.summary(found))
