@@ -30,7 +30,7 @@ class Method:
     passes: int = 1
 
 
-FULL = Method()
+FULL = Method(sweeps=6)
 """Needs the second moment of the inputs."""
 FAST = Method(feedback=False, sweeps=0, passes=2)
 """Needs the energies of the inputs."""

@@ -1,6 +1,7 @@
 """From a model in 16 bits to an output: with data and without, for every kind of model, and what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_compressed_tensors(preset: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["fast", "full"])
 @pytest.mark.parametrize("write", [write_llama, write_qwen3_moe, write_mixtral])
-def test_with_data(write: "type[write_llama]", preset: str, tmp_path: Path) -> None:
+def test_with_data(write: Callable[[Path], Path], preset: str, tmp_path: Path) -> None:
     """Every layer is calibrated on the tokens that count, an expert on at least as many as it has inputs."""
     model = write(tmp_path / "in")
     samples = samples_of([200, 150, 200], masked=[10, 0, 20])

@@ -1,0 +1,47 @@
+"""Models that were quantized from 16 bits, in vLLM's own classes: they hold what the model in 16 bits holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import samples_of, write_llama, write_mixtral, write_qwen3_moe
+from zoo import environment
+from zoo.rows import REFUSED, RIGHT
+
+from convert_w4a8 import api
+from convert_w4a8.calibration.options import QuantizeOptions
+
+pytestmark = pytest.mark.zoo
+
+
+@pytest.mark.parametrize("version", environment.VERSIONS)
+def test_vllm_holds_the_model(version: str, tmp_path: Path) -> None:
+    """Dense, experts under Qwen's names and Mixtral's, in both formats."""
+    if reason := environment.missing(version):
+        pytest.skip(reason)
+    pairs = []
+    for write in (write_llama, write_qwen3_moe, write_mixtral):
+        model = write(tmp_path / write.__name__)
+        for name, options in (
+            ("lut", QuantizeOptions(preset="fast")),  # type: ignore[arg-type]
+            ("ct", QuantizeOptions(format="compressed-tensors", tables="scale")),  # type: ignore[arg-type]
+        ):
+            out = tmp_path / f"{write.__name__}-{name}"
+            samples = samples_of([100, 60]) if name == "lut" else None
+            api.quantize(model, out, options, samples=samples, device="cpu")
+            pairs += [str(out), str(model)]
+    rows_file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "zoo", "compare", *pairs, "--json", str(rows_file)]
+    process = subprocess.run(
+        command, env=environment.variables(version), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert rows_file.is_file(), process.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(rows_file.read_text(encoding="utf-8"))
+    assert len(rows) == len(pairs)
+    for row in rows:
+        told = f"{row['architecture']} TP {row['tp']}: {row['status']} {row['reason']}"
+        assert row["status"] in ((RIGHT,) if row["tp"] == 1 else (RIGHT, REFUSED)), told
+        assert row["int4"] or row["status"] == REFUSED
