@@ -50,6 +50,15 @@ VLLM_PERPLEXITY: Columns = (
     ("nats/token over W4A16", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
     ("next-token accuracy, of W4A16's", "{relative_accuracy:.2%}"),
 )
+DIVERGENCE: Columns = (
+    ("weights", "{weights}"),
+    ("form", "{kind}"),
+    ("activations", "{activations}"),
+    ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
+    ("less the closest W4A16's", "{kl_difference:+.5f} ± {kl_difference_standard_error:.5f}"),
+    ("perplexity", "{perplexity:.3f}"),
+    ("same next token", "{agreement:.2%}"),
+)
 COLUMNS: dict[str, Columns] = {
     "conversion": CONVERSION,
     "conversion-without-rest": CONVERSION,
@@ -79,6 +88,8 @@ COLUMNS: dict[str, Columns] = {
     "perplexity-awq": PERPLEXITY,
     "perplexity-vllm-gptq": VLLM_PERPLEXITY,
     "perplexity-vllm-awq": VLLM_PERPLEXITY,
+    "kl": DIVERGENCE,
+    "kl-vllm": DIVERGENCE,
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),
