@@ -85,8 +85,8 @@ def write_results(
                 sys.exit(f"{path} is of {key} {before[key]}, not {document[key]}: run all of its commands anew")
         document["command"] = f"{before['command']}\n{document['command']}"
         if merged:
-            commits = [*str(before["commit"]).split(", "), str(document["commit"])]
-            document["commit"] = ", ".join(dict.fromkeys(commits))
+            commits = [*(before["commit"] or "").split(", "), document["commit"] or ""]
+            document["commit"] = ", ".join(dict.fromkeys(filter(None, commits))) or None
         else:
             document["rows"] = before["rows"] + document["rows"]
     path.parent.mkdir(parents=True, exist_ok=True)

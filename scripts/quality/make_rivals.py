@@ -56,6 +56,10 @@ def make_auto_round(model: str, windows: Windows, out: str, settings: Settings) 
     loader = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
     common = {"dataset": loader, "seqlen": len(windows[0]), "nsamples": len(windows), "batch_size": 8}
     AutoRound(model, **settings, **common, device_map=device).quantize_and_save(out, format="auto_round")
+    for directory in Path(out).glob("*-w4g128"):  # it adds a directory with the model's name
+        for file in directory.iterdir():
+            file.rename(Path(out) / file.name)
+        directory.rmdir()
 
 
 def make_llm_compressor(model: str, windows: Windows, out: str, settings: Settings) -> None:
