@@ -1,8 +1,8 @@
 """Perplexity and next-token accuracy of W4A8 against W4A16, emulated on a CPU through transformers.
 
-Every quantized linear layer is replaced by one that multiplies by exactly the weights that the tensor core will see, in
-float32, with BF16 outputs as the kernel writes them, and for `fp8` activations after vLLM's per-token quantization of
-its inputs. All schemes read the same tokens, so differences are paired: mean over tokens ± standard error.
+Every quantized linear layer multiplies by exactly the weights that the tensor core will see, as
+`scripts/quality/emulation.py` says. All schemes read the same tokens, so differences are paired: mean over tokens ±
+standard error.
 
 The difference in nats holds a part of first order, which is luck: any small change of the weights raises or lowers it,
 and it may be negative. The divergence of the predictions is free of that, and so tells close schemes apart.
@@ -12,34 +12,32 @@ and it may be negative. The divergence of the predictions is free of that, and s
 
 import argparse
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from results import PACKAGES, add_options, line, save
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
+sys.path.insert(0, str(Path(__file__).parent))
+from emulation import Emulation, Scheme, build_model, read_contents, read_windows
+from results import PACKAGES, add_options, line, save
 from transformers.utils import logging
 
-from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
-from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.dequantize import dequantize
-from convert_w4a8.encoding.tables import decode, quantize_tokens
+from convert_w4a8.encoding.tables import decode
 from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_naive
 from convert_w4a8.quantization.codes import to_symmetric
 from convert_w4a8.quantization.error import sqnr_db
 from convert_w4a8.quantization.layer import to_w4a8
-from convert_w4a8.sources import find_source
 
 WINDOW = 512
 BATCH = 4
-
-
-Scheme = Callable[[W4Linear | DenseLinear], torch.Tensor]
 
 
 def naive(w: W4Linear | DenseLinear) -> torch.Tensor:
@@ -60,24 +58,6 @@ SCHEMES: dict[str, Scheme] = {
 }
 """Scheme → the weights, float32 [N, K], that a layer multiplies by. `stock` is `search` for stock vLLM to load, and
 `rounded` W4A16 with weights in BF16: what any change at all costs in a BF16 model, the floor of the others."""
-
-
-class TableLinear(nn.Module):
-    """A linear layer with float32 weights, BF16 output and, if asked for, per-token FP8 inputs."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, fp8: bool) -> None:
-        super().__init__()
-        self.weight, self.bias, self.fp8 = weight, bias, fp8
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply [..., K] by the weights, as `tables.gemm` does."""
-        if self.fp8:
-            tokens, scale = quantize_tokens(x.flatten(0, -2))
-            y = (tokens.float() @ self.weight.t() * scale).view(*x.shape[:-1], -1)
-        else:
-            y = x.float() @ self.weight.t()
-        y = y.to(x.dtype)
-        return y if self.bias is None else y + self.bias
 
 
 @dataclass(frozen=True)
@@ -129,53 +109,38 @@ HEADER = (
 )
 
 
-def read_windows(directory: Path, text: Path, tokens: int) -> torch.Tensor:
-    """Tokenize the beginning of a text (documents separated by NUL) into windows, int64 [W, WINDOW]."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    ids: list[int] = []
-    for document in text.read_text().split("\0"):
-        ids += tokenizer(document, add_special_tokens=False).input_ids
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        if len(ids) >= tokens:
-            break
-    count = min(len(ids), tokens) // WINDOW
-    return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
+@dataclass(frozen=True)
+class Model:
+    """A model that is run with BF16 or FP8 activations. sqnr_db: mean of its layers, None where they are exact."""
+
+    model: nn.Module
+    fp8: bool = False
+    sqnr_db: float | None = None
+
+    def predict(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities float32 [B·(T − 1), V] of what follows each token of int64 [B, T] but the last."""
+        with torch.no_grad(), Emulation(self.model, fp8=self.fp8):
+            logits: torch.Tensor = self.model(input_ids=ids).logits
+        return logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
 
 
-def load_model(checkpoint: Checkpoint, convert: Scheme, *, fp8: bool) -> tuple[nn.Module, float | None]:
-    """Build the checkpoint's model in BF16 with its quantized layers replaced; also their mean SQNR."""
-    config = AutoConfig.from_pretrained(checkpoint.root)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    model.eval()
-    source = find_source(checkpoint)
-    specs = source.find_layers(checkpoint, [])
-    used = {(part.whole or part).name for spec in specs for part in spec.parts.values()}
-    rest = {name: read_tensor(info).bfloat16() for name, info in checkpoint.tensors.items() if name not in used}
-    unexpected = model.load_state_dict(rest, strict=False).unexpected_keys
-    if unexpected:
-        raise SystemExit(f"{checkpoint.root}: tensors that transformers has no place for: {', '.join(unexpected)}")
-    sqnr = []
-    for spec in specs:
-        parent, _, child = spec.name.rpartition(".")
-        layer = source.read_layer(spec, read_tensor)
-        exact, weight = dequantize(layer), convert(layer)
-        sqnr.append(sqnr_db(float(exact.square().sum()), float((weight - exact).square().sum())))
-        before = model.get_submodule(spec.name)
-        assert isinstance(before, nn.Linear)
-        setattr(model.get_submodule(parent), child, TableLinear(weight, before.bias, fp8=fp8))
-    return model, None if math.inf in sqnr else sum(sqnr) / len(sqnr)
+def load_model(directory: Path, scheme: Scheme = dequantize, *, fp8: bool = False) -> Model:
+    """Build a checkpoint's model in BF16, its quantized layers as the scheme says."""
+    exact, contents = read_contents(directory), read_contents(directory, scheme)
+    noises = [
+        sqnr_db(float(weight.square().sum()), float((contents.layers[name] - weight).square().sum()))
+        for name, weight in exact.layers.items()
+    ]
+    sqnr = None if math.inf in noises or not noises else sum(noises) / len(noises)
+    return Model(build_model(contents, torch.bfloat16), fp8, sqnr)
 
 
-@torch.inference_mode()
-def read(model: nn.Module, base: nn.Module, windows: torch.Tensor) -> Tokens:
+def read(model: Model, base: Model, windows: torch.Tensor) -> Tokens:
     """Run a model and the W4A16 model over windows [W, WINDOW]; every token but the first of each counts."""
     parts = []
     for batch in torch.split(windows, BATCH):
         targets = batch[:, 1:].flatten()
-        ours, theirs = (m(input_ids=batch).logits[:, :-1].float().log_softmax(-1).flatten(0, 1) for m in (model, base))
+        ours, theirs = model.predict(batch), base.predict(batch)
         likeliest = ours.argmax(-1)
         divergence = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
         loss = -ours.gather(1, targets[:, None])[:, 0]
@@ -202,18 +167,16 @@ def compare(names: tuple[str, str, float | None], result: Tokens, base: Tokens) 
 
 def evaluate(args: argparse.Namespace) -> Iterator[Score]:
     """Score W4A16, the original if given, and every scheme with every kind of activations."""
-    checkpoint = open_checkpoint(args.checkpoint)
-    windows = read_windows(args.checkpoint, args.text, args.tokens)
-    base, _ = load_model(checkpoint, dequantize, fp8=False)
+    windows = read_windows(args.checkpoint, args.text, args.tokens, WINDOW)
+    base = load_model(args.checkpoint)
     base_tokens = read(base, base, windows)
     yield compare(("w4a16", "bf16", None), base_tokens, base_tokens)
     if args.original:
-        original: nn.Module = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.bfloat16)
-        yield compare(("original", "bf16", None), read(original.eval(), base, windows), base_tokens)
+        yield compare(("original", "bf16", None), read(load_model(args.original), base, windows), base_tokens)
     for activations in args.activations.split(","):
         for scheme in args.schemes.split(","):
-            model, sqnr = load_model(checkpoint, SCHEMES[scheme], fp8=activations == "fp8")
-            yield compare((scheme, activations, sqnr), read(model, base, windows), base_tokens)
+            model = load_model(args.checkpoint, SCHEMES[scheme], fp8=activations == "fp8")
+            yield compare((scheme, activations, model.sqnr_db), read(model, base, windows), base_tokens)
 
 
 def main() -> None:

@@ -84,7 +84,8 @@ def write_results(
             if before[key] != document[key]:
                 sys.exit(f"{path} is of {key} {before[key]}, not {document[key]}: run all of its commands anew")
         document["command"] = f"{before['command']}\n{document['command']}"
-        document["commit"] = ", ".join(dict.fromkeys([*str(before["commit"]).split(", "), str(document["commit"])]))
+        commits = [*(before["commit"] or "").split(", "), document["commit"] or ""]
+        document["commit"] = ", ".join(dict.fromkeys(filter(None, commits))) or None
     elif before is not None and extend:
         require_same_run(path, before, document)
         *_, last = commands = before["command"].splitlines()

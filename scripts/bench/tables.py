@@ -72,6 +72,15 @@ CODEBOOKS: Columns = (
     ("N × K", "{shape}"),
     ("million weights", "{million_weights:.1f}"),
 )
+DIVERGENCE: Columns = (
+    ("weights", "{weights}"),
+    ("form", "{kind}"),
+    ("activations", "{activations}"),
+    ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
+    ("less the closest W4A16's", "{kl_difference:+.5f} ± {kl_difference_standard_error:.5f}"),
+    ("perplexity", "{perplexity:.3f}"),
+    ("same next token", "{agreement:.2%}"),
+)
 COLUMNS: dict[str, Columns] = {
     "codebooks": (*CODEBOOKS, ("CPU s", "{cpu_s:.2f}"), ("CPU s a million weights", "{cpu_per_million:.2f}")),
     "codebooks-gpu": (
@@ -110,6 +119,8 @@ COLUMNS: dict[str, Columns] = {
     "perplexity-awq": PERPLEXITY,
     "perplexity-vllm-gptq": VLLM_PERPLEXITY,
     "perplexity-vllm-awq": VLLM_PERPLEXITY,
+    "kl": DIVERGENCE,
+    "kl-vllm": DIVERGENCE,
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),

@@ -124,7 +124,7 @@ def parse() -> argparse.Namespace:
     parser.set_defaults(tokens=61_440)
     args = parser.parse_args()
     pairs = [text.rpartition("=") for text in args.checkpoints]
-    args.directories = {name or Path(directory).resolve().name: Path(directory) for name, _, directory in pairs}
+    args.directories = {name or Path(directory).absolute().name: Path(directory) for name, _, directory in pairs}
     if len(args.directories) < len(pairs):
         parser.error("two checkpoints have the same name; give NAME=DIR")
     for directory in (args.model, *args.directories.values()):
@@ -150,7 +150,7 @@ def main() -> int:
     args = parse()
     windows = read_windows(args, args.model)
     settings = {
-        "model": args.model.resolve().name,
+        "model": args.model.absolute().name,
         "read": (args.text_file or args.tokens_file).name,
         "windows": len(windows),
         "window": args.window,
@@ -163,7 +163,7 @@ def main() -> int:
         sys.exit(str(error))
     with tempfile.TemporaryDirectory(prefix="w4a8-logits-") as temporary:
         file = args.base_logits or Path(temporary) / "logits"
-        name, noted = args.model.resolve().name, file.with_suffix(".json")
+        name, noted = args.model.absolute().name, file.with_suffix(".json")
         if args.append and noted.is_file():
             found = json.loads(noted.read_text())
         else:

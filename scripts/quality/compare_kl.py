@@ -69,7 +69,7 @@ class Candidate:
             raise argparse.ArgumentTypeError(f"{text}: no such directory ([NAME=]DIR[@{'|'.join(ACTIVATIONS)}])")
         directory = Path(match["directory"])
         chosen = tuple(filter(None, (match["activations"] or "").split(",")))
-        return cls(match["name"] or directory.resolve().name, directory, chosen)
+        return cls(match["name"] or directory.absolute().name, directory, chosen)
 
 
 class Judge:
@@ -150,7 +150,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     windows = read_windows(args.model.directory, args.text, args.tokens, args.window)
     settings = {
-        "model": args.model.directory.resolve().name,
+        "model": args.model.directory.absolute().name,
         "text": args.text.name,
         "windows": len(windows),
         "window": args.window,

@@ -4,9 +4,10 @@
 
 DATA is JSONL with `text` (scripts/quality/make_calibration.py writes it); each line is cut to --window tokens. Every
 rival of RIVALS is made by its own program, in an environment of its own below --environments that is set up when it is
-not there, on the CPU, 4 bits and groups of 128. Checkpoints go to OUT/NAME, and OUT/rivals.json says of each how it was
-made: program, versions, settings, seconds; or the end of the error by which it failed. A rival that is in OUT is left
-as it is.
+not there (--here: with the packages of the Python that runs this): 4 bits, groups of 128. It runs on a GPU where torch
+finds one, else on the CPU, where AutoRound and AWQ take half an hour on two cores for 31M parameters. Checkpoints go to
+OUT/NAME, and OUT/rivals.json says of each how it was made: versions, settings, device, seconds; or the end of the error
+by which it failed. A rival that is in OUT is left as it is.
 """
 
 import argparse
@@ -51,11 +52,14 @@ def make_auto_round(model: str, windows: Windows, out: str, settings: Settings) 
     from auto_round import AutoRound
 
     batches = torch.split(torch.tensor(windows), 8)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
     loader = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
     common = {"dataset": loader, "seqlen": len(windows[0]), "nsamples": len(windows), "batch_size": 8}
-    AutoRound(model, **settings, **common, device_map="cpu", enable_torch_compile=False).quantize_and_save(
-        out, format="auto_round"
-    )
+    AutoRound(model, **settings, **common, device_map=device).quantize_and_save(out, format="auto_round")
+    for directory in Path(out).glob("*-w4g128"):  # it adds a directory with the model's name
+        for file in directory.iterdir():
+            file.rename(Path(out) / file.name)
+        directory.rmdir()
 
 
 def make_llm_compressor(model: str, windows: Windows, out: str, settings: Settings) -> None:
@@ -66,8 +70,11 @@ def make_llm_compressor(model: str, windows: Windows, out: str, settings: Settin
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not torch.cuda.is_available():  # AWQ pins memory without asking whether there is a device to copy to
+        IntermediatesCache.pin_memory = lambda *_: None
     classes = {each.__name__: each for each in (GPTQModifier, QuantizationModifier, AWQModifier)}
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -102,7 +109,7 @@ def _llm_compressor(*recipe: tuple[str, Settings]) -> Rival:
 _LINEAR: Settings = {"targets": ["Linear"], "ignore": ["lm_head"]}
 _AUTO_ROUND = ("auto-round", (TORCH, "auto-round==0.16.1"), make_auto_round)
 RIVALS: dict[str, Rival] = {
-    "auto-round": Rival(*_AUTO_ROUND, {"scheme": "W4A16", "iters": 200}),
+    "auto-round": Rival(*_AUTO_ROUND, {"scheme": "W4A16", "iters": 200, "enable_torch_compile": False}),
     "llm-compressor-awq": _llm_compressor(
         ("AWQModifier", {"offload_device": None}), ("QuantizationModifier", {**_LINEAR, "scheme": "W4A16"})
     ),
@@ -117,7 +124,7 @@ RIVALS: dict[str, Rival] = {
         {"bits": 4, "group_size": 128, "sym": True, "desc_act": False},
         build=(TORCH, "setuptools", "wheel", "ninja"),
     ),
-    "auto-round-1000": Rival(*_AUTO_ROUND, {"scheme": "W4A16", "iters": 1000}),
+    "auto-round-1000": Rival(*_AUTO_ROUND, {"scheme": "W4A16", "iters": 1000, "enable_torch_compile": False}),
 }
 """Settings are the defaults of each program where none is named; W4A16 is symmetric, in groups of 128. The second of
 AWQ has zero-points, as in that program's examples. The last takes five times as long as the first."""
@@ -148,8 +155,15 @@ def worker(name: str, model: str, data: str, out: str, window: int) -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    about = {"windows": len(windows), "window": window, "seconds": round(time.perf_counter() - start)}
-    print(json.dumps({"settings": rival.settings, "versions": versions, "threads": torch.get_num_threads(), **about}))
+    about = {
+        "settings": rival.settings,
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "windows": len(windows),
+        "window": window,
+        "seconds": round(time.perf_counter() - start),
+    }
+    print(json.dumps(about))
 
 
 def prepare(rival: Rival, environments: Path) -> Path:
@@ -172,9 +186,9 @@ def make(name: str, args: argparse.Namespace) -> dict[str, Any]:
     rival, out = RIVALS[name], args.out / name
     log = args.out / f"{name}.log"
     try:
-        python = prepare(rival, args.environments)
+        python = Path(sys.executable) if args.here else prepare(rival, args.environments)
         command = [str(python), __file__, "--worker", name, *map(str, (args.model, args.data, out, args.window))]
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(args.threads)}
+        env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         with log.open("wb") as file:
             limit = args.limit_minutes * 60
             subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=True, timeout=limit)
@@ -195,6 +209,7 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=512, help="tokens of each line")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     parser.add_argument("--limit-minutes", type=float, default=120, help="for each rival")
+    parser.add_argument("--here", action="store_true", help="use the packages of the Python that runs this")
     parser.add_argument("--environments", type=Path, default=CACHE)
     args = parser.parse_args()
     names = args.only.split(",")
