@@ -10,8 +10,8 @@
 Sums have a fixed order, so results do not depend on which block comes first. Nothing waits for the host: how many
 blocks there are at most is known from the number of tokens, and those without pairs end at once.
 
-On Hopper and later each launch may begin while the one before ends (programmatic dependent launch): a kernel lets the
-next one start, and waits for the one before it to be complete, before it reads or writes what others touch.
+From Hopper on a launch may begin while the one before ends (programmatic dependent launch; `_EARLY` says which do): a
+kernel waits for the one before it to be complete before it reads or writes anything, and lets the next one start.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -241,13 +241,15 @@ def _multiply(
 
 
 _LAUNCHES = ("prepare", "gate_up", "activate", "down", "combine")
+_EARLY: frozenset[str] = frozenset()
+"""Those that begin while the one before ends. None: all of them at once were slower for one token, faster for many."""
 
 
 @cache
 def _early(device: torch.device) -> frozenset[str]:
-    """Return which launches may begin while the one before ends: from compute capability 9.0 on."""
+    """Return which launches begin early on a device; it can be done from compute capability 9.0 on."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return frozenset(_LAUNCHES[1:]) if able else frozenset()
+    return _EARLY if able else frozenset()
 
 
 def _order(launch: str, early: frozenset[str]) -> dict[str, bool]:
