@@ -136,7 +136,7 @@ def experts(
     chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
     early = _early(x.device)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _prepare_kernel[(count + m,)](
             x.contiguous(),
             ids,
