@@ -10,24 +10,23 @@
 Sums have a fixed order, so results do not depend on which block comes first. Nothing waits for the host: how many
 blocks there are at most is known from the number of tokens, and those without pairs end at once.
 
-On Hopper and later each launch may begin while the one before ends (programmatic dependent launch): a kernel lets the
-next one start, and waits for the one before it to be complete, before it reads or writes what others touch.
+From Hopper on a launch may begin while the one before ends (programmatic dependent launch; `_EARLY` says which do): a
+kernel waits for the one before it to be complete before it reads or writes anything, and lets the next one start.
 """
-
-# Arguments of Triton functions have no Python types.
-# ruff: noqa: ANN001, ANN202
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.fp8 import to_e4m3
-from convert_w4a8.kernels.gemm.gpu import _INTERPRETED, _counters, _look_up, _multiprocessors
+from convert_w4a8.kernels.gemm.gpu import _INTERPRETED, _counters, _multiprocessors
+from convert_w4a8.kernels.gemm.grouped_kernels import (
+    _activate_kernel,
+    _combine_kernel,
+    _grouped_kernel,
+    _prepare_kernel,
+)
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 GROUP = 128
@@ -137,7 +136,7 @@ def experts(
     chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
     early = _early(x.device)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _prepare_kernel[(count + m,)](
             x.contiguous(),
             ids,
@@ -241,13 +240,15 @@ def _multiply(
 
 
 _LAUNCHES = ("prepare", "gate_up", "activate", "down", "combine")
+_EARLY: frozenset[str] = frozenset()
+"""Those that begin while the one before ends. None: all of them at once were slower for one token, faster for many."""
 
 
 @cache
 def _early(device: torch.device) -> frozenset[str]:
-    """Return which launches may begin while the one before ends: from compute capability 9.0 on."""
+    """Return which launches begin early on a device; it can be done from compute capability 9.0 on."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return frozenset(_LAUNCHES[1:]) if able else frozenset()
+    return _EARLY if able else frozenset()
 
 
 def _order(launch: str, early: frozenset[str]) -> dict[str, bool]:
@@ -256,268 +257,3 @@ def _order(launch: str, early: frozenset[str]) -> dict[str, bool]:
     following = _LAUNCHES[_LAUNCHES.index(launch) + 1 :]
     releases = bool(following) and following[0] in early
     return {"INTERPRETED": _INTERPRETED, "WAITS": launch in early, "RELEASES": releases, **begins}
-
-
-@triton.jit
-def _place(ids, index, mask, expert_map, MAPPED: tl.constexpr):
-    """Return the places of the experts of pairs in this rank's tensors, −1 for none."""
-    chosen = tl.load(ids + index, mask=mask, other=-1).to(tl.int32)
-    if MAPPED:
-        chosen = tl.load(expert_map + chosen, mask=mask & (chosen >= 0), other=-1).to(tl.int32)
-    return chosen
-
-
-@triton.jit
-def _to_fp8(x, INTERPRETED: tl.constexpr):
-    """Round to the nearest E4M3 numbers; the interpreter's own conversion is wrong."""
-    if INTERPRETED:
-        return to_e4m3(x).to(tl.int8).to(tl.float8e4nv, bitcast=True)
-    return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
-
-
-@triton.jit
-def _to_bf16(x, INTERPRETED: tl.constexpr):
-    """Round to the nearest bfloat16 numbers; the interpreter's own conversion cuts off."""
-    if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(tl.bfloat16)
-
-
-@triton.jit
-def _token_scale(x):
-    """Return the scale by which vLLM quantizes a token."""
-    return tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), 448.0), 1.0 / (448.0 * 512.0))
-
-
-@triton.jit(do_not_specialize=["PAIRS", "E", "BLOCKS"])
-def _prepare_kernel(
-    x,
-    ids,
-    tokens,
-    token_scale,
-    rows,
-    of_block,
-    K,
-    PAIRS,
-    E,
-    BLOCKS,
-    expert_map,
-    MAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
-):
-    """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8."""
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
-    program = tl.program_id(0)
-    if program < E:
-        bins = tl.arange(0, BINS)
-        index = tl.arange(0, CHUNK)
-        place = _place(ids, index, index < PAIRS, expert_map, MAPPED)
-        pairs_of = tl.histogram(tl.where(place < 0, 0, place), BINS, mask=place >= 0)
-        if not ONE_CHUNK:
-            for begin in range(CHUNK, PAIRS, CHUNK):
-                other = _place(ids, begin + index, begin + index < PAIRS, expert_map, MAPPED)
-                pairs_of += tl.histogram(tl.where(other < 0, 0, other), BINS, mask=other >= 0)
-        blocks_of = (pairs_of + BLOCK_M - 1) // BLOCK_M
-        first = tl.sum(tl.where(bins < program, blocks_of, 0))
-        mine = tl.sum(tl.where(bins == program, blocks_of, 0))
-        count = tl.sum(tl.where(bins == program, pairs_of, 0))
-        match = (place == program).to(tl.int32)
-        tl.store(rows + first * BLOCK_M + tl.cumsum(match, 0) - 1, index, mask=match != 0)
-        if not ONE_CHUNK:
-            seen = first * BLOCK_M + tl.sum(match)
-            for begin in range(CHUNK, PAIRS, CHUNK):
-                other = _place(ids, begin + index, begin + index < PAIRS, expert_map, MAPPED)
-                match = (other == program).to(tl.int32)
-                tl.store(rows + seen + tl.cumsum(match, 0) - 1, begin + index, mask=match != 0)
-                seen += tl.sum(match)
-        rest = count + tl.arange(0, BLOCK_M)
-        tl.store(rows + first * BLOCK_M + rest, PAIRS + 0 * rest, mask=rest < mine * BLOCK_M)
-        for begin in range(0, mine, 16):
-            block = begin + tl.arange(0, 16)
-            tl.store(of_block + first + block, program + 0 * block, mask=block < mine)
-        if program == 0:
-            used = tl.sum(blocks_of)
-            for begin in range(used, BLOCKS, 16):
-                block = begin + tl.arange(0, 16)
-                tl.store(of_block + block, 0 * block - 1, mask=block < BLOCKS)
-    else:
-        m = (program - E).to(tl.int64)
-        k = tl.arange(0, BLOCK_K)
-        token = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-        scale = _token_scale(token)
-        tl.store(tokens + m * K + k, _to_fp8(tl.div_rn(token, scale + 0 * token), INTERPRETED), mask=k < K)
-        tl.store(token_scale + m, scale)
-
-
-@triton.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE"])
-def _grouped_kernel(
-    tokens,
-    packed,
-    tables,
-    token_scale,
-    channel_scale,
-    output,
-    rows,
-    of_block,
-    sums,
-    counters,
-    ROWS,
-    N,
-    K,
-    BLOCKS,
-    WIDTH,
-    SPLITS,
-    SHARE,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    CHAIN: tl.constexpr,
-    SPLIT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
-):
-    columns = N // BLOCK_N
-    program = tl.program_id(0)
-    before = program // (WIDTH * BLOCKS) * WIDTH
-    width = tl.minimum(columns * SPLITS - before, WIDTH)
-    inside = program % (WIDTH * BLOCKS)
-    block = inside // width
-    column = before + inside % width
-    part = column // columns
-    column = column % columns
-    begin = (K // 128 * part) // SPLITS
-    end = (K // 128 * (part + 1)) // SPLITS
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
-    expert = tl.load(of_block + block)
-    if expert >= 0:
-        words_at = packed + expert.to(tl.int64) * (K // 32) * (4 * N) + begin.to(tl.int64) * (16 * N)
-        words_at += tl.arange(0, 4)[:, None].to(tl.int64) * (4 * N)
-        words_at += column * (4 * BLOCK_N) + tl.arange(0, 4 * BLOCK_N)[None, :]
-        row = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
-        half = tl.arange(0, BLOCK_N // 2)
-        tables_at = tables + (expert.to(tl.int64) * (K // 128) + begin) * N
-        tables_at += column * BLOCK_N + half // 8 * 16 + half % 8
-        tokens_at = tokens + (row // SHARE).to(tl.int64) * K + begin * 128 + tl.arange(0, 128)[:, None]
-        n = column * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        scale_at = channel_scale + expert.to(tl.int64) * N + n
-        if not SPLIT:  # here, not to wait for them at the end
-            scale = tl.load(scale_at)
-            scale_of_row = tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for _ in tl.range(begin, end, num_stages=STAGES):
-            weights = _look_up(tl.load(words_at), tl.load(tables_at), tl.load(tables_at + 8), BLOCK_N, INTERPRETED)
-            x = tl.load(tokens_at, mask=row < ROWS, other=0.0)
-            if CHAIN:
-                total = tl.dot(weights, x, total)
-            else:
-                total += tl.dot(weights, x)
-            words_at += 16 * N
-            tables_at += N
-            tokens_at += 128
-        last = True
-        if SPLIT:
-            # As in gpu.py: the last block to arrive adds all parts, in the order of K.
-            tile = block * columns + column
-            stride = (BLOCKS * columns).to(tl.int64) * (BLOCK_M * BLOCK_N)
-            sums_at = sums + tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
-            sums_at += tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
-            tl.store(sums_at + part * stride, total, mask=row < ROWS)
-            tl.debug_barrier()
-            last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-            if last:
-                tl.store(counters + tile, 0)
-                total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for other in range(0, SPLITS, 4):
-                    for next_ in tl.static_range(4):
-                        mask = (row < ROWS) & (other + next_ < SPLITS)
-                        total += tl.load(sums_at + (other + next_) * stride, mask=mask, other=0.0, cache_modifier=".cg")
-        if last:
-            if SPLIT:
-                scale = tl.load(scale_at)
-                scale_of_row = tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
-            scaled = _to_bf16(total * scale * scale_of_row, INTERPRETED)
-            tl.store(output + row.to(tl.int64) * N + n, scaled, mask=row < ROWS)
-
-
-@triton.jit
-def _activate_kernel(
-    both,
-    ids,
-    active,
-    scales,
-    K,
-    expert_map,
-    MAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
-):
-    """Program r: activation(gate) · up of pair r, quantized; rounded to bfloat16 where vLLM's kernels round."""
-    pair = tl.program_id(0).to(tl.int64)
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
-    k = tl.arange(0, BLOCK)
-    gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
-    up = tl.load(both + pair * (2 * K) + K + k, mask=k < K, other=0.0).to(tl.float32)
-    if _place(ids, pair, True, expert_map, MAPPED) >= 0:
-        if ACTIVATION == "silu":
-            gate = gate / (1.0 + tl.exp(-gate))
-        elif ACTIVATION == "gelu":
-            gate = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-        else:
-            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-            gate = gate / (1.0 + tl.exp(-2.0 * inner))  # 0.5 · (1 + tanh(inner)) is the sigmoid of 2 · inner
-        product = _to_bf16(_to_bf16(gate, INTERPRETED).to(tl.float32) * up, INTERPRETED).to(tl.float32)
-        scale = _token_scale(product)
-        tl.store(active + pair * K + k, _to_fp8(tl.div_rn(product, scale + 0 * product), INTERPRETED), mask=k < K)
-        tl.store(scales + pair, scale)
-
-
-@triton.jit
-def _combine_kernel(
-    results,
-    weights,
-    ids,
-    output,
-    N,
-    expert_map,
-    MAPPED: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
-):
-    """Program (b, m): part b of the sum of token m's experts, in the order of the router's choices."""
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
-    total = tl.zeros((BLOCK,), tl.float32)
-    for choice in tl.static_range(CHOICES):
-        pair = m * CHOICES + choice
-        here = _place(ids, pair, True, expert_map, MAPPED) >= 0
-        result = tl.load(results + pair * N + n, mask=n < N, other=0.0).to(tl.float32)
-        total += tl.load(weights + pair) * tl.where(here, result, 0.0)
-    tl.store(output + m * N + n, _to_bf16(total, INTERPRETED), mask=n < N)

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from convert_w4a8.kernels.gemm import grouped
+from convert_w4a8.kernels.gemm import grouped_kernels
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 TYPES = {
@@ -54,15 +54,15 @@ def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4
 def main() -> None:
     capability = int(sys.argv[1])
     sort = {"MAPPED": True, "BLOCK_M": 16, "BINS": 128, "CHUNK": 128, "ONE_CHUNK": True, "BLOCK_K": 2048}
-    show(grouped._prepare_kernel, capability, sort)
+    show(grouped_kernels._prepare_kernel, capability, sort)
     multiply = {"BLOCK_M": 16, "BLOCK_N": 64, "STAGES": 4, "CHAIN": False, "SPLIT": True}
-    show(grouped._grouped_kernel, capability, multiply)
+    show(grouped_kernels._grouped_kernel, capability, multiply)
     multiply |= {"SPLIT": False}
-    show(grouped._grouped_kernel, capability, multiply)
-    show(grouped._grouped_kernel, capability, multiply | {"BLOCK_M": 128, "STAGES": 3, "CHAIN": True})
+    show(grouped_kernels._grouped_kernel, capability, multiply)
+    show(grouped_kernels._grouped_kernel, capability, multiply | {"BLOCK_M": 128, "STAGES": 3, "CHAIN": True})
     for activation in ACTIVATIONS:
-        show(grouped._activate_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "ACTIVATION": activation})
-    show(grouped._combine_kernel, capability, {"MAPPED": False, "CHOICES": 8, "BLOCK": 1024})
+        show(grouped_kernels._activate_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "ACTIVATION": activation})
+    show(grouped_kernels._combine_kernel, capability, {"MAPPED": False, "CHOICES": 8, "BLOCK": 1024})
 
 
 if __name__ == "__main__":
