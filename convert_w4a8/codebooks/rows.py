@@ -83,8 +83,11 @@ class Rows:
             goal = self._goal[:, s].contiguous()
             start = goal - self._errors[:, : s.start] @ factor[: s.start, s]
             codes, errors = torch.empty_like(goal, dtype=torch.uint8), torch.empty_like(goal)
-            entries = self._tables(start, slice(g, g + 1), None, codes)
-            self._kernels.feedback(goal, start, factor[s, s].double(), entries, codes, errors)
+            # What the columns would become if none of this group had to be rounded: e = (start − goal) − e·(M − I).
+            block = factor[s, s]
+            change = torch.linalg.solve_triangular(block, start - goal, upper=True, left=False, unitriangular=True)
+            entries = self._tables(goal + change, slice(g, g + 1), None, codes)
+            self._kernels.feedback(goal, start, block.double(), entries, codes, errors)
             self._keep(g, s, entries, codes, errors)
 
     def _descend(self) -> None:
