@@ -140,7 +140,7 @@ def quantize_command(
     samples = read_data(checkpoint, data, mask, max_tokens) if data else None
     options = with_samples(options, samples)
     plan = plan_quantization(checkpoint, options)
-    cost = predict_cost(plan, options, samples, torch_device)
+    cost = predict_cost(checkpoint, plan, options, samples, torch_device, states_memory)
     if not (quiet or as_json):
         echo(render.plan_text(plan, options, samples, cost))
     if resume and not dry_run and is_finished(out, checkpoint, plan) and render.same_recipe(out, options, samples):
