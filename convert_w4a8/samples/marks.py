@@ -78,15 +78,20 @@ class Marker:
     those of equal neighbours cannot be told apart."""
     group: int = 0
     kind: TokenKind = TokenKind.TEMPLATE
+    rank: int = 0
+    """Of the next strings; see `ranks`."""
     groups: list[int] = field(default_factory=list)
     """Of each mark."""
     kinds: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    """In which order the strings of a message follow each other. A string that comes once more, as the name of a tool
+    with its result, has a lower one than the string before it, and what lies between is not the message's."""
     ends: list[tuple[str, str]] = field(default_factory=list)
     """What of each marked string lies before its first and after its last mark."""
 
     def start(self, group: int, kind: TokenKind) -> None:
         """Say whose the next strings are."""
-        self.group, self.kind = group, kind
+        self.group, self.kind, self.rank = group, kind, 0
 
     def anew(self) -> "Marker":
         """Return a marker like this one that has marked nothing yet."""
@@ -100,6 +105,7 @@ class Marker:
         mark = chr(self.base + len(self.groups))
         self.groups.append(self.group)
         self.kinds.append(self.kind)
+        self.ranks.append(self.rank)
         self.ends.append((text[: places[0]], text[places[-1] :]))
         return mark.join(text[a:b] for a, b in itertools.pairwise([0, *places, len(text)]))
 
@@ -131,15 +137,18 @@ def mark_messages(marker: Marker, messages: Messages) -> Messages:
 
 def _mark_message(marker: Marker, message: dict[str, Any]) -> dict[str, Any]:
     marked = copy.deepcopy(message)
-    for key in ("content", *REASONING):
+    for key in (*REASONING, "content"):
         if isinstance(marked.get(key), str):
             marked[key] = marker(marked[key])
         elif key in marked:
             marked[key] = [{**part, "text": marker(part["text"])} for part in marked[key]]
+        marker.rank += 1
     for call in marked.get("tool_calls", ()):
         function = call["function"]
         function["name"] = marker(function["name"])
+        marker.rank += 1
         function["arguments"] = _map_strings(marker, function["arguments"])
+        marker.rank += 1
     return marked
 
 
@@ -202,9 +211,11 @@ class Run:
 def runs_of(marker: Marker, found: Marked) -> list[Run]:
     """Return the runs of a rendering, in their order. What lies between two marks of one message is the message's."""
     groups = np.array(marker.groups, np.int64)[found.marks]
+    ranks = np.array(marker.ranks, np.int64)[found.marks]
     if not len(groups):
         return []
-    begins = np.flatnonzero(np.concatenate(([True], groups[1:] != groups[:-1])))
+    another = (groups[1:] != groups[:-1]) | (ranks[1:] < ranks[:-1])
+    begins = np.flatnonzero(np.concatenate(([True], another)))
     ends = np.concatenate((begins[1:], [len(groups)])) - 1
     runs = []
     for first, last in zip(begins.tolist(), ends.tolist(), strict=True):

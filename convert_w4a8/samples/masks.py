@@ -18,7 +18,7 @@ class Which(StrEnum):
     FIRST = "first"
     """The first one in each sample."""
     LATER = "later"
-    """All but the first one in the data."""
+    """All but those in the first sample that has it."""
 
 
 KINDS = {"template": TokenKind.TEMPLATE, "system": TokenKind.SYSTEM, "tools": TokenKind.TOOLS}

@@ -22,7 +22,7 @@ def repeated(
     """Return for each sample which of its tokens lie in a repeated span, bool [T].
 
     samples: token ids. A span of `ngram` tokens is repeated if at least `min_samples` samples hold it.
-    keep_first: not where it stands first in the data.
+    keep_first: not in the first sample that holds it.
 
     Time is that of a sort, and memory some 50 bytes a token.
     """
@@ -62,7 +62,7 @@ def _repeated_starts(
     held = owner[places]
     another = np.concatenate(([True], (group[1:] != group[:-1]) | (held[1:] != held[:-1])))
     enough = np.bincount(group, weights=another)[group] >= min_samples
-    found: npt.NDArray[np.int64] = places[enough & (places != first)] if keep_first else places[enough]
+    found: npt.NDArray[np.int64] = places[enough & (held != owner[first])] if keep_first else places[enough]
     return found
 
 

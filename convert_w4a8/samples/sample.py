@@ -14,7 +14,7 @@ class TokenKind(IntEnum):
     """What a token is, as the chat template renders it."""
 
     TEXT = 0
-    """Of a sample that is no chat."""
+    """Of a sample that is no chat, or whose chat template hides what is what."""
     TEMPLATE = 1
     """What the template adds: headers, ends of turns, special tokens."""
     SYSTEM = 2

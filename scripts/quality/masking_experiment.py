@@ -9,7 +9,7 @@ prompt, of which --share of all tokens is. Then it quantizes MODEL by each metho
     clean       the pieces alone: what masking can reach, but for what the prompt does to the values of the text
     unmasked    the traces as they are
     template    the traces with `--mask template,system`
-    repeated    the traces with `--mask repeated`, which knows no template and keeps the prompt where it stands first
+    repeated    the traces with `--mask repeated`, which knows no template and keeps the prompt in the first one
 
 and prints how far the predictions are from MODEL's on held-out text, as compare_kl.py does: W4A8 with FP8 activations
 emulated, KL in nats per token, standard errors over windows, differences to `clean` paired by window. The methods are

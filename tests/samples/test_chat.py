@@ -173,6 +173,24 @@ def test_a_content_that_the_template_looks_at(tokenizer: Any) -> None:
     assert ("ASSISTANT", messages[1]["content"]) in found  # the result is no question, so the thought is there
 
 
+def test_the_name_of_a_tool_with_its_result(tokenizer: Any) -> None:
+    """It is the call's string once more, and what lies between is not."""
+    template = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}to={{ call.function.name }} "
+        "{{ call.function.arguments | tojson }}<call>{% endfor %}{% if m.role == 'tool' %}<start>"
+        "{{ messages[loop.index0 - 1].tool_calls[0].function.name }}={% endif %}{{ m.content }}<end>{% endfor %}"
+    )
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    assert pieces(render(with_template(tokenizer, template), [SAID[1], call, SAID[3]], None, "here"))[2:] == [
+        ("ASSISTANT", 'find {"name": "a \\"b\\"", "limit": 3}'),
+        ("TEMPLATE", "<call><end><start>"),
+        ("ASSISTANT", "find"),
+        ("TEMPLATE", "="),
+        ("TOOL", '{"at": "home"}'),
+        ("TEMPLATE", "<end>"),
+    ]
+
+
 def test_parts_are_given_where_strings_say_nothing(tokenizer: Any) -> None:
     """A template that knows lists of parts only would render no contents at all."""
     assert ("USER", "Where is it?") in pieces(chat(tokenizer, "parts", SAID[:2]))

@@ -61,7 +61,7 @@ def test_counts_add_up(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_masked(tokenizer: Any, tmp_path: Path) -> None:
-    """By kind the prompt and the headers; by repetition the prompt but for its first occurrence."""
+    """By kind the prompt and the headers; by repetition the prompt, but in the first sample."""
     path = write(tmp_path / "a.jsonl", *map(trace, range(4)))
     for sample in read_samples([path], tokenizer, parse_mask("template,system")).samples:
         assert text_of(tokenizer, sample, kept=True).startswith("Question")

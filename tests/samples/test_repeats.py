@@ -21,8 +21,9 @@ def searched(samples: list[list[int]], ngram: int, min_samples: int, *, keep_fir
     found = [[False] * len(tokens) for tokens in samples]
     for held in places.values():
         if len({number for number, _ in held}) >= min_samples:
-            for number, start in held[1:] if keep_first else held:
-                found[number][start : start + ngram] = [True] * ngram
+            for number, start in held:
+                if not keep_first or number != held[0][0]:
+                    found[number][start : start + ngram] = [True] * ngram
     return found
 
 
@@ -71,7 +72,7 @@ def test_equal_hashes_are_of_equal_ngrams() -> None:
 
 
 def test_the_same_prompt_in_every_sample() -> None:
-    """It is masked but where it stands first; what is new is kept."""
+    """It is masked, but in the first one if that is kept; what is new is not."""
     random = np.random.default_rng(0)
     prompt = random.integers(0, 50_000, 300, np.int32)
     samples = [np.concatenate((prompt, random.integers(0, 50_000, 100, np.int32))) for _ in range(20)]
