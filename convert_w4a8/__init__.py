@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from convert_w4a8.version import __version__
 
 if TYPE_CHECKING:
-    from convert_w4a8.api import check, convert, inspect, make_plan, make_report, open_checkpoint, verify
+    from convert_w4a8.api import check, convert, inspect, make_plan, make_report, open_checkpoint, quantize, verify
+    from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
     from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error
     from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 
@@ -18,8 +19,11 @@ __all__ = [
     "Options",
     "PlanError",
     "Policy",
+    "Preset",
     "Problem",
+    "QuantizeOptions",
     "ScalesMode",
+    "TableKind",
     "Unsupported",
     "W4A8Error",
     "__version__",
@@ -29,11 +33,22 @@ __all__ = [
     "make_plan",
     "make_report",
     "open_checkpoint",
+    "quantize",
     "verify",
 ]
 
 _HOMES = {
-    "convert_w4a8.api": ("check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "verify"),
+    "convert_w4a8.api": (
+        "check",
+        "convert",
+        "inspect",
+        "make_plan",
+        "make_report",
+        "open_checkpoint",
+        "quantize",
+        "verify",
+    ),
+    "convert_w4a8.calibration.options": ("Preset", "QuantizeOptions", "TableKind"),
     "convert_w4a8.errors": ("ConvertError", "PlanError", "Problem", "W4A8Error"),
     "convert_w4a8.options": ("Options", "Policy", "ScalesMode", "Unsupported"),
 }

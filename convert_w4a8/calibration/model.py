@@ -19,6 +19,7 @@ from convert_w4a8.checkpoint.files import CONFIG
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.version import install_command
 
 WITHOUT_DATA = "quantize it without --data"
 _BESIDE = frozenset({
@@ -156,7 +157,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         import transformers  # noqa: PLC0415  (an extra; it takes seconds)
     except ImportError as error:
         raise ConvertError(
-            "--data", "needs transformers, which is not installed", "install the extra: pip install '.[quantize]'"
+            "--data", "needs transformers, which is not installed", install_command("quantize")
         ) from error
     subject = f"{CONFIG}: model_type {checkpoint.config.get('model_type')!r}"
     try:

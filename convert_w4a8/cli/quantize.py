@@ -1,5 +1,6 @@
 """`w4a8 quantize`: from a model in 16 bits to W4A8."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ def quantize_command(
     samples = read_data(checkpoint, data, mask, max_tokens) if data else None
     options = with_samples(options, samples)
     plan = plan_quantization(checkpoint, options)
-    cost = predict_cost(plan, options, samples, torch_device)
+    cost = predict_cost(checkpoint, plan, options, samples, torch_device, states_memory)
     if not (quiet or as_json):
         echo(render.plan_text(plan, options, samples, cost))
     if resume and not dry_run and is_finished(out, checkpoint, plan) and render.same_recipe(out, options, samples):
@@ -187,17 +188,38 @@ def _options(choices: dict[str, Any]) -> QuantizeOptions:
     )
 
 
+class _Tokenizer:
+    """The tokenizer of a checkpoint, opened when something asks for it: data of input_ids need none."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @cached_property
+    def _opened(self) -> Any:
+        from convert_w4a8.samples.tokenizer import open_tokenizer
+
+        return open_tokenizer(self._root)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self._opened(*args, **more)
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+
 def read_data(
     checkpoint: "Checkpoint", data: tuple[Path, ...], mask: "MaskOptions | None", max_tokens: int | None
 ) -> "SampleSet":
     """Read calibration data with the tokenizer of a checkpoint."""
     from convert_w4a8.samples.masks import NO_MASK
     from convert_w4a8.samples.read import read_samples
-    from convert_w4a8.samples.tokenizer import open_tokenizer
 
     return read_samples(
         data,
-        open_tokenizer(checkpoint.root),
+        _Tokenizer(checkpoint.root),
         mask or NO_MASK,
         max_tokens=max_tokens,
         vocab_size=_vocabulary(checkpoint),

@@ -31,7 +31,8 @@ def plan_text(plan: Plan, options: QuantizeOptions, samples: SampleSet | None, c
             f" {samples.kept:,} count; preset {options.preset}"
         )
     lines.append(
-        f"predicted  {human_seconds(cost.seconds)}, {human_bytes(cost.memory)} of memory"
+        f"predicted  {'' if cost.seconds is None else human_seconds(cost.seconds) + ', '}"
+        f"{human_bytes(cost.memory)} of memory"
         + (f", {human_bytes(cost.disk)} of hidden states on the disk" if cost.disk else "")
     )
     return "\n".join(lines)

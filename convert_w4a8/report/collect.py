@@ -16,7 +16,7 @@ from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX
 from convert_w4a8.report.layers import LABELS, SCHEMES, Distributions, LayerReport, measure_layer
 from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
 from convert_w4a8.report.values import value_warnings
-from convert_w4a8.sources import find_source
+from convert_w4a8.sources import find_origin
 from convert_w4a8.targets import find_target
 from convert_w4a8.text import human_bytes, printable, table
 from convert_w4a8.version import __version__
@@ -58,7 +58,7 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
         PlanError: layers of the source cannot be read.
 
     """
-    reader, target = find_source(source), find_target(out)
+    reader, target = find_origin(source), find_target(out)
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     if problems:

@@ -74,7 +74,7 @@ def test_moments_are_those_of_transformers(tmp_path: Path) -> None:
         second, cross = found[name].mean()
         assert cross is not None
         seen = rounded(x)
-        # The hidden states are in BF16 between blocks, as when served; here these are the embeddings, which are so anyway.
+        # Hidden states are in BF16 between blocks, as when served; here these are the embeddings, which are so anyway.
         torch.testing.assert_close(second, seen.t() @ seen / len(x), rtol=2e-3, atol=2e-3 * float(second.abs().max()))
         torch.testing.assert_close(cross, x.t() @ seen / len(x), rtol=2e-3, atol=2e-3 * float(cross.abs().max()))
 

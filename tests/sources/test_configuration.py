@@ -241,7 +241,8 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     assert caught.value.problem.subject == str(tmp_path / "in")
     reason = f"is not quantized: {NOWHERE}"
     assert caught.value.problem.reason == reason
-    assert caught.value.problem.remedy == "give a W4A16 checkpoint (auto-round, awq, compressed-tensors, gptq, w4afp8)"
+    known = "auto-round, awq, compressed-tensors, gptq, w4afp8"
+    assert caught.value.problem.remedy == f"quantize it (w4a8 quantize), or give a W4A16 checkpoint ({known})"
 
 
 def test_all_problems_are_found_at_once(tmp_path: Path) -> None:
