@@ -14,6 +14,7 @@ of K: the same bytes whatever the order of blocks.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,18 +47,20 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # $2: eight nibbles, four of row g and four of row g + 8. $3, $4 and $7, $8: the tables of the two rows as they are
 # stored, for negative codes; $5, $6 and $9, $10: with the signs flipped, and −0 for the code 0. The three low bits of a
-# nibble choose the entry, its top bit the table: `sign` becomes a selector of byte j of the one or of the other.
+# nibble choose the entry, its top bit the table: `sign` becomes a selector of byte j of the one or of the other. Shifts
+# are products, which run beside permutations on a unit of their own: x · (2³¹ + 1) >> 32 is x >> 1 for even x, and
+# x · (2¹⁶ + 1) >> 32 is x >> 16 where the halves' sum is below 2¹⁶, as it is with every fourth bit 0.
 _LOOK_UP = tl.constexpr("""
 {
 .reg .b32 entry, sign, negative, positive;
 lop3.b32 sign, $2, 0x88888888, 0x64206420, 0xEA;
-shr.u32 sign, sign, 1;
+mul.hi.u32 sign, sign, 0x80000001;
 and.b32 entry, $2, 0x77777777;
 prmt.b32 negative, $3, $4, entry;
 prmt.b32 positive, $5, $6, entry;
 prmt.b32 $0, positive, negative, sign;
-shr.u32 entry, entry, 16;
-shr.u32 sign, sign, 16;
+mul.hi.u32 entry, entry, 0x10001;
+mul.hi.u32 sign, sign, 0x10001;
 prmt.b32 negative, $7, $8, entry;
 prmt.b32 positive, $9, $10, entry;
 prmt.b32 $1, positive, negative, sign;
@@ -93,8 +96,6 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, shared: int = HO
     if m > _ONE_BLOCK:
         if small or m <= 2 * _ONE_BLOCK:
             return Launch(_ONE_BLOCK, 1, stages=3 if small else 4, warps=warps, chain=True)
-        if triton.cdiv(m, _PREFILL_BLOCK) * triton.cdiv(n, 2 * BLOCK_N) >= multiprocessors - 4:
-            return Launch(_PREFILL_BLOCK, 1, stages=3, warps=8, chain=True, block_n=2 * BLOCK_N)
         return Launch(_PREFILL_BLOCK, 1, stages=3, chain=True)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(_BLOCKS_PER_SM * multiprocessors // blocks, _SPLITS, k // GROUP)
@@ -180,9 +181,21 @@ _slots: dict[tuple[torch.device, int], int] = {}
 
 
 def prepare(device: torch.device) -> None:
-    """Allocate what launches on a device share. Not while a CUDA graph is captured: its memory is the graph's."""
+    """Allocate what launches on a device share. Not while a CUDA graph is captured: its memory is the graph's.
+
+    A thread of its own does it: a server may have this one's allocations go to memory whose contents it will discard
+    (vLLM's sleep mode does while weights are loaded), and counters must stay 0.
+    """
+
+    def allocate() -> torch.Tensor:
+        counters = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return counters
+
     if device not in _arrivals:
-        _arrivals[device] = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+        with ThreadPoolExecutor(1) as other:
+            _arrivals[device] = other.submit(allocate).result()
 
 
 def _counters(device: torch.device, blocks: int) -> torch.Tensor | None:
