@@ -47,8 +47,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # $2: eight nibbles, four of row g and four of row g + 8. $3, $4 and $7, $8: the tables of the two rows as they are
 # stored, for negative codes; $5, $6 and $9, $10: with the signs flipped, and −0 for the code 0. The three low bits of a
-# nibble choose the entry, its top bit the table: `sign` becomes a selector of byte j of the one or of the other. (Products
-# in place of the shifts, on a unit of their own, are 5 % slower on an H200.)
+# nibble choose the entry, its top bit the table: `sign` becomes a selector of byte j of the one or of the other.
+# (Products in place of the shifts, on a unit of their own, are 5 % slower on an H200.)
 _LOOK_UP = tl.constexpr("""
 {
 .reg .b32 entry, sign, negative, positive;
