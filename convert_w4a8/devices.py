@@ -31,6 +31,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "tables": {"cuda": "gpu"},
     "gemm": {"cuda": "gpu"},
     "codebooks": {"cuda": "gpu", "cpu": "cpu"},
+    "activations": {"cuda": "gpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
 _COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}
@@ -187,6 +188,35 @@ class Codebooks(Protocol):
 
         gradient: half that of the objective, float32 [R, 128]. moment: float64 [128, 128]. errors: filled as above.
         """
+
+
+class Activations(Protocol):
+    """Quantization of activations per token, alone or with what comes before; see `kernels/activations/reference.py`.
+
+    All return tokens float8_e4m3fn [terms·M, K] and scales float32 [M, 1].
+    """
+
+    def quantize(self, x: torch.Tensor, terms: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize bfloat16 [M, K]."""
+
+    def silu_quantize(self, gate_up: torch.Tensor, terms: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize silu(gate) · up of bfloat16 [M, 2·K]."""
+
+    def norm_quantize(
+        self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, terms: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize the RMS norm of bfloat16 [M, K]; weight: bfloat16 [K]."""
+
+    def add_norm_quantize(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, terms: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantize the RMS norm of x + residual; the third result is that sum, bfloat16 [M, K]."""
+
+
+def activations(device: torch.device) -> Activations:
+    """Return what quantizes activations on a device."""
+    operations: Activations = _kernels("activations", device)
+    return operations
 
 
 def codebooks(device: torch.device) -> Codebooks:

@@ -72,7 +72,9 @@ def test_a_changed_figure_is_noticed(name: str, copy: Path) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     row = document["rows"][-1]
     shown = set(re.findall(r"\{(\w+)", " ".join(template for _, template in tables.COLUMNS[name])))
-    key = [key for key, value in row.items() if key in shown and (not isinstance(value, str) or value[:1].isdigit())][-1]
+    key = [key for key, value in row.items() if key in shown and (not isinstance(value, str) or value[:1].isdigit())][
+        -1
+    ]
     row[key] = row[key] * 1.5 if not isinstance(row[key], str) else f"9{row[key]}"
     path.write_text(results.dumps(document), encoding="utf-8")
     found = check(copy)

@@ -62,7 +62,8 @@ def find_origin(checkpoint: Checkpoint) -> Source:
     """
     model = unquantized_source()
     anchors = tuple(f".{source.ANCHOR}" for source in sources() if source.ANCHOR != model.ANCHOR)
-    if model.matches(checkpoint) and not any(name.endswith(anchors) for name in checkpoint.tensors):
+    is_quantized = any(source.matches(checkpoint) for source in sources())
+    if not is_quantized and model.matches(checkpoint) and not any(n.endswith(anchors) for n in checkpoint.tensors):
         return model
     return find_source(checkpoint)
 

@@ -1,8 +1,6 @@
 """Operators that quantize activations for the decode kernel, alone or with what comes before, in one launch."""
 
 from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 
 import torch
 
@@ -11,43 +9,26 @@ from convert_w4a8 import devices
 Tokens = tuple[torch.Tensor, torch.Tensor]
 
 
-@cache
-def _kernels(device: torch.device) -> ModuleType:
-    """Return Triton's kernels, or the same in torch where Triton cannot compile."""
-    if devices.why_not_compiled(device) is None:
-        from convert_w4a8.kernels.activations import gpu  # noqa: PLC0415 - Triton may be absent
-
-        return gpu
-    from convert_w4a8.kernels.activations import reference  # noqa: PLC0415
-
-    return reference
-
-
 def quantize(x: torch.Tensor, terms: int) -> Tokens:
     """See `kernels.activations.reference.quantize`."""
-    found: Tokens = _kernels(x.device).quantize(x, terms)
-    return found
+    return devices.activations(x.device).quantize(x, terms)
 
 
 def silu_quantize(gate_up: torch.Tensor, terms: int) -> Tokens:
     """See `kernels.activations.reference.silu_quantize`."""
-    found: Tokens = _kernels(gate_up.device).silu_quantize(gate_up, terms)
-    return found
+    return devices.activations(gate_up.device).silu_quantize(gate_up, terms)
 
 
 def norm_quantize(x: torch.Tensor, weight: torch.Tensor, epsilon: float, terms: int) -> Tokens:
     """See `kernels.activations.reference.norm_quantize`."""
-    found: Tokens = _kernels(x.device).norm_quantize(x, weight, epsilon, terms)
-    return found
+    return devices.activations(x.device).norm_quantize(x, weight, epsilon, terms)
 
 
 def add_norm_quantize(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, terms: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `kernels.activations.reference.add_norm_quantize`."""
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    found = _kernels(x.device).add_norm_quantize(x, residual, weight, epsilon, terms)
-    return found
+    return devices.activations(x.device).add_norm_quantize(x, residual, weight, epsilon, terms)
 
 
 def _fake(x: torch.Tensor, k: int, terms: int) -> Tokens:

@@ -146,8 +146,8 @@ def test_kept_layers_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_sizes_that_the_kernel_refuses_are_kept_with_a_warning(tmp_path: Path) -> None:
-    """An intermediate size that is no multiple of 128."""
-    model = write_llama(tmp_path / "in", layers=1, intermediate_size=192)
+    """An intermediate size that is no multiple of 128 as K, nor of 16 as N."""
+    model = write_llama(tmp_path / "in", layers=1, intermediate_size=200)
     result = quantize(model, tmp_path / "out", FAST, samples_of([40]))
     kept = {layer.plan.module.rpartition(".")[2] for layer in result.layers if layer.stats is None}
     assert kept == {"gate_proj", "up_proj", "down_proj"}

@@ -70,7 +70,14 @@ def test_env_says_what_there_is() -> None:
     assert document["memory"]["total_bytes"] > document["memory"]["available_bytes"] > 1 << 20
     assert {"cpu"} <= {kernel["device"] for kernel in document["kernels"]}
     by = {kernel["operation"]: kernel["by"] for kernel in document["kernels"] if kernel["device"] == "cpu"}
-    assert by == {"repack": "numba", "codes": "numba", "tables": "torch", "gemm": "torch"}
+    assert by == {
+        "repack": "numba",
+        "codes": "numba",
+        "tables": "torch",
+        "gemm": "torch",
+        "codebooks": "numba",
+        "activations": "torch",
+    }
     assert all(kernel["why_not"] is None for kernel in document["kernels"])
     assert document["caches"].keys() == {"hub", "numba", "triton", "temporary"}
     assert document["workers"] == jobs.worker_count()

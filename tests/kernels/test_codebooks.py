@@ -1,7 +1,6 @@
 """Codebooks: numba's and Triton's are those of the reference, whose fit is the best there is."""
 
 import itertools
-from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -163,25 +162,18 @@ def brute_force(values: list[float], weights: list[float], clusters: int) -> flo
     values=st.lists(st.floats(-10, 10, width=16), min_size=4, max_size=6),
     weights=st.lists(st.floats(0.125, 4, width=16), min_size=6, max_size=6),
 )
-def test_the_clusters_are_the_best_there_are(two_clusters: None, values: list[float], weights: list[float]) -> None:
+def test_the_clusters_are_the_best_there_are(values: list[float], weights: list[float]) -> None:
     """With two clusters beside the zeros, among all assignments; the lone entry can only lower that."""
-    del two_clusters
     w = torch.tensor([values])
     h = torch.tensor([weights[: len(values)]], dtype=torch.float64)
-    entries = reference.fit(w, h, 0)
+    with pytest.MonkeyPatch.context() as patch:  # few values are too many for two magnitudes
+        patch.setattr(reference, "_CLUSTERS", 2)
+        entries = reference.fit(w, h, 0)
     without = entries.clone()
     without[:, 0] = 0
     least = brute_force([abs(v) for v in w[0].tolist()], h[0].tolist(), 2)
     assert float(errors_of(w, h, without)) == pytest.approx(least, abs=1e-9)
     assert float(errors_of(w, h, entries)) <= least + 1e-9
-
-
-@pytest.fixture(scope="module")
-def two_clusters() -> Iterator[None]:
-    """Let tables have two magnitudes instead of seven, so that few values are too many for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_CLUSTERS", 2)
-        yield
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])

@@ -17,6 +17,7 @@ from packings import random_words
 from convert_w4a8 import devices, kernels
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.encoding.tables import expand_tables
+from convert_w4a8.kernels.activations import reference as activations_reference
 from convert_w4a8.kernels.codebooks import reference as codebooks_reference
 from convert_w4a8.kernels.codes import reference as codes_reference
 from convert_w4a8.kernels.gemm import reference as gemm_reference
@@ -33,6 +34,7 @@ REFERENCES = {
     "tables": tables_reference,
     "gemm": gemm_reference,
     "codebooks": codebooks_reference,
+    "activations": activations_reference,
 }
 
 
@@ -61,8 +63,8 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 def files_of(operation: str) -> list[str]:
-    """Return the files of an operation, without their suffix."""
-    return sorted(path.stem for path in (FOLDER / operation).glob("*.py"))
+    """Return the files that serve a device, without their suffix; others beside them are not an operation's."""
+    return [name for name in ("cpu", "gpu", "reference") if (FOLDER / operation / f"{name}.py").is_file()]
 
 
 def test_every_folder_of_kernels_is_an_operation() -> None:
