@@ -214,11 +214,12 @@ def _draw_counts(axes: Any, samples: SampleSet) -> None:
     masked = [int(samples.counts[kind, 1:].sum()) for kind in kinds]
     names, colors = [NAMES[kind] for kind in kinds], [_COLORS[kind] for kind in kinds]
     pale = [tuple((255 - _PALE * (255 - value)) / 255 for value in _rgb(kind)) for kind in kinds]
-    axes.barh(names, kept, color=colors)
-    axes.barh(names, masked, left=kept, color=pale)
-    for name, one, other in zip(names, kept, masked, strict=True):
+    places = range(len(names))
+    axes.barh(places, kept, color=colors, tick_label=names)
+    axes.barh(places, masked, left=kept, color=pale)
+    for place, one, other in zip(places, kept, masked, strict=True):
         label = f" {one:,} kept" + (f", {other:,} masked" if other else "")
-        axes.annotate(label, (one + other, name), va="center", fontsize=9)
+        axes.annotate(label, (one + other, place), va="center", fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.3)
     axes.set_title(f"All {len(samples.samples) + samples.wholly_masked:,} samples: {samples.seen:,} tokens")

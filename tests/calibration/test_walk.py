@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from checkpoint_edits import snapshot
-from tiny_models import samples_of, write_llama, write_mixtral
+from tiny_models import samples_of, transformers, write_llama, write_mixtral
 
 from convert_w4a8 import api
 from convert_w4a8.calibration.block import Block, Stage, round_tokens

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-import transformers
-from transformers.utils import logging
 
 from convert_w4a8.samples.sample import Sample, SampleSet, TokenKind, count
+
+transformers = pytest.importorskip("transformers", reason="the extra `quantize` is not installed")
 
 VOCABULARY = 256
 _SIZES: dict[str, Any] = {
@@ -44,8 +45,8 @@ def write_mixtral(directory: Path, layers: int = 1) -> Path:
 
 
 def _write(kind: Any, config: Any, directory: Path, dtype: torch.dtype) -> Path:
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config).to(dtype)
