@@ -47,9 +47,9 @@ def decode_kernel(device: torch.device) -> bool:
     if why_not := devices.why_not_compiled(device):
         logger.warning("%s: Triton cannot be used (%s): decode runs through CUTLASS, which is slower", METHOD, why_not)
         return False
-    from convert_w4a8.kernels.gemm import gpu  # noqa: PLC0415 - Triton may be absent
+    from convert_w4a8.kernels.gemm import workspace  # noqa: PLC0415
 
-    gpu.prepare(device)
+    workspace.prepare(device)
     _hopper(device)
     return True
 

@@ -14,13 +14,14 @@ of K: the same bytes whatever the order of blocks.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+from convert_w4a8.kernels.gemm import workspace
 
 GROUP = 128
 BLOCK_N = 64
@@ -120,7 +121,7 @@ def gemm(
 ) -> torch.Tensor:
     """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`."""
     (m, k), n = tokens.shape, packed.shape[1] // 4
-    launch = choose_launch(m, n, k, _multiprocessors(tokens.device), _shared_memory(tokens.device))
+    launch = choose_launch(m, n, k, workspace.multiprocessors(tokens.device), _shared_memory(tokens.device))
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)
 
 
@@ -139,11 +140,8 @@ def gemm_by(
     if m == 0:
         return output
     blocks, rows = triton.cdiv(n, launch.block_n), triton.cdiv(m, launch.block_m)
-    counters = _counters(tokens.device, blocks) if launch.splits > 1 and rows == 1 else None
-    splits = launch.splits if counters is not None else 1
-    sums = output  # not used without parts
-    if splits > 1:
-        sums = torch.empty(splits, blocks, launch.block_n * launch.block_m, dtype=torch.float32, device=tokens.device)
+    wished = launch.splits if rows == 1 else 1
+    splits, sums, counters = workspace.split(output, blocks, launch.block_n * launch.block_m, wished)
     with torch.cuda.device_of(tokens):
         _gemm_kernel[(blocks * rows * splits,)](
             tokens,
@@ -153,7 +151,7 @@ def gemm_by(
             channel_scale,
             output,
             sums,
-            output if counters is None else counters,
+            counters,
             m,
             n,
             k,
@@ -169,50 +167,6 @@ def gemm_by(
             num_warps=launch.warps,
         )
     return output
-
-
-_STREAMS = 64
-_COUNTERS = 4096
-"""More than blocks that K is split for: a multiprocessor has several blocks long before."""
-_arrivals: dict[torch.device, torch.Tensor] = {}
-"""Counters of blocks that have arrived, int32 [_STREAMS, _COUNTERS] a device, 0 between launches. Never freed: CUDA
-graphs keep pointing at them."""
-_slots: dict[tuple[torch.device, int], int] = {}
-
-
-def prepare(device: torch.device) -> None:
-    """Allocate what launches on a device share. Not while a CUDA graph is captured: its memory is the graph's.
-
-    A thread of its own does it: a server may have this one's allocations go to memory whose contents it will discard
-    (vLLM's sleep mode does while weights are loaded), and counters must stay 0.
-    """
-
-    def allocate() -> torch.Tensor:
-        counters = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return counters
-
-    if device not in _arrivals:
-        with ThreadPoolExecutor(1) as other:
-            _arrivals[device] = other.submit(allocate).result()
-
-
-def _counters(device: torch.device, blocks: int) -> torch.Tensor | None:
-    """Return counters that no launch on another stream uses; None where there are none, and K must not be split."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not capturing:
-        prepare(device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    slot = _slots.setdefault((device, stream), len(_slots))
-    if device not in _arrivals or slot >= _STREAMS or blocks > _COUNTERS:
-        return None
-    return _arrivals[device][slot]
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache

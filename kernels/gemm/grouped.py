@@ -9,18 +9,15 @@
 
 Sums have a fixed order, so results do not depend on which block comes first. Nothing waits for the host: how many
 blocks there are at most is known from the number of tokens, and those without pairs end at once.
-
-From Hopper on a launch may begin while the one before ends (programmatic dependent launch; `_EARLY` says which do): a
-kernel waits for the one before it to be complete before it reads or writes anything, and lets the next one start.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 
-from convert_w4a8.kernels.gemm.gpu import _INTERPRETED, _counters, _multiprocessors
+from convert_w4a8.kernels.gemm import workspace
+from convert_w4a8.kernels.gemm.gpu import _INTERPRETED
 from convert_w4a8.kernels.gemm.grouped_kernels import (
     _activate_kernel,
     _combine_kernel,
@@ -119,7 +116,7 @@ def experts(
     if m == 0:
         return output
     if launches is None:
-        sms = _multiprocessors(x.device)
+        sms = workspace.multiprocessors(x.device)
         launches = (
             choose_launch(pairs, count, 2 * intermediate, hidden, sms),
             choose_launch(pairs, count, hidden, intermediate, sms),
@@ -134,7 +131,6 @@ def experts(
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
     chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
-    early = _early(x.device)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _prepare_kernel[(count + m,)](
@@ -155,10 +151,9 @@ def experts(
             BLOCK_K=triton.next_power_of_2(hidden),
             num_warps=4 if hidden <= 4096 else 8,
             **mapping,
-            **_order("prepare", early),
+            INTERPRETED=_INTERPRETED,
         )
-        order = _order("gate_up", early)
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], order)
+        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0])
         _activate_kernel[(pairs,)](
             both,
             ids,
@@ -169,9 +164,9 @@ def experts(
             ACTIVATION=activation,
             num_warps=4 if intermediate <= 2048 else 16,
             **mapping,
-            **_order("activate", early),
+            INTERPRETED=_INTERPRETED,
         )
-        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], _order("down", early))
+        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1])
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](
             results,
@@ -183,7 +178,7 @@ def experts(
             BLOCK=block,
             num_warps=4,
             **mapping,
-            **_order("combine", early),
+            INTERPRETED=_INTERPRETED,
         )
     return output
 
@@ -197,7 +192,6 @@ def _multiply(
     of_block: torch.Tensor,
     share: int,
     launch: Launch,
-    order: dict[str, bool],
 ) -> None:
     """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`."""
     packed, tables, channel_scale = layer
@@ -205,12 +199,7 @@ def _multiply(
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
     blocks, columns = len(of_block), n // launch.block_n
-    counters = _counters(output.device, blocks * columns) if launch.splits > 1 else None
-    splits = launch.splits if counters is not None else 1
-    sums = output  # not used without parts
-    if splits > 1:
-        shape = (splits, blocks * columns, launch.block_n * launch.block_m)
-        sums = torch.empty(shape, dtype=torch.float32, device=output.device)
+    splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
     _grouped_kernel[(blocks * columns * splits,)](
         tokens,
         packed,
@@ -221,7 +210,7 @@ def _multiply(
         rows,
         of_block,
         sums,
-        output if counters is None else counters,
+        counters,
         len(output),
         n,
         k,
@@ -235,25 +224,5 @@ def _multiply(
         CHAIN=launch.chain,
         SPLIT=splits > 1,
         num_warps=launch.warps,
-        **order,
+        INTERPRETED=_INTERPRETED,
     )
-
-
-_LAUNCHES = ("prepare", "gate_up", "activate", "down", "combine")
-_EARLY: frozenset[str] = frozenset()
-"""Those that begin while the one before ends. None: all of them at once were slower for one token, faster for many."""
-
-
-@cache
-def _early(device: torch.device) -> frozenset[str]:
-    """Return which launches begin early on a device; it can be done from compute capability 9.0 on."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return _EARLY if able else frozenset()
-
-
-def _order(launch: str, early: frozenset[str]) -> dict[str, bool]:
-    """Return the arguments of a launch that say whether it begins early, and whether the next one does."""
-    begins = {"launch_pdl": True} if launch in early else {}
-    following = _LAUNCHES[_LAUNCHES.index(launch) + 1 :]
-    releases = bool(following) and following[0] in early
-    return {"INTERPRETED": _INTERPRETED, "WAITS": launch in early, "RELEASES": releases, **begins}

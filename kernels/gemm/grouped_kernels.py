@@ -6,7 +6,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.fp8 import to_e4m3
 from convert_w4a8.kernels.gemm.gpu import _look_up
@@ -64,14 +63,8 @@ def _prepare_kernel(
     ONE_CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
 ):
     """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8."""
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
     program = tl.program_id(0)
     if program < E:
         bins = tl.arange(0, BINS)
@@ -139,8 +132,6 @@ def _grouped_kernel(
     CHAIN: tl.constexpr,
     SPLIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
 ):
     columns = N // BLOCK_N
     program = tl.program_id(0)
@@ -153,10 +144,6 @@ def _grouped_kernel(
     column = column % columns
     begin = (K // 128 * part) // SPLITS
     end = (K // 128 * (part + 1)) // SPLITS
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
     expert = tl.load(of_block + block)
     if expert >= 0:
         words_at = packed + expert.to(tl.int64) * (K // 32) * (4 * N) + begin.to(tl.int64) * (16 * N)
@@ -220,15 +207,9 @@ def _activate_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
 ):
     """Program r: activation(gate) · up of pair r, quantized; rounded to bfloat16 where vLLM's kernels round."""
     pair = tl.program_id(0).to(tl.int64)
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
     k = tl.arange(0, BLOCK)
     gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
     up = tl.load(both + pair * (2 * K) + K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -258,16 +239,10 @@ def _combine_kernel(
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    WAITS: tl.constexpr,
-    RELEASES: tl.constexpr,
 ):
     """Program (b, m): part b of the sum of token m's experts, in the order of the router's choices."""
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if WAITS:
-        gdc_wait()
-    if RELEASES:
-        gdc_launch_dependents()
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOICES):
         pair = m * CHOICES + choice

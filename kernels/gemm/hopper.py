@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.gemm import gpu
+from convert_w4a8.kernels.gemm import gpu, workspace
 from convert_w4a8.kernels.gemm.tuned import LAUNCHES
 
 BLOCK_N = 64
@@ -103,8 +103,7 @@ def gemm(
     ValueError for M > `MAX_TOKENS`, and for M > `MAX_TOKENS_OF_TWO_TERMS` where the tokens have two terms.
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1] // 4
-    sms = torch.cuda.get_device_properties(tokens.device).multi_processor_count
-    launch = choose_launch(m, n, k, sms, tokens.shape[0] // max(1, m))
+    launch = choose_launch(m, n, k, workspace.multiprocessors(tokens.device), tokens.shape[0] // max(1, m))
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)
 
 
@@ -127,11 +126,7 @@ def gemm_by(
     if n % BLOCK_N:
         raise ValueError(f"N = {n} is not a multiple of {BLOCK_N}")
     blocks = n // BLOCK_N
-    counters = gpu._counters(tokens.device, blocks) if launch.splits > 1 else None  # noqa: SLF001
-    splits = launch.splits if counters is not None else 1
-    sums = output  # not used without parts
-    if splits > 1:
-        sums = torch.empty(splits, blocks, BLOCK_N * launch.block_m, dtype=torch.float32, device=tokens.device)
+    splits, sums, counters = workspace.split(output, blocks, BLOCK_N * launch.block_m, launch.splits)
     with torch.cuda.device_of(tokens):
         _gemm_kernel[(blocks * splits,)](
             tokens,
@@ -141,7 +136,7 @@ def gemm_by(
             channel_scale,
             output,
             sums,
-            output if counters is None else counters,
+            counters,
             m,
             n,
             k,

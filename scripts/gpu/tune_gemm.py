@@ -24,7 +24,7 @@ from random_layers import Layers
 from results import add_options, line, save
 
 from convert_w4a8.kernels.activations import gpu as activations
-from convert_w4a8.kernels.gemm import gpu, hopper, tuned
+from convert_w4a8.kernels.gemm import gpu, hopper, tuned, workspace
 
 SHAPES = (
     *("6144x4096", "4096x4096", "28672x4096", "4096x14336"),  # Llama-8B
@@ -121,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         parser.error("a Hopper GPU is needed")
-    gpu.prepare(torch.device("cuda", 0))
+    workspace.prepare(torch.device("cuda", 0))
     if args.warm is not None:
         warm(args.warm, args.processes)
         return

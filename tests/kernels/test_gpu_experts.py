@@ -154,8 +154,7 @@ def test_every_code_and_every_byte_of_a_table() -> None:
     rows, of_block = torch.arange(k, dtype=torch.int32, device=DEVICE), torch.ones(8, dtype=torch.int32, device=DEVICE)
     scales = torch.ones(k, device=DEVICE)
     launch = KERNELS.Launch(16, 1)
-    order = KERNELS._order("down", frozenset())
-    KERNELS._multiply(tokens, scales, layer, found, rows, of_block, 1, launch, order)
+    KERNELS._multiply(tokens, scales, layer, found, rows, of_block, 1, launch)
     expected = reference.weights(packed[0], tables[0])
     assert len(set(expected.flatten().tolist())) > 200
     assert torch.equal(found.cpu().t().float(), expected)

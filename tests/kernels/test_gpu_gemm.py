@@ -14,7 +14,7 @@ from paths import GOLDEN_CUT, ROOT
 from safetensors.torch import load_file
 
 from convert_w4a8.encoding.tables import decode, expand_tables, quantize_tokens
-from convert_w4a8.kernels.gemm import reference
+from convert_w4a8.kernels.gemm import reference, workspace
 from convert_w4a8.linear import Packing, W4A8Linear
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -131,7 +131,7 @@ def test_results_do_not_depend_on_who_is_last() -> None:
     first = run(case, launch)
     for _ in range(3 if DEVICE == "cpu" else 200):
         assert torch.equal(run(case, launch), first)
-    assert all(not counters.any() for counters in KERNELS._arrivals.values())
+    assert all(not counters.any() for counters in workspace._arrivals.values())
 
 
 def test_the_reference_is_the_layout_and_the_tables() -> None:

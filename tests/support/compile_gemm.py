@@ -5,14 +5,11 @@ code with which a layer of 4096 × 14336 runs, and the bytes of shared memory th
 """
 
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import triton
-from compile_gemm_types import DISASSEMBLER, TYPES
+from compile_gemm_types import TYPES, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -42,11 +39,7 @@ def compiled(capability: int, tokens: int) -> tuple[str, int]:
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
     source = ASTSource(gpu._gemm_kernel, signature, places, sixteen)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "gemm.cubin"
-        cubin.write_bytes(found.asm["cubin"])
-        done = subprocess.run([DISASSEMBLER, "-c", cubin], capture_output=True, text=True, check=True)
-    return done.stdout, found.metadata.shared
+    return machine_code(found), found.metadata.shared
 
 
 capability = int(sys.argv[1])

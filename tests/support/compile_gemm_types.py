@@ -1,6 +1,9 @@
-"""What the programs that compile GEMMs share: types of the kernels' arguments, and where the disassembler is."""
+"""What the programs that compile GEMMs share: types of the kernels' arguments, and the disassembler."""
 
+import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -13,4 +16,12 @@ TYPES = {
     **dict.fromkeys(("token_scale", "channel_scale", "sums"), "*fp32"),
     **dict.fromkeys(("M", "N", "K", "SPLITS"), "i32"),
 }
-DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+_DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+
+
+def machine_code(compiled: Any) -> str:
+    """Return the machine code of a compiled kernel, disassembled."""
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        return subprocess.run([_DISASSEMBLER, "-c", cubin], capture_output=True, text=True, check=True).stdout

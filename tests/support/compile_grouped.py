@@ -5,13 +5,11 @@ the bytes of shared memory, and how often values change their places among threa
 """
 
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
+from compile_gemm_types import machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,7 +31,7 @@ INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL")
 
 def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4) -> None:
     names = kernel.arg_names
-    constants |= {"INTERPRETED": False, "WAITS": capability >= 90, "RELEASES": capability >= 90}
+    constants |= {"INTERPRETED": False}
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
@@ -41,12 +39,8 @@ def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in variable}
     source = ASTSource(kernel, signature, places, sixteen)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        sass = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    found = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+    code = machine_code(compiled)
+    found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     counts = " ".join(f"{name}={count}" for name, count in found.items())
     print(kernel.__name__, counts, f"shared={compiled.metadata.shared}")  # noqa: T201
 

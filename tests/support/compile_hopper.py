@@ -5,13 +5,10 @@ FP8 terms it is for.
 """
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import triton
-from compile_gemm_types import DISASSEMBLER, TYPES
+from compile_gemm_types import TYPES, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -36,9 +33,5 @@ for tokens, terms in ((1, 1), (16, 1), (32, 1), (64, 1), (8, 2), (32, 2)):
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
     source = GluonASTSource(hopper._gemm_kernel, signature, places, sixteen)
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "gemm.cubin"
-        cubin.write_bytes(found.asm["cubin"])
-        code = subprocess.run([DISASSEMBLER, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    words = Counter(re.findall(r"\w+", code))
+    words = Counter(re.findall(r"\w+", machine_code(found)))
     print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"tokens={tokens} terms={terms}")  # noqa: T201
