@@ -92,7 +92,7 @@ class Tokens:
 
     def call(self, gemm: Gemm, layer: Layer) -> torch.Tensor:
         """Multiply."""
-        rows = self.terms.reshape(-1, self.terms.shape[-1])
+        rows = self.terms.reshape(-1, self.terms.shape[-1]).contiguous()  # of one token, they would be a view
         return gemm(rows, self.scale, layer.packed, layer.tables, layer.channel)
 
 
