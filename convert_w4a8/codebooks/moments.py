@@ -111,7 +111,9 @@ def _factor(moment: torch.Tensor, added: float) -> torch.Tensor | None:
     a = moment.to(dtype, copy=True)
     a.diagonal().add_(added)
     if a.is_cuda:
-        low, info = torch.linalg.cholesky_ex(a.flip(0, 1))
+        a = a.flip(0, 1)
+        low, info = torch.linalg.cholesky_ex(a)
+        del a
         return low.flip(0, 1) if int(info) == 0 else None
     k = len(a)
     for start in reversed(range(0, k, _BLOCK)):
