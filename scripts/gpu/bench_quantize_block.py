@@ -9,7 +9,8 @@ encoded and written to a file. Before each model a small one of the same kind go
 
 Seconds are wall time. A step's do not hold those of steps within it, and on a GPU each step waits for those before, so
 that it is its own: `forward` (the block's own code, up to each stage, in both versions), `states` (hidden states from
-memory or disk and back), `moments`, `factor` (of second moments), `target` (half-way to the original's outputs),
+memory or disk and back), `rounding` (to FP8), `moments`,
+`factor` (of second moments), `target` (half-way to the original's outputs),
 `codebooks` (codes and tables), `write`, and `rest`. `start` (embeddings) is not in `seconds`.
 """
 
@@ -35,7 +36,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from results import PACKAGES, add_options, line, save
 
-from convert_w4a8.calibration import matrix, mixture, walk
+from convert_w4a8.calibration import block, matrix, mixture, walk
 from convert_w4a8.calibration.block import Block
 from convert_w4a8.calibration.model import Model
 from convert_w4a8.calibration.moments import Moments
@@ -162,10 +163,11 @@ STEPS: list[tuple[Any, str, str]] = [
     (States, "put", "states"),
     (walk.Walk, "_states", "states"),
     (Moments, "add", "moments"),
-    (walk, "round_tokens", "moments"),
+    (block, "quantize_tokens", "rounding"),
     (matrix, "curvature", "factor"),
     (matrix, "mixed_target", "target"),
     (matrix, "quantize_matrix", "codebooks"),
+    (matrix, "quantize_matrices", "codebooks"),
     (mixture, "down_inputs", "forward"),
 ]
 

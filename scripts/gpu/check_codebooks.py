@@ -43,7 +43,7 @@ def check_kernels() -> None:
     errors = []
     for kernels, code in zip((gpu, reference), codes, strict=True):
         error = torch.empty_like(values)
-        kernels.feedback(values, values, factor, tables[1], code, error)
+        kernels.feedback(values, values, factor[None], tables[1], code, error)
         errors.append(error)
     say(kernel="feedback", codes_differ=differ(*codes), errors_differ=differ(*errors))
     a = torch.randn(128, 256, device=DEVICE).double()
@@ -52,7 +52,7 @@ def check_kernels() -> None:
     results = []
     for kernels in (gpu, reference):
         entries, code, error = tables[1].clone(), codes[1].clone(), errors[1].clone()
-        kernels.descend(values, gradient, moment, entries, code, error, 2, True)
+        kernels.descend(values, gradient, moment[None], entries, code, error, 2, True)
         results.append((entries, code, error))
     for name, one, other in zip(("entries", "codes", "errors"), *results, strict=True):
         say(kernel="descend", what=name, differ=differ(one, other))
