@@ -9,9 +9,8 @@ encoded and written to a file. Before each model a small one of the same kind go
 
 Seconds are wall time. A step's do not hold those of steps within it, and on a GPU each step waits for those before, so
 that it is its own: `forward` (the block's own code, up to each stage, in both versions), `states` (hidden states from
-memory or disk and back), `rounding` (to FP8), `moments`,
-`factor` (of second moments), `target` (half-way to the original's outputs),
-`codebooks` (codes and tables), `write`, and `rest`. `start` (embeddings) is not in `seconds`.
+memory or disk and back), `rounding` (to FP8), `moments`, `factor` (of second moments), `target` (half-way to the
+original's outputs), `codebooks` (codes and tables), `write`, and `rest`. `start` (embeddings) is not in `seconds`.
 """
 
 import argparse
@@ -84,9 +83,10 @@ def write_model(directory: Path, settings: dict[str, Any], device: torch.device)
     known = {key: value for key, value in settings.items() if key not in ("model_type", "layers")}
     more = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "tie_word_embeddings": False}
     config = transformers.AutoConfig.for_model(settings["model_type"], **known, **more)
-    config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [kind.__name__]
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     weights = matrices = 0
