@@ -7,7 +7,7 @@ A model of one block with these shapes and a vocabulary of 1,024 tokens is writt
 the page cache; the samples are random tokens. The block goes through all of `calibration/walk.py`, its layers are
 encoded and written to a file. Before each model a small one of the same kind goes the same way, for the compilers.
 
-Seconds are wall time. A step's do not hold those of steps within it, and on a GPU each step waits for those before, so
+Seconds are wall time; on a CPU they are the processors' time, of all of them. A step's do not hold those of steps within it, and on a GPU each step waits for those before, so
 that it is its own: `forward` (the block's own code, up to each stage, in both versions), `states` (hidden states from
 memory or disk and back), `rounding` (to FP8), `moments`, `factor` (of second moments), `target` (half-way to the
 original's outputs), `codebooks` (codes and tables), `write`, and `rest`. `start` (embeddings) is not in `seconds`.
@@ -120,13 +120,14 @@ class Steps:
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._device = device
+        self.now = time.process_time if device.type == "cpu" else time.perf_counter
         self._open: list[str] = []
         self._since = 0.0
 
     def _turn(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
+        now = self.now()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
@@ -219,14 +220,14 @@ def measure(
             ours = walk.Walk(
                 Model(checkpoint, device, dtype), batches(samples.samples), options, directory / "states", limit
             )
-        start = time.perf_counter()
+        start = steps.now()
         with steps.step("rest"), (directory / "out").open("wb") as out:
             for done in ours.quantize(0, layers):
                 with steps.step("write"):
                     for parts in plan.target.encode(done.layer.module, done.w4a8).values():
                         for part in parts:
                             out.write(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        seconds = time.perf_counter() - start
+        seconds = steps.now() - start
         spilled = sum(path.stat().st_size for path in (directory / "states").iterdir())
     return {
         "million_weights": weights,
@@ -249,12 +250,14 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["fast", "full"], choices=[str(preset) for preset in Preset])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048, help="of each sample, in tokens")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--states-memory", type=int, default=STATES_BYTES, help="bytes, as `w4a8 quantize` has it")
     parser.add_argument("--directory", type=Path, help="for the model and what is spilled")
     add_options(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_grad_enabled(False)
+    torch.set_num_threads(args.threads)
     samples = random_samples(args.samples, args.length)
     rows: list[dict[str, Any]] = []
     packages = (*PACKAGES, "transformers")
