@@ -23,8 +23,10 @@ from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.quantization.layer import LayerStats
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
-TOGETHER = 8
-"""Experts whose codes are chosen side by side. On a GPU the last bits depend on it."""
+_TOGETHER = 8
+"""Experts whose codes are chosen side by side, at most. On a GPU the last bits depend on it."""
+_WEIGHTS = 1 << 26
+"""Of all these: of large experts fewer go together."""
 
 
 def choose_tokens(index: torch.Tensor, expert: int, least: int) -> tuple[torch.Tensor, int]:
@@ -61,7 +63,8 @@ def quantize_experts(
     tokens = _Tokens(choices, inputs, device, block.dtype, is_full=is_full)
     stacks = block.stacks(name)
     experts = range(len(stacks["down_proj"]))
-    for numbers in (experts[first : first + TOGETHER] for first in experts[::TOGETHER]):
+    step = max(1, min(_TOGETHER, _WEIGHTS // stacks["gate_up_proj"][0].numel()))
+    for numbers in (experts[first : first + step] for first in experts[::step]):
         some = [_Expert(number, f"{block.label}.{name}.{number}", *weights(number)) for number in numbers]
         for expert in some:
             expert.tokens, count = choose_tokens(tokens.index, expert.number, expert.gate_up.shape[1])

@@ -7,10 +7,11 @@ A model of one block with these shapes and a vocabulary of 1,024 tokens is writt
 the page cache; the samples are random tokens. The block goes through all of `calibration/walk.py`, its layers are
 encoded and written to a file. Before each model a small one of the same kind goes the same way, for the compilers.
 
-Seconds are wall time; on a CPU they are the processors' time, of all of them. A step's do not hold those of steps within it, and on a GPU each step waits for those before, so
-that it is its own: `forward` (the block's own code, up to each stage, in both versions), `states` (hidden states from
-memory or disk and back), `rounding` (to FP8), `moments`, `factor` (of second moments), `target` (half-way to the
-original's outputs), `codebooks` (codes and tables), `write`, and `rest`. `start` (embeddings) is not in `seconds`.
+Seconds are wall time; on a CPU the processors' time, of all of them. A step's do not hold those of steps within it, and
+on a GPU each step waits for those before, so that it is its own: `forward` (the block's own code, up to each stage, in
+both versions), `states` (hidden states from memory or disk and back), `rounding` (to FP8), `moments`, `factor` (of
+second moments), `target` (half-way to the original's outputs), `codebooks` (codes and tables), `write`, and `rest`.
+`start` (embeddings) is not in `seconds`.
 """
 
 import argparse
