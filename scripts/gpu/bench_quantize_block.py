@@ -38,6 +38,7 @@ from results import PACKAGES, add_options, line, save
 
 from convert_w4a8.calibration import block, matrix, mixture, walk
 from convert_w4a8.calibration.block import Block
+from convert_w4a8.calibration.mixture import TOGETHER
 from convert_w4a8.calibration.model import Model
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
@@ -253,12 +254,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="of each sample, in tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--states-memory", type=int, default=STATES_BYTES, help="bytes, as `w4a8 quantize` has it")
+    parser.add_argument("--together", type=int, default=TOGETHER, help="experts at a time, at most")
     parser.add_argument("--directory", type=Path, help="for the model and what is spilled")
     add_options(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_grad_enabled(False)
     torch.set_num_threads(args.threads)
+    vars(mixture)["TOGETHER"] = args.together
     samples = random_samples(args.samples, args.length)
     rows: list[dict[str, Any]] = []
     packages = (*PACKAGES, "transformers")
@@ -270,6 +273,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory(prefix="block-", dir=args.directory) as directory:
                     found = measure(settings, preset, ours, device, Path(directory), args.states_memory)
             head = {"model": name, "preset": str(preset), "device": device.type, "tokens": samples.tokens}
+            head["together"] = args.together
             rows.append(head | found)
             print(rows[-1], flush=True)
             save(args, QUESTION, rows, packages=packages)  # as they come

@@ -88,7 +88,7 @@ def check_matrices() -> None:
 
 
 def check_together() -> None:
-    """Say what errors small matrices have that are worked together, against each alone; whether they are the same twice."""
+    """Say what errors small matrices have that are worked together, against each alone; and whether twice the same."""
     torch.manual_seed(0)
     n, k, count = 256, 512, 8
     weights = [torch.randn(n, k, device=DEVICE) * 2.0**i for i in range(count)]
