@@ -71,14 +71,16 @@ def quantize_experts(
             expert.notes = {"tokens": len(expert.tokens), "routed_tokens": count}
             theirs, ours = tokens.of(expert.tokens)
             expert.inputs = _inputs(expert.label, ours, theirs, options)
-        jobs = [
-            (expert, leaf, *rows)
-            for expert in some
-            for leaf, *rows in zip(
-                LEAVES, expert.gate_up.chunk(2), stacks["gate_up_proj"][expert.number].chunk(2), strict=False
-            )
-        ]
-        yield from _quantized(jobs, options)
+        yield from _quantized(
+            [
+                (expert, leaf, weight, rows)
+                for expert in some
+                for leaf, weight, rows in zip(
+                    LEAVES, expert.gate_up.chunk(2), stacks["gate_up_proj"][expert.number].chunk(2), strict=False
+                )
+            ],
+            options,
+        )
         for expert in some:
             theirs, ours = tokens.of(expert.tokens)
             inner = inner_seen = down_inputs(module, theirs, expert.gate_up, lambda x: x)

@@ -46,7 +46,7 @@ class Curvature:
     @property
     def groups(self) -> torch.Tensor:
         """The importance by groups, float64 [G, 128]; of matrices that are worked together [E, G, 128]."""
-        return self.importance.unflatten(-1, (-1, GROUP_SIZE))
+        return self.importance.view(*self.importance.shape[:-1], -1, GROUP_SIZE)
 
 
 def stacked(known: Sequence[Curvature]) -> Curvature:

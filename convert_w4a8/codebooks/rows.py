@@ -120,7 +120,7 @@ class Rows:
             for s in self._groups():
                 product[:, s] = _times(part[:, : s.stop], self._known.factor[..., : s.stop, s])
         root = self._known.importance.sqrt().float()
-        return (product.unflatten(0, (-1, len(root))) * root).flatten(0, 1) if root.dim() == 2 else product * root
+        return (product.view(-1, *root.shape) * root).view(part.shape) if root.dim() == 2 else product * root
 
     def _rescale(self) -> torch.Tensor:
         """Change the channel scales to the best for what was chosen, unless they are fixed. Returns the errors times R.
@@ -153,16 +153,18 @@ def _times(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Return rows [n, K] times a matrix [K, m]; row r times matrix r % E where there are E, [E, K, m]."""
     if matrices.dim() == 2:
         return rows @ matrices
-    return (_apart(rows, len(matrices)) @ matrices).transpose(0, 1).flatten(0, 1)
+    found = _apart(rows, len(matrices)) @ matrices
+    return found.transpose(0, 1).flatten(0, 1)
 
 
 def _solved(blocks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return x with x·M = rows [n, 128], M upper triangular with a unit diagonal; row r has M of r % E."""
     right = rows if blocks.dim() == 2 else _apart(rows, len(blocks))
-    found = torch.linalg.solve_triangular(blocks, right, upper=True, left=False, unitriangular=True)
+    found: torch.Tensor = torch.linalg.solve_triangular(blocks, right, upper=True, left=False, unitriangular=True)
     return found if blocks.dim() == 2 else found.transpose(0, 1).flatten(0, 1)
 
 
 def _apart(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Return rows [n, K] of matrices that take turns by matrix: [E, n / E, K]."""
-    return rows.unflatten(0, (-1, count)).transpose(0, 1)
+    n, k = rows.shape
+    return rows.view(n // count, count, k).transpose(0, 1)

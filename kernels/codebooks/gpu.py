@@ -92,5 +92,5 @@ def _float(importance: torch.Tensor) -> torch.Tensor:
 
 def _launch(kernel: Any, count: int, *arguments: Any, **constants: Any) -> None:
     """Run a kernel over `count` groups."""
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
         kernel[(count,)](*arguments, **constants, num_warps=1, **OPTIONS)
