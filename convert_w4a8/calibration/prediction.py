@@ -66,6 +66,10 @@ H100 = Rates(
 """An H100."""
 _PASSES = 2.5
 """Passes through a block for the full preset: to each of its inputs, and to its end."""
+_PASSES_TO_STAGES = 5
+"""How often hidden states are read for that."""
+_ACTIVATIONS = 24
+"""Bytes of activations in float32, a token and channel of the widest layer."""
 _BYTES_PER_WEIGHT = 28
 """Of the matrix that is worked at."""
 _GPU_BASE_BYTES = 2_000_000_000
@@ -100,43 +104,53 @@ def predict_cost(
 ) -> Cost:
     """Predict what carrying out a plan costs."""
     on_cpu = device.type == "cpu"
-    rates = CORE if on_cpu else H100
+    seconds = sum(seconds_by_step(checkpoint, plan, options, samples, CORE if on_cpu else H100).values())
     sizes = [(layer.spec.out_features, layer.spec.in_features) for layer in plan.converted]
-    is_full = samples is not None and options.preset is Preset.FULL
-    seconds = sum(rates.matrix + n * k * _seconds_per_weight(k, rates, is_full=is_full) for n, k in sizes)
-    versions = 2 if is_full else 1
-    matrix = max((_matrix_bytes(n, k, on_cpu=on_cpu) for n, k in sizes), default=0)
-    block = max(map(_block_bytes, _blocks(plan)), default=0) * versions // (1 if on_cpu else 2)
-    moments = activations = states = disk = 0
+    largest = max((n * k for n, k in sizes), default=0)
+    device_bytes = max((_matrix_bytes(n, k, on_cpu=on_cpu) for n, k in sizes), default=0)
+    states = disk = 0
     if samples is not None:
-        tokens, hidden = samples.tokens, _hidden(checkpoint)
-        states = 2 * versions * tokens * hidden  # bfloat16
+        is_full = options.preset is Preset.FULL
+        versions = 2 if is_full else 1
+        states = 2 * versions * samples.tokens * _hidden(checkpoint)  # bfloat16
         disk = max(0, states - versions * states_bytes // 4)
-        seen = sum(_weights(layer) * _share(checkpoint, layer) for layer in plan.converted)
-        passes = _PASSES if is_full else 2
-        seconds += versions * passes * (2 * tokens * seen / rates.forward)
-        seconds += len(list(_blocks(plan))) * states * (2 * _PASSES if is_full else 3) / rates.states
-        if is_full:
-            seconds += sum(_moment_seconds(k, tokens * part, rates) for k, part in _inputs(checkpoint, plan))
-            seconds += sum(6 * n * k * k for n, k in sizes) / rates.target
-            moments = max((_moment_bytes(k, on_cpu=on_cpu) for _, k in sizes), default=0)
+        device_bytes += versions * max(map(_block_bytes, _blocks(plan)), default=0) // (1 if on_cpu else 2)
         widest = max((max(n, k) for n, k in sizes), default=0)
-        activations = (4 if on_cpu else 2) * 6 * max(BATCH_TOKENS, *map(len, samples.samples)) * widest
-    device_bytes = matrix + moments + (block + activations if samples is not None else 0)
+        longest = max(BATCH_TOKENS, *map(len, samples.samples))
+        device_bytes += (_ACTIVATIONS if on_cpu else _ACTIVATIONS // 2) * longest * widest
+        if is_full:
+            device_bytes += max((_moment_bytes(k, on_cpu=on_cpu) for _, k in sizes), default=0)
     if on_cpu:
         return Cost(seconds / torch.get_num_threads(), _BASE_BYTES + device_bytes + states - disk, disk)
-    host = _GPU_BASE_BYTES + 2 * max((n * k for n, k in sizes), default=0) + states - disk
-    return Cost(seconds, host, disk, device_bytes)
+    return Cost(seconds, _GPU_BASE_BYTES + 2 * largest + states - disk, disk, device_bytes)
+
+
+def seconds_by_step(
+    checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, samples: SampleSet | None, rates: Rates
+) -> dict[str, float]:
+    """Return seconds on one core or a GPU by the steps that scripts/gpu/bench_quantize_block.py measures."""
+    sizes = [(layer.spec.out_features, layer.spec.in_features) for layer in plan.converted]
+    is_full = samples is not None and options.preset is Preset.FULL
+    found = {"codebooks": sum(rates.matrix + n * k * _seconds_per_weight(k, rates, is_full=is_full) for n, k in sizes)}
+    if samples is None:
+        return found
+    tokens = samples.tokens
+    versions, passes, moved = (2, _PASSES, _PASSES_TO_STAGES) if is_full else (1, 2.0, 2)
+    seen = sum(_weights(layer) * _share(checkpoint, layer) for layer in plan.converted)
+    found["forward"] = 2 * tokens * seen * versions * passes / rates.forward
+    nbytes = 2 * versions * tokens * _hidden(checkpoint) * len(list(_blocks(plan)))
+    found["states"] = nbytes * (moved + 1) / rates.states  # and back
+    if is_full:
+        inputs = list(_inputs(checkpoint, plan))
+        found["moments"] = sum(2 * 2 * tokens * part * k * k for k, part in inputs) / rates.moments
+        found["factor"] = sum(k**3 / 3 for k, _ in inputs) / rates.factor
+        found["target"] = sum(6 * n * k * k for n, k in sizes) / rates.target
+    return found
 
 
 def _seconds_per_weight(k: int, rates: Rates, *, is_full: bool) -> float:
     """Return what codes and tables of a layer with K inputs cost."""
     return rates.full + rates.full_per_input * k if is_full else rates.nearest
-
-
-def _moment_seconds(k: int, tokens: float, rates: Rates) -> float:
-    """Return what the moments of K inputs cost, H and C, and the factorization."""
-    return 2 * 2 * tokens * k * k / rates.moments + k**3 / 3 / rates.factor
 
 
 def _matrix_bytes(n: int, k: int, *, on_cpu: bool) -> int:

@@ -80,15 +80,21 @@ SMALL = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2,
 }
 
 
-def write_model(directory: Path, settings: dict[str, Any], device: torch.device) -> tuple[float, int]:
-    """Write a model of one block; returns its million weights in linear layers, and how many matrices these are."""
+def build(settings: dict[str, Any], *, blocks: int, vocabulary: int) -> tuple[Any, torch.nn.Module]:
+    """Return the configuration of a model, and the model without weights."""
     known = {key: value for key, value in settings.items() if key not in ("model_type", "layers")}
-    more = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    more = {"vocab_size": vocabulary, "num_hidden_layers": blocks, "tie_word_embeddings": False}
+    more |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = transformers.AutoConfig.for_model(settings["model_type"], **known, **more)
     kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [kind.__name__]
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return config, transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+
+
+def write_model(directory: Path, settings: dict[str, Any], device: torch.device) -> tuple[float, int]:
+    """Write a model of one block; returns its million weights in linear layers, and how many matrices these are."""
+    config, model = build(settings, blocks=1, vocabulary=VOCABULARY)
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     weights = matrices = 0
@@ -222,20 +228,21 @@ def measure(
             ours = walk.Walk(
                 Model(checkpoint, device, dtype), batches(samples.samples), options, directory / "states", limit
             )
-        start = steps.now()
+        start, wall = steps.now(), time.perf_counter()
         with steps.step("rest"), (directory / "out").open("wb") as out:
             for done in ours.quantize(0, layers):
                 with steps.step("write"):
                     for parts in plan.target.encode(done.layer.module, done.w4a8).values():
                         for part in parts:
                             out.write(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        seconds = steps.now() - start
+        seconds, wall = steps.now() - start, time.perf_counter() - wall
         spilled = sum(path.stat().st_size for path in (directory / "states").iterdir())
     return {
         "million_weights": weights,
         "matrices": matrices,
         "layers": settings["layers"],
         "seconds": seconds,
+        "wall_s": wall,
         **{f"{name}_s": value for name, value in steps.seconds.items()},
         "gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "host_gib": host.most,
@@ -255,6 +262,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--states-memory", type=int, default=STATES_BYTES, help="bytes, as `w4a8 quantize` has it")
     parser.add_argument("--together", type=int, default=TOGETHER, help="experts at a time, at most")
+    parser.add_argument("--experts", type=int, help="of a mixture, instead of as many as it has")
     parser.add_argument("--directory", type=Path, help="for the model and what is spilled")
     add_options(parser)
     args = parser.parse_args()
@@ -268,12 +276,13 @@ def main() -> None:
     for name in args.models:
         for preset in map(Preset, args.presets):
             found: dict[str, Any] = {}
+            whole = MODELS[name] | ({"num_experts": args.experts} if args.experts else {})
             small = MODELS[name] | {key: value for key, value in SMALL.items() if key in MODELS[name]}
-            for settings, ours in ((small, random_samples(2, 128)), (MODELS[name], samples)):
+            for settings, ours in ((small, random_samples(2, 128)), (whole, samples)):
                 with tempfile.TemporaryDirectory(prefix="block-", dir=args.directory) as directory:
                     found = measure(settings, preset, ours, device, Path(directory), args.states_memory)
             head = {"model": name, "preset": str(preset), "device": device.type, "tokens": samples.tokens}
-            head["together"] = args.together
+            head |= {"together": args.together, "experts": whole.get("num_experts")}
             rows.append(head | found)
             print(rows[-1], flush=True)
             save(args, QUESTION, rows, packages=packages)  # as they come
