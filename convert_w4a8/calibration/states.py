@@ -1,5 +1,6 @@
 """Calibration samples in batches, and the hidden states of all their tokens: in memory, or on the disk past a limit."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ def batches(samples: Sequence[Sample]) -> list[Batch]:
 class States:
     """The hidden states of each batch, bfloat16 [B, T, H], as a model in BF16 has them between its blocks.
 
-    limit: bytes that are held in memory; what is beyond that lies in files of `directory`.
+    limit: bytes that are held in memory; what is beyond that lies in files of `directory`. Memory is written again and
+    again, not given back in between: new pages cost more than what is copied into them.
     """
 
     def __init__(self, directory: Path, name: str, limit: int) -> None:
@@ -56,29 +58,42 @@ class States:
         self._held: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, torch.Size] = {}
         self._nbytes = 0
+        self._spare = torch.empty(0, dtype=torch.bfloat16)
 
     def put(self, batch: int, states: torch.Tensor) -> None:
         """Set the hidden states of a batch."""
-        states = states.detach().to("cpu", torch.bfloat16).contiguous()
         self._shapes[batch] = states.shape
-        is_held = batch in self._held
-        if is_held or self._nbytes + states.nbytes <= self._limit:
-            self._nbytes += 0 if is_held else states.nbytes
-            self._held[batch] = states
+        held = self._held.get(batch)
+        if held is not None and held.shape != states.shape:
+            self._nbytes -= self._held.pop(batch).nbytes
+            held = None
+        if held is None and self._nbytes + 2 * states.numel() <= self._limit:
+            held = self._held[batch] = torch.empty(states.shape, dtype=torch.bfloat16)
+            self._nbytes += held.nbytes
+        if held is not None:
+            held.copy_(states)
             return
         path = self._path(batch)
         with disk_errors(path):
-            states.view(torch.int16).numpy().tofile(path)
+            self._spare_for(batch).copy_(states).view(torch.int16).numpy().tofile(path)
 
     def get(self, batch: int) -> torch.Tensor:
-        """Return the hidden states of a batch."""
+        """Return the hidden states of a batch, which hold until the next call."""
         held = self._held.get(batch)
         if held is not None:
             return held
-        path = self._path(batch)
-        with disk_errors(path):
-            values = np.fromfile(path, dtype=np.int16)
-        return torch.from_numpy(values).view(torch.bfloat16).view(self._shapes[batch])
+        path, states = self._path(batch), self._spare_for(batch)
+        with disk_errors(path), path.open("rb") as file:
+            if file.readinto(states.view(torch.int16).numpy().data) != states.nbytes:
+                raise OSError(errno.EIO, "it is shorter than what was written")
+        return states
+
+    def _spare_for(self, batch: int) -> torch.Tensor:
+        """Return memory for the hidden states of a batch that lie on the disk."""
+        shape = self._shapes[batch]
+        if self._spare.numel() < shape.numel():
+            self._spare = torch.empty(shape.numel(), dtype=torch.bfloat16)
+        return self._spare[: shape.numel()].view(shape)
 
     def _path(self, batch: int) -> Path:
         return self._directory / f"{self._name}-{batch}"

@@ -44,10 +44,10 @@ class Walk:
     ) -> None:
         self._model, self._batches, self._options = model, batches, options
         self._is_full = options.preset is Preset.FULL
-        self._directory, self._limit = directory, limit
         share = limit // 4  # of the two models, and of the inputs of experts of the two
         self._original = States(directory, "original", share)
         self._quantized = States(directory, "quantized", share)
+        self._of_experts = (States(directory, "experts-original", share), States(directory, "experts-quantized", share))
         for number, batch in enumerate(batches):
             states = model.first_states(batch.tokens)
             self._original.put(number, states)
@@ -131,8 +131,7 @@ class Walk:
     def _experts(self, number: int, block: Block, stage: Stage, named: Mapping[str, LayerPlan]) -> Iterator[Quantized]:
         """Quantize the experts of a mixture."""
         (name,) = stage.modules
-        original = States(self._directory, "experts-original", self._limit // 4)
-        seen = States(self._directory, "experts-quantized", self._limit // 4) if self._is_full else original
+        original, seen = self._of_experts
         choices = []
         for i, batch in enumerate(self._batches):
             call, kept = self._model.call(number, batch.shape), batch.kept.flatten().to(self._model.device)
@@ -143,7 +142,7 @@ class Walk:
                 seen.put(i, x[kept])
             choices.append(index[kept].cpu())
         for expert, leaf, w4a8, stats, notes in quantize_experts(
-            block, name, choices, (original, seen), self._options, self._model.device
+            block, name, choices, self._of_experts, self._options, self._model.device
         ):
             yield Quantized(named[f"{name}.{expert}.{leaf}"], w4a8, stats, notes)
 

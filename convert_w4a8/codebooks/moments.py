@@ -21,6 +21,8 @@ from convert_w4a8.threads import one_thread_each, side_by_side
 
 _BLOCK = 256
 """Columns of a step of the factorization, and rows of a product."""
+_GPU_ROWS = 1 << 14
+"""Rows of a product on a GPU."""
 _EXACT = 8192
 """Up to so many inputs the factorization is in float64."""
 _FLOOR = 1e-3
@@ -171,13 +173,20 @@ def mixed_target(
     scale = known.importance.float()
     result = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
+    step = _GPU_ROWS if weight.is_cuda else _BLOCK
+
     def solve(row: int) -> None:
-        part = weight[row : row + _BLOCK].float()
+        part = weight[row : row + step].float()
         right = part @ cross.float() - part @ h
         right = torch.linalg.solve_triangular(factor.t(), right, upper=False, left=False, unitriangular=True)
         right /= scale
         right = torch.linalg.solve_triangular(factor, right, upper=True, left=False, unitriangular=True)
-        result[row : row + _BLOCK] = part + alpha * right
+        result[row : row + step] = part + alpha * right
 
-    side_by_side(solve, range(0, len(weight), _BLOCK))
+    rows = range(0, len(weight), step)
+    if weight.is_cuda:
+        for row in rows:
+            solve(row)
+    else:
+        side_by_side(solve, rows)
     return result
