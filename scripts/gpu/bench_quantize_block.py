@@ -205,11 +205,9 @@ class HostMemory:
 
 
 def measure(
-    settings: dict[str, Any], preset: Preset, samples: SampleSet, device: torch.device, directory: Path, limit: int
+    model_directory: Path, preset: Preset, samples: SampleSet, device: torch.device, directory: Path, limit: int
 ) -> dict[str, Any]:
     """Quantize the block of a model; returns seconds by step and memory."""
-    model_directory = directory / "model"
-    weights, matrices = write_model(model_directory, settings, device)
     options = with_samples(QuantizeOptions(preset=preset), samples)
     checkpoint = open_checkpoint(model_directory)
     plan = plan_quantization(checkpoint, options)
@@ -238,16 +236,12 @@ def measure(
         seconds, wall = steps.now() - start, time.perf_counter() - wall
         spilled = sum(path.stat().st_size for path in (directory / "states").iterdir())
     return {
-        "million_weights": weights,
-        "matrices": matrices,
-        "layers": settings["layers"],
         "seconds": seconds,
         "wall_s": wall,
         **{f"{name}_s": value for name, value in steps.seconds.items()},
         "gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "host_gib": host.most,
         "disk_gib": spilled / 2**30,
-        "model_minutes": seconds * settings["layers"] / 60,
     }
 
 
@@ -274,18 +268,23 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     packages = (*PACKAGES, "transformers")
     for name in args.models:
-        for preset in map(Preset, args.presets):
-            found: dict[str, Any] = {}
-            whole = MODELS[name] | ({"num_experts": args.experts} if args.experts else {})
-            small = MODELS[name] | {key: value for key, value in SMALL.items() if key in MODELS[name]}
-            for settings, ours in ((small, random_samples(2, 128)), (whole, samples)):
-                with tempfile.TemporaryDirectory(prefix="block-", dir=args.directory) as directory:
-                    found = measure(settings, preset, ours, device, Path(directory), args.states_memory)
-            head = {"model": name, "preset": str(preset), "device": device.type, "tokens": samples.tokens}
-            head |= {"together": args.together, "experts": whole.get("num_experts")}
-            rows.append(head | found)
-            print(rows[-1], flush=True)
-            save(args, QUESTION, rows, packages=packages)  # as they come
+        whole = MODELS[name] | ({"num_experts": args.experts} if args.experts else {})
+        small = MODELS[name] | {key: value for key, value in SMALL.items() if key in MODELS[name]}
+        with tempfile.TemporaryDirectory(prefix="block-", dir=args.directory) as directory:
+            write_model(Path(directory, "small"), small, device)
+            weights, matrices = write_model(Path(directory, "whole"), whole, device)
+            for preset in map(Preset, args.presets):
+                found: dict[str, Any] = {}
+                for model, ours in (("small", random_samples(2, 128)), ("whole", samples)):
+                    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                        path = Path(directory, model)
+                        found = measure(path, preset, ours, device, Path(scratch), args.states_memory)
+                head = {"model": name, "preset": str(preset), "device": device.type, "tokens": samples.tokens}
+                head |= {"together": args.together, "experts": whole.get("num_experts"), "layers": whole["layers"]}
+                head |= {"million_weights": weights, "matrices": matrices}
+                rows.append(head | found | {"model_minutes": found["seconds"] * whole["layers"] / 60})
+                print(rows[-1], flush=True)
+                save(args, QUESTION, rows, packages=packages)  # as they come
     print(line(save(args, QUESTION, rows, packages=packages)))
 
 
