@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.calibration.block import Block, round_tokens
+from convert_w4a8.calibration.block import Block
 from convert_w4a8.calibration.experts import down_inputs, stored_weights
 from convert_w4a8.calibration.matrix import Inputs, inputs_of, quantize_weight
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.states import States
 from convert_w4a8.encoding.tables import decode
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.linear import ServedLinear
 from convert_w4a8.quantization.layer import LayerStats
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
@@ -45,7 +45,7 @@ def quantize_experts(
     inputs: tuple[States, States],
     options: QuantizeOptions,
     device: torch.device,
-) -> Iterator[tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]]:
+) -> Iterator[tuple[int, str, ServedLinear, LayerStats, Mapping[str, Any]]]:
     """Quantize all experts of a module of a block; yields (expert, projection, layer, …).
 
     choices: the router's, int64 [M, top k], of the tokens of each batch that count. inputs: of these tokens [M, H], in
@@ -78,11 +78,11 @@ def quantize_experts(
 
         def finish(
             leaf: str, weight: torch.Tensor, ready: Inputs, notes: dict[str, Any] = notes, expert: int = expert
-        ) -> tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]:
+        ) -> tuple[int, str, ServedLinear, LayerStats, Mapping[str, Any]]:
             w4a8, stats, db = quantize_weight(f"{label}.{expert}.{leaf}", weight.detach().float(), ready, options)
             return expert, leaf, w4a8, stats, {**notes, "output_sqnr_db": db}
 
-        ready = _inputs(f"{label}.{expert}", ours, theirs, options)
+        ready = _inputs(f"{label}.{expert}", block.rounding(ours), theirs, options)
         for leaf, weight, rows in zip(LEAVES, gate_up.chunk(2), stacks["gate_up_proj"][expert].chunk(2), strict=False):
             done = finish(leaf, weight, ready)
             rows.copy_(decode(done[2]))
@@ -90,8 +90,10 @@ def quantize_experts(
         inner = down_inputs(module, theirs, gate_up, lambda x: x)
         inner_seen = inner
         if is_full:
-            inner_seen = down_inputs(module, ours, stacks["gate_up_proj"][expert].to(block.dtype), round_tokens)
-        done = finish("down_proj", down, _inputs(f"{label}.{expert}.down_proj", inner_seen, inner, options))
+            inner_seen = down_inputs(module, ours, stacks["gate_up_proj"][expert].to(block.dtype), block.rounding)
+        done = finish(
+            "down_proj", down, _inputs(f"{label}.{expert}.down_proj", block.rounding(inner_seen), inner, options)
+        )
         stacks["down_proj"][expert].copy_(decode(done[2]))
         yield done
     if is_full:
@@ -101,5 +103,5 @@ def quantize_experts(
 def _inputs(label: str, seen: torch.Tensor, original: torch.Tensor, options: QuantizeOptions) -> Inputs:
     is_full = options.preset is Preset.FULL
     moments = Moments(energies=not is_full)
-    moments.add(round_tokens(seen), original if is_full and options.alpha else None)
+    moments.add(seen, original if is_full and options.alpha else None)
     return inputs_of(label, moments, options)

@@ -27,7 +27,7 @@ from convert_w4a8.conversion.plan import LayerPlan, Plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out, write_shards
 from convert_w4a8.conversion.shard import Progress, ShardTask
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.linear import ServedLinear
 from convert_w4a8.samples.sample import SampleSet
 
 STATES_BYTES = 8 << 30
@@ -155,7 +155,7 @@ class _Run:
             found = {name: infinities[name] for tensor in task.tensors if (name := tensor.output.name) in infinities}
             self._writer.finish(writers[_file(task)], ours, found)
 
-    def _finished(self, tasks: Sequence[ShardTask], layers: Iterable[LayerPlan]) -> dict[str, W4A8Linear]:
+    def _finished(self, tasks: Sequence[ShardTask], layers: Iterable[LayerPlan]) -> dict[str, ServedLinear]:
         """Read layers back from files that are finished; by their names in the source."""
         directory = self._writer.directory
         tensors: dict[str, TensorInfo] = {}

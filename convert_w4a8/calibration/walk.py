@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convert_w4a8.calibration.block import Block, Stage, round_tokens
+from convert_w4a8.calibration.block import Block, Stage, as_is, round_tokens
 from convert_w4a8.calibration.experts import is_experts
 from convert_w4a8.calibration.matrix import inputs_of, quantize_weight
 from convert_w4a8.calibration.mixture import quantize_experts
@@ -19,7 +19,7 @@ from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.states import Batch, States
 from convert_w4a8.conversion.plan import LayerPlan
 from convert_w4a8.encoding.tables import decode
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.linear import ServedLinear
 from convert_w4a8.quantization.layer import LayerStats
 
 
@@ -28,7 +28,7 @@ class Quantized:
     """A layer that is done. notes: what calibration has to say of it, as JSON."""
 
     layer: LayerPlan
-    w4a8: W4A8Linear
+    w4a8: ServedLinear
     stats: LayerStats
     notes: Mapping[str, Any]
 
@@ -44,6 +44,7 @@ class Walk:
     ) -> None:
         self._model, self._batches, self._options = model, batches, options
         self._is_full = options.preset is Preset.FULL
+        self._rounding = as_is if options.is_w4a16 else round_tokens
         self._directory, self._limit = directory, limit
         share = limit // 4  # of the two models, and of the inputs of experts of the two
         self._original = States(directory, "original", share)
@@ -80,7 +81,7 @@ class Walk:
                     yield Quantized(named[name], w4a8, stats, notes)
         self._pass(number, block, is_last=is_last)
 
-    def pass_by(self, number: int, layers: Mapping[str, W4A8Linear]) -> None:
+    def pass_by(self, number: int, layers: Mapping[str, ServedLinear]) -> None:
         """Go through a block that is quantized already, into these layers by their names in the checkpoint."""
         named = {self._inside(number, name): w4a8 for name, w4a8 in layers.items()}
         block = self._load(number, named)
@@ -99,7 +100,7 @@ class Walk:
             experts = is_experts(part) and f"{name}.0.down_proj" in named
             if experts or (name in named and isinstance(part, nn.Linear)):
                 names[name] = None
-        return Block(module, names, self._model.dtype, label=f"{self._model.above}.{number}")
+        return Block(module, names, self._model.dtype, label=f"{self._model.above}.{number}", rounding=self._rounding)
 
     def _states(self, states: States, number: int) -> torch.Tensor:
         return states.get(number).to(self._model.device, self._model.dtype)
@@ -114,7 +115,7 @@ class Walk:
             if self._options.alpha:
                 (original, *_) = block.inputs(self._states(self._original, i), call, stage, quantized=False)
                 original = original.flatten(0, -2)[kept]
-            moments.add(round_tokens(seen.flatten(0, -2)[kept]), original)
+            moments.add(self._rounding(seen.flatten(0, -2)[kept]), original)
         return moments
 
     def _energies(self, number: int, block: Block, stages: Sequence[Stage]) -> dict[Stage, Moments]:
@@ -125,7 +126,7 @@ class Walk:
             states = self._states(self._original, i)
             seen = block.all_inputs(states, self._model.call(number, batch.shape))
             for stage, moments in found.items():
-                moments.add(round_tokens(seen[stage.modules[0]][0].flatten(0, -2)[kept]))
+                moments.add(self._rounding(seen[stage.modules[0]][0].flatten(0, -2)[kept]))
         return found
 
     def _experts(self, number: int, block: Block, stage: Stage, named: Mapping[str, LayerPlan]) -> Iterator[Quantized]:

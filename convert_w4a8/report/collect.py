@@ -13,6 +13,7 @@ from convert_w4a8.checkpoint.names import natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX
+from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.report.layers import LABELS, SCHEMES, Distributions, LayerReport, measure_layer
 from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
 from convert_w4a8.report.values import value_warnings
@@ -59,6 +60,8 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
 
     """
     reader, target = find_origin(source), find_target(out)
+    if target.SCHEME == "W4A16":
+        raise ConvertError(str(out.root), "is W4A16, which has no FP8 tables to show", "give an output in W4A8")
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     if problems:
@@ -70,6 +73,7 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
     for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):
         if module in converted:
             w4a8 = target.decode(out, module, read_tensor)
+            assert isinstance(w4a8, W4A8Linear)
             stored_tables |= w4a8.entries is not None
             w = reader.read_layer(spec, read_tensor)
             if w4a8.shape_nk != w.shape_nk:

@@ -14,6 +14,7 @@ from convert_w4a8.linear import (
     GROUP_SIZE,
     SYMMETRIC_ZERO,
     DenseLinear,
+    ServedLinear,
     W4A8Linear,
     W4Linear,
     keeps_codes,
@@ -97,13 +98,14 @@ class _Sums:
     worst_ratio: float = 0.0
 
 
-def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: W4A8Linear, *, calibrated: bool = False) -> LayerCheck:
+def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: ServedLinear, *, calibrated: bool = False) -> LayerCheck:
     """Compare a layer of the output with the source's. Memory beyond the two is bounded by a block of channels.
 
     calibrated: whether its codes were chosen for the outputs of the layer, so that they need not be the nearest.
     """
     n, k = w.shape_nk
     kept = keeps_codes(w)
+    scales = w4a8.group_scale if isinstance(w4a8, W4A8Linear) else None
     sums = _Sums()
     for start, stop in output_blocks(n, k):
         _add_block(
@@ -129,7 +131,7 @@ def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: W4A8Linear, *, cal
         sqnr_db=sqnr_db(sums.signal, sums.noise) if math.isfinite(sums.noise) else -math.inf,
         max_error=sums.max_error,
         clipped=sums.clipped,
-        distinct_scales=None if w4a8.group_scale is None else len(torch.unique(w4a8.group_scale.view(torch.uint8))),
+        distinct_scales=None if scales is None else len(torch.unique(scales.view(torch.uint8))),
         expected_sqnr_db=least,
     )
 
@@ -154,7 +156,7 @@ def judge(check: LayerCheck, source_keeps: bool, min_sqnr_db: float | None) -> l
 
 
 def _add_block(
-    sums: _Sums, w: W4Linear | DenseLinear, out: W4A8Linear, first: int, *, kept: bool, calibrated: bool
+    sums: _Sums, w: W4Linear | DenseLinear, out: ServedLinear, first: int, *, kept: bool, calibrated: bool
 ) -> None:
     """Add some output channels, of which the first is channel `first` of the layer."""
     n, k = w.shape_nk
@@ -187,6 +189,7 @@ def _add_block(
     if float(ratio[worst]) > sums.worst_ratio:
         sums.worst_channel, sums.worst_ratio = first + worst, float(ratio[worst])
     if not calibrated:
+        assert isinstance(out, W4A8Linear)
         sums.wrong_codes += _count_wrong_codes(w, out, source, groups)
 
 

@@ -11,7 +11,7 @@ from convert_w4a8.checkpoint.names import natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import Reader
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Problem
-from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear, keeps_codes
+from convert_w4a8.linear import DenseLinear, ServedLinear, W4Linear, keeps_codes
 from convert_w4a8.sources import find_origin, unquantized_source
 from convert_w4a8.sources.carried import carried_groups, find_carried
 from convert_w4a8.targets import find_target
@@ -65,6 +65,10 @@ def verify(
 
     """
     target, reader, read = find_target(out), find_origin(source), LibraryReader()
+    calibrated = reader.NAME == unquantized_source().NAME
+    if target.SCHEME == "W4A16" and not calibrated:
+        reason = "is W4A16, which no conversion writes"
+        raise ConvertError(str(out.root), reason, "give as --source the model in 16 bits that it was quantized from")
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     carried = find_carried(reader, source, problems)
@@ -84,7 +88,7 @@ def verify(
             else:
                 for mode in target.MODES:
                     expected.update(part.name for part in target.tensor_specs(module, *w4a8.shape_nk, mode))
-                check = check_layer(module, w, w4a8, calibrated=reader.NAME == unquantized_source().NAME)
+                check = check_layer(module, w, w4a8, calibrated=calibrated)
                 checks.append(check)
                 problems.extend(judge(check, keeps_codes(w), min_sqnr_db))
         else:
@@ -122,7 +126,7 @@ def _decode(
     read: Reader,
     shape_nk: tuple[int, int],
     problems: list[Problem],
-) -> W4A8Linear | None:
+) -> ServedLinear | None:
     """Read a layer of the output; None, and a problem, where it is not of the format or the source's shape."""
     try:
         w4a8 = target.decode(out, module, read)
