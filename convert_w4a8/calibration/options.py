@@ -33,6 +33,7 @@ class QuantizeOptions(Options):
     data: a digest of the calibration data, which is part of what an output depends on; empty without data.
     alpha: how far the target of a layer is moved from its own weights towards those that give the original model's
         outputs from the quantized model's inputs, 0 … 1.
+    awq_scaling: whether input channels are scaled as AWQ does; None: where the tables are of scales, which gain by it.
     damping: added to the diagonal of second moments, as a part of its mean.
     """
 
@@ -42,11 +43,17 @@ class QuantizeOptions(Options):
     data: str = ""
     alpha: float = 0.5
     damping: float = 0.05
+    awq_scaling: bool | None = None
 
     @property
     def is_w4a16(self) -> bool:
         """Whether activations stay in 16 bits."""
         return self.format == W4A16
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether input channels are scaled, where there is data."""
+        return self.tables is TableKind.SCALE if self.awq_scaling is None else self.awq_scaling
 
     def __post_init__(self) -> None:
         """Take the values of choices as strings too. Raises ValueError for a choice that there is not."""
