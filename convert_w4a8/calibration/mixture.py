@@ -11,15 +11,17 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 
-from convert_w4a8.calibration.block import Block, round_tokens
+from convert_w4a8.calibration.block import Block, as_is
 from convert_w4a8.calibration.experts import down_inputs, stored_weights
-from convert_w4a8.calibration.matrix import Inputs, inputs_of, quantize_weights
+from convert_w4a8.calibration.matrix import Inputs, inputs_of, method_of, quantize_weights
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.states import States
+from convert_w4a8.codebooks import awq_exponent
 from convert_w4a8.encoding.tables import decode
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.linear import ServedLinear
 from convert_w4a8.quantization.layer import LayerStats
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
@@ -51,7 +53,7 @@ def quantize_experts(
     inputs: tuple[States, States],
     options: QuantizeOptions,
     device: torch.device,
-) -> Iterator[tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]]:
+) -> Iterator[tuple[int, str, ServedLinear, LayerStats, Mapping[str, Any]]]:
     """Quantize all experts of a module of a block; yields (expert, projection, layer, …).
 
     choices: the router's, int64 [M, top k], of the tokens of each batch that count. inputs: of these tokens [M, H], in
@@ -70,7 +72,11 @@ def quantize_experts(
             expert.tokens, count = choose_tokens(tokens.index, expert.number, expert.gate_up.shape[1])
             expert.notes = {"tokens": len(expert.tokens), "routed_tokens": count}
             theirs, ours = tokens.of(expert.tokens)
-            expert.inputs = _inputs(expert.label, ours, theirs, options)
+            if options.scales_inputs:
+                inner = down_inputs(module, theirs, expert.gate_up, as_is)
+                scaled = _scale(module, (expert.gate_up, expert.down), theirs, inner, options)
+                expert.gate_up, expert.down, expert.exponent = scaled
+            expert.inputs = _inputs(expert.label, block.rounding(ours), theirs, options)
         yield from _quantized(
             [
                 (expert, leaf, weight, rows)
@@ -83,11 +89,13 @@ def quantize_experts(
         )
         for expert in some:
             theirs, ours = tokens.of(expert.tokens)
-            inner = inner_seen = down_inputs(module, theirs, expert.gate_up, lambda x: x)
+            inner = inner_seen = down_inputs(module, theirs, expert.gate_up, as_is)
             if is_full:
                 gate_up = stacks["gate_up_proj"][expert.number].to(block.dtype)
-                inner_seen = down_inputs(module, ours, gate_up, round_tokens)
-            expert.inputs = _inputs(f"{expert.label}.down_proj", inner_seen, inner, options)
+                inner_seen = down_inputs(module, ours, gate_up, block.rounding)
+            expert.inputs = _inputs(f"{expert.label}.down_proj", block.rounding(inner_seen), inner, options)
+            if options.scales_inputs:
+                expert.notes["awq_exponent"] = expert.exponent
         yield from _quantized(
             [(expert, "down_proj", expert.down, stacks["down_proj"][expert.number]) for expert in some], options
         )
@@ -97,7 +105,10 @@ def quantize_experts(
 
 @dataclass
 class _Expert:
-    """An expert on its way. tokens: those that calibrate it. inputs: of what is quantized next."""
+    """An expert on its way. tokens: those that calibrate it. inputs: of what is quantized next.
+
+    exponent: of the scaling of its down projection's inputs.
+    """
 
     number: int
     label: str
@@ -105,12 +116,13 @@ class _Expert:
     down: torch.Tensor
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     inputs: Inputs | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    exponent: float | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def _quantized(
     jobs: Sequence[tuple[_Expert, str, torch.Tensor, torch.Tensor]], options: QuantizeOptions
-) -> Iterator[tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]]:
+) -> Iterator[tuple[int, str, ServedLinear, LayerStats, Mapping[str, Any]]]:
     """Quantize projections of one shape: (expert, projection, weights, where the quantized ones go)."""
     found = quantize_weights(
         [f"{expert.label}.{leaf}" for expert, leaf, *_ in jobs],
@@ -168,8 +180,32 @@ class _Tokens:
         return torch.cat(parts).to(self._device, self._dtype)
 
 
+def _scale(
+    module: nn.Module,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    options: QuantizeOptions,
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """Scale the inputs of an expert's down projection; the other part goes into the rows of its up projection.
+
+    Returns gate and up, down, and the exponent; None where the inputs are not linear in up's outputs.
+    """
+    gate_up, down = weights
+    energies = inner.float().square().mean(0)
+    s, exponent = awq_exponent([down.float()], energies, method_of(options, data=True))
+    if not exponent:
+        return gate_up, down, exponent
+    scaled = gate_up.clone()
+    scaled[len(scaled) // 2 :] /= s[:, None].to(scaled.dtype)
+    found = down_inputs(module, x, scaled, as_is)
+    if not torch.allclose(found * s.to(found.dtype), inner, rtol=1e-5, atol=1e-5 * float(inner.abs().max())):
+        return gate_up, down, None
+    return scaled, down * s.to(down.dtype), exponent
+
+
 def _inputs(label: str, seen: torch.Tensor, original: torch.Tensor, options: QuantizeOptions) -> Inputs:
     is_full = options.preset is Preset.FULL
     moments = Moments(energies=not is_full)
-    moments.add(round_tokens(seen), original if is_full and options.alpha else None)
+    moments.add(seen, original if is_full and options.alpha else None)
     return inputs_of(label, moments, options)

@@ -11,6 +11,7 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
+from convert_w4a8.encoding.dequantize import dequantize_fp8
 
 _MISTRAL = (
     (re.compile(r"(^|\.)block_sparse_moe\."), r"\1mlp."),
@@ -18,6 +19,7 @@ _MISTRAL = (
     (re.compile(r"(\.experts\.\d+)\.w2(?=\.|$)"), r"\1.down_proj"),
     (re.compile(r"(\.experts\.\d+)\.w3(?=\.|$)"), r"\1.up_proj"),
 )
+FP8 = "F8_E4M3"
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters of transformers' experts → the projections whose rows they hold, one below the other."""
 
@@ -40,29 +42,35 @@ def find_tensor(checkpoint: Checkpoint, block: str, name: str, shape: tuple[int,
 
     block: the block's name in the checkpoint. shape: the parameter's.
     """
-    info = _tensor(checkpoint, block, name)
+    info = tensor_of(checkpoint, block, name)
     if info is not None:
-        return read_tensor(info) if info.shape == shape else None
+        return read_weight(checkpoint, info) if info.shape == shape else None
     experts, _, leaf = name.rpartition(".")
     if not is_stack(name) or len(shape) != 3:
         return None
     stack: torch.Tensor | None = None
     for expert in range(shape[0]):
-        parts = [_tensor(checkpoint, block, f"{experts}.{expert}.{part}.weight") for part in STACKS[leaf]]
+        parts = [tensor_of(checkpoint, block, f"{experts}.{expert}.{part}.weight") for part in STACKS[leaf]]
         row = 0
         for part in parts:
             if part is None or len(part.shape) != 2 or part.shape[1] != shape[2] or row + part.shape[0] > shape[1]:
                 return None
             if stack is None:
-                stack = torch.empty(shape, dtype=TORCH_DTYPES[part.dtype])
-            stack[expert, row : row + part.shape[0]] = read_tensor(part)
+                stack = torch.empty(shape, dtype=torch.bfloat16 if part.dtype == FP8 else TORCH_DTYPES[part.dtype])
+            stack[expert, row : row + part.shape[0]] = read_weight(checkpoint, part)
             row += part.shape[0]
         if row != shape[1]:
             return None
     return stack
 
 
-def _tensor(checkpoint: Checkpoint, block: str, name: str) -> TensorInfo | None:
+def read_weight(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
+    """Read a tensor; FP8 in blocks becomes BF16."""
+    scale = checkpoint.tensors.get(f"{info.name}_scale_inv") if info.dtype == FP8 else None
+    return read_tensor(info) if scale is None else dequantize_fp8(read_tensor(info), read_tensor(scale))
+
+
+def tensor_of(checkpoint: Checkpoint, block: str, name: str) -> TensorInfo | None:
     """Return the tensor that is called `name` within a block, by transformers' names or the checkpoint's."""
     return next((info for ours in _spellings(name) if (info := checkpoint.tensors.get(f"{block}.{ours}"))), None)
 

@@ -9,8 +9,10 @@ from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.prediction import Cost
 from convert_w4a8.calibration.recipe import recipe
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.files import CARD
 from convert_w4a8.cli import render
 from convert_w4a8.cli.render import verify_command
+from convert_w4a8.conversion.model_card import table_row
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import LayerResult, Result
 from convert_w4a8.errors import W4A8Error
@@ -22,7 +24,9 @@ __all__ = ["plan_dict", "plan_text", "result_dict", "result_text", "same_recipe"
 
 def plan_text(plan: Plan, options: QuantizeOptions, samples: SampleSet | None, cost: Cost) -> str:
     """Render a plan for people."""
-    lines = [render.plan_text(plan), f"tables     {options.tables}"]
+    lines = [render.plan_text(plan)]
+    if not options.is_w4a16:
+        lines.append(f"tables     {options.tables}")
     if samples is None:
         lines.append("data       none: codes and tables from the weights alone")
     else:
@@ -59,8 +63,14 @@ def same_recipe(out: Path, options: QuantizeOptions, samples: SampleSet | None) 
         said = open_checkpoint(out).quantization_config.get("conversion")
     except W4A8Error:
         return False
-    wanted = recipe(options, samples).record
-    return isinstance(said, dict) and all(said.get(key) == value for key, value in wanted.items())
+    wanted = recipe(options, samples)
+    if isinstance(said, dict):
+        return all(said.get(key) == value for key, value in wanted.record.items())
+    try:  # compressed-tensors has no place for it in its settings
+        card = (out / CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return wanted.sentence in card and all(table_row(*row) in card for row in wanted.rows)
 
 
 def result_text(result: Result, source: str, out: Path) -> str:
@@ -85,6 +95,7 @@ def result_text(result: Result, source: str, out: Path) -> str:
             f"outputs    SQNR on the calibration data: mean {fmean(db for _, db in outputs):.1f} dB,"
             f" worst {worst_db:.1f} dB ({printable(least.plan.module)})"
         )
+    lines += _scaling_lines(result)
     unseen = [layer for layer in result.layers if layer.notes.get("tokens") == 0]
     if unseen:
         lines.append(
@@ -102,6 +113,22 @@ def result_text(result: Result, source: str, out: Path) -> str:
     lines.append(f"verify     {verify_command(out, source)}")
     lines.append(f"serve      {plan.target.serve_command(shlex.quote(str(out)))}")
     return "\n".join(lines)
+
+
+def _scaling_lines(result: Result) -> list[str]:
+    """Say which layers had their input channels scaled, and where nothing takes the other part of a scale."""
+    known = [layer for layer in result.layers if "awq_exponent" in layer.notes]
+    if not known:
+        return []
+    exponents = [layer.notes["awq_exponent"] for layer in known]
+    scaled = [exponent for exponent in exponents if exponent]
+    of = f", AWQ's exponent {min(scaled):g} to {max(scaled):g}" if scaled else ""
+    line = f"scaling    inputs of {counted(len(scaled), 'layer')} by powers of two{of};"
+    alone = [layer.plan.module for layer in known if layer.notes["awq_exponent"] is None]
+    line += f" of {exponents.count(0.0)} it would not help"
+    if alone:
+        line += f", {len(alone)} left alone, where nothing is known that takes the other part ({printable(alone[0])})"
+    return [line]
 
 
 def _has_outputs(layer: LayerResult) -> bool:
@@ -126,6 +153,7 @@ def result_dict(
                 "output_sqnr_db": layer.notes.get("output_sqnr_db"),
                 "tokens": layer.notes.get("tokens"),
                 "routed_tokens": layer.notes.get("routed_tokens"),
+                "awq_exponent": layer.notes.get("awq_exponent"),
             }
             for layer in result.layers
             if layer.stats is not None
