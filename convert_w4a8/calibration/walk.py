@@ -113,8 +113,8 @@ class Walk:
             original = None
             if self._options.alpha:
                 (original, *_) = block.inputs(self._states(self._original, i), call, stage, quantized=False)
-                original = original.flatten(0, -2)[kept]
-            moments.add(round_tokens(seen.flatten(0, -2)[kept]), original)
+                original = original.flatten(0, -2)
+            moments.add(seen.flatten(0, -2), original, kept=kept, rounding=round_tokens)
         return moments
 
     def _energies(self, number: int, block: Block, stages: Sequence[Stage]) -> dict[Stage, Moments]:
@@ -125,7 +125,7 @@ class Walk:
             states = self._states(self._original, i)
             seen = block.all_inputs(states, self._model.call(number, batch.shape))
             for stage, moments in found.items():
-                moments.add(round_tokens(seen[stage.modules[0]][0].flatten(0, -2)[kept]))
+                moments.add(seen[stage.modules[0]][0].flatten(0, -2), kept=kept, rounding=round_tokens)
         return found
 
     def _experts(self, number: int, block: Block, stage: Stage, named: Mapping[str, LayerPlan]) -> Iterator[Quantized]:
