@@ -1,7 +1,7 @@
 """The forms in which a linear layer exists here: as a checkpoint stores it, and as the kernel takes it.
 
-Input formats end in `W4Linear` or `DenseLinear`, output formats start from `W4A8Linear`; nothing else passes between
-them.
+Input formats end in `W4Linear` or `DenseLinear`, output formats start from `W4A8Linear`, that of W4A16 from `W4Linear`;
+nothing else passes between them.
 """
 
 from dataclasses import dataclass, replace
@@ -220,3 +220,7 @@ class W4A8Linear:
             channel_scale=self.channel_scale[start:stop],
             source_scale=part(self.source_scale),
         )
+
+
+ServedLinear = W4A8Linear | W4Linear
+"""A layer of an output: W4A8 as the kernel takes it, or W4A16, symmetric and in groups of 128."""

@@ -1,7 +1,8 @@
 """One decoder block in two versions, the original and the quantized one: what their linear layers see.
 
 A stage is a set of linear layers with one and the same input: q, k and v; o; gate and up; down. A block runs through
-its own code up to a stage, where its inputs are taken. Inputs of layers that are quantized are rounded to FP8 by token.
+its own code up to a stage, where its inputs are taken. Inputs of layers that are quantized are rounded to FP8 by token,
+as when they are served; for W4A16 they stay as they are.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,12 +13,12 @@ import torch
 from torch import nn
 
 from convert_w4a8.calibration.attention import linear_memory
-from convert_w4a8.calibration.experts import Weights, check_experts, is_experts, run_experts, stored_weights
+from convert_w4a8.calibration.experts import Rounding, Weights, check_experts, is_experts, run_experts, stored_weights
 from convert_w4a8.calibration.model import BlockCall, hidden_states
 from convert_w4a8.calibration.moments import ROWS
 from convert_w4a8.calibration.names import STACKS
 from convert_w4a8.encoding.tables import decode, quantize_tokens
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.linear import ServedLinear
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def round_tokens(x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _as_is(x: torch.Tensor) -> torch.Tensor:
+def as_is(x: torch.Tensor) -> torch.Tensor:
+    """Return inputs as they are, for layers with activations in 16 bits."""
     return x
 
 
@@ -50,13 +52,23 @@ class Block:
 
     label: what the checkpoint calls it. names: the modules that are to be quantized; projections of experts by the
         module that holds all of them.
+    rounding: what quantized layers do to their inputs.
     quantized: the weights of those that are so far, in the dtype that is computed in. experts: the same of experts.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str], dtype: torch.dtype, *, label: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Iterable[str],
+        dtype: torch.dtype,
+        *,
+        label: str,
+        rounding: Rounding = round_tokens,
+    ) -> None:
         self.module = module
         self.label = label
         self.dtype = dtype
+        self.rounding = rounding
         self.quantized: dict[str, torch.Tensor] = {}
         self.experts: dict[str, Weights] = {}
         self._names = tuple(names)
@@ -72,7 +84,7 @@ class Block:
                 check_experts(f"{label}.{name}", part)
                 part.forward = self._experts_forward(name, part)
 
-    def take(self, layers: Mapping[str, W4A8Linear]) -> None:
+    def take(self, layers: Mapping[str, ServedLinear]) -> None:
         """Take the weights of layers that are quantized already, by their names."""
         for name in self._names:
             part = self.module.get_submodule(name)
@@ -114,7 +126,7 @@ class Block:
                 self._caught = args
                 raise _ReachedError
             if self._is_quantized and name in self.quantized:
-                return (round_tokens(args[0]), *args[1:])
+                return (self.rounding(args[0]), *args[1:])
             return None
 
         return hook
@@ -123,8 +135,8 @@ class Block:
         def forward(x: torch.Tensor, index: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
             weights = self.experts.get(name) if self._is_quantized else None
             if weights is not None:
-                return run_experts(part, x, index, factors, weights, round_tokens)
-            return run_experts(part, x, index, factors, stored_weights(part, self.dtype), _as_is)
+                return run_experts(part, x, index, factors, weights, self.rounding)
+            return run_experts(part, x, index, factors, stored_weights(part, self.dtype), as_is)
 
         return forward
 

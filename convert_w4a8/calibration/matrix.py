@@ -1,4 +1,4 @@
-"""One weight matrix: its codes and tables by the room `codebooks`, and what that did to the weights."""
+"""One weight matrix: its codes, and its tables or scales, by the room `codebooks`, and what that did to the weights."""
 
 from dataclasses import dataclass, replace
 
@@ -16,11 +16,12 @@ from convert_w4a8.codebooks import (
     curvature,
     mixed_target,
     quantize_matrix,
+    w4a16,
 )
 from convert_w4a8.conversion.layer import Quantizer
 from convert_w4a8.encoding.tables import decode
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear
+from convert_w4a8.linear import DenseLinear, ServedLinear, W4A8Linear, W4Linear
 from convert_w4a8.quantization.layer import LayerStats
 from convert_w4a8.targets import target_named
 
@@ -64,7 +65,7 @@ def method_of(options: QuantizeOptions, *, data: bool) -> Method:
 
 def quantize_weight(
     name: str, weight: torch.Tensor, inputs: Inputs | None, options: QuantizeOptions
-) -> tuple[W4A8Linear, LayerStats, float]:
+) -> tuple[ServedLinear, LayerStats, float]:
     """Quantize a weight float32 [N, K] for what the layer sees; also return its outputs' SQNR in dB.
 
     Raises:
@@ -79,13 +80,17 @@ def quantize_weight(
         target = mixed_target(weight, inputs.second, inputs.cross, options.alpha, options.damping)
     moment = None if inputs is None else inputs.second
     stock = target_named(options.format).SCALES_AT_LOAD
-    w4a8, found = quantize_matrix(weight, moment, method, target, stock=stock)
-    return w4a8, _stats(weight, w4a8), found.sqnr_db
+    served: ServedLinear
+    if options.is_w4a16:
+        served, found = w4a16(weight, moment, method, target)
+    else:
+        served, found = quantize_matrix(weight, moment, method, target, stock=stock)
+    return served, _stats(weight, served), found.sqnr_db
 
 
-def _stats(weight: torch.Tensor, w4a8: W4A8Linear) -> LayerStats:
-    noise = decode(w4a8).to(weight.device).sub_(weight).square_()
-    scales = w4a8.group_scale
+def _stats(weight: torch.Tensor, served: ServedLinear) -> LayerStats:
+    noise = decode(served).to(weight.device).sub_(weight).square_()
+    scales = served.group_scale if isinstance(served, W4A8Linear) else None
     distinct = None if scales is None else len(torch.unique(scales.view(torch.uint8) & 0x7F))
     signal = float(weight.square().sum(dtype=torch.float64))
     return LayerStats(False, signal, float(noise.sum(dtype=torch.float64)), distinct)
@@ -94,7 +99,7 @@ def _stats(weight: torch.Tensor, w4a8: W4A8Linear) -> LayerStats:
 def quantizer(options: QuantizeOptions) -> Quantizer:
     """Return what quantizes layers from their weights alone."""
 
-    def quantize(name: str, w: W4Linear | DenseLinear) -> tuple[W4A8Linear, LayerStats]:
+    def quantize(name: str, w: W4Linear | DenseLinear) -> tuple[ServedLinear, LayerStats]:
         assert isinstance(w, DenseLinear)
         return quantize_weight(name, w.weight.float(), None, options)[:2]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from convert_w4a8.calibration.attention import linear_memory
-from convert_w4a8.calibration.names import find_tensor, is_stack
+from convert_w4a8.calibration.names import find_tensor, is_stack, tensor_of
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CONFIG
 from convert_w4a8.checkpoint.names import block_of
@@ -130,6 +130,19 @@ class Model:
             dtype = found.dtype if is_stack(name) else self.dtype
             _set(block, name, found.to(self.device, dtype))
         return block.eval()
+
+    def load_again(self, number: int, checkpoint: Checkpoint) -> None:
+        """Load what another checkpoint has of a block's parameters, under the same names and in the same shapes."""
+        block = self.blocks[number]
+        for name, stub in block.state_dict().items():
+            info = None if is_stack(name) else tensor_of(checkpoint, f"{self.above}.{number}", name)
+            if info is not None and info.shape == tuple(stub.shape):
+                _set(block, name, read_tensor(info).to(self.device, self.dtype))
+
+    def modules(self, number: int) -> set[str]:
+        """Return all that has a weight in a block, by its name in the checkpoint; experts one by one."""
+        names = (name for name in self.checkpoint.tensors if name.startswith(f"{self.above}.{number}."))
+        return {name.removesuffix(".weight") for name in names}
 
     def free_block(self, number: int) -> None:
         """Free the weights of a block."""

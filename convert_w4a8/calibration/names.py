@@ -40,7 +40,7 @@ def find_tensor(checkpoint: Checkpoint, block: str, name: str, shape: tuple[int,
 
     block: the block's name in the checkpoint. shape: the parameter's.
     """
-    info = _tensor(checkpoint, block, name)
+    info = tensor_of(checkpoint, block, name)
     if info is not None:
         return read_tensor(info) if info.shape == shape else None
     experts, _, leaf = name.rpartition(".")
@@ -48,7 +48,7 @@ def find_tensor(checkpoint: Checkpoint, block: str, name: str, shape: tuple[int,
         return None
     stack: torch.Tensor | None = None
     for expert in range(shape[0]):
-        parts = [_tensor(checkpoint, block, f"{experts}.{expert}.{part}.weight") for part in STACKS[leaf]]
+        parts = [tensor_of(checkpoint, block, f"{experts}.{expert}.{part}.weight") for part in STACKS[leaf]]
         row = 0
         for part in parts:
             if part is None or len(part.shape) != 2 or part.shape[1] != shape[2] or row + part.shape[0] > shape[1]:
@@ -62,7 +62,7 @@ def find_tensor(checkpoint: Checkpoint, block: str, name: str, shape: tuple[int,
     return stack
 
 
-def _tensor(checkpoint: Checkpoint, block: str, name: str) -> TensorInfo | None:
+def tensor_of(checkpoint: Checkpoint, block: str, name: str) -> TensorInfo | None:
     """Return the tensor that is called `name` within a block, by transformers' names or the checkpoint's."""
     return next((info for ours in _spellings(name) if (info := checkpoint.tensors.get(f"{block}.{ours}"))), None)
 

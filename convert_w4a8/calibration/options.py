@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from convert_w4a8.options import Options, ScalesMode, Unsupported
+from convert_w4a8.targets import W4A16
 
 
 class Preset(StrEnum):
@@ -21,16 +22,18 @@ class TableKind(StrEnum):
     FREE = "free"
     """Eight FP8 entries of its own."""
     SCALE = "scale"
-    """One FP8 scale: the entries are its multiples."""
+    """One scale: the entries are its multiples."""
 
 
 @dataclass(frozen=True)
 class QuantizeOptions(Options):
     """What the user chose; see `w4a8 quantize --help`.
 
+    format: also `targets.W4A16`, whose tables are always of scales.
     data: a digest of the calibration data, which is part of what an output depends on; empty without data.
     alpha: how far the target of a layer is moved from its own weights towards those that give the original model's
         outputs from the quantized model's inputs, 0 … 1.
+    awq_scaling: whether input channels are scaled as AWQ does; None: where the tables are of scales, which gain by it.
     damping: added to the diagonal of second moments, as a part of its mean.
     """
 
@@ -40,10 +43,21 @@ class QuantizeOptions(Options):
     data: str = ""
     alpha: float = 0.5
     damping: float = 0.05
+    awq_scaling: bool | None = None
+
+    @property
+    def is_w4a16(self) -> bool:
+        """Whether activations stay in 16 bits."""
+        return self.format == W4A16
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether input channels are scaled, where there is data."""
+        return self.tables is TableKind.SCALE if self.awq_scaling is None else self.awq_scaling
 
     def __post_init__(self) -> None:
         """Take the values of choices as strings too. Raises ValueError for a choice that there is not."""
-        object.__setattr__(self, "tables", TableKind(self.tables))
+        object.__setattr__(self, "tables", TableKind.SCALE if self.is_w4a16 else TableKind(self.tables))
         object.__setattr__(self, "preset", Preset(self.preset))
         is_free = self.tables is TableKind.FREE
         object.__setattr__(self, "scales", ScalesMode.DIRECT if is_free else ScalesMode.SEARCH)

@@ -11,7 +11,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.samples.sample import SampleSet
 from convert_w4a8.sources import find_origin, unquantized_source
-from convert_w4a8.targets import target_named, target_names
+from convert_w4a8.targets import W4A16, target_named, target_names
 
 
 def with_samples(options: QuantizeOptions, samples: SampleSet | None) -> QuantizeOptions:
@@ -34,13 +34,14 @@ def plan_quantization(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
         raise ConvertError(
             str(checkpoint.root), f"is quantized already ({source.NAME})", "convert it with w4a8-convert"
         )
-    if options.format in target_names():
+    formats = (*target_names(), W4A16)
+    if options.format in formats:
         target = target_named(options.format)
         if options.scales not in target.MODES or (target.SCALES_AT_LOAD and options.scales is ScalesMode.DIRECT):
             raise ConvertError(
                 f"--tables {options.tables}", f"cannot be stored by --format {target.NAME}", "use --tables scale"
             )
-    return make_plan(checkpoint, options, source=source, part_of=_part if options.data else _whole)
+    return make_plan(checkpoint, options, source=source, formats=formats, part_of=_part if options.data else _whole)
 
 
 def _part(name: str) -> Hashable:

@@ -12,11 +12,13 @@ _TABLES = {
     TableKind.SCALE: "one FP8 scale for every group of 128 weights",
 }
 
+_SCALES = "BF16, one for every group of 128 weights; symmetric"
+
 
 def recipe(options: QuantizeOptions, samples: SampleSet | None) -> Recipe:
     """Return how a quantization with these options and samples is to be called."""
     record: dict[str, Any] = {"tables_chosen": str(options.tables), "calibration": None}
-    rows = [("FP8 tables", _TABLES[options.tables])]
+    rows = [("scales", _SCALES) if options.is_w4a16 else ("FP8 tables", _TABLES[options.tables])]
     if samples is None:
         name = "no data"
         sentence = "no calibration data was used."
@@ -27,6 +29,7 @@ def recipe(options: QuantizeOptions, samples: SampleSet | None) -> Recipe:
         sentence = f"calibrated on {counted(len(samples.samples), 'sample')} with {samples.kept:,} tokens that count."
         how = "error feedback and coordinate descent, block by block" if is_full else "by the energies of the inputs"
         rows.append(("calibration", f"{how}; {samples.kept:,} of {samples.tokens:,} tokens count"))
+        rows.append(("calibration data", f"SHA-256 {samples.digest}"))
         record["calibration"] = {
             "preset": str(options.preset),
             "alpha": options.alpha,

@@ -27,7 +27,7 @@ from convert_w4a8.conversion.plan import LayerPlan, Plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out, write_shards
 from convert_w4a8.conversion.shard import Progress, ShardTask
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.linear import ServedLinear
 from convert_w4a8.samples.sample import SampleSet
 
 STATES_BYTES = 8 << 30
@@ -126,7 +126,8 @@ class _Run:
         layers = _layers(tasks)
         converted = [layer for layer in layers.values() if layer.dequantize is None]
         if not wanted:
-            walk.pass_by(number, self._finished(tasks, converted))
+            written = self._written(tasks)
+            walk.pass_by(number, self._finished(written, converted), written)
             return
         writers = {_file(task): self._writer.shard_writer(_file(task)) for task in wanted}
         files = {spec.name: _file(task) for task in wanted for spec in task.shard.specs}
@@ -146,22 +147,26 @@ class _Run:
                 made = quantizer(self._options)
                 tensors, stats = convert_layer(layer, read_tensor, self._options, self._device, made)
                 notes[layer.module] = None if stats is None else {**asdict(stats), "tokens": 0}
-                write(tensors)
+                write(walk.scaled(number, layer.spec.name, tensors) if stats is None else tensors)
         for task in wanted:
             for tensor in task.tensors:
                 name = tensor.output.name
-                write({name: copy_tensor(tensor, read_into, partial(infinities.__setitem__, name))})
+                parts = copy_tensor(tensor, read_into, partial(infinities.__setitem__, name))
+                write({name: walk.scaled_copy(number, tensor, parts)})
             ours = {layer.module: notes[layer.module] for layer in task.layers}
             found = {name: infinities[name] for tensor in task.tensors if (name := tensor.output.name) in infinities}
             self._writer.finish(writers[_file(task)], ours, found)
 
-    def _finished(self, tasks: Sequence[ShardTask], layers: Iterable[LayerPlan]) -> dict[str, W4A8Linear]:
-        """Read layers back from files that are finished; by their names in the source."""
+    def _written(self, tasks: Sequence[ShardTask]) -> Checkpoint:
+        """Return what is in files that are finished."""
         directory = self._writer.directory
         tensors: dict[str, TensorInfo] = {}
         for task in tasks:
             tensors |= read_header(directory / _file(task))[1]
-        written = replace(self._checkpoint, root=directory, tensors=tensors)
+        return replace(self._checkpoint, root=directory, tensors=tensors)
+
+    def _finished(self, written: Checkpoint, layers: Iterable[LayerPlan]) -> dict[str, ServedLinear]:
+        """Read layers back from files that are finished; by their names in the source."""
         return {layer.spec.name: self._plan.target.decode(written, layer.module, read_tensor) for layer in layers}
 
 

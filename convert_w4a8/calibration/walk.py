@@ -1,6 +1,6 @@
 """Quantizing a decoder block: stage by stage, so that each layer sees what its quantized predecessors give it."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convert_w4a8.calibration.block import Block, Stage, round_tokens
+from convert_w4a8.calibration.block import Block, Stage, as_is, round_tokens
 from convert_w4a8.calibration.experts import is_experts
 from convert_w4a8.calibration.matrix import inputs_of, quantize_weight
 from convert_w4a8.calibration.mixture import quantize_experts
@@ -16,10 +16,12 @@ from convert_w4a8.calibration.model import Model
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.names import in_transformers
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
+from convert_w4a8.calibration.scaling import Scaling, scale_block
 from convert_w4a8.calibration.states import Batch, States
-from convert_w4a8.conversion.plan import LayerPlan
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.tables import decode
-from convert_w4a8.linear import W4A8Linear
+from convert_w4a8.linear import ServedLinear
 from convert_w4a8.quantization.layer import LayerStats
 
 
@@ -28,7 +30,7 @@ class Quantized:
     """A layer that is done. notes: what calibration has to say of it, as JSON."""
 
     layer: LayerPlan
-    w4a8: W4A8Linear
+    w4a8: ServedLinear
     stats: LayerStats
     notes: Mapping[str, Any]
 
@@ -36,7 +38,8 @@ class Quantized:
 class Walk:
     """Goes through the blocks of a model with the hidden states of two models: the original and the quantized one.
 
-    The fast preset needs the original's alone. directory, limit: where hidden states lie that are beyond so many bytes.
+    The fast preset needs the original's alone. scaling: what was done to the block that is being quantized.
+    directory, limit: where hidden states lie that are beyond so many bytes.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class Walk:
     ) -> None:
         self._model, self._batches, self._options = model, batches, options
         self._is_full = options.preset is Preset.FULL
+        self.scaling = Scaling()
+        self._rounding = as_is if options.is_w4a16 else round_tokens
         self._directory, self._limit = directory, limit
         share = limit // 4  # of the two models, and of the inputs of experts of the two
         self._original = States(directory, "original", share)
@@ -63,30 +68,39 @@ class Walk:
         named = {self._inside(number, layer.spec.name): layer for layer in layers}
         block = self._load(number, named)
         stages = block.stages(self._states(self._original, 0), self._model.call(number, self._batches[0].shape))
-        inputs = None if self._is_full else self._energies(number, block, stages)
+        inputs = self._energies(number, block, stages) if self._options.scales_inputs or not self._is_full else {}
+        self.scaling = self._scale(number, block, inputs) if self._options.scales_inputs else Scaling()
         for stage in stages:
             if stage.is_experts:
                 (name,) = stage.modules
                 yield from self._experts(number, block, stage, named)
             else:
-                seen = self._moments(number, block, stage) if inputs is None else inputs[stage]
+                seen = self._moments(number, block, stage) if self._is_full else inputs[stage]
                 ready = inputs_of(named[stage.modules[0]].module, seen, self._options)
                 for name in stage.modules:
                     weight = block.module.get_parameter(f"{name}.weight").detach().float()
                     w4a8, stats, db = quantize_weight(named[name].module, weight, ready, self._options)
                     if self._is_full:
                         block.quantized[name] = decode(w4a8).to(self._model.dtype)
-                    notes = {"tokens": seen.tokens, "output_sqnr_db": db}
+                    notes = {"tokens": seen.tokens, "output_sqnr_db": db, **self._scaled(name)}
                     yield Quantized(named[name], w4a8, stats, notes)
-        self._pass(number, block, is_last=is_last)
+        if not is_last:
+            self._pass(number, block, versions=(False, True) if self._is_full else (False,))
+        self._free(number, block)
 
-    def pass_by(self, number: int, layers: Mapping[str, W4A8Linear]) -> None:
-        """Go through a block that is quantized already, into these layers by their names in the checkpoint."""
+    def pass_by(self, number: int, layers: Mapping[str, ServedLinear], written: Checkpoint) -> None:
+        """Go through a block that is quantized already, into these layers by their names in the checkpoint.
+
+        written: all that is written of it.
+        """
         named = {self._inside(number, name): w4a8 for name, w4a8 in layers.items()}
         block = self._load(number, named)
+        self._pass(number, block, versions=(False,))
         if self._is_full:
+            self._model.load_again(number, written)
             block.take(named)
-        self._pass(number, block)
+            self._pass(number, block, versions=(True,))
+        self._free(number, block)
 
     def _inside(self, number: int, name: str) -> str:
         """Return the name of a layer within the block, as transformers calls it."""
@@ -99,7 +113,7 @@ class Walk:
             experts = is_experts(part) and f"{name}.0.down_proj" in named
             if experts or (name in named and isinstance(part, nn.Linear)):
                 names[name] = None
-        return Block(module, names, self._model.dtype, label=f"{self._model.above}.{number}")
+        return Block(module, names, self._model.dtype, label=f"{self._model.above}.{number}", rounding=self._rounding)
 
     def _states(self, states: States, number: int) -> torch.Tensor:
         return states.get(number).to(self._model.device, self._model.dtype)
@@ -114,19 +128,47 @@ class Walk:
             if self._options.alpha:
                 (original, *_) = block.inputs(self._states(self._original, i), call, stage, quantized=False)
                 original = original.flatten(0, -2)
-            moments.add(seen.flatten(0, -2), original, kept=kept, rounding=round_tokens)
+            moments.add(seen.flatten(0, -2), original, kept=kept, rounding=self._rounding)
         return moments
 
     def _energies(self, number: int, block: Block, stages: Sequence[Stage]) -> dict[Stage, Moments]:
         """Return the energies of all inputs in the original model, from one pass."""
-        found = {stage: Moments(energies=True) for stage in stages if not stage.is_experts}
+        wanted = [stage for stage in stages if self._options.scales_inputs or not stage.is_experts]
+        found = {stage: Moments(energies=True) for stage in wanted}
         for i, batch in enumerate(self._batches):
             kept = batch.kept.flatten().to(self._model.device)
             states = self._states(self._original, i)
             seen = block.all_inputs(states, self._model.call(number, batch.shape))
             for stage, moments in found.items():
-                moments.add(seen[stage.modules[0]][0].flatten(0, -2), kept=kept, rounding=round_tokens)
+                moments.add(seen[stage.modules[0]][0].flatten(0, -2), kept=kept, rounding=self._rounding)
         return found
+
+    def _scale(self, number: int, block: Block, energies: Mapping[Stage, Moments]) -> Scaling:
+        """Scale input channels of a block."""
+        modules = {self._inside(number, name) for name in self._model.modules(number)}
+        call = self._model.call(number, self._batches[0].shape)
+        return scale_block(block, modules, energies, self._states(self._original, 0), call, self._options)
+
+    def _scaled(self, name: str) -> dict[str, Any]:
+        """Return what is noted of the scaling of a layer's inputs."""
+        return {"awq_exponent": self.scaling.exponents.get(name)} if self._options.scales_inputs else {}
+
+    def scaled(
+        self, number: int, name: str, tensors: Mapping[str, Iterable[torch.Tensor]]
+    ) -> Mapping[str, Iterable[torch.Tensor]]:
+        """Return the weight of a linear layer of the source that stays in 16 bits as the scaled block has it."""
+        parameter = f"{self._inside(number, name)}.weight"
+        if not self.scaling.has(parameter):
+            return tensors
+        return {key: [self.scaling.apply(parameter, torch.cat(list(parts)))] for key, parts in tensors.items()}
+
+    def scaled_copy(self, number: int, tensor: TensorPlan, parts: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Return a tensor that is copied, in flat parts, as the scaled block has it."""
+        parameter = self._inside(number, tensor.info.name)
+        if not self.scaling.has(parameter):
+            return parts
+        whole = torch.cat(list(parts)).view(tensor.output.shape)
+        return [self.scaling.apply(parameter, whole).flatten()]
 
     def _experts(self, number: int, block: Block, stage: Stage, named: Mapping[str, LayerPlan]) -> Iterator[Quantized]:
         """Quantize the experts of a mixture."""
@@ -145,14 +187,17 @@ class Walk:
         for expert, leaf, w4a8, stats, notes in quantize_experts(
             block, name, choices, (original, seen), self._options, self._model.device
         ):
-            yield Quantized(named[f"{name}.{expert}.{leaf}"], w4a8, stats, notes)
+            shared = self._scaled(name) if leaf != "down_proj" else {}
+            yield Quantized(named[f"{name}.{expert}.{leaf}"], w4a8, stats, {**notes, **shared})
 
-    def _pass(self, number: int, block: Block, *, is_last: bool = False) -> None:
-        """Go through the block to the next one, and free it."""
-        for i, batch in enumerate(self._batches if not is_last else ()):
+    def _pass(self, number: int, block: Block, *, versions: Sequence[bool]) -> None:
+        """Go through the block to the next one. versions: of the original model, False, and of the quantized one."""
+        for i, batch in enumerate(self._batches):
             call = self._model.call(number, batch.shape)
-            self._original.put(i, block.output(self._states(self._original, i), call, quantized=False))
-            if self._is_full:
-                self._quantized.put(i, block.output(self._states(self._quantized, i), call, quantized=True))
+            for quantized in versions:
+                states = self._quantized if quantized else self._original
+                states.put(i, block.output(self._states(states, i), call, quantized=quantized))
+
+    def _free(self, number: int, block: Block) -> None:
         block.release()
         self._model.free_block(number)

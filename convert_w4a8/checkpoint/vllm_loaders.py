@@ -46,7 +46,12 @@ class Touched:
 
     def holds(self, module: str, target: str) -> bool:
         """Whether a module is touched in an output format."""
+        target = _SAME_TENSORS.get(target, target)
         return target in self.effects and re.search(self.modules, module) is not None
+
+
+_SAME_TENSORS = {"w4a16": "compressed-tensors"}
+"""Formats whose tensors are called and shaped as those of another one."""
 
 
 def _both(effect: Effect) -> dict[str, Effect]:

@@ -1,5 +1,6 @@
 """`w4a8 quantize`: from a model in 16 bits to W4A8."""
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from convert_w4a8.cli.options import LAYERS, SIZE
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.targets import target_names
+from convert_w4a8.targets import W4A16, target_names
 
 if TYPE_CHECKING:
+    from convert_w4a8.calibration.prediction import Cost
     from convert_w4a8.checkpoint.directory import Checkpoint
+    from convert_w4a8.conversion.plan import Plan
     from convert_w4a8.samples.masks import MaskOptions
     from convert_w4a8.samples.sample import SampleSet
 
@@ -75,6 +78,13 @@ class Mask(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8
     " [default: free, with --format compressed-tensors scale]",
 )
 @click.option(
+    "--keep-w4a16",
+    type=LocalPath(path_type=Path, directory=True),
+    metavar="DIR",
+    help="Quantize the model a second time, to W4A16 in DIR: symmetric INT4 with 16-bit activations in the"
+    " compressed-tensors format, from the same data.",
+)
+@click.option(
     "--keep",
     type=LAYERS,
     multiple=True,
@@ -108,6 +118,7 @@ def quantize_command(
     data: tuple[Path, ...],
     mask: "MaskOptions | None",
     max_tokens: int | None,
+    keep_w4a16: Path | None,
     device: str,
     states_memory: int,
     dry_run: bool,
@@ -136,43 +147,71 @@ def quantize_command(
         raise click.UsageError("--mask and --max-tokens go with --data")
     torch_device = resolve_device(device)
     checkpoint = open_checkpoint(resolve_input(model))
-    options = _options(choices)
-    plan_quantization(checkpoint, options)  # refuses what it must before the data is read
+    wanted = [(out, _options(choices))]
+    if keep_w4a16 is not None:
+        wanted.append((keep_w4a16, replace(wanted[0][1], format=W4A16)))
+    for _, options in wanted:
+        plan_quantization(checkpoint, options)  # refuses what it must before the data is read
     samples = read_data(checkpoint, data, mask, max_tokens) if data else None
-    options = with_samples(options, samples)
-    plan = plan_quantization(checkpoint, options)
-    cost = predict_cost(checkpoint, plan, options, samples, torch_device, states_memory)
-    if not (quiet or as_json):
-        echo(render.plan_text(plan, options, samples, cost))
-    if resume and not dry_run and is_finished(out, checkpoint, plan) and render.same_recipe(out, options, samples):
-        if as_json:
-            echo_json({"output": str(out), "finished_before": True})
-        elif not quiet:
-            echo(f"finished   {out} is this quantization already; see {render.verify_command(out, model)}")
-        return
-    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
+    outputs = []
+    for path, chosen in wanted:
+        options = with_samples(chosen, samples)
+        plan = plan_quantization(checkpoint, options)
+        cost = predict_cost(checkpoint, plan, options, samples, torch_device, states_memory)
+        outputs.append(_Output(path, options, plan, cost))
+        if not (quiet or as_json):
+            echo(render.plan_text(plan, options, samples, cost))
+    unfinished: list[_Output] = []
+    for output in outputs:
+        finished = resume and not dry_run and is_finished(output.path, checkpoint, output.plan)
+        if not (finished and render.same_recipe(output.path, output.options, samples)):
+            others = {other.path: other.plan.disk_nbytes for other in unfinished}
+            check_paths(checkpoint, output.path, output.plan, overwrite=overwrite, resume=resume, before=others)
+            unfinished.append(output)
+        elif not (quiet or as_json):
+            command = render.verify_command(output.path, model)
+            echo(f"finished   {output.path} is this quantization already; see {command}")
     if dry_run:
         if as_json:
-            echo_json(render.plan_dict(plan, options, samples, cost))
+            echo_json(_together([render.plan_dict(o.plan, o.options, samples, o.cost) for o in outputs]))
         return
-    if not (quiet or as_json):
+    if unfinished and not (quiet or as_json):
         echo_error("quantize   begins; Ctrl-C keeps what is finished for --resume")
-    with progress(plan.nbytes_in, "quantize", quiet=quiet or as_json) as update:
-        result = quantize(
-            checkpoint,
-            plan,
-            out,
-            samples,
-            device=torch_device,
-            overwrite=overwrite,
-            resume=resume,
-            states_bytes=states_memory,
-            progress=update,
-        )
+    documents = {output.path: {"output": str(output.path), "finished_before": True} for output in outputs}
+    for output in unfinished:
+        with progress(output.plan.nbytes_in, "quantize", quiet=quiet or as_json) as update:
+            result = quantize(
+                checkpoint,
+                output.plan,
+                output.path,
+                samples,
+                device=torch_device,
+                overwrite=overwrite,
+                resume=resume,
+                states_bytes=states_memory,
+                progress=update,
+            )
+        documents[output.path] = render.result_dict(result, output.path, output.options, samples, output.cost)
+        if not (quiet or as_json):
+            echo(render.result_text(result, model, output.path))
     if as_json:
-        echo_json(render.result_dict(result, out, options, samples, cost))
-    elif not quiet:
-        echo(render.result_text(result, model, out))
+        echo_json(_together(list(documents.values())))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A directory that is to be written."""
+
+    path: Path
+    options: QuantizeOptions
+    plan: "Plan"
+    cost: "Cost"
+
+
+def _together(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is said of OUT, with what is said of the W4A16 beside it under `w4a16`."""
+    first, *others = documents
+    return {**first, **({"w4a16": others[0]} if others else {})}
 
 
 def _options(choices: dict[str, Any]) -> QuantizeOptions:

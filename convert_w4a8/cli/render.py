@@ -25,7 +25,7 @@ def plan_text(plan: Plan, prediction: Prediction | None = None) -> str:
     lines = [
         f"input      {plan.source.NAME}, {human_bytes(plan.nbytes_in)}",
         f"output     {plan.target.NAME}, {human_bytes(plan.nbytes_out)} in {counted(len(plan.shards), 'file')},"
-        f" scales: {options.scales}",
+        f" scales: {options.scales if plan.target.SCHEME == 'W4A8' else 'BF16, symmetric, by groups of 128'}",
         f"convert    {counted(counts['converted'], 'layer')}, {counts['experts']} of them of experts",
     ]
     lines += [

@@ -9,8 +9,10 @@ from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.prediction import Cost
 from convert_w4a8.calibration.recipe import recipe
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.files import CARD
 from convert_w4a8.cli import render
 from convert_w4a8.cli.render import verify_command
+from convert_w4a8.conversion.model_card import table_row
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import LayerResult, Result
 from convert_w4a8.errors import W4A8Error
@@ -22,7 +24,9 @@ __all__ = ["plan_dict", "plan_text", "result_dict", "result_text", "same_recipe"
 
 def plan_text(plan: Plan, options: QuantizeOptions, samples: SampleSet | None, cost: Cost) -> str:
     """Render a plan for people."""
-    lines = [render.plan_text(plan), f"tables     {options.tables}"]
+    lines = [render.plan_text(plan)]
+    if not options.is_w4a16:
+        lines.append(f"tables     {options.tables}")
     if samples is None:
         lines.append("data       none: codes and tables from the weights alone")
     else:
@@ -57,8 +61,14 @@ def same_recipe(out: Path, options: QuantizeOptions, samples: SampleSet | None) 
         said = open_checkpoint(out).quantization_config.get("conversion")
     except W4A8Error:
         return False
-    wanted = recipe(options, samples).record
-    return isinstance(said, dict) and all(said.get(key) == value for key, value in wanted.items())
+    wanted = recipe(options, samples)
+    if isinstance(said, dict):
+        return all(said.get(key) == value for key, value in wanted.record.items())
+    try:  # compressed-tensors has no place for it in its settings
+        card = (out / CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return wanted.sentence in card and all(table_row(*row) in card for row in wanted.rows)
 
 
 def result_text(result: Result, source: str, out: Path) -> str:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from convert_w4a8.codebooks.matrix import check_weights
+from convert_w4a8.codebooks.matrix import MatrixStats, check_weights
 from convert_w4a8.codebooks.method import Method
 from convert_w4a8.codebooks.moments import Moment, ready
 from convert_w4a8.codebooks.rows import Rows
@@ -16,7 +16,9 @@ from convert_w4a8.linear import GROUP_SIZE, Packing, W4Linear
 from convert_w4a8.quantization.codes import SCALE_CANDIDATES
 
 
-def w4a16(weight: torch.Tensor, moment: Moment, method: Method, target: torch.Tensor | None = None) -> W4Linear:
+def w4a16(
+    weight: torch.Tensor, moment: Moment, method: Method, target: torch.Tensor | None = None
+) -> tuple[W4Linear, MatrixStats]:
     """Choose symmetric INT4 codes and positive BF16 scales for groups of 128: what any W4A16 kernel takes.
 
     Arguments and errors are those of `quantize_matrix`; the method's tables do not matter.
@@ -27,14 +29,17 @@ def w4a16(weight: torch.Tensor, moment: Moment, method: Method, target: torch.Te
     known = ready(moment, k, method, goal.device)
     packed = torch.empty(n, k // 8, dtype=torch.int32, device=goal.device)
     scales = torch.empty(k // GROUP_SIZE, n, dtype=torch.bfloat16, device=goal.device)
+    sums = torch.empty(4, n, dtype=torch.float64, device=goal.device)
 
     def do(part: slice) -> None:
         rows = Rows(goal[part], known, method, _Integers(torch.ones(len(goal[part]), device=goal.device)))
         packed[part] = pack_codes(rows.codes)
         scales[:, part] = rows.entries[..., 0] / -CODE_MAX
+        sums[:, part] = rows.sums
 
     by_rows(do, goal)
-    return W4Linear(packed, Packing.PACK_QUANTIZED, scales, None, None, GROUP_SIZE)
+    layer = W4Linear(packed, Packing.PACK_QUANTIZED, scales, None, None, GROUP_SIZE)
+    return layer, MatrixStats.of(sums, known.damping)
 
 
 @dataclass(frozen=True)

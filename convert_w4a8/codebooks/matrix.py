@@ -34,6 +34,13 @@ class MatrixStats:
     objective: float
     damping: float
 
+    @classmethod
+    def of(cls, sums: torch.Tensor, damping: float) -> "MatrixStats":
+        """Return what the `sums` of all output channels (`Rows`) say, float64 [4, N]."""
+        signal, objective, weight_signal, weight_noise = (float(total) for total in sums.cpu().sum(1))
+        noise = max(0.0, objective - damping * weight_noise)
+        return cls(signal - damping * weight_signal, noise, weight_signal, weight_noise, objective, damping)
+
     @property
     def relative_error(self) -> float:
         """Noise over signal in the outputs."""
@@ -116,7 +123,4 @@ class _Matrix:
 
     def stats(self) -> MatrixStats:
         """Return what that cost."""
-        signal, objective, weight_signal, weight_noise = (float(total) for total in self._sums.cpu().sum(1))
-        damping = self._known.damping
-        noise = max(0.0, objective - damping * weight_noise)
-        return MatrixStats(signal - damping * weight_signal, noise, weight_signal, weight_noise, objective, damping)
+        return MatrixStats.of(self._sums, self._known.damping)

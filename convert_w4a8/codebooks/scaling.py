@@ -1,5 +1,10 @@
-"""Scaling of input channels, as AWQ does (Lin et al., 2023): weights times s, inputs over s."""
+"""Scaling of input channels, as AWQ does (Lin et al., 2023): weights times s, inputs over s.
 
+Here s are powers of two: then norms, routers and biases that take a part of it are exact in 16 bits, and all outputs of
+the model in 16 bits stay what they were, bit by bit.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +20,8 @@ RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 _ROWS = 512
 """Output channels of a matrix that are tried, evenly spread."""
 _FLOOR = 1e-12
+_LEAST, _MOST = -3, 8
+"""Binary exponents of scales. Inputs are never made more than 8 times larger: those that were hardly seen may come."""
 
 
 def awq_exponent(
@@ -24,7 +31,9 @@ def awq_exponent(
     ratios: Sequence[float] = RATIOS,
     tie: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """Return s = E[x²]^(ratio/2), float32 [K] with a geometric mean of 1, and the ratio with the least output error.
+    """Return s, float32 [K], and the ratio r with the least output error.
+
+    s is E[x²]^(r/2) over its geometric mean, rounded to the nearest power of two, from 1/8 to 256.
 
     weights: matrices [N, K] that share their inputs. moment: H [K, K], under which errors are measured, or energies
     [K]. method: its tables; codes are chosen by energies alone. tie: channels with the same number, int64 [K], get the
@@ -41,7 +50,9 @@ def awq_exponent(
     best: tuple[float, torch.Tensor, float] | None = None
     for ratio in ratios:
         s = energies.log().mul_(ratio / 2)
-        s = (s - s.mean()).exp_().float()
+        s = (s - s.mean()).div_(math.log(2)).round_().clamp_(_LEAST, _MOST).exp2_().float()
+        if best is not None and torch.equal(s, best[1]):
+            continue
         error = sum(_error(weight, s, moment, fast) for weight in weights)
         if best is None or error < best[0]:
             best = error, s, ratio

@@ -37,7 +37,8 @@ def check_replaceable(out: Path, source: Checkpoint) -> None:
         ours = make_block(target, block, entries, target.stored_mode(found), {}, mixture)
     except W4A8Error:
         raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy) from None
-    if any(block.get(key) != value for key, value in ours.items() if key not in ("ignore", "conversion")):
+    is_ours = all(block.get(key) == value for key, value in ours.items() if key not in ("ignore", "conversion"))
+    if not is_ours or (target.SCHEME == "W4A16" and not _says_whose_it_is(out)):  # others write the same, too
         raise ConvertError(str(out), "is not an output of w4a8-convert, and is not replaced", remedy)
     known = {CONFIG, CARD, INDEX, *map(str, source.side_files)}
     known |= {str(info.path.relative_to(out)) for info in found.tensors.values()}
@@ -45,6 +46,15 @@ def check_replaceable(out: Path, source: Checkpoint) -> None:
         relative = path.relative_to(out)
         if (path.is_symlink() or not path.is_dir()) and str(relative) not in known:
             raise ConvertError(str(path), "is not of a conversion, and would be deleted", "move it elsewhere")
+
+
+def _says_whose_it_is(out: Path) -> bool:
+    """Whether the model card of a checkpoint says that it was made here."""
+    try:
+        with (out / CARD).open(encoding="utf-8", errors="replace") as file:
+            return " by w4a8-convert " in file.read(1 << 16)
+    except OSError:
+        return False
 
 
 def privacy(source: Checkpoint) -> Privacy:

@@ -13,7 +13,7 @@ from convert_w4a8.checkpoint.values import not_finite
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.dequantize import BLOCK_WEIGHTS, dequantize, output_blocks
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.linear import GROUP_SIZE, DenseLinear, W4A8Linear, W4Linear
+from convert_w4a8.linear import GROUP_SIZE, DenseLinear, ServedLinear, W4Linear
 from convert_w4a8.options import Options
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
 from convert_w4a8.sources import source_named
@@ -22,12 +22,12 @@ from convert_w4a8.targets import target_named
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What makes W4A8 of a layer, instead of `to_w4a8` by the options' scales.
+    """What makes W4A8 or W4A16 of a layer, instead of `to_w4a8` by the options' scales.
 
     quantize: the function, of a layer's name and weights. bytes_per_weight: memory that it takes beside the layer.
     """
 
-    quantize: Callable[[str, W4Linear | DenseLinear], tuple[W4A8Linear, LayerStats]]
+    quantize: Callable[[str, W4Linear | DenseLinear], tuple[ServedLinear, LayerStats]]
     bytes_per_weight: int
 
 
@@ -57,11 +57,13 @@ def convert_layer(
     target = target_named(options.format)
     try:
         w = w if device.type == "cpu" else w.to(device)
+        made: tuple[ServedLinear, LayerStats]
         if quantizer is None:
-            w4a8, stats = to_w4a8(w, options.scales, stock=target.SCALES_AT_LOAD)
+            made = to_w4a8(w, options.scales, stock=target.SCALES_AT_LOAD)
         else:
-            w4a8, stats = quantizer.quantize(layer.module, w)
-        tensors = target.encode(layer.module, w4a8)
+            made = quantizer.quantize(layer.module, w)
+        served, stats = made
+        tensors = target.encode(layer.module, served)
     except torch.OutOfMemoryError as error:
         raise _too_large(layer, device) from error
     return {name: _explained(parts, layer, device) for name, parts in tensors.items()}, stats

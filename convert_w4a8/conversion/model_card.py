@@ -28,7 +28,11 @@ _LISTED = 6
 _CARD_BYTES = 1 << 20
 """As much of the source's card is carried over."""
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_TAGS = ("w4a8", "int4", "fp8", "vllm", "hopper")
+_TAGS = {"W4A8": ("w4a8", "int4", "fp8", "vllm", "hopper"), "W4A16": ("w4a16", "int4", "vllm")}
+_SCHEMES = {
+    "W4A8": "INT4 weights and FP8 activations (W4A8) for vLLM on NVIDIA Hopper (H100, H200, GH200).",
+    "W4A16": "INT4 weights and 16-bit activations (W4A16) in the compressed-tensors format.",
+}
 _OUTDATED_TAGS = frozenset({"awq", "autoawq", "gptq", "autogptq", "auto-gptq", "gptqmodel", "w4a16", "int8"})
 """Tags that name the format or the tool of the source."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,7 +51,7 @@ def model_card(
     stats: of `plan.layers`, in their order; None where a layer was kept in BF16. recipe: how its numbers were chosen.
     """
     metadata, body = _source_card(checkpoint)
-    front = yaml.safe_dump(_metadata(checkpoint, metadata), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_metadata(checkpoint, metadata, plan.target.SCHEME), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front}---",
         _introduction(checkpoint, plan, recipe),
@@ -96,7 +100,7 @@ def _source_card(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     return metadata if isinstance(metadata, dict) else {}, text[match.end() :].strip()
 
 
-def _metadata(checkpoint: Checkpoint, source: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, source: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     """Return our metadata: base model, licence, language and task of the source, and tags of both."""
     found: dict[str, Any] = {}
     # The source's own base model, where it names one, puts this one beside it among the quantizations of that.
@@ -110,7 +114,7 @@ def _metadata(checkpoint: Checkpoint, source: Mapping[str, Any]) -> dict[str, An
         if values:
             found[key] = values[0] if len(values) == 1 else values
     tags = (tag for tag in _strings(source.get("tags")) if tag.lower() not in _OUTDATED_TAGS)
-    found["tags"] = list(dict.fromkeys((*_TAGS, *tags)))
+    found["tags"] = list(dict.fromkeys((*_TAGS[scheme], *tags)))
     return found
 
 
@@ -127,8 +131,8 @@ def _introduction(checkpoint: Checkpoint, plan: Plan, recipe: Recipe | None) -> 
     name = source.rpartition("/")[2] if source else here
     link = f"[{source}](https://huggingface.co/{source})" if source else f"`{name}`"
     return (
-        f"# {name}, W4A8\n\n"
-        "INT4 weights and FP8 activations (W4A8) for vLLM on NVIDIA Hopper (H100, H200, GH200)."
+        f"# {name}, {plan.target.SCHEME}\n\n"
+        f"{_SCHEMES[plan.target.SCHEME]}"
         f" {'Converted' if recipe is None else 'Quantized'} from {link}"
         f" ({plan.source.NAME}) by w4a8-convert {__version__};"
         f" {'no calibration data was used.' if recipe is None else recipe.sentence}"
@@ -199,5 +203,10 @@ def _cell(text: str) -> str:
     return re.sub(r"[|`<>\[\]]", "?", printable(text))
 
 
+def table_row(name: str, value: str) -> str:
+    """Return a row of a card's table."""
+    return f"| {name} | {value} |"
+
+
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(table_row(*row) for row in rows)])

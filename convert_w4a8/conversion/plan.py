@@ -86,12 +86,14 @@ def make_plan(
     *,
     contents: bool = True,
     source: Source | None = None,
+    formats: Sequence[str] = (),
     part_of: Callable[[str], Hashable] = lambda _name: None,
 ) -> Plan:
     """Plan a conversion from headers and configuration alone.
 
     contents: read the zero-points and g_idx of some layers for the warnings, too; not where only headers are here.
-    source: the input format, if it is known. part_of: tensors of the output of which this differs lie in other files.
+    source: the input format, if it is known. formats: those that there are to choose from, by default those of W4A8.
+    part_of: tensors of the output of which this differs lie in other files.
 
     Raises:
         ConvertError: the checkpoint is of no known format.
@@ -99,7 +101,7 @@ def make_plan(
 
     """
     source = source or find_source(checkpoint)
-    if options.format not in target_names():
+    if options.format not in (formats or target_names()):
         raise ConvertError(
             f"--format {options.format}", "is not an output format", f"use {' or '.join(target_names())}"
         )
@@ -175,7 +177,7 @@ def make_plan(
         ),
         nbytes_in=checkpoint.nbytes,
         nbytes_out=nbytes_out,
-        serving_nbytes=_serving_nbytes(layers, tensors),
+        serving_nbytes=_serving_nbytes(layers, tensors, target),
         disk_nbytes=nbytes_out + side_nbytes,
         sixteen_bits=find_kinds(
             layers,
@@ -257,8 +259,10 @@ def _plan_tensor(checkpoint: Checkpoint, info: TensorInfo) -> TensorPlan:
     return TensorPlan(info, TensorSpec(output_name(info.name, checkpoint.config), dtype, info.shape))
 
 
-def _serving_nbytes(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan]) -> int:
+def _serving_nbytes(layers: Sequence[LayerPlan], tensors: Sequence[TensorPlan], target: Target) -> int:
     total = sum(tensor.output.nbytes for tensor in tensors)
+    if target.SCHEME == "W4A16":
+        return total + sum(spec.nbytes for layer in layers for spec in layer.specs)
     for layer in layers:
         n, k = layer.spec.out_features, layer.spec.in_features
         total += 2 * n * k if layer.dequantize else n * k // 2 + TABLE_BYTES * n * (k // GROUP_SIZE) + 4 * n

@@ -3,9 +3,10 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,11 +35,21 @@ WriteShards = Callable[[Sequence[ShardTask], CheckpointWriter], None]
 """Writes the unfinished ones of some files of an output."""
 
 
-def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool, resume: bool = False) -> None:
+def check_paths(
+    checkpoint: Checkpoint,
+    out: Path,
+    plan: Plan,
+    *,
+    overwrite: bool,
+    resume: bool = False,
+    before: Mapping[Path, int] = MappingProxyType({}),
+) -> None:
     """Check that the output can be written at `out`, without touching anything.
 
+    before: other outputs that are to be written before this one, and the bytes that each will take.
+
     Raises:
-        ConvertError: `out` is taken, overlaps the input, or the disk or the memory is too small.
+        ConvertError: `out` is taken, overlaps the input or another output, or the disk or the memory is too small.
 
     """
     for path in (checkpoint.root, out):
@@ -49,21 +60,36 @@ def check_paths(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: boo
         raise ConvertError(str(out), "is or lies behind a link that leads nowhere", "choose another path") from error
     if source == target or source in target.parents or target in source.parents:
         raise ConvertError(str(out), "overlaps the input directory", "choose another output path")
+    for other in map(real_path, before):
+        if target == other or target in other.parents or other in target.parents:
+            raise ConvertError(str(out), f"overlaps the output {other}", "choose another output path")
     here = Path.cwd()
     if target == here or target in here.parents:
         raise ConvertError(str(out), "is the working directory or above it", "choose another output path")
     check_destination(out, overwrite=overwrite or resume)  # what may be resumed is known once it is locked
     if overwrite:
         check_replaceable(out, checkpoint)
-    existing = next(parent for parent in target.parents if os.path.exists(parent))  # noqa: PTH110 - raises nothing
+    existing = _existing(target)
     free = shutil.disk_usage(existing).free + occupied(work_path(target))  # what was interrupted is used or replaced
     check_memory(plan)
-    if free < plan.disk_nbytes:
+    needed = plan.disk_nbytes + sum(
+        nbytes for other, nbytes in before.items() if _on_one_disk(real_path(other), existing)
+    )
+    if free < needed:
         raise ConvertError(
             str(out),
-            f"needs {plan.disk_nbytes:,} bytes, the disk has {free:,} free",
+            f"needs {needed:,} bytes{' with ' + str(next(iter(before))) if before else ''}, the disk has {free:,} free",
             "free space or choose another disk",
         )
+
+
+def _existing(path: Path) -> Path:
+    """Return the directory above a path that exists."""
+    return next(parent for parent in path.parents if os.path.exists(parent))  # noqa: PTH110 - raises nothing
+
+
+def _on_one_disk(path: Path, directory: Path) -> bool:
+    return _existing(path).stat().st_dev == directory.stat().st_dev
 
 
 def carry_out(

@@ -3,9 +3,10 @@
 import torch
 
 from convert_w4a8 import devices
+from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes
 from convert_w4a8.fp8 import E4M3_MAX
-from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
+from convert_w4a8.linear import GROUP_SIZE, Packing, ServedLinear, W4A8Linear
 
 _MIN_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
 """vLLM's floor for dynamic FP8 activation scales (csrc/quantization/w8a8/fp8, `min_scaling_factor`)."""
@@ -53,8 +54,10 @@ def table_entries(w: W4A8Linear) -> torch.Tensor:
     return expand_tables(w.group_scale)
 
 
-def decode(w: W4A8Linear) -> torch.Tensor:
+def decode(w: ServedLinear) -> torch.Tensor:
     """Return the weights that the tensor core multiplies by, channel scale included, float32 [N, K]."""
+    if not isinstance(w, W4A8Linear):
+        return dequantize(w)
     return _decode_entries(w).mul_(w.channel_scale[:, None])
 
 
@@ -91,8 +94,13 @@ def gemm(act: torch.Tensor, w: W4A8Linear) -> torch.Tensor:
     return (token_scale * (w.channel_scale * accumulated)).bfloat16()
 
 
-def count_clipped(w: W4A8Linear) -> int:
-    """Count the table entries that are NaN, or that saturate because 8·|group scale| is beyond FP8's 448."""
+def count_clipped(w: ServedLinear) -> int:
+    """Count the table entries that are NaN, or that saturate because 8·|group scale| is beyond FP8's 448.
+
+    Where there are no tables, the scales that are no numbers.
+    """
+    if not isinstance(w, W4A8Linear):
+        return int((~torch.isfinite(w.scales)).sum())
     clipped = int(table_entries(w).float().isnan().sum())
     if w.group_scale is not None:
         clipped += int((w.group_scale.float().abs() * 8 > 448).sum())

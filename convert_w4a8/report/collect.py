@@ -13,12 +13,14 @@ from convert_w4a8.checkpoint.names import natural_key, output_name
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.fp8 import CODE_MAX, E4M3, E4M3_MAX
+from convert_w4a8.linear import DenseLinear, W4A8Linear
 from convert_w4a8.report.layers import LABELS, SCHEMES, Distributions, LayerReport, measure_layer
 from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
 from convert_w4a8.report.values import value_warnings
-from convert_w4a8.sources import find_origin
+from convert_w4a8.sources import find_origin, unquantized_source
 from convert_w4a8.targets import find_target
 from convert_w4a8.text import human_bytes, printable, table
+from convert_w4a8.verification.scaling import Scaling
 from convert_w4a8.version import __version__
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
@@ -59,19 +61,30 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
 
     """
     reader, target = find_origin(source), find_target(out)
+    if target.SCHEME == "W4A16":
+        raise ConvertError(str(out.root), "is W4A16, which has no FP8 tables to show", "give an output in W4A8")
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     if problems:
         raise PlanError(problems)
     converted = set(target.find_layers(out))
+    consumed = {part.name for spec in specs.values() for part in spec.parts.values()}
+    copies = {output_name(name, source.config): info for name, info in source.tensors.items() if name not in consumed}
+    scaling = Scaling(out, reader, target, read_tensor, specs, copies)
     distributions = Distributions()
     layers, dequantized = [], []
     stored_tables = False
     for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):
         if module in converted:
             w4a8 = target.decode(out, module, read_tensor)
+            assert isinstance(w4a8, W4A8Linear)
             stored_tables |= w4a8.entries is not None
             w = reader.read_layer(spec, read_tensor)
+            w = (
+                scaling.layer(module, w)
+                if isinstance(w, DenseLinear) and spec.source == unquantized_source().NAME
+                else w
+            )
             if w4a8.shape_nk != w.shape_nk:
                 raise _foreign(module, f"is {w4a8.shape_nk} in OUT, but {w.shape_nk} in the source")
             layers.append(measure_layer(module, w, w4a8, distributions))

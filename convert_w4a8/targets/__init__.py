@@ -1,6 +1,7 @@
 """Output formats, a module each. A module here with the names of `base.Target` is one; that is all.
 
-`target_names` imports none of them, and so nothing heavy: the command line asks it.
+One of them is W4A16, which no conversion writes, but `w4a8 quantize` beside W4A8. `target_names` imports none of them,
+and so nothing heavy: the command line asks it.
 """
 
 from functools import cache
@@ -14,26 +15,28 @@ if TYPE_CHECKING:
     from convert_w4a8.checkpoint.directory import Checkpoint
     from convert_w4a8.targets.base import Target
 
-__all__ = ["find_target", "target_named", "target_names", "targets"]
+__all__ = ["W4A16", "find_target", "target_named", "target_names", "targets"]
 
-_NOT_FORMATS = ("base",)
+W4A16 = "w4a16"
+"""The name of the format that is not W4A8."""
+_NOT_FORMATS = ("base", W4A16)
 
 
 def target_names() -> tuple[str, ...]:
-    """Return the names of all output formats, as `--format` takes them: those of their files, with dashes."""
+    """Return the names of all formats of W4A8, as `--format` takes them: those of their files, with dashes."""
     names = sorted(module.name for module in iter_modules(__path__) if module.name not in _NOT_FORMATS)
     return tuple(name.replace("_", "-") for name in names)
 
 
 @cache
 def targets() -> tuple["Target", ...]:
-    """Return all output formats, in the order of their names."""
+    """Return all formats of W4A8, in the order of their names."""
     return tuple(map(target_named, target_names()))
 
 
 def target_named(name: str) -> "Target":
     """Return the format called `name`; KeyError if there is none."""
-    if name not in target_names():
+    if name not in (*target_names(), W4A16):
         raise KeyError(name)
     return cast("Target", import_module(f"{__name__}.{name.replace('-', '_')}"))
 
@@ -45,7 +48,7 @@ def find_target(checkpoint: "Checkpoint") -> "Target":
         ConvertError: it is none of ours.
 
     """
-    for target in targets():
+    for target in (target_named(W4A16), *targets()):  # a special case of compressed-tensors
         if target.matches(checkpoint.quantization_config):
             return target
     method = checkpoint.quantization_config.get("quant_method")

@@ -9,7 +9,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.errors import ConvertError, Problem
-from convert_w4a8.linear import GROUP_SIZE, W4A8Linear
+from convert_w4a8.linear import GROUP_SIZE, ServedLinear
 from convert_w4a8.lut_format import TILE_N
 from convert_w4a8.options import ScalesMode
 
@@ -23,6 +23,10 @@ class Target(Protocol):
     @property
     def NAME(self) -> str:  # noqa: N802  (a module constant where it is implemented)
         """Short name: the value of --format, and the name of its file with dashes."""
+
+    @property
+    def SCHEME(self) -> str:  # noqa: N802
+        """What is quantized how: `W4A8` or `W4A16`."""
 
     @property
     def SCALES_AT_LOAD(self) -> bool:  # noqa: N802
@@ -54,13 +58,13 @@ class Target(Protocol):
     def tensor_specs(self, module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:
         """Return the tensors that a layer with N = n and K = k becomes."""
 
-    def encode(self, module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
+    def encode(self, module: str, w: ServedLinear) -> dict[str, Iterable[torch.Tensor]]:
         """Return a layer's tensors by name, each in parts along its first dimension, which may be made when asked."""
 
     def find_layers(self, checkpoint: Checkpoint) -> list[str]:
         """Return the converted modules of a checkpoint of this format."""
 
-    def decode(self, checkpoint: Checkpoint, module: str, read: Reader) -> W4A8Linear:
+    def decode(self, checkpoint: Checkpoint, module: str, read: Reader) -> ServedLinear:
         """Read a layer back, from the bytes of the checkpoint alone."""
 
     def stored_mode(self, checkpoint: Checkpoint) -> ScalesMode:

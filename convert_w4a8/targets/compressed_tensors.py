@@ -14,12 +14,13 @@ from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.encoding import packing
 from convert_w4a8.errors import ConvertError, Problem
-from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
+from convert_w4a8.linear import GROUP_SIZE, Packing, ServedLinear, W4A8Linear
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.quantization.baselines import quantize_reference
 from convert_w4a8.targets.base import CUTLASS_MULTIPLE, check_tensors, kernel_problem, packed_shape
 
 NAME = "compressed-tensors"
+SCHEME = "W4A8"
 SCALES_AT_LOAD = True
 unsupported_size = kernel_problem
 MODES = (ScalesMode.REFERENCE, ScalesMode.SEARCH)
@@ -52,11 +53,12 @@ def find_problems(source_config: Mapping[str, Any]) -> Iterable[Problem]:  # noq
     return ()
 
 
-def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
+def encode(module: str, w: ServedLinear) -> dict[str, Iterable[torch.Tensor]]:
     """Return a layer's tensors by name, in parts along their first dimension.
 
     Raises ValueError unless the layer was quantized for vLLM's load-time path.
     """
+    assert isinstance(w, W4A8Linear)
     if w.source_scale is None:
         raise ValueError(f"{module} has no scales for vLLM to quantize")
     return {

@@ -10,13 +10,14 @@ from convert_w4a8.checkpoint.mixture import Mixture
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.errors import ConvertError, Problem
-from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
+from convert_w4a8.linear import GROUP_SIZE, Packing, ServedLinear, W4A8Linear
 from convert_w4a8.lut_format import LAYOUT, METHOD, TILE_K, TILE_N, TableForm, reordered_shape, version_for
 from convert_w4a8.options import ScalesMode
 from convert_w4a8.targets.base import CUTLASS_MULTIPLE, check_tensors, kernel_problem, packed_shape
 from convert_w4a8.version import INSTALL_NOTE, install_command
 
 NAME = "lut"
+SCHEME = "W4A8"
 SCALES_AT_LOAD = False
 unsupported_size = kernel_problem
 MODES = tuple(ScalesMode)
@@ -62,8 +63,9 @@ def find_problems(source_config: Mapping[str, Any]) -> Iterable[Problem]:
         )
 
 
-def encode(module: str, w: W4A8Linear) -> dict[str, Iterable[torch.Tensor]]:
+def encode(module: str, w: ServedLinear) -> dict[str, Iterable[torch.Tensor]]:
     """Return a layer's tensors by name, in parts along their first dimension."""
+    assert isinstance(w, W4A8Linear)
     tensors: dict[str, Iterable[torch.Tensor]] = {
         f"{module}.weight_packed": lut_layout.reorder_parts(w.packed, w.packing),
         f"{module}.weight_chan_scale": [w.channel_scale],

@@ -14,6 +14,7 @@ from convert_w4a8.linear import (
     GROUP_SIZE,
     SYMMETRIC_ZERO,
     DenseLinear,
+    ServedLinear,
     W4A8Linear,
     W4Linear,
     keeps_codes,
@@ -45,6 +46,10 @@ _CHANNEL_NOISE_CALIBRATED = 10**-0.3
 _STEP = 2.0**-5
 """Errors of this many channel scales are the resolution of FP8's smallest numbers, whatever part of the signal that is:
 2^-7 from a subnormal group scale, times code 8, at a channel scale that is not quite the one that is assumed."""
+_ALIKE = 0.81
+"""Square of the cosine from which on the weights of an input channel are the source's times something, …"""
+_GAIN = 1.6
+"""… and how far from 1 that may be. A power of two that is missing makes it 2 or 1/2."""
 _GROUPS_AT_ONCE = 1 << 11
 """Groups whose codes are compared with their tables at a time: 1 MiB of float32."""
 _TIE = 1e-5
@@ -58,6 +63,7 @@ class LayerCheck:
     codes_kept: all codes of the source are in the output, with their values.
     wrong_codes: codes that are not the source's where they are to be kept, or not the nearest ones where they are new.
     wrong_groups, wrong_channels: groups and output channels whose error no right conversion has.
+    wrong_inputs: input channels that are the source's times something else than they should be.
     worst_channel, worst_channel_db: the output channel with the least SQNR, −1 in a layer of zeros.
     sqnr_db: signal-to-noise ratio of the weights that the tensor core sees. max_error: largest absolute difference.
     clipped: table entries that are NaN, or that saturate.
@@ -72,6 +78,7 @@ class LayerCheck:
     wrong_codes: int
     wrong_groups: int
     wrong_channels: int
+    wrong_inputs: int
     worst_channel: int
     worst_channel_db: float
     sqnr_db: float
@@ -95,15 +102,17 @@ class _Sums:
     wrong_channels: int = 0
     worst_channel: int = -1
     worst_ratio: float = 0.0
+    inputs: torch.Tensor | None = None
 
 
-def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: W4A8Linear, *, calibrated: bool = False) -> LayerCheck:
+def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: ServedLinear, *, calibrated: bool = False) -> LayerCheck:
     """Compare a layer of the output with the source's. Memory beyond the two is bounded by a block of channels.
 
     calibrated: whether its codes were chosen for the outputs of the layer, so that they need not be the nearest.
     """
     n, k = w.shape_nk
     kept = keeps_codes(w)
+    scales = w4a8.group_scale if isinstance(w4a8, W4A8Linear) else None
     sums = _Sums()
     for start, stop in output_blocks(n, k):
         _add_block(
@@ -124,12 +133,13 @@ def check_layer(module: str, w: W4Linear | DenseLinear, w4a8: W4A8Linear, *, cal
         wrong_codes=sums.wrong_codes,
         wrong_groups=sums.wrong_groups,
         wrong_channels=sums.wrong_channels,
+        wrong_inputs=_count_wrong_inputs(sums.inputs),
         worst_channel=sums.worst_channel,
         worst_channel_db=sqnr_db(1.0, sums.worst_ratio) if math.isfinite(sums.worst_ratio) else -math.inf,
         sqnr_db=sqnr_db(sums.signal, sums.noise) if math.isfinite(sums.noise) else -math.inf,
         max_error=sums.max_error,
         clipped=sums.clipped,
-        distinct_scales=None if w4a8.group_scale is None else len(torch.unique(w4a8.group_scale.view(torch.uint8))),
+        distinct_scales=None if scales is None else len(torch.unique(scales.view(torch.uint8))),
         expected_sqnr_db=least,
     )
 
@@ -146,6 +156,8 @@ def judge(check: LayerCheck, source_keeps: bool, min_sqnr_db: float | None) -> l
     if check.wrong_channels:
         worst = f"channel {check.worst_channel} has {check.worst_channel_db:.1f} dB"
         found.append(f"{check.wrong_channels} output channels have an error that no right conversion has ({worst})")
+    if check.wrong_inputs:
+        found.append(f"{check.wrong_inputs} input channels are not scaled as what makes the inputs")
     if check.wrong_groups:
         found.append(f"{check.wrong_groups} groups have an error that no right conversion has")
     if check.clipped:
@@ -154,11 +166,15 @@ def judge(check: LayerCheck, source_keeps: bool, min_sqnr_db: float | None) -> l
 
 
 def _add_block(
-    sums: _Sums, w: W4Linear | DenseLinear, out: W4A8Linear, first: int, *, kept: bool, calibrated: bool
+    sums: _Sums, w: W4Linear | DenseLinear, out: ServedLinear, first: int, *, kept: bool, calibrated: bool
 ) -> None:
     """Add some output channels, of which the first is channel `first` of the layer."""
     n, k = w.shape_nk
     source, result = dequantize(w), decode(out)
+    if calibrated:
+        pairs = ((source, result), (source, source), (result, result))
+        products = torch.stack([(a * b).sum(0, dtype=torch.float64) for a, b in pairs])
+        sums.inputs = products if sums.inputs is None else sums.inputs + products
     difference = result.sub_(source)
     sums.max_error = max(sums.max_error, float(difference.abs().max()))
     sums.clipped += count_clipped(out)
@@ -187,7 +203,18 @@ def _add_block(
     if float(ratio[worst]) > sums.worst_ratio:
         sums.worst_channel, sums.worst_ratio = first + worst, float(ratio[worst])
     if not calibrated:
+        assert isinstance(out, W4A8Linear)
         sums.wrong_codes += _count_wrong_codes(w, out, source, groups)
+
+
+def _count_wrong_inputs(products: torch.Tensor | None) -> int:
+    """Count input channels with the wrong scale, from products float64 [3, K]: source · output and their squares."""
+    if products is None:
+        return 0
+    both, source, output = products
+    alike = both.square() > _ALIKE * source * output
+    gain = both / source
+    return int((alike & ((gain > _GAIN) | (gain < 1 / _GAIN))).sum())
 
 
 def _count_wrong_codes(w: W4Linear | DenseLinear, out: W4A8Linear, source: torch.Tensor, groups: torch.Tensor) -> int:

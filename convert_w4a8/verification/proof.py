@@ -8,10 +8,10 @@ import torch
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import LeftOut
 from convert_w4a8.checkpoint.names import natural_key, output_name
-from convert_w4a8.checkpoint.safetensors_file import Reader
+from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
 from convert_w4a8.encoding.dequantize import dequantize, output_blocks
 from convert_w4a8.errors import ConvertError, Problem
-from convert_w4a8.linear import DenseLinear, W4A8Linear, W4Linear, keeps_codes
+from convert_w4a8.linear import DenseLinear, ServedLinear, W4Linear, keeps_codes
 from convert_w4a8.sources import find_origin, unquantized_source
 from convert_w4a8.sources.carried import carried_groups, find_carried
 from convert_w4a8.targets import find_target
@@ -20,6 +20,7 @@ from convert_w4a8.verification.accounting import Accounts, account
 from convert_w4a8.verification.files import check_config, check_copy, problem
 from convert_w4a8.verification.layers import LayerCheck, check_layer, judge
 from convert_w4a8.verification.reading import LibraryReader
+from convert_w4a8.verification.scaling import Scaling
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def verify(
 
     Codes that are kept are compared one by one; new ones have to be the nearest to the source's weights. Every group,
     every output channel and every layer has a bound for its error. Everything else has to be equal, but for what a
-    conversion changes.
+    conversion changes, and powers of two that calibration moved from one layer into another (`scaling.py`).
 
     only: the layers of which the output is a sample, by their names there; all, and all files, if None.
     min_sqnr_db: least SQNR of a layer; by default 25 dB where codes are kept, and where they are new, 2 dB less than
@@ -65,6 +66,10 @@ def verify(
 
     """
     target, reader, read = find_target(out), find_origin(source), LibraryReader()
+    calibrated = reader.NAME == unquantized_source().NAME
+    if target.SCHEME == "W4A16" and not calibrated:
+        reason = "is W4A16, which no conversion writes"
+        raise ConvertError(str(out.root), reason, "give as --source the model in 16 bits that it was quantized from")
     problems: list[Problem] = []
     specs = {output_name(spec.name, source.config): spec for spec in reader.find_layers(source, problems)}
     carried = find_carried(reader, source, problems)
@@ -73,10 +78,14 @@ def verify(
     if only is not None:
         specs = {module: spec for module, spec in specs.items() if module in only}
     converted = set(target.find_layers(out))
+    others = {output_name(name, source.config): info for name, info in source.tensors.items() if name not in consumed}
+    scaling = Scaling(out, reader, target, read, specs, others) if calibrated else None
     expected: set[str] = set()
     checks = []
     for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):
         w = reader.read_layer(spec, read)
+        if scaling is not None and isinstance(w, DenseLinear):
+            w = scaling.layer(module, w)
         if module in converted:
             w4a8 = _decode(target, out, module, read, w.shape_nk, problems)
             if w4a8 is None:
@@ -84,7 +93,7 @@ def verify(
             else:
                 for mode in target.MODES:
                     expected.update(part.name for part in target.tensor_specs(module, *w4a8.shape_nk, mode))
-                check = check_layer(module, w, w4a8, calibrated=reader.NAME == unquantized_source().NAME)
+                check = check_layer(module, w, w4a8, calibrated=calibrated)
                 checks.append(check)
                 problems.extend(judge(check, keeps_codes(w), min_sqnr_db))
         else:
@@ -95,7 +104,10 @@ def verify(
         if info.name not in consumed:
             name = copies.get(info.name) or output_name(info.name, source.config)
             expected.add(name)
-            problems.extend(check_copy(info, out.tensors.get(name), name, read, carried=info.name in copies))
+            if scaling is not None and scaling.touches(name):
+                problems.extend(_check_scaled(info, out.tensors.get(name), name, read, scaling))
+            else:
+                problems.extend(check_copy(info, out.tensors.get(name), name, read, carried=info.name in copies))
             progress(info.nbytes)
     problems.extend(
         problem(name, "is in the output, but not in the source") for name in out.tensors if name not in expected
@@ -115,6 +127,19 @@ def verify(
     )
 
 
+def _check_scaled(
+    info: TensorInfo, copy: TensorInfo | None, name: str, read: Reader, scaling: Scaling
+) -> list[Problem]:
+    """Compare a tensor that was multiplied by powers of two."""
+    dtype = "BF16" if info.dtype == "F16" else info.dtype
+    if copy is None or (copy.dtype, copy.shape) != (dtype, info.shape):
+        return [problem(name, f"is not in the output as {dtype} {list(info.shape)}")]
+    stored = read(copy)
+    if not torch.equal(stored, scaling.scaled(name.rpartition(".")[0], read(info).to(stored.dtype))):
+        return [problem(name, "is not the source's, scaled as the norms and layers around it")]
+    return []
+
+
 def _decode(
     target: Target,
     out: Checkpoint,
@@ -122,7 +147,7 @@ def _decode(
     read: Reader,
     shape_nk: tuple[int, int],
     problems: list[Problem],
-) -> W4A8Linear | None:
+) -> ServedLinear | None:
     """Read a layer of the output; None, and a problem, where it is not of the format or the source's shape."""
     try:
         w4a8 = target.decode(out, module, read)

@@ -14,8 +14,9 @@ one system prompt, of which --share of all tokens is. Then it quantizes MODEL by
 and prints how far the predictions are from MODEL's on held-out text, as compare_kl.py does: W4A8 with FP8 activations
 emulated, KL in nats per token. The text is read twice: by itself, and behind the prompt, which is not scored. Each
 window's KL is the mean over the seeds, that is over choices of calibration text; standard errors are over windows, and
-differences to `unmasked` are paired by window. The methods are `fast` and `full` with free tables, and `uniform`, the
-fast preset with one scale a group. --data-only stops after the files; --data-ready takes them as they lie there.
+differences to `unmasked` are paired by window. The methods are `fast` and `full` with free tables, and with one scale
+a group and the fast preset `uniform` and, with its scaling of input channels, `awq`. --data-only stops after the
+files; --data-ready takes them as they lie there.
 """
 
 import argparse
@@ -43,8 +44,9 @@ from convert_w4a8.samples.tokenizer import Tokenizer, open_tokenizer
 
 QUESTION = "What does masking a repeated prompt do to a quantization that is calibrated on such traces?"
 METHODS: Mapping[str, QuantizeOptions] = {
-    "uniform": QuantizeOptions(preset="fast", tables="scale"),  # type: ignore[arg-type]  # strings are taken too
-    "fast": QuantizeOptions(preset="fast", tables="free"),  # type: ignore[arg-type]
+    "uniform": QuantizeOptions(preset="fast", tables="scale", awq_scaling=False),  # type: ignore[arg-type]
+    "awq": QuantizeOptions(preset="fast", tables="scale", awq_scaling=True),  # type: ignore[arg-type]
+    "fast": QuantizeOptions(preset="fast", tables="free"),  # type: ignore[arg-type]  # strings are taken too
     "full": QuantizeOptions(preset="full", tables="free"),  # type: ignore[arg-type]
 }
 REFERENCE = "unmasked"

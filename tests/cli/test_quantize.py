@@ -67,3 +67,54 @@ def test_text_needs_a_tokenizer(model: Path, tmp_path: Path) -> None:
 def test_usage_errors(arguments: tuple[str, str], model: Path, tmp_path: Path) -> None:
     """Options of the data without data, and masks that there are not."""
     assert run(model, tmp_path / "out", *arguments).exit_code == 2
+
+
+def test_w4a16_beside_it(model: Path, data: Path, tmp_path: Path) -> None:
+    """Two outputs, both planned and verified; --resume goes on to the second one, and finds both finished."""
+    out, kept = tmp_path / "out", tmp_path / "w4a16"
+    options = ("--data", data, "--preset", "fast", "--keep-w4a16", kept)
+    plan = json.loads(run(model, out, *options, "--dry-run", "--json").stdout)
+    assert (plan["target"], plan["w4a16"]["target"]) == ("lut", "w4a16")
+    assert not out.exists()
+    assert run(model, out, "--data", data, "--preset", "fast").exit_code == 0
+    first = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run(model, out, *options).exit_code == 1
+    assert not kept.exists()
+    second = run(model, out, *options, "--resume", "--json")
+    found = json.loads(second.stdout)
+    assert found["finished_before"]
+    assert found["w4a16"]["output"] == str(kept)
+    assert len(found["w4a16"]["layers"]) == 7
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == first
+    again = run(model, out, *options, "--resume")
+    assert again.stdout.count("is this quantization already") == 2
+    other = run(model, out, *options, "--resume", "--max-tokens", "50")
+    assert other.exit_code == 1
+    card = (kept / "README.md").read_text()
+    assert ", W4A16" in card
+    assert "FP8" not in card
+    size = sum(path.stat().st_size for path in kept.glob("*.safetensors"))
+    assert plan["w4a16"]["bytes_out"] < size < plan["w4a16"]["bytes_out"] + 20_000
+    for path in (out, kept):
+        checked = CliRunner().invoke(main, ["verify", str(path), "--source", str(model)])
+        assert checked.exit_code == 0, checked.output
+
+
+def test_outputs_may_not_overlap(model: Path, tmp_path: Path) -> None:
+    """One within the other, or the same: refused before anything is written."""
+    for place in ("out", "out/w4a16", ""):
+        result = run(model, tmp_path / "out", "--keep-w4a16", tmp_path / place)
+        assert result.exit_code == 1, place
+        assert "overlaps the output" in result.stderr or "is not empty" in result.stderr, (place, result.stderr)
+        assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_replaces_no_w4a16_of_others(model: Path, tmp_path: Path) -> None:
+    """Other tools write the same format: only a model card of ours says that it is ours."""
+    out, kept = tmp_path / "out", tmp_path / "w4a16"
+    assert run(model, out, "--keep-w4a16", kept).exit_code == 0
+    assert run(model, out, "--keep-w4a16", kept, "--overwrite").exit_code == 0
+    (kept / "README.md").write_text("# A model\n")
+    result = run(model, out, "--keep-w4a16", kept, "--overwrite")
+    assert result.exit_code == 1
+    assert "is not an output of w4a8-convert" in result.stderr

@@ -183,11 +183,12 @@ def test_w4a16_is_symmetric_and_better_with_feedback() -> None:
     """Positive BF16 scales; what a W4A16 kernel needs no more than."""
     errors = []
     for method in (FAST, replace(FULL, sweeps=0), FULL):
-        layer = w4a16(W.bfloat16(), H, method)
+        layer, stats = w4a16(W.bfloat16(), H, method)
         assert layer.is_kernel_ready
         assert layer.scales.dtype == torch.bfloat16
         assert (layer.scales >= 0).all()
         errors.append(noise(dequantize(layer) - W.bfloat16().float(), H))
+        assert stats.noise == pytest.approx(errors[-1], rel=0.01)
     assert errors[2] < 0.85 * errors[1] < 0.85 * 0.85 * errors[0]
 
 

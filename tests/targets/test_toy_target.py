@@ -29,6 +29,7 @@ from dataclasses import replace
 from convert_w4a8.targets import lut
 
 NAME = "toy-format"
+SCHEME = "W4A8"
 SCALES_AT_LOAD = False
 EXPERT_MULTIPLE = 128
 MODES = lut.MODES
