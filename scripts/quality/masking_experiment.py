@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 sys.path.insert(0, str(Path(__file__).parent))
 from compare_kl import Judge
 from divergence import Row, Windows, mean_and_error, score
-from emulation import Contents, build_model, read_contents, read_windows
+from emulation import build_model, read_contents, read_windows
 from masking_data import ARMS, PROMPTS, prompt_tokens, read_arm, trace, write_data
 from results import PACKAGES, add_options, commit, save
 from transformers.utils import logging
@@ -61,10 +61,9 @@ class Place:
         self._judge = Judge(windows, path, batch=args.batch, device=args.device, prefix=prefix)
         self.loss = torch.zeros(0)
 
-    def measure(self, contents: Contents, device: str, *, base: bool = False) -> Windows:
+    def measure(self, model: torch.nn.Module, *, base: bool = False) -> Windows:
         """Run a model; base: the one in 16 bits, which comes first."""
-        dtype = contents.dtype
-        found = self._judge.measure(build_model(contents, dtype, device), fp8=not base)
+        found = self._judge.measure(model, fp8=not base)
         self.loss = found.loss if base else self.loss
         return found
 
@@ -150,8 +149,9 @@ def main() -> int:
         "alone": Place(windows, None, args),
         "behind the prompt": Place(windows, prefix_of(tokenizer, prompt), args),
     }
+    model = build_model(contents, contents.dtype, args.device)
     for place in places.values():
-        place.measure(contents, args.device, base=True)
+        place.measure(model, base=True)
     found: dict[tuple[str, str, str], list[Windows]] = {}
     settings = {
         key: getattr(args, key) for key in ("prompt", "share", "samples", "seeds", "window", "device", "quantize_on")
@@ -165,9 +165,9 @@ def main() -> int:
                 samples = data[work, arm.name]
                 quantize(args.model, out, METHODS[method], samples=samples, device=args.quantize_on, overwrite=True)
                 seconds = time.monotonic() - start
-                made = read_contents(out)
+                model = build_model(read_contents(out), contents.dtype, args.device)
                 for name, place in places.items():
-                    found.setdefault((method, arm.name, name), []).append(place.measure(made, args.device))
+                    found.setdefault((method, arm.name, name), []).append(place.measure(model))
                 print(f"{work.name} {method} {arm.name}: {seconds:.0f} s", flush=True)
         rows = [row | {"commit": commit()} for row in rows_of(found, {name: p.loss for name, p in places.items()})]
         print(*map(render, rows), sep="\n", flush=True)
