@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from convert_w4a8.calibration.attention import linear_memory
 from convert_w4a8.calibration.experts import Rounding, Weights, check_experts, is_experts, run_experts, stored_weights
 from convert_w4a8.calibration.model import BlockCall, hidden_states
+from convert_w4a8.calibration.moments import ROWS
 from convert_w4a8.calibration.names import STACKS
 from convert_w4a8.encoding.tables import decode, quantize_tokens
 from convert_w4a8.linear import ServedLinear
@@ -32,9 +34,12 @@ class _ReachedError(Exception):
 
 
 def round_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Round inputs [..., K] to FP8 by token as vLLM's kernel does, from BF16; the dtype stays."""
-    tokens, scale = quantize_tokens(x.bfloat16().flatten(0, -2))
-    return (tokens.float() * scale).view(x.shape).to(x.dtype)
+    """Round inputs [..., K] to FP8 by token as vLLM's kernel does, from BF16, `ROWS` at a time; the dtype stays."""
+    found = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows, result in zip(x.flatten(0, -2).split(ROWS), found.flatten(0, -2).split(ROWS), strict=True):
+        tokens, scale = quantize_tokens(rows.bfloat16())
+        result.copy_(tokens.float() * scale)
+    return found
 
 
 def as_is(x: torch.Tensor) -> torch.Tensor:
@@ -180,6 +185,6 @@ class Block:
 
     def _run(self, states: torch.Tensor, call: BlockCall, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         named = {f"{name}.weight": weight for name, weight in weights.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), linear_memory():
             found = torch.func.functional_call(self.module, named, (states, *call.args), dict(call.kwargs))
         return hidden_states(found)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convert_w4a8.calibration.attention import linear_memory
 from convert_w4a8.calibration.names import find_tensor, is_stack, tensor_of
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CONFIG
@@ -74,7 +75,7 @@ class Model:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _ReachedError
 
-        with _forward_of(self.blocks[:1], [catch]), suppress(_ReachedError):
+        with linear_memory(), _forward_of(self.blocks[:1], [catch]), suppress(_ReachedError):
             self._decoder(input_ids=tokens.to(self.device), use_cache=False)
         return found[0]
 
@@ -87,7 +88,6 @@ class Model:
     def call(self, block: int, shape: tuple[int, int]) -> BlockCall:
         """Return how the model calls a block for (B, T) = shape tokens: masks and positions."""
         if self._calls is None or self._calls[0] != shape:
-            self._calls = None  # freed before the next masks are made: they are quadratic in T
             self._calls = shape, self._capture(shape)
         return self._calls[1][block]
 
@@ -101,7 +101,7 @@ class Model:
 
         config: Any = self._decoder.config
         states = torch.zeros(*shape, config.hidden_size, dtype=self.dtype, device=self.device)
-        with _forward_of(self.blocks, [catch] * len(self.blocks)):
+        with linear_memory(), _forward_of(self.blocks, [catch] * len(self.blocks)):
             self._decoder(inputs_embeds=states, use_cache=False)
         if len(calls) != len(self.blocks):
             raise _not_walked(self.checkpoint, f"calls {len(calls)} of its {len(self.blocks)} blocks")

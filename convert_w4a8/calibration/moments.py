@@ -1,5 +1,6 @@
 """Moments of the inputs of a linear layer, over the tokens that count."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +21,27 @@ class Moments:
     cross: torch.Tensor | None = None
     tokens: int = 0
 
-    def add(self, seen: torch.Tensor, original: torch.Tensor | None = None) -> None:
-        """Add tokens: x̂ [M, K], and x [M, K]."""
-        for start in range(0, len(seen), ROWS):
-            x = seen[start : start + ROWS]
+    def add(
+        self,
+        seen: torch.Tensor,
+        original: torch.Tensor | None = None,
+        *,
+        kept: torch.Tensor | None = None,
+        rounding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Add tokens: x̂ [M, K], and x [M, K].
+
+        kept: which of them count, bool [M]; None for all. rounding: what makes x̂ of `seen`, `ROWS` tokens at a time.
+        """
+        index = None if kept is None else kept.nonzero()[:, 0]
+        count = len(seen) if index is None else len(index)
+        for start in range(0, count, ROWS):
+            rows = slice(start, start + ROWS) if index is None else index[start : start + ROWS]
+            x = seen[rows] if rounding is None else rounding(seen[rows])
             self.second = _plus(self.second, x.float().square().sum(0) if self.energies else _product(x, x))
             if original is not None:
-                self.cross = _plus(self.cross, _product(original[start : start + ROWS], x))
-        self.tokens += len(seen)
+                self.cross = _plus(self.cross, _product(original[rows], x))
+        self.tokens += count
 
     def mean(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the means over the tokens; the sums, which are as large, become them."""

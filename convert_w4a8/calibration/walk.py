@@ -127,8 +127,8 @@ class Walk:
             original = None
             if self._options.alpha:
                 (original, *_) = block.inputs(self._states(self._original, i), call, stage, quantized=False)
-                original = original.flatten(0, -2)[kept]
-            moments.add(self._rounding(seen.flatten(0, -2)[kept]), original)
+                original = original.flatten(0, -2)
+            moments.add(seen.flatten(0, -2), original, kept=kept, rounding=self._rounding)
         return moments
 
     def _energies(self, number: int, block: Block, stages: Sequence[Stage]) -> dict[Stage, Moments]:
@@ -140,7 +140,7 @@ class Walk:
             states = self._states(self._original, i)
             seen = block.all_inputs(states, self._model.call(number, batch.shape))
             for stage, moments in found.items():
-                moments.add(self._rounding(seen[stage.modules[0]][0].flatten(0, -2)[kept]))
+                moments.add(seen[stage.modules[0]][0].flatten(0, -2), kept=kept, rounding=self._rounding)
         return found
 
     def _scale(self, number: int, block: Block, energies: Mapping[Stage, Moments]) -> Scaling:

@@ -73,10 +73,16 @@ class Candidate:
 
 
 class Judge:
-    """Runs models over windows of tokens, beside the logits of the 16-bit model, which lie in a file."""
+    """Runs models over windows of tokens, beside the logits of the 16-bit model, which lie in a file.
 
-    def __init__(self, windows: torch.Tensor, directory: Path, *, batch: int, device: str) -> None:
+    prefix: tokens int64 [P] that come before every window, and are not scored.
+    """
+
+    def __init__(
+        self, windows: torch.Tensor, directory: Path, *, batch: int, device: str, prefix: torch.Tensor | None = None
+    ) -> None:
         self.windows, self._batch, self._device = windows, batch, device
+        self._prefix = torch.zeros(0, dtype=torch.int64) if prefix is None else prefix
         self._file = directory / "logits"
         self._base: torch.Tensor | None = None
 
@@ -86,8 +92,10 @@ class Judge:
         base, first = self._base, self._base is None
         with torch.no_grad(), Emulation(model, fp8=fp8):
             for start in range(0, len(self.windows), self._batch):
-                ids = self.windows[start : start + self._batch].to(self._device)
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                ids = self.windows[start : start + self._batch]
+                whole = torch.cat([self._prefix.expand(len(ids), -1), ids], 1).to(self._device)
+                ids = ids.to(self._device)
+                logits = model(input_ids=whole, use_cache=False, logits_to_keep=ids.shape[1]).logits[:, :-1]
                 if base is None:
                     shape = (len(self.windows), *logits.shape[1:])
                     size = math.prod(shape)

@@ -1,10 +1,10 @@
 """What masking does where most of the calibration text is the same: one system prompt with descriptions of tools.
 
-    masking_experiment.py MODEL WORK --text heldout_text.txt [--share 0.7] [--samples 64] [--methods uniform,full]
+    masking_experiment.py MODEL WORK --text heldout_text.txt [--prompt tools] [--share 0.7] [--samples 64] [--seeds 3]
 
-Writes into WORK the same pieces of clean text (the standard library's sources, see make_calibration.py) as two files of
-calibration data: clean.jsonl, the pieces alone, and traces.jsonl, each as the question of a chat behind one system
-prompt, of which --share of all tokens is. Then it quantizes MODEL by each method on
+Writes into WORK, for each seed, the same pieces of clean text (the standard library's sources, see masking_data.py) as
+two files of calibration data: clean.jsonl, the pieces alone, and traces.jsonl, each as the question of a chat behind
+one system prompt, of which --share of all tokens is. Then it quantizes MODEL by each method on
 
     clean       the pieces alone: what masking can reach, but for what the prompt does to the values of the text
     unmasked    the traces as they are
@@ -12,137 +12,97 @@ prompt, of which --share of all tokens is. Then it quantizes MODEL by each metho
     repeated    the traces with `--mask repeated`, which knows no template and keeps the prompt in the first one
 
 and prints how far the predictions are from MODEL's on held-out text, as compare_kl.py does: W4A8 with FP8 activations
-emulated, KL in nats per token, standard errors over windows, differences to `clean` paired by window. The methods are
-`uniform` (preset fast, one scale a group) and `full` (preset full, free tables). --data-only stops after the files.
+emulated, KL in nats per token. The text is read twice: by itself, and behind the prompt, which is not scored. Each
+window's KL is the mean over the seeds, that is over choices of calibration text; standard errors are over windows, and
+differences to `unmasked` are paired by window. The methods are `fast` and `full` with free tables, and with one scale
+a group and the fast preset `uniform` and, with its scaling of input channels, `awq`. --data-only stops after the
+files; --data-ready takes them as they lie there.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 sys.path.insert(0, str(Path(__file__).parent))
 from compare_kl import Judge
-from divergence import Row, mean_and_error, score
+from divergence import Row, Windows, mean_and_error, score
 from emulation import build_model, read_contents, read_windows
-from make_calibration import HubTokenizer, library, unlike, windows_of
+from masking_data import ARMS, PROMPTS, prompt_tokens, read_arm, trace, write_data
 from results import PACKAGES, add_options, commit, save
 from transformers.utils import logging
 
 from convert_w4a8.api import quantize
 from convert_w4a8.calibration.options import QuantizeOptions
-from convert_w4a8.samples.masks import NO_MASK, parse_mask
-from convert_w4a8.samples.read import read_samples
-from convert_w4a8.samples.sample import SampleSet, TokenKind
 from convert_w4a8.samples.tokenizer import Tokenizer, open_tokenizer
 
 QUESTION = "What does masking a repeated prompt do to a quantization that is calibrated on such traces?"
 METHODS: Mapping[str, QuantizeOptions] = {
-    "uniform": QuantizeOptions(preset="fast", tables="scale"),  # type: ignore[arg-type]  # strings are taken too
+    "uniform": QuantizeOptions(preset="fast", tables="scale", awq_scaling=False),  # type: ignore[arg-type]
+    "awq": QuantizeOptions(preset="fast", tables="scale", awq_scaling=True),  # type: ignore[arg-type]
+    "fast": QuantizeOptions(preset="fast", tables="free"),  # type: ignore[arg-type]  # strings are taken too
     "full": QuantizeOptions(preset="full", tables="free"),  # type: ignore[arg-type]
 }
-CLEAN, TRACES = "clean.jsonl", "traces.jsonl"
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": description,
-            "parameters": {"type": "object", "properties": properties, "required": list(properties)[:1]},
-        },
-    }
-    for name, description, properties in (
-        (
-            "look_up_order",
-            "Returns an order of the shop with its items, its state, and where the parcel was seen last.",
-            {
-                "order": {"type": "string", "description": "The number on the invoice, such as B-20417"},
-                "with_items": {"type": "boolean", "description": "Whether to list the items", "default": True},
-            },
-        ),
-        (
-            "search_catalogue",
-            "Finds articles by words, colour and price, the best matches first. At most fifty are returned.",
-            {
-                "words": {"type": "string", "description": "What the customer is looking for, in their own words"},
-                "colour": {"type": "string", "enum": ["black", "white", "red", "green", "blue", "other"]},
-                "price_up_to": {"type": "number", "description": "In euros, taxes included"},
-            },
-        ),
-        (
-            "book_return",
-            "Books the return of an article and returns a label as a link. Ask for the reason before.",
-            {
-                "order": {"type": "string", "description": "The number on the invoice"},
-                "article": {"type": "integer", "description": "Its place on the invoice, from 1 on"},
-                "reason": {"type": "string", "enum": ["damaged", "wrong size", "late", "changed mind"]},
-            },
-        ),
-    )
-]
-PROMPT = (
-    "You answer customers of a shop for outdoor clothing. Be friendly and short, and use the customer's language. Say"
-    " only what a tool has told you; if no tool can know it, hand the conversation to a person. Never promise a date, a"
-    " refund or a discount. Call one tool at a time and wait for what it returns. These are the tools, as JSON schemas;"
-    " a call is one line of JSON with the keys name and arguments.\n" + json.dumps(TOOLS, indent=1)
-)
+REFERENCE = "unmasked"
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to use the data."""
+class Place:
+    """Held-out windows by themselves (`prefix` is None), or behind a prompt, and how far models are from the first."""
 
-    name: str
-    file: str
-    mask: str
+    def __init__(self, windows: torch.Tensor, prefix: torch.Tensor | None, args: argparse.Namespace) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="masking-")
+        path = Path(self._directory.name)
+        self._judge = Judge(windows, path, batch=args.batch, device=args.device, prefix=prefix)
+        self.loss = torch.zeros(0)
 
-
-ARMS = (
-    Arm("clean", CLEAN, ""),
-    Arm("unmasked", TRACES, ""),
-    Arm("template", TRACES, "template,system"),
-    Arm("repeated", TRACES, "repeated"),
-)
-
-
-def trace(text: str) -> list[dict[str, str]]:
-    """Return a chat with the prompt and a piece of text as the question."""
-    return [{"role": "system", "content": PROMPT}, {"role": "user", "content": text}]
+    def measure(self, model: torch.nn.Module, *, base: bool = False) -> Windows:
+        """Run a model; base: the one in 16 bits, which comes first."""
+        found = self._judge.measure(model, fp8=not base)
+        self.loss = found.loss if base else self.loss
+        return found
 
 
-def prompt_tokens(tokenizer: Tokenizer) -> int:
-    """Return how many tokens of a trace are the same in all."""
-    rendered = tokenizer.apply_chat_template(trace("x"), tokenize=True, return_dict=True)
-    return len(rendered["input_ids"]) - 1
+def mean_of(windows: Sequence[Windows]) -> Windows:
+    """Return the means over several models, window by window."""
+    return Windows(*(torch.stack([getattr(w, name) for w in windows]).mean(0) for name in ("kl", "loss", "same")))
 
 
-def write_data(model: Path, work: Path, texts: list[Path], share: float, samples: int, seed: int) -> None:
-    """Write clean.jsonl and traces.jsonl of the same pieces, none of which is of the evaluation texts."""
-    tokenizer = open_tokenizer(model)
-    length = round(prompt_tokens(tokenizer) * (1 - share) / share)
-    kept = unlike(library(Path(json.__file__).parents[1]), [path.read_text(encoding="utf-8") for path in texts], 0.02)
-    pieces = windows_of(kept, HubTokenizer(model), samples, length, per_file=2, seed=seed)
-    work.mkdir(parents=True, exist_ok=True)
-    for name, rows in (
-        (CLEAN, [{"text": text} for text in pieces]),
-        (TRACES, [{"messages": trace(t)} for t in pieces]),
-    ):
-        (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def rows_of(found: Mapping[tuple[str, str, str], list[Windows]], losses: Mapping[str, torch.Tensor]) -> list[Row]:
+    """Return a row for each method, arm and place of the text; differences are to REFERENCE."""
+    rows = []
+    for (method, arm, place), windows in found.items():
+        mean = mean_of(windows)
+        row = {"method": method, "data": arm, "place": place}
+        row |= score(f"{method}, {arm}", "W4A8 lut", "fp8", mean, losses[place])
+        row["kl_by_seed"] = [float(w.kl.mean()) for w in windows]
+        others = found.get((method, REFERENCE, place), [])
+        if arm != REFERENCE and len(others) == len(windows):
+            less, error = mean_and_error(mean.kl - mean_of(others).kl)
+            row |= {"kl_less_unmasked": less, "kl_less_unmasked_standard_error": error}
+        rows.append(row)
+    return rows
 
 
-def read_arm(arm: Arm, work: Path, tokenizer: Tokenizer) -> SampleSet:
-    """Read the samples of an arm, and say what they hold."""
-    samples = read_samples([work / arm.file], tokenizer, parse_mask(arm.mask) if arm.mask else NO_MASK)
-    prompt = 1 - int(samples.counts[[TokenKind.TEXT, TokenKind.USER]].sum()) / samples.seen
-    print(f"{arm.name:<9} {samples.seen:>7,} tokens, {samples.kept:>7,} count; the prompt has {prompt:.1%}")
-    return samples
+def render(row: Mapping[str, Any]) -> str:
+    """Return a row as a line."""
+    less = ""
+    if "kl_less_unmasked" in row:
+        less = f", less unmasked {row['kl_less_unmasked']:+.5f} ± {row['kl_less_unmasked_standard_error']:.5f}"
+    seeds = " ".join(f"{x:.5f}" for x in row["kl_by_seed"])
+    where = f"{row['method']:<8} {row['data']:<9} {row['place']:<14}"
+    return f"{where} KL {row['kl']:.5f} ± {row['kl_standard_error']:.5f}{less}; seeds {seeds}"
+
+
+def prefix_of(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
+    """Return the tokens int64 [P] that come before the text of a trace."""
+    text = tokenizer.apply_chat_template(trace(prompt, "\ue000"), tokenize=False).split("\ue000")[0]
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def parse() -> argparse.Namespace:
@@ -151,65 +111,67 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="the model in 16 bits")
     parser.add_argument("work", type=Path, help="directory for the data and the checkpoints")
     parser.add_argument("--text", type=Path, required=True, help="held-out text, documents separated by NUL")
+    parser.add_argument("--prompt", choices=PROMPTS, default="tools", help="what the repeated prompt is (tools)")
     parser.add_argument("--share", type=float, default=0.7, help="of the prompt in all tokens (default 0.7)")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3, help="choices of calibration text (default 3)")
     parser.add_argument("--methods", default=",".join(METHODS), help="of " + ", ".join(METHODS))
     parser.add_argument("--tokens", type=int, default=61_440, help="how much of the text to read (default 61440)")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="windows at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data-only", action="store_true", help="stop when the data are written")
+    parser.add_argument("--quantize-on", metavar="DEVICE", help="another device to quantize on")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--data-only", action="store_true", help="stop when the data are written")
+    data.add_argument("--data-ready", action="store_true", help="the data are in WORK already")
     add_options(parser)
     args = parser.parse_args()
-    args.methods = args.methods.split(",")
+    args.methods, args.quantize_on = args.methods.split(","), args.quantize_on or args.device
     if not 0 < args.share < 1 or not set(args.methods) <= METHODS.keys():
         parser.error("--share is between 0 and 1, and --methods are " + ", ".join(METHODS))
     return args
 
 
 def main() -> int:
-    """Print a line for each method and arm."""
+    """Print a line for each method, arm and place, after each seed; those of the last seed are of all."""
     args = parse()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    write_data(args.model, args.work, [args.text], args.share, args.samples, args.seed)
-    tokenizer = open_tokenizer(args.model)
-    data = {arm.name: read_arm(arm, args.work, tokenizer) for arm in ARMS}
+    tokenizer, prompt = open_tokenizer(args.model), PROMPTS[args.prompt]()
+    works = [args.work / f"seed-{seed}" for seed in range(args.seeds)]
+    for seed, work in enumerate(works if not args.data_ready else ()):
+        write_data(args.model, work, [args.text], prompt, args.share, args.samples, seed)
+    data = {(work, arm.name): read_arm(arm, work, tokenizer) for work in works for arm in ARMS}
     if args.data_only:
         return 0
     windows = read_windows(args.model, args.text, args.tokens, args.window)
     contents = read_contents(args.model)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="masking-") as directory:
-        judge = Judge(windows, Path(directory), batch=args.batch, device=args.device)
-        base = judge.measure(build_model(contents, contents.dtype, args.device), fp8=False)
+    places = {
+        "alone": Place(windows, None, args),
+        "behind the prompt": Place(windows, prefix_of(tokenizer, prompt), args),
+    }
+    model = build_model(contents, contents.dtype, args.device)
+    for place in places.values():
+        place.measure(model, base=True)
+    found: dict[tuple[str, str, str], list[Windows]] = {}
+    settings = {
+        key: getattr(args, key) for key in ("prompt", "share", "samples", "seeds", "window", "device", "quantize_on")
+    }
+    settings |= {"prompt_tokens": prompt_tokens(tokenizer, prompt), "text": args.text.name, "windows": len(windows)}
+    settings["tokens_kept"] = {arm.name: data[works[0], arm.name].kept for arm in ARMS}
+    for work in works:
         for method in args.methods:
-            clean: torch.Tensor | None = None
             for arm in ARMS:
-                start, out = time.monotonic(), args.work / f"{method}-{arm.name}"
-                quantize(args.model, out, METHODS[method], samples=data[arm.name], device=args.device, overwrite=True)
+                start, out = time.monotonic(), work / f"{method}-{arm.name}"
+                samples = data[work, arm.name]
+                quantize(args.model, out, METHODS[method], samples=samples, device=args.quantize_on, overwrite=True)
                 seconds = time.monotonic() - start
-                made = read_contents(out)
-                found = judge.measure(build_model(made, contents.dtype, args.device), fp8=True)
-                clean = found.kl if clean is None else clean
-                more, error = mean_and_error(found.kl - clean)
-                row = score(f"{method}, {arm.name}", made.kind, "fp8", found, base.loss)
-                row |= {"kl_less_clean": more, "kl_less_clean_standard_error": error, "seconds": round(seconds)}
-                row |= {
-                    "method": method,
-                    "data": arm.name,
-                    "tokens": data[arm.name].tokens,
-                    "tokens_kept": data[arm.name].kept,
-                }
-                rows.append(row | {"commit": commit()})
-                print(
-                    f"{method:<8} {arm.name:<9} KL {row['kl']:.5f} ± {row['kl_standard_error']:.5f}, less clean"
-                    f" {more:+.5f} ± {error:.5f}, agreement {row['agreement']:.4f}, {seconds:.0f} s",
-                    flush=True,
-                )
-    settings = {"share": args.share, "samples": args.samples, "prompt_tokens": prompt_tokens(tokenizer)}
-    settings |= {"text": args.text.name, "windows": len(windows), "window": args.window, "device": args.device}
-    save(args, QUESTION, rows, packages=(*PACKAGES, "transformers"), settings=settings)
+                model = build_model(read_contents(out), contents.dtype, args.device)
+                for name, place in places.items():
+                    found.setdefault((method, arm.name, name), []).append(place.measure(model))
+                print(f"{work.name} {method} {arm.name}: {seconds:.0f} s", flush=True)
+        rows = [row | {"commit": commit()} for row in rows_of(found, {name: p.loss for name, p in places.items()})]
+        print(*map(render, rows), sep="\n", flush=True)
+        save(args, QUESTION, rows, packages=(*PACKAGES, "transformers"), settings=settings)
     return 0
 
 

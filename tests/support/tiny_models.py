@@ -51,6 +51,12 @@ def write_gemma(directory: Path) -> Path:
     return _write(transformers.Gemma3ForCausalLM, config, directory, torch.bfloat16)
 
 
+def write_model(directory: Path, kind: str, config: str, layers: int = 2, **settings: Any) -> Path:
+    """Write a model of any class of transformers, by the names of the class and of its configuration."""
+    sizes = {**_SIZES, "intermediate_size": 256, "num_hidden_layers": layers, "pad_token_id": 0, **settings}
+    return _write(getattr(transformers, kind), getattr(transformers, config)(**sizes), directory, torch.bfloat16)
+
+
 def _write(kind: Any, config: Any, directory: Path, dtype: torch.dtype) -> Path:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
