@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import samples_of, transformers, write_gemma, write_llama, write_mixtral, write_qwen3_moe
 
 from convert_w4a8 import api
-from convert_w4a8.calibration import mixture, scaling
+from convert_w4a8.calibration import matrix, mixture, scaling
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.walk import Walk
 from convert_w4a8.checkpoint.folds import find_folds, origin_channels
@@ -114,17 +114,13 @@ def test_every_place(
     """
     model = write(tmp_path / "in")
     wanted: dict[str, torch.Tensor] = {}
-    for module in (mixture, Walk.__init__.__globals__):
-        quantize = module["quantize_weight"] if isinstance(module, dict) else module.quantize_weight
+    target = matrix._target
 
-        def kept(name: str, weight: torch.Tensor, *rest: Any, quantize: Any = quantize) -> Any:
-            wanted[name] = weight.clone()
-            return quantize(name, weight, *rest)
+    def kept(name: str, weight: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        wanted[name] = weight.clone()
+        return target(name, weight, *rest)
 
-        if isinstance(module, dict):
-            monkeypatch.setitem(module, "quantize_weight", kept)
-        else:
-            monkeypatch.setattr(module, "quantize_weight", kept)
+    monkeypatch.setattr(matrix, "_target", kept)
     options = QuantizeOptions(format=output, tables="scale", preset="fast")  # type: ignore[arg-type]
     result = api.quantize(model, tmp_path / "out", options, samples=samples_of(SAMPLES), device="cpu")
     assert api.verify(tmp_path / "out", model).problems == ()
