@@ -83,7 +83,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2,
 def build(settings: dict[str, Any], *, blocks: int, vocabulary: int) -> tuple[Any, torch.nn.Module]:
     """Return the configuration of a model, and the model without weights."""
     known = {key: value for key, value in settings.items() if key not in ("model_type", "layers")}
-    more = {"vocab_size": vocabulary, "num_hidden_layers": blocks, "tie_word_embeddings": False}
+    more: dict[str, Any] = {"vocab_size": vocabulary, "num_hidden_layers": blocks, "tie_word_embeddings": False}
     more |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = transformers.AutoConfig.for_model(settings["model_type"], **known, **more)
     kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
