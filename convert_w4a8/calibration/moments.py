@@ -10,7 +10,7 @@ ROWS = 4096
 
 @dataclass
 class Moments:
-    """Sums over tokens, float32: of x̂ x̂ᵀ [K, K], or x̂² [K] with `energies`; of x x̂ᵀ [K, K] where x is given.
+    """Sums over tokens, or with `is_mean` means, float32: of x̂ x̂ᵀ [K, K], or x̂² [K] with `energies`; of x x̂ᵀ [K, K] where x is given.
 
     x̂: inputs as the quantized layer sees them. x: the original model's.
     """
@@ -19,9 +19,11 @@ class Moments:
     second: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     tokens: int = 0
+    is_mean: bool = False
 
     def add(self, seen: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Add tokens: x̂ [M, K], and x [M, K]."""
+        assert not self.is_mean
         for start in range(0, len(seen), ROWS):
             x = seen[start : start + ROWS]
             self.second = _plus(self.second, x.float().square().sum(0) if self.energies else _product(x, x))
@@ -30,11 +32,13 @@ class Moments:
         self.tokens += len(seen)
 
     def mean(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the means over the tokens; the sums, which are as large, become them."""
+        """Return the means over the tokens, which take the place of the sums: nothing can be added any more."""
         assert self.second is not None
-        means = self.second.div_(self.tokens), None if self.cross is None else self.cross.div_(self.tokens)
-        self.second = self.cross = None
-        return means
+        for total in (self.second, self.cross):
+            if total is not None and not self.is_mean:
+                total.div_(self.tokens)
+        self.is_mean = True
+        return self.second, self.cross
 
 
 def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
