@@ -10,7 +10,7 @@ ROWS = 4096
 
 @dataclass
 class Moments:
-    """Sums over tokens, or with `is_mean` means, float32: of x̂ x̂ᵀ [K, K], or x̂² [K] with `energies`; of x x̂ᵀ [K, K] where x is given.
+    """Sums over tokens, or means, float32: of x̂ x̂ᵀ [K, K], or x̂² [K] with `energies`; of x x̂ᵀ [K, K] where x is given.
 
     x̂: inputs as the quantized layer sees them. x: the original model's.
     """
