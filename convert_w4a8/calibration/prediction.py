@@ -1,7 +1,8 @@
 """How long quantizing a model takes and how much memory, from sizes alone: N and K of layers, blocks, tokens.
 
-What a CPU's core and a GPU do in a second are measured: docs/benchmarks/results/quantize-block-cpu.json and
-quantize-block.json (an H100), which tests/calibration/test_prediction.py compares with the numbers here.
+What a GPU does in a second was measured with whole blocks on an H100 (docs/benchmarks/results/quantize-block.json), what
+a core makes of codes with one block (codebooks.json): tests/calibration/test_prediction.py compares them with the
+numbers here. A core's other numbers are rougher.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ class Rates:
         weight, and for each of the layer's K. rest: of reading, rounding and writing, a weight.
     forward: operations of a block's passes. call: seconds of an expert's call in a batch, however few its tokens are.
     moments: operations of the products of second moments. factor: of their factorization. target: of targets between
-        two models. states: bytes of hidden states that are brought to the device or from it. disk: of those on the disk.
+        two models. states: bytes of hidden states that are brought to the device or back. disk: of those on the disk.
     """
 
     nearest: float

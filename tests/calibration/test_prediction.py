@@ -62,7 +62,7 @@ def test_a_block_takes_what_is_predicted(row: dict[str, Any], tmp_path: Path) ->
         if row[f"{name}_s"] > 0.1 * row["seconds"]:
             assert seconds == pytest.approx(row[f"{name}_s"], rel=0.5), name
     assert sum(steps.values()) == pytest.approx(row["seconds"], rel=0.25)
-    assert sum(row[f"{name}_s"] for name in steps if f"{name}_s" in row) == pytest.approx(row["seconds"], rel=0.02)
+    assert sum(row[f"{name}_s"] for name in steps if f"{name}_s" in row) == pytest.approx(row["seconds"], rel=0.05)
     cost = predict_cost(checkpoint, plan, options, samples, torch.device(row["device"]), STATES_BYTES)
     if on_gpu:
         assert cost.gpu_memory == pytest.approx(row["gpu_gib"] * 2**30, rel=0.35)
