@@ -1,7 +1,7 @@
 """How long quantizing a model takes and how much memory, from sizes alone: N and K of layers, blocks, tokens.
 
-What a GPU does in a second was measured with whole blocks on an H100 (docs/benchmarks/results/quantize-block.json), what
-a core makes of codes with one block (codebooks.json): tests/calibration/test_prediction.py compares them with the
+What a GPU does in a second was measured with whole blocks on an H100 (docs/benchmarks/results/quantize-block.json), and
+what codes take of a core with one block (codebooks.json): tests/calibration/test_prediction.py compares them with the
 numbers here. A core's other numbers are rougher.
 """
 
