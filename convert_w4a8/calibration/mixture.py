@@ -27,7 +27,7 @@ from convert_w4a8.quantization.layer import LayerStats
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 TOGETHER = 8
 """Experts whose codes are chosen side by side, at most. On a GPU the last bits depend on it."""
-_WEIGHTS = 1 << 26
+WEIGHTS_TOGETHER = 1 << 26
 """Of all these: of large experts fewer go together."""
 
 
@@ -65,7 +65,7 @@ def quantize_experts(
     tokens = _Tokens(choices, inputs, device, block.dtype, is_full=is_full)
     stacks = block.stacks(name)
     experts = range(len(stacks["down_proj"]))
-    step = max(1, min(TOGETHER, _WEIGHTS // stacks["gate_up_proj"][0].numel()))
+    step = max(1, min(TOGETHER, WEIGHTS_TOGETHER // stacks["gate_up_proj"][0].numel()))
     for numbers in (experts[first : first + step] for first in experts[::step]):
         some = [_Expert(number, f"{block.label}.{name}.{number}", *weights(number)) for number in numbers]
         for expert in some:

@@ -222,10 +222,11 @@ def measure(
         for owner, name, step in STEPS:
             stack.enter_context(patch.object(owner, name, steps.counted(step, getattr(owner, name))))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        with steps.step("start"):
+        with steps.step("rest"):
             ours = walk.Walk(
                 Model(checkpoint, device, dtype), batches(samples.samples), options, directory / "states", limit
             )
+        steps.seconds.clear()
         start, wall = steps.now(), time.perf_counter()
         with steps.step("rest"), (directory / "out").open("wb") as out:
             for done in ours.quantize(0, layers):
