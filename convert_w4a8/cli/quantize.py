@@ -128,7 +128,7 @@ def quantize_command(
     as_json: bool,
     **choices: Any,
 ) -> None:
-    """Quantize a model in BF16, FP16 or FP32 to W4A8 for vLLM on Hopper.
+    """Quantize a model in BF16, FP16, FP32, or FP8 in blocks, to W4A8 for vLLM on Hopper.
 
     MODEL is a local directory or a Hub id, org/name[@revision]. OUT must not exist or be empty; it appears whole or not
     at all. With --data, codes and tables are chosen for what the layers see; that needs transformers.
