@@ -75,6 +75,8 @@ H100 = Rates(
 """An H100."""
 _PASSES = 2.5
 """Passes through a block for the full preset: to each of its inputs, and to its end."""
+_EXPONENTS, _ROWS = 8, 512
+"""AWQ's exponents that are tried, each with so many output channels of a layer."""
 _PASSES_TO_STAGES = 5
 """How often hidden states are read for that."""
 _ACTIVATIONS = 24
@@ -161,6 +163,8 @@ def seconds_by_step(
     }
     if samples is None:
         return found
+    if options.scales_inputs:
+        found["codebooks"] += _EXPONENTS * rates.nearest * sum(min(n, _ROWS) * k for n, k in sizes)
     tokens = samples.tokens
     versions, passes, moved = (2, _PASSES, _PASSES_TO_STAGES) if is_full else (1, 2.0, 2)
     seen = sum(_weights(layer) * _share(checkpoint, layer) for layer in plan.converted)

@@ -31,7 +31,7 @@ def recipe(options: QuantizeOptions, samples: SampleSet | None) -> Recipe:
         rows.append(("calibration", f"{how}; {samples.kept:,} of {samples.tokens:,} tokens count"))
         if options.scales_inputs:
             rows.append(
-                ("AWQ scaling", "of input channels by powers of two, the other part in norms and layers before")
+                ("AWQ scaling", "of input channels by powers of two; LoRA adapters made for the model do not fit")
             )
         rows.append(("calibration data", f"SHA-256 {samples.digest}"))
         record["calibration"] = {

@@ -195,6 +195,19 @@ def test_resumed_is_the_same(write: Callable[[Path], Path], tmp_path: Path, monk
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("_any_scale")
+def test_nothing_is_scaled_beside_an_adapter(tmp_path: Path) -> None:
+    """It gets the inputs of the layers that it changes."""
+    model = write_llama(tmp_path / "in", layers=1)
+    save_file({"base.q_proj.lora_A.weight": torch.ones(8, 128)}, model / "adapter_model.safetensors")
+    options = QuantizeOptions(tables="scale", preset="fast")  # type: ignore[arg-type]
+    result = api.quantize(model, tmp_path / "out", options, samples=samples_of(SAMPLES), device="cpu")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not any("awq_exponent" in layer.notes for layer in result.layers)
+    before, after = tensors_of(model), tensors_of(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+
+
 def _factor(dim: int, index: int, by: float) -> Callable[[torch.Tensor], object]:
     return lambda tensor: tensor.select(dim, index).mul_(by)
 
