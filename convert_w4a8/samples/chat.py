@@ -105,8 +105,8 @@ def _kinds(tokenizer: Tokenizer, messages: Messages, tools: Tools, text: str) ->
     if plane is None:
         return None
     words = literals(str(tokenizer.get_chat_template(tools=tools)))
-    for alike, careful in itertools.product((False, True), repeat=2):
-        marker = Marker(plane, words, careful, alike)
+    for escaped, alike, careful in itertools.product((False, True), repeat=3):
+        marker = Marker(plane, words, careful, alike, escaped)
         found = _render_marked(tokenizer, marker, messages, tools)
         if found is not None and found.text == text:
             return _kinds_of(tokenizer, marker, messages, tools, found)
@@ -129,10 +129,11 @@ def _kinds_of(tokenizer: Tokenizer, marker: Marker, messages: Messages, tools: T
     for run in runs:
         kinds[run.start : run.end] = run.kind
     _fill_arguments(found.text, messages, runs, kinds)
+    _fill_unmarked(tokenizer, marker, messages, tools, found, kinds)
     of_messages = [run for run in runs if run.group != TOOLS]
     if tools:
         other = marker.anew()
-        without = _render_marked(tokenizer, other, messages, None)
+        without = _render_marked(tokenizer, other, messages, None) or _render_marked(tokenizer, other, messages, [])
         if without is not None:
             _fill_tools(found.text, of_messages, without.text, runs_of(other, without), kinds)
     if messages[0]["role"] not in ("system", "developer") and of_messages:
@@ -156,6 +157,39 @@ def _fill_arguments(text: str, messages: Messages, runs: list[Run], kinds: Kinds
             if start >= 0:
                 place = start + len(written)
         kinds[run.start : place] = run.kind
+
+
+def _fill_unmarked(
+    tokenizer: Tokenizer, marker: Marker, messages: Messages, tools: Tools, found: Marked, kinds: Kinds
+) -> None:
+    """Assign the arguments of calls up to their end in forms other than JSON, too: numbers bear no marks.
+
+    The end is where a rendering has more in which every call has one more argument. Each call has a mark at its name.
+    """
+    longer = [_with_argument(message) for message in messages]
+    extra = _render_marked(tokenizer, marker.anew(), longer, tools) if longer != messages else None
+    if extra is None or not len(found.marks) or extra.marks.tolist() != found.marks.tolist():
+        return
+    ends, other_ends = ([*x.places[1:].tolist(), len(x.text)] for x in (found, extra))
+    bounds = zip(found.places.tolist(), ends, extra.places.tolist(), other_ends, strict=True)
+    for mark, (start, end, other_start, other_end) in zip(found.marks.tolist(), bounds, strict=True):
+        group, more = marker.groups[mark], other_end - other_start - (end - start)
+        if more > 0 and group != TOOLS and messages[group].get("tool_calls"):
+            first, last = _inserted(extra.text[other_start:other_end], found.text[start:end])
+            if last - first == more:
+                kinds[start : start + first] = marker.kinds[mark]
+
+
+def _with_argument(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose calls have one more argument, the last one also where they are sorted."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        name = max(["zz", *(f"{key}z" for key in arguments)])
+        calls.append({**call, "function": {**call["function"], "arguments": {**arguments, name: 0}}})
+    return {**message, "tool_calls": calls}
 
 
 def _fill_tools(text: str, runs: list[Run], other: str, other_runs: list[Run], kinds: Kinds) -> None:

@@ -213,6 +213,7 @@ def _message(origin: str, name: str, value: Any) -> dict[str, Any]:
         message["tool_calls"] = [_call(origin, f"{name}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
     if not {"content", "tool_calls", "reasoning_content", "reasoning", "thinking"} & message.keys():
         raise ConvertError(origin, f"{name} has neither content nor tool_calls", _MEND)
+    message.setdefault("content", "")  # as vLLM gives it to the template
     return message
 
 

@@ -76,6 +76,8 @@ class Marker:
     alike: bool
     """Whether equal messages get the same marks. A template may compare messages, with the last question, say; but then
     those of equal neighbours cannot be told apart."""
+    escaped: bool = False
+    """Whether the template may escape what is in JSON, and so a mark: then nothing of tools and arguments bears one."""
     group: int = 0
     kind: TokenKind = TokenKind.TEMPLATE
     rank: int = 0
@@ -95,7 +97,7 @@ class Marker:
 
     def anew(self) -> "Marker":
         """Return a marker like this one that has marked nothing yet."""
-        return Marker(self.base, self.literals, self.careful, self.alike)
+        return Marker(self.base, self.literals, self.careful, self.alike, self.escaped)
 
     def __call__(self, text: str) -> str:
         """Return a string with marks in it."""
@@ -147,7 +149,8 @@ def _mark_message(marker: Marker, message: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         function["name"] = marker(function["name"])
         marker.rank += 1
-        function["arguments"] = _map_strings(marker, function["arguments"])
+        if not marker.escaped:
+            function["arguments"] = _map_strings(marker, function["arguments"])
         marker.rank += 1
     return marked
 
@@ -164,6 +167,8 @@ def _map_strings(change: Callable[[str], str], value: Any) -> Any:
 def mark_tools(marker: Marker, tools: Tools) -> Tools:
     """Mark the descriptions: templates compare types, and may compare names."""
     marker.start(TOOLS, TokenKind.TOOLS)
+    if marker.escaped:
+        return tools
 
     def descriptions(value: Any) -> Any:
         if isinstance(value, list):

@@ -16,13 +16,14 @@ class Which(StrEnum):
     NONE = "none"
     ALL = "all"
     FIRST = "first"
-    """The first one in each sample."""
+    """The first one in each sample, up to the next words of somebody."""
     LATER = "later"
     """All but those in the first sample that has it."""
 
 
 KINDS = {"template": TokenKind.TEMPLATE, "system": TokenKind.SYSTEM, "tools": TokenKind.TOOLS}
 """The masks of kinds of tokens."""
+_WORDS = (TokenKind.TEXT, TokenKind.USER, TokenKind.ASSISTANT, TokenKind.TOOL)
 _CHOICES = {**dict.fromkeys(KINDS, (Which.ALL, Which.FIRST)), "repeated": (Which.LATER, Which.ALL)}
 """Mask → what may follow it after a colon; the first is meant where nothing does."""
 _NUMBERS = {"ngram": (4, 4096), "samples": (2, 1_000_000)}
@@ -109,12 +110,17 @@ def mask_kinds(kinds: npt.NDArray[np.uint8], masked_by: npt.NDArray[np.uint8], o
     for name in options.need_kinds:
         found = kinds == KINDS[name]
         if getattr(options, name) is Which.FIRST:
-            found &= _first_run(found)
+            found &= _before_words(kinds, found)
         masked_by[found & (masked_by == 0)] = 1 + REASONS.index(name)
 
 
-def _first_run(found: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return which elements belong to the first run of trues, bool [T]."""
-    starts = found & ~np.concatenate(([False], found[:-1]))
-    first: npt.NDArray[np.bool_] = np.cumsum(starts) == 1
-    return first
+def _before_words(kinds: npt.NDArray[np.uint8], found: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which tokens stand before the first words that come after a found token, bool [T].
+
+    Words are those of users, the model and tools. So a list of tools is one occurrence with the line in the header that
+    says that there are tools, and a system prompt with what the template puts into it.
+    """
+    words = np.isin(kinds, _WORDS)
+    begun = np.cumsum(found) > 0
+    before: npt.NDArray[np.bool_] = np.cumsum(words & begun) == 0
+    return before

@@ -81,6 +81,7 @@ def _mask_repeated(samples: list[Sample], masks: MaskOptions) -> None:
         return
     keep_first = masks.repeated is Which.LATER
     tokens = [sample.tokens for sample in samples]
-    found = repeated(tokens, ngram=masks.ngram, min_samples=masks.samples, keep_first=keep_first)
+    kept = [sample.kept for sample in samples]
+    found = repeated(tokens, ngram=masks.ngram, min_samples=masks.samples, keep_first=keep_first, kept=kept)
     for sample, spans in zip(samples, found, strict=True):
         sample.masked_by[spans & (sample.masked_by == 0)] = 1 + REASONS.index("repeated")

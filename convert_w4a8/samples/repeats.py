@@ -17,12 +17,18 @@ _ROWS = 1 << 14
 
 
 def repeated(
-    samples: Sequence[npt.NDArray[np.int32]], *, ngram: int, min_samples: int, keep_first: bool
+    samples: Sequence[npt.NDArray[np.int32]],
+    *,
+    ngram: int,
+    min_samples: int,
+    keep_first: bool,
+    kept: Sequence[npt.NDArray[np.bool_]] | None = None,
 ) -> list[npt.NDArray[np.bool_]]:
     """Return for each sample which of its tokens lie in a repeated span, bool [T].
 
     samples: token ids. A span of `ngram` tokens is repeated if at least `min_samples` samples hold it.
-    keep_first: not in the first sample that holds it.
+    keep_first: not in the first sample that holds it, and nowhere else those of its tokens that do not count there.
+    kept: which tokens count, bool [T] of each sample; all of them by default.
 
     Time is that of a sort, and memory some 50 bytes a token.
     """
@@ -31,18 +37,20 @@ def repeated(
     marked = np.zeros(int(lengths.sum()), np.bool_)
     if (lengths >= ngram).sum() >= 2:
         tokens = np.concatenate(samples)
-        starts = _repeated_starts(tokens, lengths, ngram, min_samples, keep_first=keep_first)
+        starts, first = _repeated_starts(tokens, lengths, ngram, min_samples, keep_first=keep_first)
         change = np.zeros(len(tokens) + 1, np.int8)  # spans of one length: at most one begins and one ends at a place
         change[starts] += 1
         change[starts + ngram] -= 1
         marked = np.cumsum(change[:-1], dtype=np.int32) > 0
+        if keep_first and kept is not None and len(starts):
+            marked &= np.concatenate(kept)[_sources(starts, first, len(tokens))]
     return np.split(marked, ends[:-1])
 
 
 def _repeated_starts(
     tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], ngram: int, min_samples: int, *, keep_first: bool
-) -> npt.NDArray[np.int64]:
-    """Return where the repeated n-grams begin in the concatenation of all samples, int64 [R]."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return where the repeated n-grams begin in the concatenation of all samples, and the first of each: int64 [R]."""
     owner = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     places = np.flatnonzero(owner[ngram - 1 :] == owner[: len(owner) - ngram + 1])  # whole within one sample
     hashes = _hashes(tokens, ngram)[places]
@@ -54,7 +62,7 @@ def _repeated_starts(
     several = same | np.concatenate((same[1:], [False]))
     places, begins = places[several], np.flatnonzero(~same[several])
     if not len(places):
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     group = np.cumsum(~same[several]) - 1
     first = places[begins][group]
     equal = _equal_ngrams(tokens, places, first, ngram)
@@ -62,8 +70,20 @@ def _repeated_starts(
     held = owner[places]
     another = np.concatenate(([True], (group[1:] != group[:-1]) | (held[1:] != held[:-1])))
     enough = np.bincount(group, weights=another)[group] >= min_samples
-    found: npt.NDArray[np.int64] = places[enough & (held != owner[first])] if keep_first else places[enough]
-    return found
+    found = enough & (held != owner[first]) if keep_first else enough
+    return places[found], first[found]
+
+
+def _sources(starts: npt.NDArray[np.int64], first: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    """Return for each token the one that it repeats by the last n-gram that begins at or before it, int64 [T].
+
+    It is of use for tokens in an n-gram only.
+    """
+    order = np.argsort(starts)
+    starts, first = starts[order], first[order]
+    place = np.arange(length)
+    last = np.maximum(np.searchsorted(starts, place, side="right") - 1, 0)
+    return np.clip(place + first[last] - starts[last], 0, length - 1)
 
 
 def _hashes(tokens: npt.NDArray[np.int32], ngram: int) -> npt.NDArray[np.uint64]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_templates import TEMPLATES, WITH_TOOLS, with_template
+from chat_templates import NEEDS_TOOLS, TEMPLATES, WITH_TOOLS, with_template
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,6 +171,37 @@ def test_a_content_that_the_template_looks_at(tokenizer: Any) -> None:
     found = pieces(chat(tokenizer, "reasoning", [*messages, {"role": "user", "content": content}]))
     assert ("USER", content) in found
     assert ("ASSISTANT", messages[1]["content"]) in found  # the result is no question, so the thought is there
+
+
+def test_arguments_one_by_one(tokenizer: Any) -> None:
+    """Numbers and nested values are the assistant's, too, though they bear no marks; tools are found where escaped."""
+    arguments = {"name": "a b", "limit": 3, "more": [{"deep": None}], "last": True}
+    call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+    nothing = {"type": "function", "function": {"name": "look", "arguments": {"at": 7}}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call, nothing]}
+    found = pieces(chat(tokenizer, "parameters", [SAID[1], asked, *SAID[3:]], TOOLS))
+    assert found[0][0] == "TOOLS"
+    assert "'description': 'Finds \"things\" by name.'" in found[0][1]
+    calls = "".join(text for kind, text in found if kind == "ASSISTANT")
+    assert calls.startswith("find>\n<parameter=name>\na b\n</parameter>\n<parameter=limit>\n3\n")
+    assert '[{"deep": null}]\n</parameter>\n<parameter=last>\ntrue\n</parameter>\n' in calls
+    assert "look>\n<parameter=at>\n7\n</parameter>\n" in calls
+    assert ("TOOL", '{"at": "home"}') in found
+    of_template = "".join(text for kind, text in found if kind == "TEMPLATE")
+    assert "parameter" not in of_template
+    assert of_template.endswith(
+        "</function>\n</tool_call><|im_end|>\n<|im_start|>tool\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    )
+
+
+def test_a_template_that_needs_tools(tokenizer: Any) -> None:
+    """It cannot be rendered without any, but with none."""
+    needs = with_template(tokenizer, NEEDS_TOOLS)
+    (_, before), (kind, text), *_ = pieces(render(needs, SAID[:2], TOOLS, "here"))
+    assert before.rstrip() == "<|im_start|>system\nHere are the tools: <tools>"
+    assert kind == "TOOLS"
+    assert text.lstrip().startswith('{"name": "find", "description":')
+    assert ("SYSTEM", "Be brief.") in pieces(render(needs, SAID[:2], TOOLS, "here"))
 
 
 def test_the_name_of_a_tool_with_its_result(tokenizer: Any) -> None:

@@ -56,7 +56,7 @@ def test_what_is_wrong_is_said(text: str, said: str) -> None:
 
 
 def test_all_or_only_the_first() -> None:
-    """The first run of a kind in a sample, or every one; what is masked already keeps its reason."""
+    """The first of a kind in a sample, or every one; what is masked already keeps its reason."""
     kinds = np.array([1, 2, 2, 1, 4, 1, 2, 1], np.uint8)
     assert (TokenKind.TEMPLATE, TokenKind.SYSTEM, TokenKind.USER) == (1, 2, 4)
     template, system = (1 + REASONS.index(name) for name in ("template", "system"))
@@ -69,5 +69,15 @@ def test_all_or_only_the_first() -> None:
 
     assert masked("system") == [0, 1, system, 0, 0, 0, system, 0]
     assert masked("system:first") == [0, 1, system, 0, 0, 0, 0, 0]
-    assert masked("template:first,system") == [template, 1, system, 0, 0, 0, system, 0]
+    assert masked("template:first,system") == [template, 1, system, template, 0, 0, system, 0]
     assert masked("tools") == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_an_occurrence_ends_where_somebody_speaks() -> None:
+    """A line in the header and the list before the question are one occurrence of tools; so is a prompt in parts."""
+    order = "template tools system tools template system template tools user template assistant tools system user"
+    kinds = np.array([TokenKind[name.upper()] for name in order.split()], np.uint8)
+    for name, count in (("tools", 3), ("system", 2), ("template", 3)):
+        masked_by = np.zeros(len(kinds), np.uint8)
+        mask_kinds(kinds, masked_by, parse_mask(f"{name}:first"))
+        assert np.flatnonzero(masked_by).tolist() == np.flatnonzero(kinds == TokenKind[name.upper()])[:count].tolist()

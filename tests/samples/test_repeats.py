@@ -80,3 +80,29 @@ def test_the_same_prompt_in_every_sample() -> None:
         first, *others = repeated(samples, ngram=32, min_samples=2, keep_first=keep_first)
         assert first.sum() == (0 if keep_first else 300)
         assert all(spans[:300].all() and not spans[300:].any() for spans in others)
+
+
+def test_what_does_not_count_in_the_first_sample_counts_in_the_next() -> None:
+    """A span whose first copy is masked, by a loss_mask, say, is not lost: its other copies are not masked for it."""
+    prompt = list(range(100, 120))
+    samples = arrays([[1, *prompt, 2], [3, 4, *prompt, 5], [*prompt, 6]])
+    kept = [np.ones(len(tokens), np.bool_) for tokens in samples]
+    kept[0][8:15] = False
+    found = repeated(samples, ngram=8, min_samples=2, keep_first=True, kept=kept)
+    assert not found[0].any()
+    for spans, start in ((found[1], 2), (found[2], 0)):
+        assert spans[start : start + 20].tolist() == kept[0][1:21].tolist()
+        assert spans.sum() == 13
+
+
+@given(samples=CASES["samples"], ngram=CASES["ngram"], data=st.data())
+def test_masked_tokens_only_take_from_what_is_masked(samples: list[list[int]], ngram: int, data: st.DataObject) -> None:
+    """With tokens that do not count, no more is masked; with all that count, the same."""
+    found = repeated(arrays(samples), ngram=ngram, min_samples=2, keep_first=True)
+    counts = [data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens))) for tokens in samples]
+    kept = [np.array(row, np.bool_) for row in counts]
+    fewer = repeated(arrays(samples), ngram=ngram, min_samples=2, keep_first=True, kept=kept)
+    assert all(not (one & ~other).any() for one, other in zip(fewer, found, strict=True))
+    everything = [np.ones(len(tokens), np.bool_) for tokens in samples]
+    same = repeated(arrays(samples), ngram=ngram, min_samples=2, keep_first=True, kept=everything)
+    assert [spans.tolist() for spans in same] == [spans.tolist() for spans in found]

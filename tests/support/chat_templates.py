@@ -159,6 +159,32 @@ PARTS = """{% for m in messages %}<|{{ m.role }}|>
 {% endfor %}"""
 """As templates of models for images: contents are lists only."""
 
+PARAMETERS = """{%- for m in messages %}
+    {%- if loop.first and tools %}
+        {{- '<|im_start|>system\\n# Tools' }}
+        {%- for tool in tools %}{{ '\\n' + (tool | string) }}{% endfor %}
+        {{- '\\n<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\\n' + m.content }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+        {%- for name, value in call.function.arguments | items %}
+            {{- '<parameter=' + name + '>\\n' }}{{ value if value is string else value | tojson }}
+            {{- '\\n</parameter>\\n' }}
+        {%- endfor %}
+        {{- '</function>\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}"""
+"""As Qwen3-Coder's calls, with parameters one by one; tools are written as Python does, which escapes characters."""
+
+NEEDS_TOOLS = """<|im_start|>system
+Here are the tools: <tools>{% for tool in tools %} {{ tool.function | tojson }}{% endfor %} </tools><|im_end|>
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}"""
+"""As Hermes 2 Pro: for chats with tools only."""
+
 TEMPLATES = {
     "chatml": CHATML,
     "default prompt": DEFAULT_PROMPT,
@@ -168,8 +194,9 @@ TEMPLATES = {
     "no system": NO_SYSTEM,
     "generation": GENERATION,
     "parts": PARTS,
+    "parameters": PARAMETERS,
 }
-WITH_TOOLS = ("default prompt", "reasoning", "headers", "instruct")
+WITH_TOOLS = ("default prompt", "reasoning", "headers", "instruct", "parameters")
 
 
 def with_template(tokenizer: Any, template: str) -> Any:
