@@ -90,13 +90,12 @@ def scale_block(
         s, origin_scale, exponent = scales
         if exponent:
             tried = _parameters(block.module, fold, names, s, origin_scale)
-            before = [parameter.clone() for parameter, *_ in tried]
             for parameter, _, dim, factor in tried:
                 _multiply(parameter, dim, factor)
             change = (block.output(states, call, quantized=False) - want).abs().max()
             if not float(change) <= limit:
-                for (parameter, *_), old in zip(tried, before, strict=True):
-                    parameter.copy_(old)
+                for parameter, _, dim, factor in tried:
+                    _multiply(parameter, dim, 1 / factor)  # exactly what it was
                 continue
             for _, name, dim, factor in tried:
                 found.note(name, dim, factor)
