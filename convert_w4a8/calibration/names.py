@@ -11,6 +11,7 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
+from convert_w4a8.encoding.dequantize import dequantize_fp8
 
 _MISTRAL = (
     (re.compile(r"(^|\.)block_sparse_moe\."), r"\1mlp."),
@@ -18,6 +19,7 @@ _MISTRAL = (
     (re.compile(r"(\.experts\.\d+)\.w2(?=\.|$)"), r"\1.down_proj"),
     (re.compile(r"(\.experts\.\d+)\.w3(?=\.|$)"), r"\1.up_proj"),
 )
+FP8 = "F8_E4M3"
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters of transformers' experts → the projections whose rows they hold, one below the other."""
 
@@ -42,7 +44,7 @@ def find_tensor(checkpoint: Checkpoint, block: str, name: str, shape: tuple[int,
     """
     info = tensor_of(checkpoint, block, name)
     if info is not None:
-        return read_tensor(info) if info.shape == shape else None
+        return read_weight(checkpoint, info) if info.shape == shape else None
     experts, _, leaf = name.rpartition(".")
     if not is_stack(name) or len(shape) != 3:
         return None
@@ -54,12 +56,18 @@ def find_tensor(checkpoint: Checkpoint, block: str, name: str, shape: tuple[int,
             if part is None or len(part.shape) != 2 or part.shape[1] != shape[2] or row + part.shape[0] > shape[1]:
                 return None
             if stack is None:
-                stack = torch.empty(shape, dtype=TORCH_DTYPES[part.dtype])
-            stack[expert, row : row + part.shape[0]] = read_tensor(part)
+                stack = torch.empty(shape, dtype=torch.bfloat16 if part.dtype == FP8 else TORCH_DTYPES[part.dtype])
+            stack[expert, row : row + part.shape[0]] = read_weight(checkpoint, part)
             row += part.shape[0]
         if row != shape[1]:
             return None
     return stack
+
+
+def read_weight(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
+    """Read a tensor; FP8 in blocks becomes BF16."""
+    scale = checkpoint.tensors.get(f"{info.name}_scale_inv") if info.dtype == FP8 else None
+    return read_tensor(info) if scale is None else dequantize_fp8(read_tensor(info), read_tensor(scale))
 
 
 def tensor_of(checkpoint: Checkpoint, block: str, name: str) -> TensorInfo | None:

@@ -33,7 +33,8 @@ class QuantizeOptions(Options):
     data: a digest of the calibration data, which is part of what an output depends on; empty without data.
     alpha: how far the target of a layer is moved from its own weights towards those that give the original model's
         outputs from the quantized model's inputs, 0 … 1.
-    awq_scaling: whether input channels are scaled as AWQ does; None: where the tables are of scales, which gain by it.
+    awq_scaling: whether input channels are scaled as AWQ does; None: where that was measured to help, which is with
+        tables of scales and without error feedback.
     damping: added to the diagonal of second moments, as a part of its mean.
     """
 
@@ -53,7 +54,9 @@ class QuantizeOptions(Options):
     @property
     def scales_inputs(self) -> bool:
         """Whether input channels are scaled, where there is data."""
-        return self.tables is TableKind.SCALE if self.awq_scaling is None else self.awq_scaling
+        if self.awq_scaling is not None:
+            return self.awq_scaling
+        return self.tables is TableKind.SCALE and self.preset is Preset.FAST
 
     def __post_init__(self) -> None:
         """Take the values of choices as strings too. Raises ValueError for a choice that there is not."""

@@ -22,7 +22,8 @@ def with_samples(options: QuantizeOptions, samples: SampleSet | None) -> Quantiz
 def plan_quantization(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
     """Plan the quantization of a model.
 
-    With data, every decoder block has files of its own: what is finished of an interrupted run is whole blocks.
+    With data, every decoder block has files of its own: what is finished of an interrupted run is whole blocks. The
+    plan's options are those that are carried out: beside an adapter no inputs are scaled.
 
     Raises:
         ConvertError: the checkpoint is quantized already, or of no form that is known.
@@ -41,6 +42,8 @@ def plan_quantization(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
             raise ConvertError(
                 f"--tables {options.tables}", f"cannot be stored by --format {target.NAME}", "use --tables scale"
             )
+    if any(path.name.startswith("adapter_model") for path in checkpoint.side_files):
+        options = replace(options, awq_scaling=False)  # an adapter gets the inputs as they were
     return make_plan(checkpoint, options, source=source, formats=formats, part_of=_part if options.data else _whole)
 
 

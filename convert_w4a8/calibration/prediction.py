@@ -29,6 +29,8 @@ FACTOR_FLOPS = 18e9
 """Of a factorization in float64."""
 _PASSES = 2.5
 """Passes through a block for the full preset: to each of its inputs, and to its end."""
+_EXPONENTS, _ROWS = 8, 512
+"""AWQ's exponents that are tried, each with so many output channels of a layer."""
 _BYTES_PER_WEIGHT = 24
 """Of the matrix that is worked at."""
 _BASE_BYTES = 700_000_000
@@ -65,6 +67,8 @@ def predict_cost(
         passes = versions * (_PASSES if is_full else 1)
         seen = sum(_weights(layer) * _share(checkpoint, layer) for layer in plan.converted)
         seconds += passes * 2 * tokens * seen / FLOPS
+        if options.scales_inputs:
+            seconds += _EXPONENTS * NEAREST_SECONDS * sum(min(n, _ROWS) * k for n, k in sizes)
         if is_full:
             seconds += sum(_moment_seconds(k, tokens) for k in _inputs(plan))
         hidden = _hidden(checkpoint)

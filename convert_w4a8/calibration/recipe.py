@@ -29,6 +29,10 @@ def recipe(options: QuantizeOptions, samples: SampleSet | None) -> Recipe:
         sentence = f"calibrated on {counted(len(samples.samples), 'sample')} with {samples.kept:,} tokens that count."
         how = "error feedback and coordinate descent, block by block" if is_full else "by the energies of the inputs"
         rows.append(("calibration", f"{how}; {samples.kept:,} of {samples.tokens:,} tokens count"))
+        if options.scales_inputs:
+            rows.append(
+                ("AWQ scaling", "of input channels by powers of two; LoRA adapters made for the model do not fit")
+            )
         rows.append(("calibration data", f"SHA-256 {samples.digest}"))
         record["calibration"] = {
             "preset": str(options.preset),

@@ -83,27 +83,26 @@ def scale_block(
         names = _module_names(fold.consumers)
         if not {fold.origin, *names} <= known:
             continue  # transformers calls it otherwise
-        stage = next((s for s in energies if s.modules[0] in names), None)
-        scales = None if stage is None else _choose(block, fold, stage, energies[stage], options)
-        if stage is None or scales is None:
+        stages = {stage: moments for stage, moments in energies.items() if stage.modules[0] in names}
+        scales = _choose(block, fold, stages, options) if stages else None
+        if scales is None:
             continue
         s, origin_scale, exponent = scales
         if exponent:
             tried = _parameters(block.module, fold, names, s, origin_scale)
-            before = [parameter.clone() for parameter, *_ in tried]
             for parameter, _, dim, factor in tried:
                 _multiply(parameter, dim, factor)
             change = (block.output(states, call, quantized=False) - want).abs().max()
             if not float(change) <= limit:
-                for (parameter, *_), old in zip(tried, before, strict=True):
-                    parameter.copy_(old)
+                for parameter, _, dim, factor in tried:
+                    _multiply(parameter, dim, 1 / factor)  # exactly what it was
                 continue
             for _, name, dim, factor in tried:
                 found.note(name, dim, factor)
-            for other, moments in energies.items():
-                if other.modules[0] in names and moments.second is not None:
-                    moments.second /= s.square()
-        found.exponents |= dict.fromkeys(names & set(stage.modules), exponent)
+            for moments in stages.values():
+                assert moments.second is not None
+                moments.second /= s.square()
+        found.exponents |= dict.fromkeys(names, exponent)
     return found
 
 
@@ -113,11 +112,11 @@ def _module_names(consumers: Iterable[str]) -> set[str]:
 
 
 def _choose(
-    block: Block, fold: Fold, stage: Stage, moments: Moments, options: QuantizeOptions
+    block: Block, fold: Fold, stages: Mapping[Stage, Moments], options: QuantizeOptions
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     """Return the scale of the inputs [K], that of what makes them, and the exponent; None where it cannot be told."""
     module = block.module
-    energies, _ = moments.mean()
+    energies, _ = next(iter(stages.values())).mean()
     k = len(energies)
     tie = None
     if not fold.is_norm:
@@ -132,13 +131,14 @@ def _choose(
     elif module.get_parameter(f"{fold.origin}.weight").shape != (k,):
         return None
     weights: list[torch.Tensor] = []
-    for name in stage.modules:
-        if stage.is_experts:
-            stack = module.get_parameter(f"{name}.gate_up_proj")
-            step = -(-len(stack) // _EXPERTS)
-            weights.extend(part.float() for part in stack[::step])
-        else:
-            weights.append(module.get_parameter(f"{name}.weight").float())
+    for stage in stages:
+        for name in stage.modules:
+            if stage.is_experts:
+                stack = module.get_parameter(f"{name}.gate_up_proj")
+                step = -(-len(stack) // _EXPERTS)
+                weights.extend(part.float() for part in stack[::step])
+            else:
+                weights.append(module.get_parameter(f"{name}.weight").float())
     s, exponent = awq_exponent(weights, energies, method_of(options, data=True), tie=tie)
     made = s
     if tie is not None:

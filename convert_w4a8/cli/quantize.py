@@ -135,7 +135,7 @@ def quantize_command(
     as_json: bool,
     **choices: Any,
 ) -> None:
-    """Quantize a model in BF16, FP16 or FP32 to W4A8 for vLLM on Hopper.
+    """Quantize a model in BF16, FP16, FP32, or FP8 in blocks, to W4A8 for vLLM on Hopper.
 
     MODEL is a local directory or a Hub id, org/name[@revision]. OUT must not exist or be empty; it appears whole or not
     at all. With --data, codes and tables are chosen for what the layers see; that needs transformers.
@@ -164,12 +164,13 @@ def quantize_command(
     samples = read_data(checkpoint, data, mask, max_tokens) if data else None
     outputs = []
     for path, chosen in wanted:
-        options = with_samples(chosen, samples)
-        plan = plan_quantization(checkpoint, options)
-        cost = predict_cost(checkpoint, plan, options, samples, torch_device, states_memory)
-        outputs.append(_Output(path, options, plan, cost))
+        plan = plan_quantization(checkpoint, with_samples(chosen, samples))
+        carried_out = plan.options
+        assert isinstance(carried_out, QuantizeOptions)
+        cost = predict_cost(checkpoint, plan, carried_out, samples, torch_device, states_memory)
+        outputs.append(_Output(path, carried_out, plan, cost))
         if not (quiet or as_json):
-            echo(render.plan_text(plan, options, samples, cost))
+            echo(render.plan_text(plan, carried_out, samples, cost))
     unfinished: list[_Output] = []
     for output in outputs:
         finished = resume and not dry_run and is_finished(output.path, checkpoint, output.plan)

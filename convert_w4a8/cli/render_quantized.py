@@ -93,6 +93,7 @@ def result_text(result: Result, source: str, out: Path) -> str:
             f"outputs    SQNR on the calibration data: mean {fmean(db for _, db in outputs):.1f} dB,"
             f" worst {worst_db:.1f} dB ({printable(least.plan.module)})"
         )
+    lines += _scaling_lines(result)
     unseen = [layer for layer in result.layers if layer.notes.get("tokens") == 0]
     if unseen:
         lines.append(
@@ -110,6 +111,22 @@ def result_text(result: Result, source: str, out: Path) -> str:
     lines.append(f"verify     {verify_command(out, source)}")
     lines.append(f"serve      {plan.target.serve_command(shlex.quote(str(out)))}")
     return "\n".join(lines)
+
+
+def _scaling_lines(result: Result) -> list[str]:
+    """Say which layers had their input channels scaled, and where nothing takes the other part of a scale."""
+    known = [layer for layer in result.layers if "awq_exponent" in layer.notes]
+    if not known:
+        return []
+    exponents = [layer.notes["awq_exponent"] for layer in known]
+    scaled = [exponent for exponent in exponents if exponent]
+    of = f", AWQ's exponent {min(scaled):g} to {max(scaled):g}" if scaled else ""
+    line = f"scaling    inputs of {counted(len(scaled), 'layer')} by powers of two{of};"
+    alone = [layer.plan.module for layer in known if layer.notes["awq_exponent"] is None]
+    line += f" of {exponents.count(0.0)} it would not help"
+    if alone:
+        line += f", {len(alone)} left alone, where nothing is known that takes the other part ({printable(alone[0])})"
+    return [line]
 
 
 def _has_outputs(layer: LayerResult) -> bool:
@@ -134,6 +151,7 @@ def result_dict(
                 "output_sqnr_db": layer.notes.get("output_sqnr_db"),
                 "tokens": layer.notes.get("tokens"),
                 "routed_tokens": layer.notes.get("routed_tokens"),
+                "awq_exponent": layer.notes.get("awq_exponent"),
             }
             for layer in result.layers
             if layer.stats is not None

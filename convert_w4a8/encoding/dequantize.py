@@ -7,6 +7,8 @@ import torch
 from convert_w4a8.encoding.packing import channel_ranges, unpack_codes
 from convert_w4a8.linear import SYMMETRIC_ZERO, DenseLinear, W4Linear
 
+FP8_BLOCK = 128
+"""Rows and columns of the blocks of FP8 weights that share a scale, as DeepSeek has them."""
 BLOCK_WEIGHTS = 1 << 23
 """The most weights of a block of output channels."""
 
@@ -24,6 +26,13 @@ def dequantize(w: W4Linear | DenseLinear) -> torch.Tensor:
         return codes.float().sub_(zeros[:, index]).mul_(scales[:, index])
     grouped = codes.view(codes.shape[0], -1, w.group_size).float()
     return grouped.sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
+
+
+def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return weights float8_e4m3fn [N, K] times the scales [⌈N/128⌉, ⌈K/128⌉] of their blocks, bfloat16 [N, K]."""
+    n, k = weight.shape
+    rows = scale.float().repeat_interleave(FP8_BLOCK, 0)[:n]
+    return (weight.float() * rows.repeat_interleave(FP8_BLOCK, 1)[:, :k]).bfloat16()
 
 
 def output_blocks(n: int, k: int) -> Iterator[tuple[int, int]]:

@@ -63,7 +63,9 @@ def find_origin(checkpoint: Checkpoint) -> Source:
     model = unquantized_source()
     anchors = tuple(f".{source.ANCHOR}" for source in sources() if source.ANCHOR != model.ANCHOR)
     is_quantized = any(source.matches(checkpoint) for source in sources())
-    if not is_quantized and model.matches(checkpoint) and not any(n.endswith(anchors) for n in checkpoint.tensors):
+    # Settings of FP8 say themselves what the tensors are; where there are none, the tensors do.
+    is_said = bool(checkpoint.quantization_config) or not any(name.endswith(anchors) for name in checkpoint.tensors)
+    if not is_quantized and is_said and model.matches(checkpoint):
         return model
     return find_source(checkpoint)
 

@@ -87,8 +87,11 @@ class CarriedLayer:
 def find_carried(source: Source, checkpoint: Checkpoint, problems: list[Problem]) -> tuple[CarriedLayer, ...]:
     """Return the layers of a checkpoint to be carried over; what can be neither converted nor carried is a problem.
 
-    A source whose configuration describes such layers finds them by a function of this name that takes the rest.
+    A source whose configuration describes such layers finds them by a function of this name that takes the rest. One
+    with `DEQUANTIZES_FP8` carries none: it reads them.
     """
+    if getattr(source, "DEQUANTIZES_FP8", False):
+        return ()
     finder = getattr(source, "find_carried", None)
     found = [] if finder is None else list(finder(checkpoint, problems))
     refused: dict[tuple[str, str], list[str]] = {}

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from checkpoint_edits import snapshot
 from click.testing import CliRunner, Result
 from tiny_models import VOCABULARY, write_llama
 
+from convert_w4a8.calibration.walk import Walk
 from convert_w4a8.cli.main import main
 
 
@@ -137,3 +140,27 @@ def test_a_page_of_the_data(shared: Path, tmp_path: Path) -> None:
     assert "Be &lt;brief&gt;." in text
     assert "What is 0?" in text
     assert run(model, tmp_path / "out", "--html", page).exit_code == 2
+
+
+def test_an_interrupted_w4a16_is_continued(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OUT is whole by then, and stays as it is; DIR is not there until it is whole, and has the same bytes."""
+    model = write_llama(tmp_path / "in", layers=2)
+    options = ("--data", data, "--preset", "fast", "--keep-w4a16")
+    assert run(model, tmp_path / "a", *options, tmp_path / "b").exit_code == 0
+    original = Walk.quantize
+
+    def interrupted(self: Walk, number: int, *args: Any, **more: Any) -> Any:
+        for done in original(self, number, *args, **more):
+            if number == 1 and self._options.is_w4a16:
+                raise KeyboardInterrupt
+            yield done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "quantize", interrupted)
+        assert run(model, tmp_path / "out", *options, tmp_path / "kept").exit_code != 0
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "a")
+    assert not (tmp_path / "kept").exists()
+    assert run(model, tmp_path / "out", *options, tmp_path / "kept", "--resume").exit_code == 0
+    assert snapshot(tmp_path / "kept") == snapshot(tmp_path / "b")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "a", "b", "out", "kept", data.name}

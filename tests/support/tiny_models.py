@@ -50,6 +50,13 @@ def write_model(directory: Path, kind: str, config: str, layers: int = 2, **sett
     return _write(getattr(transformers, kind), getattr(transformers, config)(**sizes), directory, torch.bfloat16)
 
 
+def write_gemma(directory: Path) -> Path:
+    """Write a Gemma 3, whose norms multiply by 1 + weight, with norms behind attention and MLP too."""
+    sizes = {"intermediate_size": 256, "num_hidden_layers": 1, "query_pre_attn_scalar": 64}
+    config = transformers.Gemma3TextConfig(**{**_SIZES, **sizes})
+    return _write(transformers.Gemma3ForCausalLM, config, directory, torch.bfloat16)
+
+
 def _write(kind: Any, config: Any, directory: Path, dtype: torch.dtype) -> Path:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

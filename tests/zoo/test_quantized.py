@@ -19,7 +19,7 @@ pytestmark = pytest.mark.zoo
 
 @pytest.mark.parametrize("version", environment.VERSIONS)
 def test_vllm_holds_the_model(version: str, tmp_path: Path) -> None:
-    """Dense, experts under Qwen's names and Mixtral's, in both formats."""
+    """Dense, experts under Qwen's names and Mixtral's, in both formats and as W4A16."""
     if reason := environment.missing(version):
         pytest.skip(reason)
     pairs = []
@@ -28,6 +28,7 @@ def test_vllm_holds_the_model(version: str, tmp_path: Path) -> None:
         for name, options in (
             ("lut", QuantizeOptions(preset="fast")),  # type: ignore[arg-type]
             ("ct", QuantizeOptions(format="compressed-tensors", tables="scale")),  # type: ignore[arg-type]
+            ("w4a16", QuantizeOptions(format="w4a16")),
         ):
             out = tmp_path / f"{write.__name__}-{name}"
             samples = samples_of([100, 60]) if name == "lut" else None

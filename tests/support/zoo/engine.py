@@ -26,9 +26,11 @@ from vllm.config import (
     set_current_vllm_config,
 )
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
-from vllm.model_executor.kernels.linear.mixed_precision import cutlass
+from vllm.model_executor.kernels.linear.mixed_precision import cutlass, machete
 from vllm.model_executor.layers.attention import mla_attention
+from vllm.model_executor.layers.fused_moe.experts import marlin_moe
 from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8
+from vllm.model_executor.layers.fused_moe.oracle import int_wna16
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
@@ -53,6 +55,8 @@ NOT_OF_CHECKPOINTS = (
     "v_zero_point",
     "q_zero_point",
     "weight_shape",
+    "weight_g_idx",
+    "g_idx_sort_indices",
 )
 """Last parts of the names of parameters whose defaults serve as well, or which nothing reads."""
 
@@ -105,13 +109,17 @@ def prepare() -> None:
     platform.is_device_capability = classmethod(lambda *_args, **_named: True)
     platform.verify_quantization = classmethod(lambda _cls, _name: None)
     platform.get_attn_backend_cls = classmethod(_attention_backend)
-    cutlass.current_platform = moe_config.current_platform = _Hopper()
+    cutlass.current_platform = machete.current_platform = moe_config.current_platform = _Hopper()
+    int_wna16.current_platform = _Hopper()
+    int_wna16._get_priority_backends = lambda: [int_wna16.WNA16MoEBackend.MARLIN]
     if hasattr(mla_attention, "get_mla_prefill_backend"):  # 0.25.1
         mla_attention.get_mla_prefill_backend = lambda _config: MagicMock
     if not hasattr(triton, "set_allocator"):
         triton.set_allocator = lambda _allocator: None
-    linear_kernels._POSSIBLE_KERNELS[current_platform._enum] = [cutlass.CutlassW4A8LinearKernel]
+    kernels = [cutlass.CutlassW4A8LinearKernel, machete.MacheteLinearKernel]  # of W4A8, and of W4A16
+    linear_kernels._POSSIBLE_KERNELS[current_platform._enum] = kernels
     CutlassExpertsW4A8Fp8._supports_current_device = staticmethod(lambda: True)
+    marlin_moe.MarlinExperts._supports_current_device = staticmethod(lambda: True)
     fp8_kernel = linear_kernels.TritonFp8BlockScaledMMKernel
     fp8_kernel.is_supported = classmethod(lambda _cls, compute_capability=None: (True, None))  # noqa: ARG005
     linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS[current_platform._enum] = [fp8_kernel]

@@ -78,7 +78,10 @@ def _matrix(layer: Any, prefix: str, lut: bool, expert: int | None = None) -> We
 
     packed = part("weight_packed")
     if not lut:
-        return Weight("compressed-tensors", decode_packed(packed, part("weight_scale")))
+        scales = part("weight_scale")
+        if expert is not None and packed.shape[1] == scales.shape[1]:  # W4A16, for Marlin: inputs first
+            packed, scales = packed.t().contiguous(), scales.t().contiguous()
+        return Weight("compressed-tensors", decode_packed(packed, scales))
     n = packed.shape[-1] // 4
     scale = part("weight_scale") if hasattr(layer, f"{prefix}weight_scale") else None
     entries = None if scale is not None else part("weight_lut").view(-1, n, 8)
