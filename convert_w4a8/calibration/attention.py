@@ -6,7 +6,6 @@ for every head. Here masks stay functions until attention runs, some rows of que
 no farther back than a window, over the keys of that window alone.
 """
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,12 +54,13 @@ class RowMask:
         numbers = (range(self.batch), range(1), queries, keys)
         sample, head, query, key = (torch.arange(r.start, r.stop, device=self.device) for r in numbers)
         if self.is_indexed:
-            seen = self.function(sample[:, None, None, None], head[:, None, None], query[:, None], key)
+            seen: torch.Tensor = self.function(sample[:, None, None, None], head[:, None, None], query[:, None], key)
             return seen.expand(self.batch, 1, len(queries), len(keys))
-        function = self.function
+        function: Callable[..., Any] = self.function
         for place in (3, 2, 1, 0):
             function = torch.vmap(function, in_dims=tuple(0 if n == place else None for n in range(4)))
-        return function(sample, head, query, key)
+        found: torch.Tensor = function(sample, head, query, key)
+        return found
 
     @classmethod
     def __torch_function__(
@@ -90,11 +90,13 @@ class RowMask:
 
     def __and__(self, other: Any) -> torch.Tensor:
         """Combine it with another mask."""
-        return operator.and_(self.whole(), _whole(other))
+        found: torch.Tensor = self.whole() & _whole(other)
+        return found
 
     def __or__(self, other: Any) -> torch.Tensor:
         """Combine it with another mask."""
-        return operator.or_(self.whole(), _whole(other))
+        found: torch.Tensor = self.whole() | _whole(other)
+        return found
 
 
 def _whole(value: Any) -> Any:
@@ -209,7 +211,7 @@ def linear_memory() -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: PLC0415  (it takes seconds)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415
 
-    ours = ((ALL_ATTENTION_FUNCTIONS, attend), (ALL_MASK_ATTENTION_FUNCTIONS, make_mask))
+    ours: tuple[tuple[Any, Any], ...] = ((ALL_ATTENTION_FUNCTIONS, attend), (ALL_MASK_ATTENTION_FUNCTIONS, make_mask))
     before = [interface["sdpa"] for interface, _ in ours]
     for interface, function in ours:
         interface["sdpa"] = function

@@ -36,9 +36,10 @@ class _ReachedError(Exception):
 def round_tokens(x: torch.Tensor) -> torch.Tensor:
     """Round inputs [..., K] to FP8 by token as vLLM's kernel does, from BF16, `ROWS` at a time; the dtype stays."""
     found = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for rows, result in zip(x.flatten(0, -2).split(ROWS), found.flatten(0, -2).split(ROWS), strict=True):
-        tokens, scale = quantize_tokens(rows.bfloat16())
-        result.copy_(tokens.float() * scale)
+    flat, result = x.flatten(0, -2), found.view(-1, x.shape[-1])
+    for start in range(0, len(flat), ROWS):
+        tokens, scale = quantize_tokens(flat[start : start + ROWS].bfloat16())
+        result[start : start + ROWS] = tokens.float() * scale
     return found
 
 

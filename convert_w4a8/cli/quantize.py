@@ -106,6 +106,12 @@ class Mask(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8
     show_default=True,
     help="Memory for the hidden states of the calibration data; what is beyond lies on OUT's disk meanwhile.",
 )
+@click.option(
+    "--html",
+    type=LocalPath(path_type=Path),
+    metavar="FILE",
+    help="With --data. Write a page with the counts of tokens and the text of one sample, coloured by what counts.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Largest output file.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
@@ -121,6 +127,7 @@ def quantize_command(
     keep_w4a16: Path | None,
     device: str,
     states_memory: int,
+    html: Path | None,
     dry_run: bool,
     overwrite: bool,
     resume: bool,
@@ -138,13 +145,15 @@ def quantize_command(
     from convert_w4a8.calibration.run import quantize
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render_quantized as render
+    from convert_w4a8.cli.files import check_writable, write_files
     from convert_w4a8.conversion.destination import is_finished
     from convert_w4a8.conversion.run import check_paths
     from convert_w4a8.devices import resolve_device
     from convert_w4a8.hub.repository import resolve_input
 
-    if not data and (mask is not None or max_tokens is not None):
-        raise click.UsageError("--mask and --max-tokens go with --data")
+    if not data and (mask is not None or max_tokens is not None or html is not None):
+        raise click.UsageError("--mask, --max-tokens and --html go with --data")
+    check_writable(*([html] if html is not None else []))
     torch_device = resolve_device(device)
     checkpoint = open_checkpoint(resolve_input(model))
     wanted = [(out, _options(choices))]
@@ -172,6 +181,8 @@ def quantize_command(
         elif not (quiet or as_json):
             command = render.verify_command(output.path, model)
             echo(f"finished   {output.path} is this quantization already; see {command}")
+    if html is not None and samples is not None:
+        write_files({html: page_of(samples, checkpoint)})
     if dry_run:
         if as_json:
             echo_json(_together([render.plan_dict(o.plan, o.options, samples, o.cost) for o in outputs]))
@@ -264,6 +275,14 @@ def read_data(
         max_tokens=max_tokens,
         vocab_size=_vocabulary(checkpoint),
     )
+
+
+def page_of(samples: "SampleSet", checkpoint: "Checkpoint") -> bytes:
+    """Return an HTML page of the counts of tokens and one sample, coloured. It needs the tokenizer to show text."""
+    from convert_w4a8.report import tokens
+    from convert_w4a8.samples.tokenizer import open_tokenizer
+
+    return tokens.page(samples, open_tokenizer(checkpoint.root)).encode(errors="backslashreplace")
 
 
 def _vocabulary(checkpoint: "Checkpoint") -> int | None:

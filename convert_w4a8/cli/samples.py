@@ -9,7 +9,7 @@ from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.files import check_writable, write_files
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
-from convert_w4a8.cli.quantize import Mask, read_data
+from convert_w4a8.cli.quantize import Mask, page_of, read_data
 
 if TYPE_CHECKING:
     from convert_w4a8.samples.masks import MaskOptions
@@ -55,7 +55,6 @@ def samples_command(
     from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.report import tokens
     from convert_w4a8.report.drawing import require_matplotlib
-    from convert_w4a8.samples.tokenizer import open_tokenizer
     from convert_w4a8.text import table
 
     if png is not None:
@@ -65,7 +64,7 @@ def samples_command(
     found = read_data(checkpoint, data, mask, max_tokens)
     written = {}
     if html is not None:
-        written[html] = tokens.page(found, open_tokenizer(checkpoint.root)).encode(errors="backslashreplace")
+        written[html] = page_of(found, checkpoint)
     if png is not None:
         written[png] = tokens.draw(found)
     write_files(written)

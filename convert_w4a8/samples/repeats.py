@@ -83,7 +83,8 @@ def _sources(starts: npt.NDArray[np.int64], first: npt.NDArray[np.int64], length
     starts, first = starts[order], first[order]
     place = np.arange(length)
     last = np.maximum(np.searchsorted(starts, place, side="right") - 1, 0)
-    return np.clip(place + first[last] - starts[last], 0, length - 1)
+    found: npt.NDArray[np.int64] = np.clip(place + first[last] - starts[last], 0, length - 1)
+    return found
 
 
 def _hashes(tokens: npt.NDArray[np.int32], ngram: int) -> npt.NDArray[np.uint64]:

@@ -78,7 +78,7 @@ def rows_of(found: Mapping[tuple[str, str, str], list[Windows]], losses: Mapping
     rows = []
     for (method, arm, place), windows in found.items():
         mean = mean_of(windows)
-        row = {"method": method, "data": arm, "place": place}
+        row: Row = {"method": method, "data": arm, "place": place}
         row |= score(f"{method}, {arm}", "W4A8 lut", "fp8", mean, losses[place])
         row["kl_by_seed"] = [float(w.kl.mean()) for w in windows]
         others = found.get((method, REFERENCE, place), [])

@@ -114,11 +114,11 @@ def test_a_window_matters_in_these_models(kind: str, tmp_path: Path) -> None:
     assert float((one[24:] - other[24:]).abs().max()) > 1e-3
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes how many elements the largest tensor has that any operation makes, views of others included."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(

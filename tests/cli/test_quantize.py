@@ -123,6 +123,25 @@ def test_overwrite_replaces_no_w4a16_of_others(model: Path, tmp_path: Path) -> N
     assert "is not an output of w4a8-convert" in result.stderr
 
 
+def test_a_page_of_the_data(shared: Path, tmp_path: Path) -> None:
+    """Written before the work: counts by kind, and a sample with what is masked struck out; without data, no page."""
+    path, page = tmp_path / "data.jsonl", tmp_path / "page.html"
+    lines = [
+        {"messages": [{"role": "system", "content": "Be <brief>."}, {"role": "user", "content": f"What is {n}?"}]}
+        for n in range(2)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    model = shared / "models" / "llama-31m-bf16"
+    result = run(model, tmp_path / "out", "--data", path, "--mask", "system", "--html", page, "--dry-run")
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert "<td>system prompt</td>" in text
+    assert 'class="masked"' in text
+    assert "Be &lt;brief&gt;." in text
+    assert "What is 0?" in text
+    assert run(model, tmp_path / "out", "--html", page).exit_code == 2
+
+
 def test_an_interrupted_w4a16_is_continued(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OUT is whole by then, and stays as it is; DIR is not there until it is whole, and has the same bytes."""
     model = write_llama(tmp_path / "in", layers=2)
