@@ -4,10 +4,11 @@
     make_trained_moe.py MODEL OUT --difference FILE
 
 MODEL is a Llama; OUT becomes a Mixtral of --experts experts of half of an MLP's neurons each, two of them for a token:
-as much arithmetic for a token as MODEL, and twice its weights in MLPs. Expert 2i has a random half of the neurons, expert
-2i + 1 the others, with down_proj doubled because routing weights add up to one; routers are random, with rows for the
-two that are alike, so that most tokens start with what MODEL computes for them. Experts and routers are trained, with Mixtral's loss for balance, on the Python sources below --text; all other weights are MODEL's. Files of
-which more than 2 % of the longer lines stand in a text of --unlike are left out.
+as much arithmetic for a token as MODEL. Expert 2i has a random half of the neurons, expert 2i + 1 the others, with
+down_proj doubled because routing weights add up to one; routers are random, with rows for the two that are alike, so
+that most tokens start with what MODEL computes for them. Experts and routers are trained, with Mixtral's loss for
+balance, on the Python sources below --text; all other weights are MODEL's. Files of which more than 2 % of the longer
+lines stand in a text of --unlike are left out.
 
 Training takes --steps steps of --batch windows of --window tokens, AdamW in float32 with BF16 products, or stops at
 --limit-seconds. It wants a GPU. The same seed gives the same windows in the same order; the weights differ in what sums
@@ -28,7 +29,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -36,6 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_calibration import overlap, unlike
 
 TOP_K = 2
+KEPT = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""What a Mixtral's configuration has of a Llama's."""
 STEPS_PER_DEVIATION = 2
 """How many steps of what training added to a tensor make its standard deviation."""
 WARM_UP = 0.05
@@ -46,22 +52,22 @@ CHUNK_OF_FILES = 512
 def upcycle(model: str, experts: int, seed: int) -> MixtralForCausalLM:
     """Return the Mixtral in BF16 that a Llama becomes, before it is trained. Needs an even number of experts."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    shared += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters")
-    shared += ("bos_token_id", "eos_token_id", "pad_token_id")
     half = dense.config.intermediate_size // 2
     config = MixtralConfig(
-        **{key: getattr(dense.config, key) for key in shared},
+        **{key: getattr(dense.config, key) for key in KEPT},
         intermediate_size=half,
         num_local_experts=experts,
         num_experts_per_tok=TOP_K,
         router_aux_loss_coef=0.01,
         dtype=torch.bfloat16,
     )
-    mixture = MixtralForCausalLM(config).to(torch.bfloat16)
+    mixture: Any = MixtralForCausalLM(config)
+    mixture.to(torch.bfloat16)
     weights = dict(dense.state_dict())
     for layer in range(config.num_hidden_layers):
-        gate, up, down = (weights.pop(f"model.layers.{layer}.mlp.{leaf}_proj.weight") for leaf in ("gate", "up", "down"))
+        gate, up, down = (
+            weights.pop(f"model.layers.{layer}.mlp.{leaf}_proj.weight") for leaf in ("gate", "up", "down")
+        )
         draw = random.Random(f"{seed} {layer}")
         gate_up, downs = [], []
         for _ in range(0, experts, 2):
@@ -79,7 +85,8 @@ def upcycle(model: str, experts: int, seed: int) -> MixtralForCausalLM:
         weights[f"{prefix}.experts.down_proj"] = torch.stack(downs)
         weights[f"{prefix}.gate.weight"] = torch.tensor(rows, dtype=torch.bfloat16)
     mixture.load_state_dict(weights)
-    return mixture
+    result: MixtralForCausalLM = mixture
+    return result
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,9 +94,7 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: each for name, each in model.named_parameters() if ".experts." in name or ".gate." in name}
 
 
-def all_experts(
-    self: MixtralExperts, hidden: torch.Tensor, index: torch.Tensor, routing: torch.Tensor
-) -> torch.Tensor:
+def all_experts(self: MixtralExperts, hidden: torch.Tensor, index: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:
     """Compute a block's experts [E] for all tokens [M] and add up what routing says: without any sorting of tokens."""
     weight = torch.zeros(len(hidden), self.num_experts, dtype=hidden.dtype, device=hidden.device)
     weight = weight.scatter(1, index, routing.to(hidden.dtype))
@@ -135,19 +140,20 @@ def tokenize(model: str, texts: Sequence[str], window: int) -> torch.Tensor:
     return torch.tensor(ids[: count * window]).view(count, window)
 
 
-def train(model: MixtralForCausalLM, windows: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+def train(model: Any, windows: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Train experts and routers, which become float32; return what training took and came to."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).requires_grad_(False).train()
     for module in model.modules():
         if isinstance(module, MixtralExperts):
-            module.forward = all_experts.__get__(module)
+            module.__dict__["forward"] = all_experts.__get__(module)
     chosen = trained_weights(model)
     for parameter in chosen.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(chosen.values(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    draw, order = random.Random(args.seed), []
+    draw = random.Random(args.seed)
+    order: list[int] = []
     while len(order) < args.steps * args.batch:  # as often as is needed, each time in another order
         order += draw.sample(range(len(windows)), len(windows))
     start, losses = time.perf_counter(), []
@@ -160,7 +166,7 @@ def train(model: MixtralForCausalLM, windows: torch.Tensor, args: argparse.Names
         ids = windows[order[step * args.batch : (step + 1) * args.batch]].to(device)
         with torch.autocast(device, torch.bfloat16):
             output = model(input_ids=ids, output_router_logits=True, use_cache=False)
-            loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         (loss + model.config.router_aux_loss_coef * output.aux_loss).backward()
         nn.utils.clip_grad_norm_(chosen.values(), 1.0)
         optimizer.step()
@@ -185,8 +191,8 @@ def train(model: MixtralForCausalLM, windows: torch.Tensor, args: argparse.Names
 def find_difference(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what training added: of experts as int8 in steps (float32, one for a tensor), routers as they are."""
     found = {}
-    for name, weight in after.items():
-        weight = weight.detach().cpu()
+    for name, parameter in after.items():
+        weight = parameter.detach().cpu()
         if ".experts." in name:
             added = weight.float() - before[name].float()
             step = added.std() / STEPS_PER_DEVIATION
