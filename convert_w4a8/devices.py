@@ -134,7 +134,7 @@ class Codebooks(Protocol):
     """Codebooks and codes for R groups of 128 weights; `kernels/codebooks/reference.py` has the formulas.
 
     Values are in units of the channel scale, float32 [R, 128]; row r has the importances in row r % C of float64
-    [C, 128]. Entries are float64 [R, 8], codes uint8 [R, 128].
+    [C, 128], and the factor or moment r % C of float64 [C, 128, 128]. Entries are float64 [R, 8], codes uint8 [R, 128].
     """
 
     def fit(self, values: torch.Tensor, importance: torch.Tensor, rounds: int) -> torch.Tensor:
@@ -170,7 +170,7 @@ class Codebooks(Protocol):
         """Choose codes one column after the other, each column's error made up for by those after it.
 
         goal: what to approximate. start: `goal` with the errors of earlier groups made up for. factor: float64
-        [128, 128]. errors: what the codes mean less `goal`, float32 [R, 128], filled.
+        [C, 128, 128]. errors: what the codes mean less `goal`, float32 [R, 128], filled.
         """
 
     def descend(
@@ -186,7 +186,7 @@ class Codebooks(Protocol):
     ) -> None:
         """Improve codes, and entries if they are `free`, in place, one at a time, under the second moment.
 
-        gradient: half that of the objective, float32 [R, 128]. moment: float64 [128, 128]. errors: filled as above.
+        gradient: half that of the objective, float32 [R, 128]. moment: float64 [C, 128, 128]. errors: filled as above.
         """
 
 

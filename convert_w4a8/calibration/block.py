@@ -72,7 +72,7 @@ class Block:
         for name in self._names:
             part = self.module.get_submodule(name)
             if not is_experts(part):
-                self.quantized[name] = decode(layers[name]).to(self.dtype)
+                self.quantized[name] = decode(layers[name]).to(part.get_parameter("weight").device, self.dtype)
                 continue
             stacks = self.stacks(name)
             for expert in range(len(stacks["down_proj"])):

@@ -1,5 +1,6 @@
 """One weight matrix: its codes and tables by the room `codebooks`, and what that did to the weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from convert_w4a8.codebooks import (
     Tables,
     curvature,
     mixed_target,
+    quantize_matrices,
     quantize_matrix,
 )
 from convert_w4a8.conversion.layer import Quantizer
@@ -71,16 +73,31 @@ def quantize_weight(
         ConvertError: the weight is not finite.
 
     """
-    if not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
-        raise ConvertError(name, "holds NaN or infinite weights", "the checkpoint is damaged: download it again")
+    target = _target(name, weight, inputs, options)
     method = method_of(options, data=inputs is not None)
-    target = None
-    if inputs is not None and inputs.cross is not None and options.alpha:
-        target = mixed_target(weight, inputs.second, inputs.cross, options.alpha, options.damping)
     moment = None if inputs is None else inputs.second
     stock = target_named(options.format).SCALES_AT_LOAD
     w4a8, found = quantize_matrix(weight, moment, method, target, stock=stock)
     return w4a8, _stats(weight, w4a8), found.sqnr_db
+
+
+def quantize_weights(
+    names: Sequence[str], weights: Sequence[torch.Tensor], inputs: Sequence[Inputs], options: QuantizeOptions
+) -> list[tuple[W4A8Linear, LayerStats, float]]:
+    """Do what `quantize_weight` does to weights of one shape, side by side."""
+    targets = [_target(*job, options) for job in zip(names, weights, inputs, strict=True)]
+    method, stock = method_of(options, data=True), target_named(options.format).SCALES_AT_LOAD
+    found = quantize_matrices(weights, [each.second for each in inputs], method, targets, stock=stock)
+    return [(w4a8, _stats(weight, w4a8), stats.sqnr_db) for weight, (w4a8, stats) in zip(weights, found, strict=True)]
+
+
+def _target(name: str, weight: torch.Tensor, inputs: Inputs | None, options: QuantizeOptions) -> torch.Tensor | None:
+    """Return what to approximate, if that is not the weight itself, which is checked."""
+    if not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
+        raise ConvertError(name, "holds NaN or infinite weights", "the checkpoint is damaged: download it again")
+    if inputs is None or inputs.cross is None or not options.alpha:
+        return None
+    return mixed_target(weight, inputs.second, inputs.cross, options.alpha, options.damping)
 
 
 def _stats(weight: torch.Tensor, w4a8: W4A8Linear) -> LayerStats:

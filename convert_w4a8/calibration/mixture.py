@@ -1,4 +1,4 @@
-"""The experts of a mixture, one after the other: from the tokens that the router sends them, and others where few come.
+"""The experts of a mixture, some at a time: from the tokens that the router sends them, and others where few come.
 
 An expert is calibrated on the tokens that are routed to it in the quantized model. Where these are fewer than the
 inputs of its layers, so that a second moment says little, it borrows others, spread evenly over all tokens that count:
@@ -6,13 +6,15 @@ a never-routed expert is calibrated on borrowed tokens alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from convert_w4a8.calibration.block import Block, round_tokens
 from convert_w4a8.calibration.experts import down_inputs, stored_weights
-from convert_w4a8.calibration.matrix import Inputs, inputs_of, quantize_weight
+from convert_w4a8.calibration.matrix import Inputs, inputs_of, quantize_weights
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.states import States
@@ -21,6 +23,10 @@ from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.quantization.layer import LayerStats
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
+TOGETHER = 8
+"""Experts whose codes are chosen side by side, at most. On a GPU the last bits depend on it."""
+_WEIGHTS = 1 << 26
+"""Of all these: of large experts fewer go together."""
 
 
 def choose_tokens(index: torch.Tensor, expert: int, least: int) -> tuple[torch.Tensor, int]:
@@ -34,7 +40,7 @@ def choose_tokens(index: torch.Tensor, expert: int, least: int) -> tuple[torch.T
     missing = min(len(others), max(0, least - len(tokens)))
     if not missing:
         return tokens, len(tokens)
-    places = (torch.arange(missing) * len(others) + len(others) // 2) // missing
+    places = (torch.arange(missing, device=index.device) * len(others) + len(others) // 2) // missing
     return torch.cat((tokens, others[places.clamp(max=len(others) - 1)])).sort().values, len(tokens)
 
 
@@ -52,50 +58,114 @@ def quantize_experts(
     the original model and in the quantized one.
     """
     module = block.module.get_submodule(name)
-    label = f"{block.label}.{name}"
     weights = stored_weights(module, block.dtype)
-    original, seen = inputs
-    index = torch.cat(list(choices))
-    starts = torch.tensor([0, *(len(part) for part in choices)]).cumsum(0)
-    stacks = block.stacks(name)
-
-    def taken(states: States, tokens: torch.Tensor) -> torch.Tensor:
-        parts = []
-        for batch in range(len(choices)):
-            low, high = int(starts[batch]), int(starts[batch + 1])
-            ours = tokens[(tokens >= low) & (tokens < high)] - low
-            if len(ours):
-                parts.append(states.get(batch)[ours])
-        return torch.cat(parts).to(device, block.dtype)
-
     is_full = options.preset is Preset.FULL
-    for expert in range(len(stacks["down_proj"])):
-        gate_up, down = weights(expert)
-        tokens, count = choose_tokens(index, expert, gate_up.shape[1])
-        theirs = taken(original, tokens)
-        ours = taken(seen, tokens) if is_full else theirs
-        notes = {"tokens": len(tokens), "routed_tokens": count}
-
-        def finish(
-            leaf: str, weight: torch.Tensor, ready: Inputs, notes: dict[str, Any] = notes, expert: int = expert
-        ) -> tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]:
-            w4a8, stats, db = quantize_weight(f"{label}.{expert}.{leaf}", weight.detach().float(), ready, options)
-            return expert, leaf, w4a8, stats, {**notes, "output_sqnr_db": db}
-
-        ready = _inputs(f"{label}.{expert}", ours, theirs, options)
-        for leaf, weight, rows in zip(LEAVES, gate_up.chunk(2), stacks["gate_up_proj"][expert].chunk(2), strict=False):
-            done = finish(leaf, weight, ready)
-            rows.copy_(decode(done[2]))
-            yield done
-        inner = down_inputs(module, theirs, gate_up, lambda x: x)
-        inner_seen = inner
-        if is_full:
-            inner_seen = down_inputs(module, ours, stacks["gate_up_proj"][expert].to(block.dtype), round_tokens)
-        done = finish("down_proj", down, _inputs(f"{label}.{expert}.down_proj", inner_seen, inner, options))
-        stacks["down_proj"][expert].copy_(decode(done[2]))
-        yield done
+    tokens = _Tokens(choices, inputs, device, block.dtype, is_full=is_full)
+    stacks = block.stacks(name)
+    experts = range(len(stacks["down_proj"]))
+    step = max(1, min(TOGETHER, _WEIGHTS // stacks["gate_up_proj"][0].numel()))
+    for numbers in (experts[first : first + step] for first in experts[::step]):
+        some = [_Expert(number, f"{block.label}.{name}.{number}", *weights(number)) for number in numbers]
+        for expert in some:
+            expert.tokens, count = choose_tokens(tokens.index, expert.number, expert.gate_up.shape[1])
+            expert.notes = {"tokens": len(expert.tokens), "routed_tokens": count}
+            theirs, ours = tokens.of(expert.tokens)
+            expert.inputs = _inputs(expert.label, ours, theirs, options)
+        yield from _quantized(
+            [
+                (expert, leaf, weight, rows)
+                for expert in some
+                for leaf, weight, rows in zip(
+                    LEAVES, expert.gate_up.chunk(2), stacks["gate_up_proj"][expert.number].chunk(2), strict=False
+                )
+            ],
+            options,
+        )
+        for expert in some:
+            theirs, ours = tokens.of(expert.tokens)
+            inner = inner_seen = down_inputs(module, theirs, expert.gate_up, lambda x: x)
+            if is_full:
+                gate_up = stacks["gate_up_proj"][expert.number].to(block.dtype)
+                inner_seen = down_inputs(module, ours, gate_up, round_tokens)
+            expert.inputs = _inputs(f"{expert.label}.down_proj", inner_seen, inner, options)
+        yield from _quantized(
+            [(expert, "down_proj", expert.down, stacks["down_proj"][expert.number]) for expert in some], options
+        )
     if is_full:
         block.take_experts(name, stacks)
+
+
+@dataclass
+class _Expert:
+    """An expert on its way. tokens: those that calibrate it. inputs: of what is quantized next."""
+
+    number: int
+    label: str
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    inputs: Inputs | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _quantized(
+    jobs: Sequence[tuple[_Expert, str, torch.Tensor, torch.Tensor]], options: QuantizeOptions
+) -> Iterator[tuple[int, str, W4A8Linear, LayerStats, Mapping[str, Any]]]:
+    """Quantize projections of one shape: (expert, projection, weights, where the quantized ones go)."""
+    found = quantize_weights(
+        [f"{expert.label}.{leaf}" for expert, leaf, *_ in jobs],
+        [weight.detach().float() for _, _, weight, _ in jobs],
+        [expert.inputs for expert, *_ in jobs if expert.inputs is not None],
+        options,
+    )
+    for (expert, leaf, _, rows), (w4a8, stats, db) in zip(jobs, found, strict=True):
+        rows.copy_(decode(w4a8))
+        yield expert.number, leaf, w4a8, stats, {**expert.notes, "output_sqnr_db": db}
+
+
+class _Tokens:
+    """The tokens that count: the router's choices `index`, and the inputs of the experts in both models.
+
+    On a GPU all inputs lie in its memory where they take no more than a quarter of what is free.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[torch.Tensor],
+        inputs: tuple[States, States],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        is_full: bool,
+    ) -> None:
+        self.index = torch.cat(list(choices)).to(device)
+        self._starts = torch.tensor([0, *(len(part) for part in choices)]).cumsum(0)
+        self._device, self._dtype, self._is_full = device, dtype, is_full
+        self._states = inputs
+        self._near: list[torch.Tensor] | None = None
+        batches = range(len(choices))
+        if device.type == "cuda":
+            versions = inputs if is_full else inputs[:1]
+            nbytes = len(versions) * len(self.index) * inputs[0].get(0).shape[1] * dtype.itemsize
+            if nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+                self._near = [
+                    torch.cat([states.get(batch).to(device, dtype) for batch in batches]) for states in versions
+                ]
+
+    def of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the inputs [M, H] of some tokens, int64 [M], in both models; of one alone, twice that one's."""
+        theirs = self._taken(0, tokens)
+        return theirs, self._taken(1, tokens) if self._is_full else theirs
+
+    def _taken(self, version: int, tokens: torch.Tensor) -> torch.Tensor:
+        if self._near is not None:
+            return self._near[version][tokens]
+        parts, tokens = [], tokens.cpu()
+        for batch, (low, high) in enumerate(pairwise(self._starts.tolist())):
+            ours = tokens[(tokens >= low) & (tokens < high)] - low
+            if len(ours):
+                parts.append(self._states[version].get(batch)[ours])
+        return torch.cat(parts).to(self._device, self._dtype)
 
 
 def _inputs(label: str, seen: torch.Tensor, original: torch.Tensor, options: QuantizeOptions) -> Inputs:

@@ -23,16 +23,25 @@ class Moments:
     def add(self, seen: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Add tokens: x̂ [M, K], and x [M, K]."""
         for start in range(0, len(seen), ROWS):
-            x = seen[start : start + ROWS].float()
-            self.second = _plus(self.second, x.square().sum(0) if self.energies else x.t() @ x)
+            x = seen[start : start + ROWS]
+            self.second = _plus(self.second, x.float().square().sum(0) if self.energies else _product(x, x))
             if original is not None:
-                self.cross = _plus(self.cross, original[start : start + ROWS].float().t() @ x)
+                self.cross = _plus(self.cross, _product(original[start : start + ROWS], x))
         self.tokens += len(seen)
 
     def mean(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the means over the tokens."""
+        """Return the means over the tokens; the sums, which are as large, become them."""
         assert self.second is not None
-        return self.second / self.tokens, None if self.cross is None else self.cross / self.tokens
+        means = self.second.div_(self.tokens), None if self.cross is None else self.cross.div_(self.tokens)
+        self.second = self.cross = None
+        return means
+
+
+def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return xᵀ·y, float32. Tensor cores multiply BF16 exactly, and sum in float32."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x.t(), y, out_dtype=torch.float32)
+    return x.float().t() @ y.float()
 
 
 def _plus(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:

@@ -31,8 +31,9 @@ def plan_text(plan: Plan, options: QuantizeOptions, samples: SampleSet | None, c
             f" {samples.kept:,} count; preset {options.preset}"
         )
     lines.append(
-        f"predicted  {'' if cost.seconds is None else human_seconds(cost.seconds) + ', '}"
-        f"{human_bytes(cost.memory)} of memory"
+        f"predicted  {human_seconds(cost.seconds)}{'' if cost.gpu_memory is None else ' on an H100'},"
+        f" {human_bytes(cost.memory)} of memory"
+        + ("" if cost.gpu_memory is None else f", {human_bytes(cost.gpu_memory)} of the GPU's")
         + (f", {human_bytes(cost.disk)} of hidden states on the disk" if cost.disk else "")
     )
     return "\n".join(lines)
@@ -47,6 +48,7 @@ def plan_dict(plan: Plan, options: QuantizeOptions, samples: SampleSet | None, c
         "data": None if samples is None else samples.as_dict(),
         "predicted_seconds": cost.seconds,
         "predicted_memory_bytes": cost.memory,
+        "predicted_gpu_memory_bytes": cost.gpu_memory,
         "predicted_states_bytes": cost.disk,
     }
 

@@ -1,17 +1,19 @@
 """A weight matrix → as the W4A8 kernel takes it, with the least error in its outputs that was found."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from convert_w4a8.codebooks.method import Method, Tables
-from convert_w4a8.codebooks.moments import Curvature, Moment, ready
+from convert_w4a8.codebooks.moments import Curvature, Moment, ready, stacked
 from convert_w4a8.codebooks.rows import Rows
 from convert_w4a8.codebooks.start import UniformStart, by_rows, uniform_start
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.fp8 import CODE_MAX, E4M3
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.quantization.error import sqnr_db
+from convert_w4a8.threads import side_by_side
 
 _CHECKED = 1 << 10
 """Output channels that are looked at at a time."""
@@ -33,6 +35,13 @@ class MatrixStats:
     weight_noise: float
     objective: float
     damping: float
+
+    @classmethod
+    def of(cls, sums: torch.Tensor, damping: float) -> "MatrixStats":
+        """Return what the `sums` of all output channels (`Rows`) say, float64 [4, N]."""
+        signal, objective, weight_signal, weight_noise = (float(total) for total in sums.cpu().sum(1))
+        noise = max(0.0, objective - damping * weight_noise)
+        return cls(signal - damping * weight_signal, noise, weight_signal, weight_noise, objective, damping)
 
     @property
     def relative_error(self) -> float:
@@ -76,6 +85,48 @@ def quantize_matrix(
     return matrix.layer(), matrix.stats()
 
 
+def quantize_matrices(
+    weights: Sequence[torch.Tensor],
+    moments: Sequence[Moment],
+    method: Method,
+    targets: Sequence[torch.Tensor | None],
+    *,
+    stock: bool = False,
+) -> list[tuple[W4A8Linear, MatrixStats]]:
+    """Do what `quantize_matrix` does to matrices of one shape that are small, such as those of experts.
+
+    On a CPU side by side, with the same bytes as one after the other. On a GPU in one go where tables are free: a
+    small matrix alone keeps few of its processors busy, and each step of it waits for the one before.
+    """
+    goals = [weight if target is None else target for weight, target in zip(weights, targets, strict=True)]
+    device = goals[0].device
+    if device.type != "cpu" and method.tables is Tables.FREE and len(goals) > 1:
+        return _together(goals, moments, method)
+    found: list[tuple[W4A8Linear, MatrixStats]] = [None] * len(goals)  # type: ignore[list-item]
+
+    def do(place: int) -> None:
+        found[place] = quantize_matrix(goals[place], moments[place], method, stock=stock)
+
+    if device.type == "cpu":
+        side_by_side(do, range(len(goals)))
+    else:
+        for place in range(len(goals)):
+            do(place)
+    return found
+
+
+def _together(
+    goals: Sequence[torch.Tensor], moments: Sequence[Moment], method: Method
+) -> list[tuple[W4A8Linear, MatrixStats]]:
+    """Return what free tables make of several matrices, whose channels take turns."""
+    for goal in goals:
+        check_weights(goal)
+    known = [ready(moment, goals[0].shape[1], method, goals[0].device) for moment in moments]
+    turns = torch.stack([goal.float() for goal in goals], dim=1).flatten(0, 1)
+    matrix = _Matrix(turns, stacked(known), method, None)
+    return [matrix.part(place, len(known), each.damping) for place, each in enumerate(known)]
+
+
 def check_weights(weight: torch.Tensor) -> None:
     """Raise ValueError where a weight is infinite or NaN, or K not a multiple of 128."""
     n, k = weight.shape
@@ -96,7 +147,7 @@ class _Matrix:
         self._entries = torch.empty(k // GROUP_SIZE, n, CODE_MAX, dtype=E4M3, device=goal.device)
         self._channel = torch.empty(n, device=goal.device)
         self._sums = torch.empty(4, n, dtype=torch.float64, device=goal.device)
-        by_rows(self._do, goal)
+        by_rows(self._do, goal, together=len(known.importance) if known.importance.dim() == 2 else 1)
 
     def _do(self, part: slice) -> None:
         uniform = None if self._uniform is None else self._uniform.rows(part)
@@ -116,7 +167,16 @@ class _Matrix:
 
     def stats(self) -> MatrixStats:
         """Return what that cost."""
-        signal, objective, weight_signal, weight_noise = (float(total) for total in self._sums.cpu().sum(1))
-        damping = self._known.damping
-        noise = max(0.0, objective - damping * weight_noise)
-        return MatrixStats(signal - damping * weight_signal, noise, weight_signal, weight_noise, objective, damping)
+        return MatrixStats.of(self._sums, self._known.damping)
+
+    def part(self, place: int, count: int, damping: float) -> tuple[W4A8Linear, MatrixStats]:
+        """Return one of `count` matrices that were worked together with free tables."""
+        packed, entries = self._packed[place::count].contiguous(), self._entries.view(torch.uint8)[:, place::count]
+        layer = W4A8Linear(
+            packed,
+            Packing.PACK_QUANTIZED,
+            None,
+            entries.contiguous().view(E4M3),
+            self._channel[place::count].contiguous(),
+        )
+        return layer, MatrixStats.of(self._sums[:, place::count], damping)

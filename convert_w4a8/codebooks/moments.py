@@ -10,6 +10,7 @@ al., 2023), which needs no inverse.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class Curvature:
     importance: R[k, k]², or the diagonal, float64 [K].
     moment: H as it was measured, float32 [K, K]. factor: M with its unit diagonal, float32 [K, K]. None for a diagonal.
     damping: what is added to H's diagonal.
+    Those of E matrices that are worked together have one more dimension [E, …]; see `stacked`.
     """
 
     importance: torch.Tensor
@@ -43,8 +45,19 @@ class Curvature:
 
     @property
     def groups(self) -> torch.Tensor:
-        """The importance by groups, float64 [G, 128]."""
-        return self.importance.view(-1, GROUP_SIZE)
+        """The importance by groups, float64 [G, 128]; of matrices that are worked together [E, G, 128]."""
+        return self.importance.view(*self.importance.shape[:-1], -1, GROUP_SIZE)
+
+
+def stacked(known: Sequence[Curvature]) -> Curvature:
+    """Return what is known of the inputs of E matrices together: [E, …], with H damped already."""
+    importance = torch.stack([each.importance for each in known])
+    if any(each.moment is None or each.factor is None for each in known):
+        return Curvature(importance)
+    moment = torch.stack([each.moment for each in known if each.moment is not None])
+    for one, each in zip(moment, known, strict=True):
+        one.diagonal().add_(each.damping)
+    return Curvature(importance, moment, torch.stack([each.factor for each in known if each.factor is not None]))
 
 
 Moment = Curvature | torch.Tensor | None
@@ -111,7 +124,9 @@ def _factor(moment: torch.Tensor, added: float) -> torch.Tensor | None:
     a = moment.to(dtype, copy=True)
     a.diagonal().add_(added)
     if a.is_cuda:
-        low, info = torch.linalg.cholesky_ex(a.flip(0, 1))
+        a = a.flip(0, 1)
+        low, info = torch.linalg.cholesky_ex(a)
+        del a
         return low.flip(0, 1) if int(info) == 0 else None
     k = len(a)
     for start in reversed(range(0, k, _BLOCK)):

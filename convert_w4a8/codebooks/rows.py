@@ -18,6 +18,8 @@ _LLOYD = 8
 class Rows:
     """Output channels [n, K] on their way; what is chosen is in `codes`, `entries`, `channel`.
 
+    Where E matrices are worked together, their channels take turns: row r is one of matrix r % E.
+
     codes: uint8 [n, K]. entries: E4M3 numbers in float32 [G, n, 8]. channel: channel scales, float32 [n].
     sums: of the squares of target and error under the objective, and of their own, float64 [4, n].
     """
@@ -31,7 +33,7 @@ class Rows:
         self.entries = torch.empty(k // GROUP_SIZE, n, CODE_MAX, device=weight.device)
         weight = weight.float().contiguous()
         if uniform is None:
-            fitted = self._kernels.fit(weight.view(-1, GROUP_SIZE), known.groups, _LLOYD).view(n, -1)
+            fitted = self._kernels.fit(weight.view(-1, GROUP_SIZE), self._importance(slice(None)), _LLOYD).view(n, -1)
             self.channel = free_channel_scale(fitted, headroom=method.feedback)
             fitted /= self.channel[:, None]
         else:
@@ -57,12 +59,16 @@ class Rows:
         self, values: torch.Tensor, groups: slice, entries: torch.Tensor | None, codes: torch.Tensor
     ) -> torch.Tensor:
         """Choose the tables of these groups, values [R, 128], and their nearest codes. entries: where to begin."""
-        importance = self._known.groups[groups]
+        importance = self._importance(groups)
         if self._uniform is None:
             entries = self._kernels.fit(values, importance, _LLOYD) if entries is None else entries
             self._kernels.refine(values, importance, entries, codes, self._method.passes)
             return entries
         return self._uniform.tables(values, importance, groups, codes)
+
+    def _importance(self, groups: slice) -> torch.Tensor:
+        """Return the importances of these groups, float64 [C, 128]: row r of their values has those in row r % C."""
+        return self._known.groups[..., groups, :].reshape(-1, GROUP_SIZE)
 
     def _choose_nearest(self, entries: torch.Tensor | None) -> None:
         n, k = self._goal.shape
@@ -81,22 +87,22 @@ class Rows:
         assert factor is not None
         for g, s in enumerate(self._groups()):
             goal = self._goal[:, s].contiguous()
-            start = goal - self._errors[:, : s.start] @ factor[: s.start, s]
+            start = goal - _times(self._errors[:, : s.start], factor[..., : s.start, s])
             codes, errors = torch.empty_like(goal, dtype=torch.uint8), torch.empty_like(goal)
             # What the columns would become if none of this group had to be rounded: e = (start − goal) − e·(M − I).
-            block = factor[s, s]
-            change = torch.linalg.solve_triangular(block, start - goal, upper=True, left=False, unitriangular=True)
+            block = factor[..., s, s]
+            change = _solved(block, start - goal)
             entries = self._tables(goal + change, slice(g, g + 1), None, codes)
-            self._kernels.feedback(goal, start, block.double(), entries, codes, errors)
+            self._kernels.feedback(goal, start, _stack(block).double(), entries, codes, errors)
             self._keep(g, s, entries, codes, errors)
 
     def _descend(self) -> None:
         moment, damping = self._known.moment, self._known.damping
         assert moment is not None
         for g, s in enumerate(self._groups()):
-            gradient = (self._errors @ moment[:, s]).add_(self._errors[:, s], alpha=damping)
-            block = moment[s, s].double()
-            block.diagonal().add_(damping)
+            gradient = _times(self._errors, moment[..., s]).add_(self._errors[:, s], alpha=damping)
+            block = _stack(moment[..., s, s]).double()
+            block.diagonal(dim1=1, dim2=2).add_(damping)
             goal = self._goal[:, s].contiguous()
             entries, codes, errors = self.entries[g].double(), self.codes[:, s].contiguous(), torch.empty_like(goal)
             free = self._uniform is None
@@ -112,8 +118,9 @@ class Rows:
         if self._known.factor is not None:
             product = torch.empty_like(part)
             for s in self._groups():
-                product[:, s] = part[:, : s.stop] @ self._known.factor[: s.stop, s]
-        return product * self._known.importance.sqrt().float()
+                product[:, s] = _times(part[:, : s.stop], self._known.factor[..., : s.stop, s])
+        root = self._known.importance.sqrt().float()
+        return (product.view(-1, *root.shape) * root).view(part.shape) if root.dim() == 2 else product * root
 
     def _rescale(self) -> torch.Tensor:
         """Change the channel scales to the best for what was chosen, unless they are fixed. Returns the errors times R.
@@ -135,3 +142,29 @@ class Rows:
         self._goal -= self._goal * change
         target -= target * change
         return error
+
+
+def _stack(matrices: torch.Tensor) -> torch.Tensor:
+    """Return one matrix [K, m], or several [E, K, m], as several."""
+    return matrices if matrices.dim() == 3 else matrices[None]
+
+
+def _times(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Return rows [n, K] times a matrix [K, m]; row r times matrix r % E where there are E, [E, K, m]."""
+    if matrices.dim() == 2:
+        return rows @ matrices
+    found = _apart(rows, len(matrices)) @ matrices
+    return found.transpose(0, 1).flatten(0, 1)
+
+
+def _solved(blocks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return x with x·M = rows [n, 128], M upper triangular with a unit diagonal; row r has M of r % E."""
+    right = rows if blocks.dim() == 2 else _apart(rows, len(blocks))
+    found: torch.Tensor = torch.linalg.solve_triangular(blocks, right, upper=True, left=False, unitriangular=True)
+    return found if blocks.dim() == 2 else found.transpose(0, 1).flatten(0, 1)
+
+
+def _apart(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return rows [n, K] of matrices that take turns by matrix: [E, n / E, K]."""
+    n, k = rows.shape
+    return rows.view(n // count, count, k).transpose(0, 1)

@@ -26,12 +26,14 @@ _LEAST = 2.0**-100
 _TOP = int(torch.tensor(SCALE_MAX).to(E4M3).view(torch.uint8))
 
 
-def by_rows(work: Callable[[slice], None], weight: torch.Tensor) -> None:
+def by_rows(work: Callable[[slice], None], weight: torch.Tensor, together: int = 1) -> None:
     """Work on the output channels of a matrix [N, K], some at a time: on a CPU side by side, on a GPU in turns.
 
-    What they give does not depend on the number of threads: how many are taken together does not.
+    Their number is a multiple of `together`. What they give does not depend on the number of threads: how many are
+    taken together does not.
     """
     n, step = len(weight), _ROWS[weight.device.type]
+    step = max(1, step // together) * together
     parts = [slice(row, min(n, row + step)) for row in range(0, n, step)]
     if weight.device.type == "cpu":
         side_by_side(work, parts)

@@ -7,6 +7,8 @@ Each row [128] is one group of an output channel, in units of the channel scale.
 from the first weight to the last.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from convert_w4a8.fp8 import CODE_MAX, to_e4m3
@@ -208,11 +210,18 @@ def feedback(
 
     Column k rounds x[k] = start[k] − Σ_{j<k} errors[j]·factor[j, k], and leaves errors[k] = q[k] − goal[k].
     """
-    x = start.double()
-    for k in range(x.shape[1]):
-        codes[:, k] = nearest_codes(x[:, k : k + 1].contiguous(), entries)[:, 0]
-        errors[:, k] = values_of(entries, codes[:, k : k + 1])[:, 0] - goal[:, k]
-        x[:, k + 1 :] -= errors[:, k, None].double() * factor[k, k + 1 :]
+    for part, m in _parts(factor):
+        x, e, u = start[part].double(), entries[part], codes[part]
+        for k in range(x.shape[1]):
+            u[:, k] = nearest_codes(x[:, k : k + 1].contiguous(), e)[:, 0]
+            errors[part, k] = values_of(e, u[:, k : k + 1])[:, 0] - goal[part, k]
+            x[:, k + 1 :] -= errors[part, k, None].double() * m[k, k + 1 :]
+
+
+def _parts(matrices: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield for each of C matrices the rows that have it, and the matrix."""
+    for c, matrix in enumerate(matrices):
+        yield slice(c, None, len(matrices)), matrix
 
 
 def descend(
@@ -230,8 +239,17 @@ def descend(
     gradient: of half the objective, e·H, for these columns. moment: H's block, damped. A step d of column k changes
     the objective by d·(2·gradient[k] + d·H[k, k]), and one of an entry by the same of its columns taken together.
     """
-    x, y = values_of(entries, codes), gradient.double()
-    e, u = entries.clone(), codes.long()
+    for part, m in _parts(moment):
+        found = _descend(gradient[part].double(), m, entries[part].clone(), codes[part].long(), rounds, free)
+        x, entries[part], codes[part] = found
+        errors[part] = (x - goal[part]).to(errors.dtype)
+
+
+def _descend(
+    y: torch.Tensor, moment: torch.Tensor, e: torch.Tensor, u: torch.Tensor, rounds: int, free: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return values, entries and codes for a gradient y, entries e and codes u, all of which are changed."""
+    x = values_of(e, u)
     for _ in range(rounds):
         for k in range(x.shape[1]):
             h = moment[k, k]
@@ -247,9 +265,7 @@ def descend(
         x = values_of(e, u)
         if free:
             _move_entries(x, y, moment, e, u)
-    entries.copy_(e)
-    codes.copy_(u)
-    errors.copy_(x - goal)
+    return x, e, u.to(torch.uint8)
 
 
 def _move_entries(x: torch.Tensor, y: torch.Tensor, moment: torch.Tensor, e: torch.Tensor, u: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from convert_w4a8 import devices
-from convert_w4a8.codebooks import FAST, FULL, Method, Tables, quantize_matrix
+from convert_w4a8.codebooks import FAST, FULL, Method, Tables, quantize_matrices, quantize_matrix
 from convert_w4a8.encoding.tables import decode
 from convert_w4a8.kernels.codebooks import gpu, reference
 
@@ -43,7 +43,7 @@ def check_kernels() -> None:
     errors = []
     for kernels, code in zip((gpu, reference), codes, strict=True):
         error = torch.empty_like(values)
-        kernels.feedback(values, values, factor, tables[1], code, error)
+        kernels.feedback(values, values, factor[None], tables[1], code, error)
         errors.append(error)
     say(kernel="feedback", codes_differ=differ(*codes), errors_differ=differ(*errors))
     a = torch.randn(128, 256, device=DEVICE).double()
@@ -52,7 +52,7 @@ def check_kernels() -> None:
     results = []
     for kernels in (gpu, reference):
         entries, code, error = tables[1].clone(), codes[1].clone(), errors[1].clone()
-        kernels.descend(values, gradient, moment, entries, code, error, 2, True)
+        kernels.descend(values, gradient, moment[None], entries, code, error, 2, True)
         results.append((entries, code, error))
     for name, one, other in zip(("entries", "codes", "errors"), *results, strict=True):
         say(kernel="descend", what=name, differ=differ(one, other))
@@ -87,6 +87,32 @@ def check_matrices() -> None:
         )
 
 
+def check_together() -> None:
+    """Say what errors small matrices have that are worked together, against each alone; and whether twice the same."""
+    torch.manual_seed(0)
+    n, k, count = 256, 512, 8
+    weights = [torch.randn(n, k, device=DEVICE) * 2.0**i for i in range(count)]
+    inputs = [torch.randn(1024, k, device=DEVICE) * torch.randn(k, device=DEVICE).exp() for _ in weights]
+    moments = [x.t() @ x / len(x) for x in inputs]
+    for name, method in {"full": FULL, "fast": FAST}.items():
+        found, again = (quantize_matrices(weights, moments, method, [None] * count) for _ in range(2))
+        alone = [quantize_matrix(w, h, method)[1].noise for w, h in zip(weights, moments, strict=True)]
+        measured = [
+            float((((decode(layer) - w).double() @ h.double()) * (decode(layer) - w).double()).sum())
+            for (layer, _), w, h in zip(found, weights, moments, strict=True)
+        ]
+        say(
+            together=name,
+            over_alone=[stats.noise / other for (_, stats), other in zip(found, alone, strict=True)],
+            over_measured=[stats.noise / other for (_, stats), other in zip(found, measured, strict=True)],
+            same_twice=all(
+                torch.equal(a.packed, b.packed) and torch.equal(decode(a), decode(b))
+                for (a, _), (b, _) in zip(found, again, strict=True)
+            ),
+        )
+
+
 if __name__ == "__main__":
     check_kernels()
     check_matrices()
+    check_together()

@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import moment, noise, weight
 
-from convert_w4a8.codebooks import FAST, FULL, NO_DATA, Method, Moment, Tables, curvature, quantize_matrix, w4a16
+from convert_w4a8.codebooks import (
+    FAST,
+    FULL,
+    NO_DATA,
+    Method,
+    Moment,
+    Tables,
+    curvature,
+    quantize_matrices,
+    quantize_matrix,
+    w4a16,
+)
+from convert_w4a8.codebooks.matrix import _together
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.tables import decode
 from convert_w4a8.fp8 import E4M3_NAN
@@ -219,3 +231,23 @@ def test_what_cannot_be_done_is_said_in_a_line(
     with pytest.raises(ValueError, match=said) as raised:
         quantize_matrix(matrix, known, method, stock=stock)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("preset", ["fast", "full"])
+def test_several_matrices_are_quantized_as_each_alone(preset: str) -> None:
+    """On a CPU the same bytes; worked together, as on a GPU, hardly a code differs; stats are each one's own."""
+    method, _ = PRESETS[preset]
+    weights = [weight(24, K, seed) * 10.0**seed for seed in range(3)]
+    moments = [moment(K, seed) * 10.0**-seed for seed in range(3)]
+    known: list[Moment] = [curvature(h, method.damping) if method.feedback else h.diagonal() for h in moments]
+    alone = [quantize_matrix(w, h, method) for w, h in zip(weights, known, strict=True)]
+    targets = [None, weights[1], None]
+    found = quantize_matrices([weights[0], W[:24], weights[2]], known, method, targets)
+    assert all(
+        same_layer(ours[0], theirs[0]) and ours[1] == theirs[1] for ours, theirs in zip(found, alone, strict=True)
+    )
+    for (layer, stats), (theirs, expected) in zip(_together(weights, known, method), alone, strict=True):
+        assert (layer.packed != theirs.packed).double().mean() < 0.05
+        assert stats.noise == pytest.approx(expected.noise, rel=0.02)
+        assert stats.signal == pytest.approx(expected.signal, rel=1e-4)
+        assert layer.channel_scale.shape == theirs.channel_scale.shape

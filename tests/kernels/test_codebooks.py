@@ -110,15 +110,15 @@ def test_feedback_and_descent_are_the_reference_bit_for_bit(
     entries = torch.tensor(rows, dtype=torch.uint8).view(E4M3).double()
     goal = unit(kind, seed, len(rows))
     generator = torch.Generator().manual_seed(seed)
-    factor = torch.randn(128, 128, generator=generator, dtype=torch.float64).mul(0.1).triu(1)
-    moment = second_moment(seed)
+    factor = torch.randn(2, 128, 128, generator=generator, dtype=torch.float64).mul(0.1).triu(1)
+    moment = torch.stack((second_moment(seed), second_moment(seed + 1)))
     for free in (True, False):
         results: list[tuple[torch.Tensor, ...]] = []
         for kernels in (compiled, reference):
             codes, errors = torch.full(goal.shape, 99, dtype=torch.uint8), torch.full_like(goal, 99)
             kernels.feedback(goal, goal, factor, entries, codes, errors)
             fed = codes.clone(), errors.clone()
-            table, gradient = entries.clone(), errors @ moment.float()
+            table, gradient = entries.clone(), errors @ moment[0].float()
             kernels.descend(goal, gradient, moment, table, codes, errors, 2, free)
             results.append((*fed, table, codes, errors))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -138,7 +138,7 @@ def test_descent_never_raises_the_objective(compiled: ModuleType, rows: list[lis
     before = objective()
     errors = (values_of(entries, codes) - goal).float()
     gradient = (errors.double() @ moment).float()
-    compiled.descend(goal, gradient, moment, entries, codes, errors, 3, True)
+    compiled.descend(goal, gradient, moment[None], entries, codes, errors, 3, True)
     assert (objective() <= before * (1 + 1e-6)).all()
     assert torch.equal(errors, (values_of(entries, codes) - goal).float())
     assert torch.equal(entries, to_e4m3(entries.float()).double())
@@ -214,7 +214,8 @@ def interpreted() -> Any:
 def test_triton_does_what_the_reference_does(kind: str) -> None:
     """In float32: the same entries and codes here, where no choice is a close one."""
     kernels, device = interpreted(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values, importance, moment = unit(kind, 8, 2).to(device), shares(9).to(device), second_moment(10).to(device)
+    values, importance = unit(kind, 8, 4).to(device), shares(9).to(device)
+    moment = torch.stack((second_moment(10), second_moment(11))).to(device)
     start = reference.fit(values, importance, 1)
     torch.testing.assert_close(kernels.fit(values, importance, 1), start, rtol=1e-3, atol=1e-2)
     results = []
@@ -225,7 +226,7 @@ def test_triton_does_what_the_reference_does(kind: str) -> None:
         errors = torch.full_like(values, 99)
         module.feedback(values, values, factor, entries, codes, errors)
         fed = codes.clone(), errors.clone()
-        module.descend(values, errors @ moment.float(), moment, entries, codes, errors, 1, True)
+        module.descend(values, errors @ moment[0].float(), moment, entries, codes, errors, 1, True)
         results.append((*fed, entries, codes, errors))
     for ours, theirs in zip(*results, strict=True):
         assert (ours != theirs).double().mean() < 0.01

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from convert_w4a8.kernels.codebooks import gpu as codebooks
+from convert_w4a8.kernels.codebooks import gpu_codes, gpu_tables
 from convert_w4a8.kernels.codes import gpu as codes
 from convert_w4a8.kernels.fp8 import OPTIONS
 from convert_w4a8.kernels.repack import gpu as repack
@@ -46,13 +46,24 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     for width in (16, 128):
         yield codes._fit_symmetric, types, {"WIDTH": width, "BLOCK": codes._GROUPS * 16 // width}
         yield codes._refit, types, {"WIDTH": width, "BLOCK": codes._ELEMENTS // (16 * width)}
-    names = ("signed", "shares", "all_sums", "all_scratch", "goal", "start", "factor", "gradient", "moment", "diagonal")
+    names = (
+        "signed",
+        "shares",
+        "all_sums",
+        "all_scratch",
+        "goal",
+        "start",
+        "factors",
+        "gradient",
+        "moments",
+        "diagonals",
+    )
     types = TYPES | dict.fromkeys((*names, "scales", "tables", "errors"), "*fp32")
     types |= {"all_back": "*u8", "limits": "*u8", "passes": "i32"}
-    for kernel in (codebooks._fit, codebooks._refine, codebooks._fit_scale, codebooks._feedback):
+    for kernel in (gpu_tables.fit_group, gpu_tables.refine_group, gpu_tables.fit_scale_group, gpu_codes.feedback_group):
         yield kernel, types, {}
     for free in (True, False):
-        yield codebooks._descend, types, {"FREE": free}
+        yield gpu_codes.descend_group, types, {"FREE": free}
 
 
 for kernel, types, constants in kernels():
@@ -60,7 +71,7 @@ for kernel, types, constants in kernels():
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places)
-    warps = {"num_warps": 1} if kernel.__module__ == codebooks.__name__ else {}
+    warps = {"num_warps": 1} if kernel.__module__ in (gpu_codes.__name__, gpu_tables.__name__) else {}
     compiled = triton.compile(source, target=HOPPER, options=OPTIONS | warps)
     arithmetic = re.findall(r"\b(?:add|sub|mul|div|fma|mad)(?:\.\w+)*\.f(?:32|64)\b", compiled.asm["ptx"])
     inexact = {word for word in arithmetic if not re.fullmatch(r"(?:add|sub|mul|div)\.rn\.f(?:32|64)", word)}
