@@ -174,6 +174,7 @@ COLUMNS: dict[str, Columns] = {
     "perplexity-vllm-awq": VLLM_PERPLEXITY,
     "kl": DIVERGENCE,
     "kl-vllm": DIVERGENCE,
+    "kl-moe": DIVERGENCE,
     "kl-presets": (
         ("preset", "{weights}"),
         ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
