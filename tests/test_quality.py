@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from paths import ROOT
+from safetensors.torch import load_file, save_file
 
 from convert_w4a8 import api
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.tables import decode, gemm
+from convert_w4a8.kernels.gemm import grouped_reference
 from convert_w4a8.linear import DenseLinear, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.quantization.layer import to_w4a8
@@ -26,7 +29,10 @@ import compare_kl
 import divergence
 import emulation
 import make_calibration
+import make_rivals
+import make_trained_moe
 import results
+from transformers import AutoModelForCausalLM
 
 TEXT = ("def f(x):\n    return x + 1\n" * 60 + "\0") * 4
 
@@ -134,6 +140,86 @@ def test_experts_get_their_own_weights(shared: Path) -> None:
             with emulation.Emulation(model, fp8=fp8):
                 logits.append(model(input_ids=ids).logits)
     assert not torch.equal(*logits)
+
+
+def test_experts_quantize_their_inputs_as_the_kernels_do(tmp_path: Path) -> None:
+    """A token's states once for all of its experts, and what lies between gate, up and down; routers see 16 bits."""
+    model = emulation.build_model(emulation.read_contents(tiny_models.write_mixtral(tmp_path / "m")), torch.bfloat16)
+    block = model.get_submodule("model.layers.0.mlp")
+    experts = block.get_submodule("experts")
+    torch.manual_seed(0)
+    x = torch.randn(1, 24, model.config.hidden_size).bfloat16()
+    with torch.no_grad(), emulation.Emulation(model, fp8=True):
+        found = block(x)[0]
+        _, weights, chosen = block.get_submodule("gate")(x)
+    expected = torch.zeros(x.shape[1:])
+    for token in range(24):
+        tokens, scale = grouped_reference.quantize(x[0, token : token + 1])
+        for weight, expert in zip(weights[token], chosen[token], strict=True):
+            both = experts.get_parameter("gate_up_proj")[expert] @ tokens[0].float() * scale
+            between = grouped_reference.activate(*both.bfloat16().chunk(2, dim=-1), "silu")
+            second, rescale = grouped_reference.quantize(between)
+            down = experts.get_parameter("down_proj")[expert] @ second[0].float() * rescale
+            expected[token] += (weight * down.bfloat16().float()[0]).detach()
+    torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=float(expected.std()) * 2**-6)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """Return the directory of a tiny Llama, without a tokenizer."""
+    return tiny_models.write_llama(tmp_path / "llama")
+
+
+def test_a_mixture_starts_with_its_llama(llama: Path) -> None:
+    """The two experts that have all neurons between them compute the MLP where routing weighs them alike."""
+    dense, mixture = (
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        make_trained_moe.upcycle(str(llama), 4, 0).float(),
+    )
+    for layer in mixture.model.layers:
+        layer.mlp.gate.weight.data[:2], layer.mlp.gate.weight.data[2:] = 1e-3, -1e-3
+    states = torch.randn(2, 5, dense.config.hidden_size).abs()  # so that routers choose the first two
+    for old, new in zip(dense.model.layers, mixture.model.layers, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(new.mlp(states), old.mlp(states), rtol=1e-3, atol=1e-5)
+    slow = mixture.model.layers[0].mlp.experts
+    flat, index, routing = states.flatten(0, 1), torch.tensor([[0, 3]] * 10), torch.tensor([[0.7, 0.3]] * 10)
+    with torch.no_grad():
+        together = make_trained_moe.all_experts(slow, flat, index, routing)
+        torch.testing.assert_close(together, slow(flat, index, routing), rtol=1e-4, atol=1e-6)
+
+
+def test_what_training_added_comes_back(llama: Path) -> None:
+    """Experts to half a step, routers as they are."""
+    before, after = (make_trained_moe.upcycle(str(llama), 4, 0) for _ in range(2))
+    old = {name: each.detach().clone() for name, each in make_trained_moe.trained_weights(before).items()}
+    for parameter in make_trained_moe.trained_weights(after).values():
+        parameter.data = parameter.data.float() + 0.01 * torch.randn(parameter.shape)
+    new = {name: each.detach().clone() for name, each in make_trained_moe.trained_weights(after).items()}
+    difference = make_trained_moe.find_difference(old, new)
+    make_trained_moe.add_difference(before, difference)
+    for name, each in make_trained_moe.trained_weights(before).items():
+        room = 0.51 * difference[f"{name}.step"] if ".experts." in name else 0
+        assert ((each.float() - new[name]).abs() <= room + new[name].abs() * 2**-8).all()
+
+
+def test_experts_get_the_names_that_vllm_knows(tmp_path: Path) -> None:
+    """In tensors and in the configuration; other models stay as they are."""
+    config = {"model_type": "mixtral", "quantization_config": {"ignore": ["model.layers.0.mlp.gate", "lm_head"]}}
+    names = {
+        "mlp.experts.1.gate_proj.qweight": "w1.qweight",
+        "block_sparse_moe.experts.1.down_proj.scales": "w2.scales",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({f"model.layers.0.{name}": torch.zeros(1) for name in names}, tmp_path / "a.safetensors")
+    make_rivals.name_experts(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == {f"model.layers.0.block_sparse_moe.experts.1.{name}" for name in names.values()}
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["quantization_config"]["ignore"] == ["model.layers.0.block_sparse_moe.gate", "lm_head"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    make_rivals.name_experts(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == found.keys()
 
 
 @pytest.mark.parametrize("form", ["lut", "compressed-tensors"])

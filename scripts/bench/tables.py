@@ -169,6 +169,7 @@ COLUMNS: dict[str, Columns] = {
     "kl": DIVERGENCE,
     "kl-vllm": DIVERGENCE,
     "kl-w4a16": DIVERGENCE,
+    "kl-moe": DIVERGENCE,
     "kl-presets": (
         ("preset", "{weights}"),
         ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),

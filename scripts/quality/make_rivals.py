@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ class Rival:
 
 def make_auto_round(model: str, windows: Windows, out: str, settings: Settings) -> None:
     """Run AutoRound: rounding and ranges learned by the sign of gradients, block by block."""
+    os.environ["AR_DISABLE_META_LOAD"] = "1"  # it does not find the weights of fused experts otherwise
     import torch
     from auto_round import AutoRound
 
@@ -106,7 +108,7 @@ def _llm_compressor(*recipe: tuple[str, Settings]) -> Rival:
     return Rival("llm-compressor", (TORCH, "llmcompressor==0.14.0.1"), make_llm_compressor, {"recipe": recipe})
 
 
-_LINEAR: Settings = {"targets": ["Linear"], "ignore": ["lm_head"]}
+_LINEAR: Settings = {"targets": ["Linear"], "ignore": ["lm_head", "re:.*\\.gate$"]}
 _AUTO_ROUND = ("auto-round", (TORCH, "auto-round==0.16.1"), make_auto_round)
 RIVALS: dict[str, Rival] = {
     "auto-round": Rival(*_AUTO_ROUND, {"scheme": "W4A16", "iters": 200, "enable_torch_compile": False}),
@@ -130,6 +132,37 @@ RIVALS: dict[str, Rival] = {
 AWQ has zero-points, as in that program's examples. The last takes five times as long as the first."""
 
 
+EXPERTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""What Mixtral's checkpoints call the layers of an expert; programs that take experts apart may call them otherwise."""
+
+
+def name_experts(directory: Path) -> None:
+    """Give the experts of a Mixtral the names by which transformers and vLLM know them."""
+    from safetensors.torch import load_file, save_file
+
+    def mended(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {mended(key): mended(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [mended(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        value = re.sub(r"\.mlp\.(?=gate\b|gate$|experts\b)", ".block_sparse_moe.", value)
+        return re.sub(r"(\.experts\.\d+)\.(\w+_proj)", lambda match: f"{match[1]}.{EXPERTS[match[2]]}", value)
+
+    config = json.loads((directory / "config.json").read_text())
+    if config["model_type"] != "mixtral":
+        return
+    tensors: dict[str, Any] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file(mended(tensors), directory / "model.safetensors", {"format": "pt"})
+    for path in directory.glob("*config.json"):
+        path.write_text(json.dumps(mended(json.loads(path.read_text())), indent=2) + "\n")
+
+
 def read_windows(model: str, data: str, window: int) -> Windows:
     """Return the lines of JSONL as windows of token ids, those that are shorter left out."""
     from transformers import AutoTokenizer
@@ -149,6 +182,7 @@ def worker(name: str, model: str, data: str, out: str, window: int) -> None:
     rival, windows = RIVALS[name], read_windows(model, data, window)
     start = time.perf_counter()
     rival.make(model, windows, out, dict(rival.settings))
+    name_experts(Path(out))
     versions = {}
     for package in PACKAGES:
         try:
