@@ -193,7 +193,7 @@ def main() -> int:
     small = args.quick or args.sanitizer
     widths = [n for n in ((16, 48, 208) if small else args.widths) if n % args.multiple == 0] or [args.multiple]
     lengths = (128, 1024) if args.sanitizer else LENGTHS[:3] if args.quick else LENGTHS
-    tokens = [m for m in ((1, 17, 65, 129, 300) if args.sanitizer else TOKENS) if m <= args.most]
+    tokens = [m for m in ((1, 7, 17, 33, 65, 129, 300) if args.sanitizer else TOKENS) if m <= args.most]
     checks = [check_products(gemm, list(product(widths, lengths)), tokens, args.terms)]
     if not args.sanitizer:
         replayed = [(n, 4096) for n in (widths[-1], 4 * widths[-1])]
