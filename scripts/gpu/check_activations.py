@@ -5,7 +5,7 @@ two terms, is held against the same in torch. Where a sum, a quotient or an expo
 beside the middle of two may go to the other one: of a thousand, five may differ, by one step of FP8, and a token's
 scale by a step of bfloat16. Results are computed again, and must have the same bytes.
 
---sanitizer is small enough for `compute-sanitizer --tool racecheck python scripts/gpu/check_activations.py --sanitizer`.
+--sanitizer is small enough for `compute-sanitizer python scripts/gpu/check_activations.py --sanitizer`.
 """
 
 import argparse
@@ -58,15 +58,14 @@ def values(made: Made, terms: int) -> torch.Tensor:
 
 def check(m: int, k: int, terms: int) -> Iterator[Row]:
     """Compare the kernels with torch, and with themselves computed again."""
-    for (what, ours), theirs in zip(calls(gpu, m, k, terms).items(), calls(reference, m, k, terms).values(), strict=True):
+    for (what, ours), theirs in zip(
+        calls(gpu, m, k, terms).items(), calls(reference, m, k, terms).values(), strict=True
+    ):
         found, expected = ours(), theirs()
-        again = all(
-            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-            for a, b in zip(found, ours(), strict=True)
-        )
+        again = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, ours(), strict=True))
         a, b = values(found, terms), values(expected, terms)
         most = b.abs().amax(-1, keepdim=True)
-        # A step of FP8 (1/8 of the number, or the least), or the steps of bfloat16 before it was quantized to two terms.
+        # A step of FP8 (1/8 of the number, or the least), or two of bfloat16 before it became two terms.
         step = b.abs() * 2.0 ** (-2.8 if terms == 1 else -6.9) + most * 2.0 ** (-17 if terms == 1 else -20)
         different = float((a - b).abs().gt(b.abs() * 2.0**-6 + most * 2.0**-20).double().mean())
         totals = all(torch.equal(x, y) for x, y in zip(found[2:], expected[2:], strict=True))
