@@ -96,15 +96,17 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
             {
                 "tokens": list(completion.token_ids),
                 "prompt": [entry[token].logprob for token, entry in scored],
-                "best": [
-                    min(entry, key=lambda token, entry=entry: entry[token].rank) for entry in output.prompt_logprobs[1:]
-                ],
+                "best": [_likeliest(entry) for entry in output.prompt_logprobs[1:]],
                 "new": [
                     entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
                 ],
             }
         )
     return {"outputs": found, "start_s": round(started, 1)}
+
+
+def _likeliest(entry: Mapping[int, Any]) -> int:
+    return min(entry, key=lambda token: int(entry[token].rank))
 
 
 def make_prompts(args: argparse.Namespace) -> list[list[int]]:

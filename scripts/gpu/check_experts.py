@@ -112,8 +112,8 @@ class Experts:
         total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         for place in sorted({*places.flatten().tolist()} - {-1}):
             token, choice = (places == place).nonzero(as_tuple=True)
-            both = _product(x[token], self.layers[0], place)
-            result = _product(grouped_reference.activate(*both.chunk(2, dim=-1), "silu"), self.layers[1], place)
+            gate, up = _product(x[token], self.layers[0], place).chunk(2, dim=-1)
+            result = _product(grouped_reference.activate(gate, up, "silu"), self.layers[1], place)
             total.index_add_(0, token, topk_weights[token, choice, None].double() * result.double())
         return total
 
