@@ -294,3 +294,27 @@ def test_ranges_of_batch_sizes_are_fewer_and_whole() -> None:
     assert [entry[2]["name"] for entry in few] == [0, 7, 62, 100]
     assert [entry[:2] for entry in few] == [[0, 8], [8, 64], [64, 504], [504, 1 << 30]]
     assert few_humming.thinned(ranges, [entry[1] for entry in ranges]) == ranges
+
+
+def test_ranges_of_experts_end_at_the_sizes() -> None:
+    """Two lists of ranges become alike, each with what it has for a size."""
+    wide: list[list[Any]] = [[0, 16, "a"], [16, 64, "b"], [64, 1 << 30, "c"]]
+    narrow: list[list[Any]] = [[0, 8, "d"], [8, 1 << 30, "e"]]
+    assert few_humming.ending_at(wide, (8, 64)) == [[0, 8, "a"], [8, 64, "b"], [64, 1 << 30, "c"]]
+    assert few_humming.ending_at(narrow, (8, 64)) == [[0, 8, "d"], [8, 64, "e"], [64, 1 << 30, "e"]]
+
+
+@pytest.mark.slow
+def test_engines_start_together_and_take_turns(tmp_path: Path) -> None:
+    """One that fails while the others wait does not hold them up; a mixture is served too."""
+    kinds = ["--kinds", "w4a16", "w4a16-humming", "lut", "--model", "tiny-moe", "--together", "--timeout", "100"]
+    done, document = serve(tmp_path, *kinds)
+    assert done.returncode == 1
+    assert "no humming here" in done.stdout
+    assert [(row["kind"], row["batch"]) for row in document["rows"]] == [
+        ("w4a16", 1),
+        ("w4a16", 4),
+        ("lut", 1),
+        ("lut", 4),
+    ]
+    assert document["settings"]["together"]
