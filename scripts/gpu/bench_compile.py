@@ -155,7 +155,7 @@ def main() -> int:
             found = vllm_engine.run_worker(__file__, payload, environment={"TRITON_CACHE_DIR": str(cache)})
             size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
             seconds = found["first_s"] - found["second_s"]
-            rows.append({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "kernels": count(cache)})
+            rows.append({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "compiled": count(cache)})
         if args.engines:
             root = args.dir or Path(directory) / "checkpoints"
             for row in starts(args.engines, root, Path(directory)):
@@ -168,7 +168,7 @@ def main() -> int:
             row["what"],
             f"{row['compile_s']:.1f}" if "compile_s" in row else "",
             f"{row['start_s']:.1f}" if "start_s" in row else "",
-            row.get("kernels", ""),
+            row.get("compiled", ""),
             "failed" if "failed" in row else "; ".join(row.get("warnings", [])),
         )
         for row in rows
