@@ -14,7 +14,8 @@ from torch import nn
 from convert_w4a8.calibration.experts import Weights, check_experts, is_experts, run_experts, stored_weights
 from convert_w4a8.calibration.model import BlockCall, hidden_states
 from convert_w4a8.calibration.names import STACKS
-from convert_w4a8.encoding.tables import decode, quantize_tokens
+from convert_w4a8.encoding.tables import decode
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import W4A8Linear
 
 

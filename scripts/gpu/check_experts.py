@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from check_gemm import REPLAYS, ROUNDING, Layer, Replayed
 from results import add_options, line, save
 
-from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
 
 TOKENS = (1, 3, 16, 17, 64, 256)

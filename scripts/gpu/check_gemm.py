@@ -28,7 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from results import add_options, line, save
 
-from convert_w4a8.encoding.tables import multiply_tables, quantize_tokens
+from convert_w4a8.encoding.tables import multiply_tables
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import reference
 
 TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 129, 300, 1000)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
 
 GROUP = 128
