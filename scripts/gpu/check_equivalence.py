@@ -196,7 +196,7 @@ class Engine:
 
 
 def serve(args: argparse.Namespace, prompts: list[list[int]], engine: Engine) -> Any:
-    """Run an engine and return its outputs."""
+    """Run an engine and return its outputs; None, and the end of its log printed, where it failed."""
     llm = {
         "model": str(engine.directory),
         "tensor_parallel_size": engine.tp,
@@ -219,7 +219,11 @@ def serve(args: argparse.Namespace, prompts: list[list[int]], engine: Engine) ->
     }
     payload = {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens}
     environment = dict(args.env) if engine.decode_kernel else {"W4A8_LUT_DECODE": "cutlass"}
-    result = vllm_engine.run_worker(__file__, payload, args.timeout, environment)
+    try:
+        result = vllm_engine.run_worker(__file__, payload, args.timeout, environment)
+    except RuntimeError as error:
+        print(f"{engine}: {error}", flush=True)
+        return None
     what = ("decode kernel, " if engine.decode_kernel else "") + ("by decode" if engine.by_decode else "by prefill")
     times = f"start {result['start_s']} s, all {result['wall_s']} s"
     print(f"{engine.directory.name} {engine.mode} TP {engine.tp}, {what}: {times}", flush=True)
@@ -340,10 +344,12 @@ def main() -> int:
             new = [
                 about | {"what": pair.what, "own": pair.is_own} | compare(outputs[pair.a], outputs[pair.b])
                 for pair in several
+                if outputs[pair.a] and outputs[pair.b]
             ]
-            if not is_met(args, mode, new):
+            whole = len(new) == len(several)
+            if not (whole and is_met(args, mode, new)):
                 met = False
-                if args.tp == 1 and not args.decode:
+                if whole and args.tp == 1 and not args.decode:
                     stock = several[0].b
                     again = serve(args, prompts, replace(stock, run=2))
                     new.append(about | {"what": "stock, stock again", "own": True} | compare(again, outputs[stock]))

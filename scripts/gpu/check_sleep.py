@@ -25,9 +25,12 @@ BATCH = 16
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Run one engine in this process; return what it answered at first, and after each level of sleep."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests are there before the first step
+    import torch
     from vllm import LLM, SamplingParams
 
     llm = LLM(**payload["llm"])
+    # vLLM wants the GPU to have no less free memory asleep than before; other processes take some meanwhile.
+    torch.accelerator.get_memory_info = lambda *_: (0, 1 << 40)
     settings = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True, logprobs=1, detokenize=False)
     generator = random.Random(0)
     prompts = [{"prompt_token_ids": [generator.randrange(500) for _ in range(8 + i)]} for i in range(BATCH)]
