@@ -352,7 +352,8 @@ def main() -> int:
                 if whole and args.tp == 1 and not args.decode:
                     stock = several[0].b
                     again = serve(args, prompts, replace(stock, run=2))
-                    new.append(about | {"what": "stock, stock again", "own": True} | compare(again, outputs[stock]))
+                    if again:
+                        new.append(about | {"what": "stock, stock again", "own": True} | compare(again, outputs[stock]))
             rows += new
     header = (
         "mode",
