@@ -24,6 +24,7 @@ import bench_decode
 import bench_serving
 import contestants
 import few_humming
+import gaps
 import make_random_checkpoint
 import random_layers
 
@@ -318,3 +319,44 @@ def test_engines_start_together_and_take_turns(tmp_path: Path) -> None:
         ("lut", 4),
     ]
     assert document["settings"]["together"]
+
+
+def _answers(noise: float, seed: int, *, shift: float = 0.0, other: int = 0) -> list[dict[str, Any]]:
+    """Return 16 answers of 200 places; `other` of each prompt's likeliest tokens are others."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "prompt": (torch.randn(200, generator=draw, dtype=torch.float64) * noise + shift - 3).tolist(),
+            "best": [1] * other + [0] * (200 - other),
+            "tokens": [7, 8],
+        }
+        for _ in range(16)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "within"),
+    [
+        (_answers(0.01, 1), True),
+        (_answers(0.014, 2, other=2), True),
+        (_answers(0.02, 3), False),
+        (_answers(0.01, 4, shift=-0.003), False),
+        (_answers(0.01, 5, other=5), False),
+        (_answers(0.0, 6), True),
+    ],
+)
+def test_gaps_are_judged_by_what_stock_differs_from_itself(answers: list[dict[str, Any]], within: bool) -> None:
+    """By their size, by whether all log-probabilities shift, and by how many likeliest tokens are others."""
+    exact = _answers(0.0, 0)
+    own = [gaps.compare(_answers(0.01, 7, other=2), exact), gaps.compare(exact, exact)]
+    assert gaps.is_within(gaps.compare(answers, exact), own) is within
+
+
+def test_a_shift_has_the_error_of_its_prompts() -> None:
+    """Tokens of a prompt that shift together count once."""
+    exact = [{"prompt": [0.0] * 9, "best": [0] * 9, "tokens": [1]} for _ in range(4)]
+    moved = [answer | {"prompt": [step] * 9} for answer, step in zip(exact, (0.1, -0.1, 0.3, 0.1), strict=True)]
+    row = gaps.compare(moved, exact)
+    assert row["shift"] == pytest.approx(0.1)
+    assert row["shift_error"] == pytest.approx(torch.tensor([0.1, -0.1, 0.3, 0.1]).std().item() / 2)
+    assert (row["mean_gap"], row["max_gap"]) == (pytest.approx(0.15), 0.3)

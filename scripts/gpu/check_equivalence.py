@@ -358,9 +358,9 @@ def main() -> int:
     header = (
         "mode",
         "compared",
-        "prompt log-probs equal",
-        "mean |gap|",
-        "max",
+        "log-probs equal",
+        "mean gap",
+        "largest",
         "shift",
         "other choices",
         "greedy tokens",
