@@ -56,6 +56,17 @@ def values(made: Made, terms: int) -> torch.Tensor:
     return (tokens.double().view(terms, len(scale), -1) * weights.view(-1, 1, 1)).sum(0) * scale.double()
 
 
+def judge(found: torch.Tensor, expected: torch.Tensor, terms: int) -> tuple[float, bool]:
+    """Return which share of quantized numbers [M, K] differs, and whether that, and by how much, is as it may be."""
+    most = expected.abs().amax(-1, keepdim=True)
+    # A step of FP8 (1/8 of the number, or the least), or two of bfloat16 (1/128 each) before it became two terms.
+    step = expected.abs() * 2.0 ** (-2.8 if terms == 1 else -5.9) + most * 2.0 ** (-17 if terms == 1 else -20)
+    gap = (found - expected).abs()
+    # Scales that differ by a step of bfloat16 do not count.
+    different = gap.gt(expected.abs() * 2.0 ** (-6 if terms == 1 else -9) + most * 2.0**-20).double().mean()
+    return float(different), bool(gap.le(step).all()) and float(different) <= OTHER
+
+
 def check(m: int, k: int, terms: int) -> Iterator[Row]:
     """Compare the kernels with torch, and with themselves computed again."""
     for (what, ours), theirs in zip(
@@ -63,13 +74,9 @@ def check(m: int, k: int, terms: int) -> Iterator[Row]:
     ):
         found, expected = ours(), theirs()
         again = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, ours(), strict=True))
-        a, b = values(found, terms), values(expected, terms)
-        most = b.abs().amax(-1, keepdim=True)
-        # A step of FP8 (1/8 of the number, or the least), or two of bfloat16 before it became two terms.
-        step = b.abs() * 2.0 ** (-2.8 if terms == 1 else -6.9) + most * 2.0 ** (-17 if terms == 1 else -20)
-        different = float((a - b).abs().gt(b.abs() * 2.0**-6 + most * 2.0**-20).double().mean())
+        different, right = judge(values(found, terms), values(expected, terms), terms)
         totals = all(torch.equal(x, y) for x, y in zip(found[2:], expected[2:], strict=True))
-        right = bool((a - b).abs().le(step).all()) and different <= OTHER and totals
+        right = right and totals
         yield {"what": what, "m": m, "k": k, "terms": terms, "different": different, "right": right, "again": again}
 
 
