@@ -210,8 +210,11 @@ def humming(mixture: Mixture, activations: str) -> Experts:
     chosen = [HummingMethod.get_default_tuning_configs(layer, gemm_type="indexed") for layer in made[0]]
 
     def tuning(place: int, rows: int) -> list[Any]:
-        """Those configurations that take so many rows: humming compiles all that it is given."""
-        return [entry for entry in chosen[place] if entry[0] < rows <= entry[1]]
+        """The configuration for so many rows, alone, since humming compiles all that it is given; for any number.
+
+        Whatever the number of rows, its launcher looks for the configuration of one, too.
+        """
+        return [[0, 1 << 30, entry[2]] for entry in chosen[place] if entry[0] < rows <= entry[1]]
 
     def call(layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         rows = topk_ids.numel()
