@@ -210,7 +210,7 @@ def humming(mixture: Mixture, activations: str) -> Experts:
     chosen = [HummingMethod.get_default_tuning_configs(layer, gemm_type="indexed") for layer in made[0]]
 
     def tuning(place: int, rows: int) -> list[Any]:
-        """The configuration for so many rows, alone, since humming compiles all that it is given; for any number.
+        """Return the configuration for so many rows, alone, since humming compiles all that it is given.
 
         Whatever the number of rows, its launcher looks for the configuration of one, too.
         """
