@@ -8,13 +8,14 @@ time is that of all first calls, without starting Python. What is not the decode
 
 --engines: whole starts of vLLM, of random checkpoints of a model's shapes (four layers: a kernel is compiled once for
 all), compiled and with CUDA graphs, with empty caches of Triton's and vLLM's and then with those that are left. The
-plugin with and without its kernels start side by side. Without a C compiler, an eager engine is started too: whether
-it serves, and what it warns of.
+plugin with and without its kernels start side by side.
+
+--no-compiler: an eager engine of such a model is started where there is no C compiler: whether it serves, and what it
+warns of.
 """
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 import vllm_engine
 from make_random_checkpoint import SHAPES as MODELS
 from make_random_checkpoint import ensure
-from results import add_options
+from results import VLLM_PACKAGES, add_options, save
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 """Llama-8B's."""
@@ -131,11 +132,14 @@ def starts(name: str, root: Path, caches: Path) -> Iterator[dict[str, Any]]:
             found = pool.map(lambda kind: engine(directory, caches, kind), KINDS)
         for kind, result in zip(KINDS, found, strict=True):
             yield {"what": f"{name}, {kind}, {what}", **result}
+
+
+def start_without_compiler(name: str, root: Path, caches: Path) -> dict[str, Any]:
+    """Return a row for an engine that finds no C compiler."""
+    directory = ensure(name, root, 4)["lut"]
     path = without_compiler(Path(tempfile.mkdtemp(prefix="path-", dir=caches)))
-    yield {
-        "what": f"{name}, eager, without a C compiler",
-        **engine(directory, caches / "no-compiler", "plugin", eager=True, PATH=path),
-    }
+    found = engine(directory, caches / "no-compiler", "plugin", eager=True, PATH=path)
+    return {"what": f"{name}, eager, without a C compiler", **found}
 
 
 def main() -> int:
@@ -144,25 +148,33 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="(default: %(default)s)")
     parser.add_argument("--engines", choices=MODELS, help="start engines with such a model too")
+    parser.add_argument("--no-compiler", choices=MODELS, help="start one with such a model without a C compiler too")
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     add_options(parser)
     args = parser.parse_args()
     payload = {"shapes": [list(map(int, shape.split("x"))) for shape in args.shapes], "tokens": args.tokens}
+    question = "How long do the decode kernels take to compile at the first start?"
     rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        """Write what there is: one that does not end takes nothing with it."""
+        print({key: value for key, value in row.items() if key != "failed"}, flush=True)
+        rows.append(row)
+        save(args, question, rows, packages=VLLM_PACKAGES, settings={"cores": len(os.sched_getaffinity(0))})
+
     with tempfile.TemporaryDirectory(prefix="w4a8-triton-") as directory:
         cache = Path(directory) / "operators"
+        root = args.dir or Path(directory) / "checkpoints"
         for what in ("the operators, an empty cache", "the operators, the cache that it has left"):
             found = vllm_engine.run_worker(__file__, payload, environment={"TRITON_CACHE_DIR": str(cache)})
             size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
             seconds = found["first_s"] - found["second_s"]
-            rows.append({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "compiled": count(cache)})
+            keep({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "compiled": count(cache)})
+        if args.no_compiler:
+            keep(start_without_compiler(args.no_compiler, root, Path(directory)))
         if args.engines:
-            root = args.dir or Path(directory) / "checkpoints"
             for row in starts(args.engines, root, Path(directory)):
-                print({key: value for key, value in row.items() if key != "failed"}, flush=True)
-                rows.append(row)
-            if not args.dir:
-                shutil.rmtree(root)
+                keep(row)
     cells = [
         (
             row["what"],
@@ -176,7 +188,6 @@ def main() -> int:
     text = vllm_engine.table(
         ("first calls with", "compiling, s", "engine start, s", "kernels in it", "warnings"), cells
     )
-    question = "How long do the decode kernels take to compile at the first start?"
     vllm_engine.finish(args, question, rows, text, cores=len(os.sched_getaffinity(0)))
     return 0
 

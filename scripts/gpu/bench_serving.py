@@ -47,6 +47,8 @@ GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Batch sizes of CUDA graphs."""
 FIRST_TOKENS = 10
 """Runs for the time to the first token of a single request."""
+UNCAPTURED = (144, 256, 384, 448, 512)
+"""Tokens of a step beyond those of CUDA graphs, for which kernels may still compile: once, before anything is timed."""
 REPEATS = 5
 """Runs of a case at most."""
 TIMES = ("ttft_ms", "prefill_ms", "tpot_ms", "step_ms")
@@ -104,6 +106,9 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         return request_times([output.metrics for output in outputs], tokens) | {"batch_s": seconds}
 
+    for length in UNCAPTURED:
+        if length + 2 <= payload["llm"]["max_model_len"]:
+            timed(1, length, 2)
     cases = []
     for batch, length in payload["cases"]:
         timed(min(batch, max(1, 16384 // length)), length, 4)
