@@ -288,7 +288,8 @@ def is_met(args: argparse.Namespace, mode: str, rows: Sequence[Mapping[str, Any]
         without = named[WITHOUT]
         same = not demanded or bool(without["identical"]) or (not eager and is_within(without, own))
     seen = DAMAGED not in named or not is_within(named[DAMAGED], own)
-    for what, verdict in (("without decode kernel", same), ("decode kernel", is_within(named[OURS], own))):
+    verdicts = {"decode kernel": is_within(named[OURS], own)} | ({"without decode kernel": same} if demanded else {})
+    for what, verdict in verdicts.items():
         print(f"{mode}: {what}: {'as it must be' if verdict else 'NOT as it must be'}", flush=True)
     if DAMAGED in named:
         print(f"{mode}: damage is {'seen' if seen else 'NOT SEEN: this check could not fail'}", flush=True)
