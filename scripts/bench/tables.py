@@ -166,8 +166,6 @@ COLUMNS: dict[str, Columns] = {
         ("memory µs", "{floor_us:.1f}"),
         ("ours µs", "{ours_us:.1f}"),
         ("CUTLASS W4A8", "{cutlass_us:.1f}"),
-        ("humming W4A8", "{humming_w4a8_us:.1f}"),
-        ("humming W4A16", "{humming_w4a16_us:.1f}"),
         ("Marlin W4A16", "{marlin_us:.1f}"),
         ("BF16", "{bf16_us:.1f}"),
         ("ours does more than the best", "{faster:+.0%}"),
