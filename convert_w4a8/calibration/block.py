@@ -17,7 +17,8 @@ from convert_w4a8.calibration.experts import Rounding, Weights, check_experts, i
 from convert_w4a8.calibration.model import BlockCall, hidden_states
 from convert_w4a8.calibration.moments import ROWS
 from convert_w4a8.calibration.names import STACKS
-from convert_w4a8.encoding.tables import decode, quantize_tokens
+from convert_w4a8.encoding.tables import decode
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import ServedLinear
 
 

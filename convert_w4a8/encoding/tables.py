@@ -5,12 +5,8 @@ import torch
 from convert_w4a8 import devices
 from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes
-from convert_w4a8.fp8 import E4M3_MAX
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import GROUP_SIZE, Packing, ServedLinear, W4A8Linear
-
-_MIN_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
-"""vLLM's floor for dynamic FP8 activation scales (csrc/quantization/w8a8/fp8, `min_scaling_factor`)."""
-
 
 _CHUNK_WEIGHTS = 1 << 18
 """Weights decoded at a time: their int64 indices are 2 MiB, and stay in the cache."""
@@ -77,14 +73,6 @@ def _decode_entries(w: W4A8Linear) -> torch.Tensor:
         codes = unpack_codes(rows[part], Packing.PACK_QUANTIZED).view(-1, groups, GROUP_SIZE).long()
         weights[part] = by_code[:, part].transpose(0, 1).gather(-1, codes).flatten(1)
     return weights
-
-
-def quantize_tokens(act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize activations [M, K] per token as vLLM does: (float8_e4m3fn [M, K], float32 [M, 1])."""
-    x = act.float()
-    # Division by a tensor is a division; by a number, CUDA's torch multiplies by the reciprocal.
-    scale = (x.abs().amax(dim=1, keepdim=True) / x.new_full((), E4M3_MAX)).clamp(min=_MIN_TOKEN_SCALE)
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def gemm(act: torch.Tensor, w: W4A8Linear) -> torch.Tensor:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import reference
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -14,13 +15,6 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
 """What is applied to the gate, by vLLM's names."""
-
-
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens [M, K] in float8_e4m3fn and their scales float32 [M, 1], as `encoding.tables.quantize_tokens`."""
-    most = x.abs().amax(dim=1, keepdim=True).float()
-    scale = (most / torch.full_like(most, 448.0)).clamp(min=1 / (448 * 512))
-    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -48,7 +42,7 @@ def experts(
             if not len(chosen):
                 continue
             first, second = (tuple(tensor[expert] for tensor in layer) for layer in (gate_up, down))
-            gate, up = reference.gemm(*quantize(x[chosen]), *first).chunk(2, dim=-1)
-            result = reference.gemm(*quantize(activate(gate, up, activation)), *second)
+            gate, up = reference.gemm(*quantize_tokens(x[chosen]), *first).chunk(2, dim=-1)
+            result = reference.gemm(*quantize_tokens(activate(gate, up, activation)), *second)
             total[chosen] += topk_weights[chosen, choice, None] * result.float()
     return total.bfloat16()

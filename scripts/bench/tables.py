@@ -65,6 +65,15 @@ SERVING: Columns = (
     ("step", "{step_gain:+.0%}"),
     ("tokens/s", "{throughput_gain:+.0%}"),
 )
+GAPS: Columns = (
+    ("model", "{model}"),
+    ("mode", "`{mode}`"),
+    ("compared", "{what}"),
+    ("mean gap", "{mean_gap:.4f}"),
+    ("shift", "{shift:+.4f} ± {shift_error:.4f}"),
+    ("other likeliest tokens", "{choices_other} of {prompt_logprobs}"),
+    ("greedy tokens equal", "{tokens_equal} of {tokens}"),
+)
 CODEBOOKS: Columns = (
     ("model", "{model}"),
     ("preset", "{kind}"),
@@ -254,6 +263,14 @@ COLUMNS: dict[str, Columns] = {
         ("compared", "{what}"),
         ("prompt log-probs equal", "{prompt_logprobs_equal} of {prompt_logprobs}"),
         ("greedy tokens equal", "{tokens_equal} of {tokens}"),
+    ),
+    "equality-decode": GAPS,
+    "sleep": (
+        ("model", "{model}"),
+        ("asked again", "{again}"),
+        ("after level 1", "{level_1}"),
+        ("after level 2", "{level_2}"),
+        ("level 2 s", "{level_2_s:.1f}"),
     ),
     "tensor-parallel": (
         ("model", "{model}"),

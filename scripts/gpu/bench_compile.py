@@ -1,10 +1,17 @@
 """How long the decode kernels take to compile when a model is served for the first time, `bench_compile.py`.
 
-    python scripts/gpu/bench_compile.py [--shapes 6144x4096 ...] [--tokens 1 2 4 ...] [--json FILE]
+    python scripts/gpu/bench_compile.py [--shapes 6144x4096 ...] [--tokens 1 2 4 ...] [--engines MODEL] [--json FILE]
 
 A process with an empty cache of Triton's runs the plugin's operators once for every layer's shape and number of tokens,
 which is what vLLM does while it captures CUDA graphs; then another one with the cache that the first has left. The
 time is that of all first calls, without starting Python. What is not the decode kernel's by its size is left out.
+
+--engines: whole starts of vLLM, of random checkpoints of a model's shapes (four layers: a kernel is compiled once for
+all), compiled and with CUDA graphs, with empty caches of Triton's and vLLM's and then with those that are left. The
+plugin with and without its kernels start side by side.
+
+--no-compiler: an eager engine of such a model is started where there is no C compiler: whether it serves, and what it
+warns of.
 """
 
 import argparse
@@ -12,20 +19,53 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 import vllm_engine
-from results import add_options
+from make_random_checkpoint import SHAPES as MODELS
+from make_random_checkpoint import ensure
+from results import VLLM_PACKAGES, add_options, save
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 """Llama-8B's."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+KINDS = {"plugin": {}, "plugin without its kernels": {"W4A8_LUT_DECODE": "cutlass"}}
+"""How an engine is started, and the environment variables of it."""
+COMPILERS = ("cc", "gcc", "clang", "c++", "g++")
 
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Start an engine, or call the operators, in this process."""
+    return start_engine(payload) if "llm" in payload else call_operators(payload)
+
+
+def start_engine(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return how long an engine takes to start, how many of eight tokens it makes, and what the plugin warned of."""
+    import logging
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that warnings are heard here
+    from vllm import LLM, SamplingParams
+
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(handler)
+    start = time.perf_counter()
+    llm = LLM(**payload["llm"])
+    seconds = time.perf_counter() - start
+    settings = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], settings, use_tqdm=False)
+    heard = [text for text in warnings if "w4a8" in text.lower()]
+    return {"start_s": seconds, "tokens": len(output.outputs[0].token_ids), "warnings": heard}
+
+
+def call_operators(payload: dict[str, Any]) -> dict[str, Any]:
     """Call the operators once for each size in this process; return seconds of the first and of second calls."""
     import torch
     from contestants import plugin_quantize
@@ -49,24 +89,105 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     return {"first_s": seconds[0], "second_s": seconds[1]}
 
 
+def engine(directory: Path, caches: Path, kind: str, *, eager: bool = False, **environment: str) -> dict[str, Any]:
+    """Start an engine with caches of its own and return what it found, or the end of its log."""
+    llm = {
+        "model": str(directory),
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "max_model_len": 2048,
+        "max_num_seqs": max(TOKENS),
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": 2**30,
+        "gpu_memory_utilization": 0.3,  # is only checked to be free
+        "generation_config": "vllm",
+        "enforce_eager": eager,
+        "compilation_config": {"cudagraph_capture_sizes": list(TOKENS)},
+    }
+    own = caches / kind.replace(" ", "-")
+    places = {"TRITON_CACHE_DIR": str(own / "triton"), "VLLM_CACHE_ROOT": str(own / "vllm")}
+    places["TORCHINDUCTOR_CACHE_DIR"] = str(own / "inductor")
+    try:
+        return vllm_engine.run_worker(__file__, {"llm": llm}, environment=places | KINDS[kind] | environment)
+    except RuntimeError as error:  # the others are worth having
+        print(error, flush=True)
+        return {"failed": str(error)[-3000:]}
+
+
+def without_compiler(directory: Path) -> str:
+    """Return a PATH of links to every program there is but C compilers."""
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for program in Path(folder).glob("*"):
+            link = directory / program.name
+            if not link.exists() and not program.name.endswith(COMPILERS) and not link.is_symlink():
+                link.symlink_to(program.resolve())
+    return str(directory)
+
+
+def starts(name: str, root: Path, caches: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way of starting a model of random weights."""
+    directory = ensure(name, root, 4)["lut"]
+    for what in ("empty caches", "the caches that it has left"):
+        with ThreadPoolExecutor(len(KINDS)) as pool:
+            found = pool.map(lambda kind: engine(directory, caches, kind), KINDS)
+        for kind, result in zip(KINDS, found, strict=True):
+            yield {"what": f"{name}, {kind}, {what}", **result}
+
+
+def start_without_compiler(name: str, root: Path, caches: Path) -> dict[str, Any]:
+    """Return a row for an engine that finds no C compiler."""
+    directory = ensure(name, root, 4)["lut"]
+    path = without_compiler(Path(tempfile.mkdtemp(prefix="path-", dir=caches)))
+    found = engine(directory, caches / "no-compiler", "plugin", eager=True, PATH=path)
+    return {"what": f"{name}, eager, without a C compiler", **found}
+
+
 def main() -> int:
-    """Run both processes, print the table."""
+    """Run the processes, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="(default: %(default)s)")
+    parser.add_argument("--engines", choices=MODELS, help="start engines with such a model too")
+    parser.add_argument("--no-compiler", choices=MODELS, help="start one with such a model without a C compiler too")
+    parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     add_options(parser)
     args = parser.parse_args()
     payload = {"shapes": [list(map(int, shape.split("x"))) for shape in args.shapes], "tokens": args.tokens}
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="w4a8-triton-") as cache:
-        for what in ("an empty cache", "the cache that it has left"):
-            found = vllm_engine.run_worker(__file__, payload, environment={"TRITON_CACHE_DIR": cache})
-            size = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())
-            seconds = found["first_s"] - found["second_s"]
-            rows.append({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "kernels": count(Path(cache))})
-    cells = [(row["what"], f"{row['compile_s']:.1f}", row["kernels"], f"{row['cache_mb']:.1f}") for row in rows]
-    text = vllm_engine.table(("first calls with", "s", "kernels in it", "MB"), cells)
     question = "How long do the decode kernels take to compile at the first start?"
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        """Write what there is: one that does not end takes nothing with it."""
+        print({key: value for key, value in row.items() if key != "failed"}, flush=True)
+        rows.append(row)
+        save(args, question, rows, packages=VLLM_PACKAGES, settings={"cores": len(os.sched_getaffinity(0))})
+
+    with tempfile.TemporaryDirectory(prefix="w4a8-triton-") as directory:
+        cache = Path(directory) / "operators"
+        root = args.dir or Path(directory) / "checkpoints"
+        for what in ("the operators, an empty cache", "the operators, the cache that it has left"):
+            found = vllm_engine.run_worker(__file__, payload, environment={"TRITON_CACHE_DIR": str(cache)})
+            size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+            seconds = found["first_s"] - found["second_s"]
+            keep({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "compiled": count(cache)})
+        if args.no_compiler:
+            keep(start_without_compiler(args.no_compiler, root, Path(directory)))
+        if args.engines:
+            for row in starts(args.engines, root, Path(directory)):
+                keep(row)
+    cells = [
+        (
+            row["what"],
+            f"{row['compile_s']:.1f}" if "compile_s" in row else "",
+            f"{row['start_s']:.1f}" if "start_s" in row else "",
+            row.get("compiled", ""),
+            "failed" if "failed" in row else "; ".join(row.get("warnings", [])),
+        )
+        for row in rows
+    ]
+    text = vllm_engine.table(
+        ("first calls with", "compiling, s", "engine start, s", "kernels in it", "warnings"), cells
+    )
     vllm_engine.finish(args, question, rows, text, cores=len(os.sched_getaffinity(0)))
     return 0
 

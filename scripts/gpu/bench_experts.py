@@ -105,13 +105,16 @@ def compare(mixture: Mixture, tokens: Sequence[int], names: Sequence[str]) -> It
         torch.cuda.empty_cache()
 
 
-def compile_all(mixtures: Sequence[Mixture], tokens: Sequence[int], names: Sequence[str]) -> None:
-    """Let every kernel compile, all of them side by side, what it will need. What fails says so when its turn comes."""
+def compile_all(mixtures: Sequence[Mixture], tokens: Sequence[int], names: Sequence[str], seconds: float) -> None:
+    """Let every kernel compile, all of them side by side, what it will need, for so many seconds at most.
+
+    What fails says so when its turn comes.
+    """
     kinds = [name for name in names if name in COMPILED]
     tasks = [(name, replace(mixture, copies=1), m) for name in kinds for mixture in mixtures for m in tokens]
     tasks.sort(key=lambda task: task[0].startswith("humming"), reverse=True)  # those take longest
-    with _pool() as pool:
-        pool.map(run_once, tasks, chunksize=1)
+    with _pool() as pool, suppress(multiprocessing.TimeoutError):
+        pool.map_async(run_once, tasks, chunksize=1).get(seconds)
 
 
 def run_once(task: tuple[str, Mixture, int]) -> None:
@@ -243,6 +246,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="default: all")
     parser.add_argument("--tune", action="store_true", help="try many ways of cutting the work, without peers")
     parser.add_argument("--seconds", type=float, default=600, help="when to stop tuning (default: %(default)s)")
+    parser.add_argument("--compile-seconds", type=float, default=600, help="to compile before (default: %(default)s)")
     add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -255,8 +259,17 @@ def main() -> None:
         with _pool() as pool:
             pool.map(compile_one, variants(), chunksize=1)
     else:
-        compile_all(chosen, args.tokens, args.kernels)
+        compile_all(chosen, args.tokens, args.kernels, args.compile_seconds)
     print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
+    question = "How fast are the experts of a mixture at small batches, beside other kernels and the memory?"
+
+    def keep(rows: Sequence[Row]) -> dict[str, Any]:
+        """Write what there is: a kernel that does not end takes nothing with it."""
+        missing = {f"{row['kernel']}, {row['mixture']}": row["why_not"] for row in rows if "why_not" in row}
+        settings = {"not measured": missing} if missing else None
+        kept = rows if args.tune else beside(rows)
+        return save(args, question, kept, packages=(*VLLM_PACKAGES, "humming-kernels"), settings=settings)
+
     rows: list[Row] = []
     for number, mixture in enumerate(chosen):
         left = deadline - time.monotonic()
@@ -265,20 +278,18 @@ def main() -> None:
         kept = []
         for row in found:
             kept.append(row)
+            rows.append(row)
             if not args.tune:
                 show(row)
-            rows.append(row)
+                if "why_not" in row or row["m"] == args.tokens[-1]:
+                    keep(rows)
         if args.tune:
             for m in args.tokens:
                 for row in sorted((row for row in kept if row["m"] == m), key=lambda row: float(row["us"]))[:3]:
                     show(row)
         mixture.__dict__.pop("lut", None)
         torch.cuda.empty_cache()
-    question = "How fast are the experts of a mixture at small batches, beside other kernels and the memory?"
-    packages = (*VLLM_PACKAGES, "humming-kernels")
-    missing = {f"{row['kernel']}, {row['mixture']}": row["why_not"] for row in rows if "why_not" in row}
-    settings = {"not measured": missing} if missing else None
-    print(line(save(args, question, rows if args.tune else beside(rows), packages=packages, settings=settings)))
+    print(line(keep(rows)))
     if any(row.get("error", 0) > 0.02 or row.get("repeatable") is False for row in rows):
         raise SystemExit(1)
 

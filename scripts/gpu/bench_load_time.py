@@ -149,7 +149,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-8b", "command-a-block"])
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
-    parser.add_argument("--quick", action="store_true", help="four layers of each model, each kind once")
+    parser.add_argument("--layers", type=int, help="so many layers of each model at most (default: all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="four layers of each model, each kind once, none uncounted"
+    )
     add_options(parser)
     args = parser.parse_args()
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
@@ -157,9 +160,10 @@ def main() -> int:
     results: dict[str, Any] = {}
     rows = []
     try:
-        print(f"not counted: {run(ensure('tiny', root)['stock'])['wall_s']} s", flush=True)
+        if not args.quick:
+            print(f"not counted: {run(ensure('tiny', root)['stock'])['wall_s']} s", flush=True)
         for name in args.shapes:
-            directories = ensure(name, root, 4 if args.quick else None)
+            directories = ensure(name, root, args.layers or (4 if args.quick else None))
             for kind in ("stock", "lut"):
                 read_files(directories[kind])
             results[name] = {kind: [] for kind in KINDS}

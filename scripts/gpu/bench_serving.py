@@ -13,7 +13,8 @@ any prefill. Medians over runs with fresh random prompts, as many as fit in `--s
 a single request's TTFT is of ten runs more, with its fastest tenth, since the host's part of it varies. Gains are the
 first kind's time / the other's − 1. Which kernel vLLM chose is taken from its log.
 
-Each kind is written when it is done. With --extend, kinds that the file has are not run again.
+Each kind is written when it is done. With --extend, kinds that the file has are not run again. With --together all
+engines start side by side, and wait until they have; then one after the other is measured, with the others idle.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Batch sizes of CUDA graphs."""
 FIRST_TOKENS = 10
 """Runs for the time to the first token of a single request."""
+UNCAPTURED = (144, 256, 384, 448, 512)
+"""Tokens of a step beyond those of CUDA graphs, for which kernels may still compile: once, before anything is timed."""
 REPEATS = 5
 """Runs of a case at most."""
 TIMES = ("ttft_ms", "prefill_ms", "tpot_ms", "step_ms")
@@ -86,6 +90,8 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     llm = LLM(**payload["llm"])
     started = time.perf_counter() - start
+    if payload["turn"]:
+        wait_for(Path(payload["turn"]))
     generator = random.Random(0)
 
     def timed(batch: int, length: int, tokens: int) -> dict[str, float]:
@@ -100,6 +106,9 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         return request_times([output.metrics for output in outputs], tokens) | {"batch_s": seconds}
 
+    for length in UNCAPTURED:
+        if length + 2 <= payload["llm"]["max_model_len"]:
+            timed(1, length, 2)
     cases = []
     for batch, length in payload["cases"]:
         timed(min(batch, max(1, 16384 // length)), length, 4)
@@ -110,6 +119,17 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         firsts = [timed(batch, length, 2) for _ in range(FIRST_TOKENS)] if batch == 1 else []
         cases.append({"batch": batch, "prompt": length, **summary(runs, firsts)})
     return {"cases": cases, "start_s": round(started, 1)}
+
+
+def wait_for(turn: Path) -> None:
+    """Say that this process is ready, and wait until it may go on."""
+    _ready(turn).touch()
+    while not turn.exists():
+        time.sleep(0.1)
+
+
+def _ready(turn: Path) -> Path:
+    return turn.with_suffix(".ready")
 
 
 def request_times(stats: Sequence[Any], tokens: int) -> dict[str, float]:
@@ -169,8 +189,8 @@ def text_of(rows: Sequence[Mapping[str, Any]], base: str) -> str:
     return vllm_engine.table((*header, *faster), cells)
 
 
-def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, Any]:
-    """Run all cases on one engine, and return what `worker` found."""
+def serve(args: argparse.Namespace, kind: Kind, directory: Path, turn: Path | None = None) -> dict[str, Any]:
+    """Run all cases on one engine, and return what `worker` found. turn: the file that it is to wait for."""
     shape = SHAPES[args.model]
     layers = args.layers or shape.layers
     # Keys and values in BF16 of all requests of the largest case, and a little.
@@ -184,7 +204,7 @@ def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, An
         "max_num_seqs": max(128, *(batch for batch, _ in args.cases)),
         "max_num_batched_tokens": STEP,
         "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
-        "gpu_memory_utilization": 0.5,
+        "gpu_memory_utilization": 0.3,  # is only checked to be free
         "enable_prefix_caching": False,
         "compilation_config": {"cudagraph_capture_sizes": list(GRAPHS)},
         "disable_log_stats": False,  # or requests have no metrics
@@ -192,10 +212,36 @@ def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, An
         **kind.options,
     }
     payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": shape.vocabulary}
+    payload["turn"] = turn and str(turn)
     # Those of CUDA graphs, and of the steps in which prompts are read, each in a step of at most 8192 tokens.
     sizes = {*GRAPHS, *(min(STEP, batch * length) for batch, length in args.cases)}
-    environment = {few_humming.SETTING: ",".join(map(str, sorted(sizes))), **kind.environment}
-    return vllm_engine.run_worker(__file__, payload, kind.timeout, environment, kind.plugins)
+    environment = {
+        few_humming.SETTING: ",".join(map(str, sorted(sizes))),
+        few_humming.CHOICES: str(shape.experts_per_token),
+        **kind.environment,
+    }
+    return vllm_engine.run_worker(__file__, payload, args.timeout or kind.timeout, environment, kind.plugins)
+
+
+def found_by(args: argparse.Namespace, names: Sequence[str], run: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Yield each kind with a function that returns what its engine found, or raises.
+
+    run: starts the engine of a kind, and returns what it found; takes the file that the engine is to wait for.
+    """
+    if not args.together:
+        for name in names:
+            yield name, lambda name=name: run(name)
+        return
+    with tempfile.TemporaryDirectory(prefix="w4a8-turns-") as directory, ThreadPoolExecutor(len(names)) as pool:
+        turns = {name: Path(directory) / f"{number}.turn" for number, name in enumerate(names)}
+        running: dict[str, Future[Any]] = {name: pool.submit(run, name, turn) for name, turn in turns.items()}
+        while not all(running[name].done() or _ready(turn).exists() for name, turn in turns.items()):
+            time.sleep(0.1)
+        print(f"all are ready, or have failed: {time.strftime('%X')}", flush=True)
+        for name, turn in turns.items():
+            turn.touch()
+            running[name].exception()  # waits for it
+            yield name, running[name].result
 
 
 def case_of(text: str) -> tuple[int, int]:
@@ -221,6 +267,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     parser.add_argument("--seconds", type=float, default=2.5, help="for the runs of a case (default: %(default)s)")
+    parser.add_argument("--together", action="store_true", help="start all engines at the same time, then take turns")
+    parser.add_argument("--timeout", type=float, help="seconds of an engine at most (default: the kind's)")
     parser.add_argument("--base", choices=KINDS, help="the baseline, if it is not the first kind: one of the file's")
     parser.add_argument("--quick", action="store_true", help="four layers, batch 1 and 8 with short prompts, one run")
     add_options(parser)
@@ -242,12 +290,16 @@ def main() -> int:
     failed = 0
     try:
         directories = ensure(args.model, root, args.layers)
-        for name in args.kinds:
-            if name in done:
-                print(f"{name}: in the file already", flush=True)
-                continue
+        for name in sorted(done.intersection(args.kinds)):
+            print(f"{name}: in the file already", flush=True)
+        names = [name for name in args.kinds if name not in done]
+
+        def run(name: str, turn: Path | None = None) -> dict[str, Any]:
+            return serve(args, KINDS[name], directories[KINDS[name].format], turn)
+
+        for name, result in found_by(args, names, run):
             try:
-                found = serve(args, KINDS[name], directories[KINDS[name].format])
+                found = result()
             except RuntimeError as error:  # the others are worth having
                 print(f"{name}: {error}", flush=True)
                 failed += 1
@@ -261,6 +313,7 @@ def main() -> int:
                 "model": args.model,
                 "layers": args.layers or SHAPES[args.model].layers,
                 "new_tokens": NEW_TOKENS,
+                "together": args.together,
                 "kernels": {name: found["kernels"]},
             }
             rows += new

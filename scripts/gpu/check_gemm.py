@@ -28,7 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from results import add_options, line, save
 
-from convert_w4a8.encoding.tables import multiply_tables, quantize_tokens
+from convert_w4a8.encoding.tables import multiply_tables
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import reference
 
 TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 129, 300, 1000)
@@ -193,7 +194,7 @@ def main() -> int:
     small = args.quick or args.sanitizer
     widths = [n for n in ((16, 48, 208) if small else args.widths) if n % args.multiple == 0] or [args.multiple]
     lengths = (128, 1024) if args.sanitizer else LENGTHS[:3] if args.quick else LENGTHS
-    tokens = [m for m in ((1, 17, 65, 129, 300) if args.sanitizer else TOKENS) if m <= args.most]
+    tokens = [m for m in ((1, 7, 17, 33, 65, 129, 300) if args.sanitizer else TOKENS) if m <= args.most]
     checks = [check_products(gemm, list(product(widths, lengths)), tokens, args.terms)]
     if not args.sanitizer:
         replayed = [(n, 4096) for n in (widths[-1], 4 * widths[-1])]

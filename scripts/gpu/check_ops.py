@@ -24,8 +24,8 @@ from stock_scales import quantize_scales
 
 from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes, unpack_codes
-from convert_w4a8.encoding.tables import decode, expand_tables, multiply_tables, quantize_tokens
-from convert_w4a8.fp8 import SCALE_MAX
+from convert_w4a8.encoding.tables import decode, expand_tables, multiply_tables
+from convert_w4a8.fp8 import SCALE_MAX, quantize_tokens
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.quantization.baselines import quantize_reference
 

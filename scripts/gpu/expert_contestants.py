@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
 
 GROUP = 128
@@ -210,8 +210,11 @@ def humming(mixture: Mixture, activations: str) -> Experts:
     chosen = [HummingMethod.get_default_tuning_configs(layer, gemm_type="indexed") for layer in made[0]]
 
     def tuning(place: int, rows: int) -> list[Any]:
-        """Those configurations that take so many rows: humming compiles all that it is given."""
-        return [entry for entry in chosen[place] if entry[0] < rows <= entry[1]]
+        """Return the configuration for so many rows, alone, since humming compiles all that it is given.
+
+        Whatever the number of rows, its launcher looks for the configuration of one, too.
+        """
+        return [[0, 1 << 30, entry[2]] for entry in chosen[place] if entry[0] < rows <= entry[1]]
 
     def call(layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         rows = topk_ids.numel()

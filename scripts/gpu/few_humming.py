@@ -1,8 +1,8 @@
 """A plugin for vLLM that spares humming most of its compiling: about 100 kernels for each dense layer's shape.
 
 humming has a kernel for each of many ranges of batch sizes. Those that a benchmark does not come to are left out, and
-their sizes go to the next range: what is measured runs as it would, and starts minutes earlier. Layers of experts are
-left alone, since ranges of two of them must agree.
+their sizes go to the next range: what is measured runs as it would, and starts minutes earlier. Both layers of experts
+get the same ranges, which end at the sizes themselves, since vLLM sorts tokens once for the two of them.
 """
 
 import os
@@ -11,6 +11,8 @@ from typing import Any
 
 SETTING = "W4A8_BENCH_TOKENS"
 """The environment variable with the batch sizes that will be measured, such as 1,8,8192."""
+CHOICES = "W4A8_BENCH_CHOICES"
+"""The environment variable with the number of experts that a token has: humming counts pairs of the two."""
 MORE = "few_humming:register"
 """The entry point."""
 
@@ -22,6 +24,17 @@ def thinned(ranges: Sequence[Sequence[Any]], sizes: Sequence[int]) -> list[list[
     ]
     starts = [ranges[0][0], *(entry[1] for entry in kept[:-1])]
     return [[start, *entry[1:]] for start, entry in zip(starts, kept, strict=True)]
+
+
+def ending_at(ranges: Sequence[Sequence[Any]], sizes: Sequence[int]) -> list[list[Any]]:
+    """Return a range up to each size, as what is used there says, and one for what is beyond, as the last one says."""
+    starts = [ranges[0][0], *sizes]
+    used = [next(entry for entry in ranges if entry[0] < m <= entry[1]) for m in sizes]
+    last = ranges[-1]
+    return [
+        *([start, m, *entry[2:]] for start, m, entry in zip(starts, sizes, used, strict=False)),
+        [starts[-1], *last[1:]],
+    ]
 
 
 def register() -> None:
@@ -36,6 +49,8 @@ def register() -> None:
     def get_configs(cls: type, /, **arguments: Any) -> Any:
         found = all_of_them(cls, **arguments)
         layer = arguments.get("meta") or arguments["layer_config"]
-        return found if layer.num_experts else thinned(found, sizes)
+        if layer.num_experts:
+            return ending_at(found, [m * int(os.environ[CHOICES]) for m in sizes])
+        return thinned(found, sizes)
 
     DeviceHeuristics.get_configs = classmethod(get_configs)

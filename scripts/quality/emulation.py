@@ -20,7 +20,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.dequantize import dequantize
-from convert_w4a8.encoding.tables import decode, quantize_tokens
+from convert_w4a8.encoding.tables import decode
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import DenseLinear, W4Linear
 from convert_w4a8.sources import find_source
 from convert_w4a8.sources.carried import find_carried

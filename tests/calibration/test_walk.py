@@ -15,7 +15,7 @@ from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.states import batches
 from convert_w4a8.calibration.walk import Walk
-from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.samples.sample import SampleSet
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from convert_w4a8.encoding import tables
 from convert_w4a8.encoding.packing import pack_codes, unpack_codes
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import Packing, W4A8Linear
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
@@ -56,7 +57,7 @@ def exact_accumulation(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 
 def as_tensor_core(act: torch.Tensor, w: W4A8Linear) -> torch.Tensor:
     """Do what `tables.gemm` does, with the accumulation of the hardware."""
-    tokens, scale = tables.quantize_tokens(act)
+    tokens, scale = quantize_tokens(act)
     ones = torch.ones_like(w.channel_scale)
     entries = tables.decode(W4A8Linear(w.packed, w.packing, w.group_scale, w.entries, ones))
     return (scale * (w.channel_scale * exact_accumulation(tokens.float(), entries))).bfloat16()
@@ -101,7 +102,7 @@ def test_gemm_agrees_with_the_kernel(golden: dict[str, torch.Tensor], case: str,
     assert found.dtype == torch.bfloat16
     assert (found == out).double().mean() > 0.9
     # At each of the K/32 steps up to 33 addends lose less than a unit each; the unit is at most 2⁻¹³ of Σ|a·w|.
-    quantized, scale = tables.quantize_tokens(act)
+    quantized, scale = quantize_tokens(act)
     magnitude = (quantized.float() * scale).abs() @ tables.decode(w).abs().t()
     bound = magnitude * 2**-13 * 8 + out.float().abs() * 2**-7
     assert ((found.float() - out.float()).abs() <= bound).all()
@@ -182,6 +183,6 @@ def test_a_layer_without_tables_is_refused() -> None:
 def test_tokens_are_quantized_by_their_own_maximum() -> None:
     """The largest value becomes ±448, and a zero token has vLLM's least scale rather than a division by zero."""
     act = torch.tensor([[0.5, -2.0, 1.0], [0.0, 0.0, 0.0]]).bfloat16()
-    tokens, scale = tables.quantize_tokens(act)
+    tokens, scale = quantize_tokens(act)
     assert tokens.float().tolist() == [[112.0, -448.0, 224.0], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(scale.flatten(), torch.tensor([2 / 448, 1 / (448 * 512)]))

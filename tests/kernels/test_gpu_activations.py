@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
-from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.activations import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from paths import GOLDEN_CUT, ROOT
 from safetensors.torch import load_file
 
-from convert_w4a8.encoding.tables import decode, expand_tables, quantize_tokens
+from convert_w4a8.encoding.tables import decode, expand_tables
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import reference, workspace
 from convert_w4a8.linear import Packing, W4A8Linear
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from convert_w4a8.encoding.lut_layout import restore
-from convert_w4a8.encoding.tables import decode, quantize_tokens
+from convert_w4a8.encoding.tables import decode
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import Packing, W4A8Linear
 
 VERSIONS = ("0.25.1", "0.33.0")

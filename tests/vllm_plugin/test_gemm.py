@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from convert_w4a8.encoding.tables import quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import reference
 
 gemm: Any = importlib.import_module("convert_w4a8.vllm_plugin.gemm")

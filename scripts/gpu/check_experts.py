@@ -1,0 +1,255 @@
+"""Check the experts over the LUT layout on a CUDA GPU: `check_experts.py [--quick | --sanitizer] [--json FILE]`.
+
+Needs this checkout on PYTHONPATH, torch and Triton. Mixtures of random codes (all 16) and tables of entries of either
+sign, of 8 to 256 experts, are held against the same, step by step: each step gets what the step before it made, since
+a number beside the middle of two FP8 numbers may go to either, and with it a token's whole scale. Tokens and what lies
+between the GEMMs must be quantized as torch does it, but for a few that go to the other neighbour; the two GEMMs are
+held against float64 as `check_gemm.py` does it; and the weighted sum against float64. Every result is computed again,
+and must come out with the same bytes; so must 1,000 replays of a CUDA graph, one alone and two on two streams at once,
+each with its own layer.
+
+With half of the experts on another rank (an expert map), and ids of −1, those must add nothing.
+
+--sanitizer is small enough for `compute-sanitizer --tool memcheck python scripts/gpu/check_experts.py --sanitizer`.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from check_activations import judge
+from check_gemm import REPLAYS, ROUNDING, Exact, Layer, Replayed
+from results import add_options, line, save
+
+from convert_w4a8.fp8 import quantize_tokens
+from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
+
+TOKENS = (1, 3, 16, 17, 64, 256)
+Row = dict[str, Any]
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """So many experts, of which a token has `choices`, and the sizes of their layers."""
+
+    experts: int
+    choices: int
+    hidden: int
+    intermediate: int
+
+    def __str__(self) -> str:
+        return f"{self.choices} of {self.experts}, {self.hidden} × {self.intermediate}"
+
+
+SIZES = (
+    Size(8, 2, 128, 128),
+    Size(8, 2, 4096, 1408),
+    Size(16, 1, 640, 384),
+    Size(64, 6, 2048, 896),
+    Size(128, 8, 2048, 768),
+    Size(256, 8, 1024, 256),
+)
+QUICK = (Size(8, 2, 128, 128), Size(16, 3, 640, 384))
+SANITIZED = (Size(8, 2, 128, 128), Size(8, 3, 1152, 256))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Random experts, their layers as `grouped.experts` takes them; expert_map: places on this rank, or None."""
+
+    size: Size
+    layers: tuple[grouped.Layer, grouped.Layer]
+    expert_map: torch.Tensor | None
+
+    @staticmethod
+    def random(size: Size, form: str, mapped: bool = False) -> "Experts":
+        """Return experts of a form of tables, "lut" or "scale"; mapped: every other one is on another rank."""
+        here = size.experts // 2 if mapped else size.experts
+
+        def stack(n: int, k: int) -> grouped.Layer:
+            made = [Layer.random(n, k, form) for _ in range(here)]
+            packed, tables = (torch.stack([getattr(layer, name) for layer in made]) for name in ("packed", "tables"))
+            # Results of about the size of what goes in.
+            return packed, tables, torch.stack([layer.channel for layer in made]) * (2 / k**0.5)
+
+        expert_map = None
+        if mapped:
+            expert_map = torch.full((size.experts,), -1, dtype=torch.int32, device="cuda")
+            expert_map[::2] = torch.arange(here, dtype=torch.int32, device="cuda")
+        gate_up, down = stack(2 * size.intermediate, size.hidden), stack(size.hidden, size.intermediate)
+        return Experts(size, (gate_up, down), expert_map)
+
+    def routed(self, m: int) -> Routed:
+        """Return random tokens, weights that add up to 1, and choices."""
+        scores = torch.randn(m, self.size.experts, device="cuda").softmax(-1)
+        weights, ids = scores.topk(self.size.choices, dim=-1)
+        x = torch.randn(m, self.size.hidden, device="cuda", dtype=torch.bfloat16)
+        if self.expert_map is not None:
+            ids[m // 2, 0] = -1
+        return x, weights / weights.sum(-1, keepdim=True), ids.int()
+
+    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Run our kernels."""
+        return grouped.experts(x, topk_weights, topk_ids, *self.layers, self.expert_map, "silu")
+
+    def places(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Return the place of each pair's expert in the layers, int64 [M · T], −1 where it is not here."""
+        ids = topk_ids.flatten().long()
+        return ids if self.expert_map is None else torch.where(ids < 0, -1, self.expert_map.long()[ids.clamp(min=0)])
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one of the two GEMMs was given, and what it made of it: FP8 tokens, their scales, bfloat16 [pairs, N]."""
+
+    tokens: torch.Tensor
+    scale: torch.Tensor
+    output: torch.Tensor
+
+    def values(self) -> torch.Tensor:
+        """Return the numbers that tokens and scales stand for, float64."""
+        return self.tokens.double() * self.scale.double().view(-1, 1)
+
+    def exact(self, layer: grouped.Layer, places: torch.Tensor, share: int) -> Exact:
+        """Multiply in float64; pairs whose expert is not here are 0. share: pairs that have a token in common."""
+        products = torch.zeros(self.output.shape, dtype=torch.float64, device=self.output.device)
+        exact = Exact(products, torch.zeros_like(products))
+        for place in sorted({*places.tolist()} - {-1}):
+            pairs = (places == place).nonzero().flatten()
+            packed, tables, channel = (tensor[place] for tensor in layer)
+            weights, values = reference.weights(packed, tables).double().t(), self.values()[pairs // share]
+            exact.products[pairs] = values @ weights * channel.double()
+            exact.magnitudes[pairs] = values.abs() @ weights.abs() * channel.double()
+        return exact
+
+
+def watched(experts: Experts, given: Routed) -> tuple[torch.Tensor, Product, Product]:
+    """Run experts, and return their result with what both GEMMs were given and made."""
+    seen: list[Product] = []
+    multiply = grouped._multiply  # noqa: SLF001
+
+    def watch(*arguments: Any) -> None:
+        multiply(*arguments)
+        tokens, scale, _, output, *_ = arguments
+        seen.append(Product(tokens, scale, output))
+
+    with mock.patch.object(grouped, "_multiply", watch):
+        result = experts(*given)
+    return result, seen[0], seen[1]
+
+
+def compare(experts: Experts, given: Routed) -> tuple[torch.Tensor, Row]:
+    """Return the result, and how far each step is from what it must be: the verdicts, and the worst of the GEMMs'."""
+    x, weights, ids = given
+    result, first, second = watched(experts, given)
+    places = experts.places(ids)
+    here = places >= 0
+    if not here.any():
+        return result, {"different": 0.0, "error": 0.0, "beyond_rounding": 0.0, "right": not result.any()}
+    tokens, scale = quantize_tokens(x)
+    different, quantized = judge(first.values(), tokens.double() * scale.double(), 1)
+    products = []
+    for made, layer, share in ((first, experts.layers[0], experts.size.choices), (second, experts.layers[1], 1)):
+        exact = made.exact(layer, places, share)
+        products.append(Exact(exact.products[here], exact.magnitudes[here]).compare(made.output[here]))
+    gate, up = first.output[here].chunk(2, dim=-1)
+    tokens, scale = quantize_tokens(grouped_reference.activate(gate, up, "silu"))
+    different_between, activated = judge(second.values()[here], tokens.double() * scale.double(), 1)
+    each = torch.where(here[:, None], second.output.double(), 0) * weights.double().view(-1, 1)
+    total = each.view(*ids.shape, -1).sum(1)
+    # Beside the rounding of the result, that of float32 sums.
+    allowed = total.abs() * ROUNDING + each.abs().view(*ids.shape, -1).sum(1) * 2.0**-22
+    added = bool((result.double() - total).abs().le(allowed).all())
+    verdicts = {"quantized": quantized, "activated": activated, "added": added}
+    return result, {
+        **verdicts,
+        "different": max(different, different_between),
+        "error": max(product["error"] for product in products),
+        "beyond_rounding": max(product["beyond_rounding"] for product in products),
+        "right": all(verdicts.values()) and all(product["right"] for product in products),
+    }
+
+
+def check_results(sizes: Sequence[Size], tokens: Sequence[int], forms: Sequence[str]) -> Iterator[Row]:
+    """Compare results of every size with what they must be, and with themselves computed again."""
+    for size, form, mapped in product(sizes, forms, (False, True)):
+        if mapped and (form == "scale" or size.choices == 1):
+            continue
+        experts = Experts.random(size, form, mapped)
+        for m in tokens:
+            given = experts.routed(m)
+            found, row = compare(experts, given)
+            again = all(torch.equal(experts(*given), found) for _ in range(3 if len(forms) > 1 else 1))
+            yield {
+                "check": "results",
+                "m": m,
+                "size": str(size),
+                "tables": form,
+                "mapped": mapped,
+                "again": again,
+            } | row
+
+
+def check_replays(sizes: Sequence[Size], tokens: Sequence[int]) -> Iterator[Row]:
+    """Replay a graph alone, then two on two streams at once; count the replays that gave other bytes."""
+    for size, m in product(sizes, tokens):
+        graphs = []
+        for _ in range(2):
+            experts = Experts.random(size, "lut")
+            call: Callable[[], torch.Tensor] = partial(experts, *experts.routed(m))
+            graphs.append(Replayed(call))
+        torch.cuda.synchronize()
+        for several in (graphs[:1], graphs):
+            for _ in range(REPLAYS):
+                for graph in several:
+                    graph.replay()
+            torch.cuda.synchronize()
+            wrong = sum(int(graph.wrong) for graph in graphs)
+            row = {"check": "replays", "m": m, "size": str(size), "streams": len(several), "replays": REPLAYS}
+            yield row | {"wrong": wrong, "again": wrong == 0}
+
+
+def main() -> int:
+    """Run the checks, print what is wrong and the worst of the rest, return 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes only")
+    parser.add_argument("--sanitizer", action="store_true", help="some results of very small sizes, no replays")
+    add_options(parser)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is needed")
+    torch.manual_seed(0)
+    sizes = SANITIZED if args.sanitizer else QUICK if args.quick else SIZES
+    few = ((1, 17, 100, 180), ("lut",)) if args.sanitizer else (TOKENS, ("lut", "scale"))
+    checks = [check_results(sizes, *few)]
+    if not args.sanitizer:
+        checks.append(check_replays(sizes[-2:], (1, 16, 64, 256)))
+    rows: list[Row] = []
+    for check in checks:
+        for row in check:
+            rows.append(row)
+            if not (row["again"] and row.get("right", True)):
+                print("WRONG", row, flush=True)
+    results = [row for row in rows if row["check"] == "results"]
+    worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
+    print(f"{len(results)} results; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
+    replays = [row for row in rows if row["check"] == "replays"]
+    print(f"{len(replays)} × {REPLAYS} replays, {sum(row['wrong'] for row in replays)} gave other bytes")
+    question = "Do the experts over the LUT layout compute what they must, with the same bytes every time?"
+    print(line(save(args, question, rows)))
+    return 0 if all(row["again"] and row.get("right", True) for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
