@@ -27,7 +27,7 @@ from convert_w4a8.kernels.gemm import gpu, workspace
 from convert_w4a8.kernels.gemm.tuned import LAUNCHES
 
 BLOCK_N = 64
-MAX_TOKENS = 64
+MAX_TOKENS = 128
 """The most rows of activations that one launch takes."""
 MAX_TOKENS_OF_TWO_TERMS = 32
 LOW_TERM = 16.0
@@ -36,7 +36,7 @@ _BLOCKS_PER_SM = {8: 6, 16: 5, 32: 4, 64: 3, 128: 2}
 """By the rows of tokens in a block: blocks of one multiprocessor at a time, by shared memory and registers."""
 _STAGES = {8: 6, 16: 6, 32: 4, 64: 4, 128: 3}
 _SPLITS = 12
-_ALWAYS = 32
+ALWAYS = 32
 """Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
 _MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
@@ -49,6 +49,8 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 class Launch:
     """How one GEMM is cut: tokens of a block (a power of two from 8), parts of K, copies in flight.
 
+    block_n: output channels of a block, 64 or 128: with many tokens, reading these again and again takes longer than
+        reading the weights.
     chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits, instead of adding up
         groups of 128 in float32.
     early: start before the kernel ahead of it has ended.
@@ -57,13 +59,14 @@ class Launch:
     block_m: int
     splits: int
     stages: int = 4
+    block_n: int = BLOCK_N
     chain: bool = False
     early: bool = True
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) -> Launch:
     """Return how to cut an [m, n, k] GEMM: as measured, or so that all blocks run at once."""
-    block_m = max(8, triton.next_power_of_2(m))
+    block_m = _block_m(m)
     rows = block_m * terms
     chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
@@ -71,6 +74,10 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
     return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
+
+
+def _block_m(m: int) -> int:
+    return max(8, triton.next_power_of_2(m))
 
 
 def probe(device: torch.device) -> None:
@@ -88,7 +95,7 @@ def suits(m: int, n: int, k: int) -> bool:
     """Whether this kernel is the faster one for [m, n, k], and takes it."""
     if n % BLOCK_N or m > MAX_TOKENS:
         return False
-    return m <= _ALWAYS or (n, k, MAX_TOKENS, 1) in LAUNCHES
+    return m <= ALWAYS or (n, k, _block_m(m), 1) in LAUNCHES
 
 
 def gemm(
@@ -123,10 +130,10 @@ def gemm_by(
     terms = tokens.shape[0] // m
     if m > (MAX_TOKENS if terms == 1 else MAX_TOKENS_OF_TWO_TERMS):
         raise ValueError(f"M = {m} with {terms} terms is more than a launch takes")
-    if n % BLOCK_N:
-        raise ValueError(f"N = {n} is not a multiple of {BLOCK_N}")
-    blocks = n // BLOCK_N
-    splits, sums, counters = workspace.split(output, blocks, BLOCK_N * launch.block_m, launch.splits)
+    if n % launch.block_n:
+        raise ValueError(f"N = {n} is not a multiple of {launch.block_n}")
+    blocks = n // launch.block_n
+    splits, sums, counters = workspace.split(output, blocks, launch.block_n * launch.block_m, launch.splits)
     with torch.cuda.device_of(tokens):
         _gemm_kernel[(blocks * splits,)](
             tokens,
@@ -142,6 +149,7 @@ def gemm_by(
             k,
             splits,
             BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
             STAGES=launch.stages,
             TERMS=terms,
             CHAIN=launch.chain,
@@ -151,6 +159,19 @@ def gemm_by(
             launch_pdl=launch.early,
         )
     return output
+
+
+@gluon.constexpr_function
+def _words_layout(block_n):
+    """Return the layout in which a thread reads words [4, 4·block_n]: those that its warp's tiles give it."""
+    tiles = [[0, 256 << i] for i in range(block_n.bit_length() - 7)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [1, 0], [2, 0], *tiles],
+        lane_bases=[[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]],
+        warp_bases=[[0, 64], [0, 128]],
+        block_bases=[],
+        shape=[4, 4 * block_n],
+    )
 
 
 @gluon.jit
@@ -163,8 +184,11 @@ def _columns(table):
 
 
 @gluon.jit
-def _look_up(words, first, second):
-    """Return FP8 weights [64, 128] of words [4, 4, 8, 4, 2] and tables of rows n % 16 < 8, and of those 8 further."""
+def _look_up(words, first, second, BLOCK_N: gl.constexpr):
+    """Return FP8 weights [BLOCK_N, 128] of words [4, BLOCK_N/16, 8, 4, 2].
+
+    first, second: tables int64 [BLOCK_N/16, 8] of rows n % 16 < 8, and of those 8 further.
+    """
     first_low, first_high, first_low_positive, first_high_positive = _columns(first)
     second_low, second_high, second_low_positive, second_high_positive = _columns(second)
     upper, lower = gl.inline_asm_elementwise(
@@ -189,7 +213,7 @@ def _look_up(words, first, second):
     even = gl.join(four.to(gl.int8), (four >> 8).to(gl.int8))
     odd = gl.join((four >> 16).to(gl.int8), (four >> 24).to(gl.int8))
     weights = gl.join(even, odd).to(gl.float8e4nv, bitcast=True)
-    return weights.permute((1, 5, 2, 0, 4, 3, 7, 6)).reshape((64, 128))
+    return weights.permute((1, 5, 2, 0, 4, 3, 7, 6)).reshape((BLOCK_N, 128))
 
 
 @gluon.jit(do_not_specialize=["M", "SPLITS"])
@@ -207,23 +231,19 @@ def _gemm_kernel(
     K,
     SPLITS,
     BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     TERMS: gl.constexpr,
     CHAIN: gl.constexpr,
     SPLIT: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    BLOCK_N: gl.constexpr = 64
+    TILES: gl.constexpr = BLOCK_N // 16
+    AHEAD: gl.constexpr = 4 if BLOCK_M * BLOCK_N <= 4096 else 1  # sums of other parts that registers have room for
     ROWS: gl.constexpr = TERMS * BLOCK_M  # of tokens: all first terms, then all second ones
     # words as [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]: a warp a tile of 16 channels, a thread a word of it
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, 4, 1, 1, 1], [4, 3, 2, 0, 1])
-    WORDS: gl.constexpr = gl.DistributedLinearLayout(  # the same, of words [4, 256]
-        reg_bases=[[0, 1], [1, 0], [2, 0]],
-        lane_bases=[[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]],
-        warp_bases=[[0, 64], [0, 128]],
-        block_bases=[],
-        shape=[4, 256],
-    )
+    WORDS: gl.constexpr = _words_layout(BLOCK_N)  # the same, of words [4, 4·BLOCK_N]
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
     TABLES_COPY: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
@@ -231,9 +251,9 @@ def _gemm_kernel(
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
-    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 256], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    first_ring = gl.allocate_shared_memory(gl.int64, [STAGES, 4, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    second_ring = gl.allocate_shared_memory(gl.int64, [STAGES, 4, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    first_ring = gl.allocate_shared_memory(gl.int64, [STAGES, TILES, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    second_ring = gl.allocate_shared_memory(gl.int64, [STAGES, TILES, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     token_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], gl.NVMMASharedLayout(128, 8, rank=2))
 
     blocks = N // BLOCK_N
@@ -243,11 +263,11 @@ def _gemm_kernel(
     groups = (K // 128 * (part + 1)) // SPLITS - begin
 
     tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
-    column = gl.arange(0, 256, gl.SliceLayout(0, COPY))[None, :]
-    packed_at = packed + (begin * 4 + tile).to(gl.int64) * (4 * N) + (block * 256 + column)
-    table_tile = gl.arange(0, 4, gl.SliceLayout(1, TABLES_COPY))[:, None]
+    column = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
+    packed_at = packed + (begin * 4 + tile).to(gl.int64) * (4 * N) + (block * (4 * BLOCK_N) + column)
+    table_tile = gl.arange(0, TILES, gl.SliceLayout(1, TABLES_COPY))[:, None]
     table_row = gl.arange(0, 8, gl.SliceLayout(0, TABLES_COPY))[None, :]
-    tables_at = tables + begin.to(gl.int64) * N + (block * 64 + table_tile * 16 + table_row)
+    tables_at = tables + begin.to(gl.int64) * N + (block * BLOCK_N + table_tile * 16 + table_row)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, TOKENS_COPY))[:, None]
     inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
     token = row % BLOCK_M
@@ -281,7 +301,7 @@ def _gemm_kernel(
         product = warpgroup_mma_init(done)
         async_copy.wait_group(STAGES - 2)
         words = gl.convert_layout(
-            words_ring.index(slot).load(WORDS).reshape((4, 4, 8, 4, 2)), FRAGMENT, assert_trivial=True
+            words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
         )
         first = first_ring.index(slot).load(TABLES)
         second = second_ring.index(slot).load(TABLES)
@@ -295,7 +315,7 @@ def _gemm_kernel(
         packed_at += 16 * N
         tables_at += N
         tokens_at += 128
-        weights = gl.convert_layout(_look_up(words, first, second), OPERAND, assert_trivial=True)
+        weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
         x = token_ring.index(slot).permute((1, 0))
         product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
         slot = (slot + 1) % STAGES
@@ -323,8 +343,8 @@ def _gemm_kernel(
         if last:
             gl.store(counters + block, 0)
             result = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, OUT)
-            for other in range(0, SPLITS, 4):
-                for ahead in gl.static_range(4):
+            for other in range(0, SPLITS, AHEAD):
+                for ahead in gl.static_range(AHEAD):
                     mask = inside & (other + ahead < SPLITS)
                     result += gl.load(sums_at + (other + ahead) * stride, mask=mask, other=0.0, cache_modifier=".cg")
     if last:

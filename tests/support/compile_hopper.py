@@ -21,6 +21,7 @@ for tokens, terms in ((1, 1), (16, 1), (32, 1), (64, 1), (8, 2), (32, 2)):
     launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
     constants = {
         "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
         "STAGES": launch.stages,
         "TERMS": terms,
         "CHAIN": launch.chain,

@@ -1,0 +1,76 @@
+"""What a GPU ran, as a profiler saw it, told apart by decode steps and by kernel.
+
+Kernels overlap: with programmatic dependent launch one starts while the one before it still runs, and waits. So the
+time that a kernel takes is that from the end of what ended before it (or its own start, if that is later) to its own
+end, and what no kernel covers is a gap: the times of a step's kernels and gaps add up to the step.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CLASSES = (
+    ("attention", r"flash|fmha|attention|attn"),
+    ("rotary embedding and cache", r"reshape_and_cache|rotary|rope|triton_\w*(cat|split_with|cos|index_select_\d+)"),
+    ("GEMMs of layers", r"^_gemm_kernel|humming|machete|marlin|GemmUniversal"),
+    ("lm_head", r"nvjet|gemv|cublas|xmma|gemm|splitK"),
+    ("norms, SwiGLU, quantization", r"_quantize_kernel|quant|rsqrt|norm|silu|fp8|triton_\w*(mul|sigmoid)"),
+    ("sampling", r"argmax|ArgMax|softmax|sampl|topk|reduce_kernel|logits"),
+)
+"""Class of kernels → names, of which the first that is found counts."""
+MORE_STEPS = 8
+"""Steps beyond those that a run needs: requests may begin one after the other."""
+REST, GAP = "rest", "no kernel"
+
+
+@dataclass(frozen=True)
+class Event:
+    """What ran on a GPU, by the profiler's clock in nanoseconds."""
+
+    name: str
+    begin: int
+    end: int
+
+
+def class_of(name: str) -> str:
+    """Return the class of a kernel."""
+    return next((group for group, names in CLASSES if re.search(names, name)), REST)
+
+
+def last_steps(events: Sequence[Event], steps: int, traced: int) -> list[Event]:
+    """Return what ran in the last `steps` of about `traced` steps, from one step's end to another's.
+
+    A step ends with the last of the kernels that ran once in each. ValueError where none did.
+    """
+    counts = Counter(event.name for event in events)
+    once = {name for name, count in counts.items() if traced - 1 <= count <= traced + MORE_STEPS}
+    if not once or traced <= steps:
+        raise ValueError(f"no kernel ran once in each of {traced} steps: {counts.most_common(5)}")
+    name = max(events, key=lambda event: (event.name in once, event.end)).name
+    ends = sorted(event.end for event in events if event.name == name)
+    return [event for event in events if ends[-1 - steps] < event.end <= ends[-1]]
+
+
+def times(events: Sequence[Event], steps: int) -> dict[str, tuple[float, float]]:
+    """Return microseconds and launches a step of each kernel, and of the gaps. events: of so many whole steps."""
+    found: dict[str, list[float]] = {GAP: [0.0, 0.0]}
+    until = None
+    for event in sorted(events, key=lambda event: event.end):
+        begin = event.begin if until is None else max(event.begin, until)
+        if until is not None and begin > until:
+            found[GAP][0] += begin - until
+            found[GAP][1] += 1
+        one = found.setdefault(event.name, [0.0, 0.0])
+        one[0] += event.end - begin
+        one[1] += 1
+        until = event.end
+    return {name: (ns / 1e3 / steps, count / steps) for name, (ns, count) in found.items()}
+
+
+def by_class(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Return microseconds a step of each class of kernels, of the rest and of the gaps."""
+    found = dict.fromkeys([*(group for group, _ in CLASSES), REST, GAP], 0.0)
+    for name, (us, _) in kernels.items():
+        found[GAP if name == GAP else class_of(name)] += us
+    return found
