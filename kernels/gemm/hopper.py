@@ -77,7 +77,8 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
 
 
 def _block_m(m: int) -> int:
-    return max(8, triton.next_power_of_2(m))
+    power: int = triton.next_power_of_2(m)
+    return max(8, power)
 
 
 def probe(device: torch.device) -> None:

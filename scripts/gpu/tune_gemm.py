@@ -87,7 +87,7 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
         (time(partial(hopper.gemm_by, launch=launch)), launch.splits, launch.stages, launch.block_n)
         for launch in candidates(block_m, terms, layers.n, layers.k)
     )
-    chosen = [hopper.Launch(block_m, *cut, chain=rule.chain) for _, *cut in tried[:FINALISTS]]
+    chosen = [hopper.Launch(block_m, s, stages, width, rule.chain) for _, s, stages, width in tried[:FINALISTS]]
     again = [(time(partial(hopper.gemm_by, launch=launch), 31), launch) for launch in chosen]
     best_us, best = min(again, key=lambda found: found[0])
     row = {"n": layers.n, "k": layers.k, "m": block_m, "terms": terms, "us": best_us}
