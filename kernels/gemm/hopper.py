@@ -240,7 +240,7 @@ def _gemm_kernel(
     EARLY: gl.constexpr,
 ):
     TILES: gl.constexpr = BLOCK_N // 16
-    AHEAD: gl.constexpr = 4 if BLOCK_M * BLOCK_N <= 4096 else 1  # sums of other parts that registers have room for
+    AHEAD: gl.constexpr = min(16, max(1, 8192 // (BLOCK_M * BLOCK_N)))  # sums of other parts read at a time
     ROWS: gl.constexpr = TERMS * BLOCK_M  # of tokens: all first terms, then all second ones
     # words as [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]: a warp a tile of 16 channels, a thread a word of it
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, 4, 1, 1, 1], [4, 3, 2, 0, 1])
@@ -282,6 +282,11 @@ def _gemm_kernel(
             async_copy.async_copy_global_to_shared(words_ring.index(stage), packed_at + stage * 16 * N)
             async_copy.async_copy_global_to_shared(first_ring.index(stage), tables_at + stage * N)
             async_copy.async_copy_global_to_shared(second_ring.index(stage), tables_at + (stage * N + 8))
+    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
+    inside = (m < M) & (n < BLOCK_N)
+    channel = block * BLOCK_N + n
+    channels = gl.load(channel_scale + channel)  # from memory, which takes as long as all the rest at the end
     if EARLY:
         gdc_wait()
     for stage in gl.static_range(STAGES - 1):
@@ -320,6 +325,7 @@ def _gemm_kernel(
         x = token_ring.index(slot).permute((1, 0))
         product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
         slot = (slot + 1) % STAGES
+    scales = gl.load(token_scale + m, mask=m < M, other=0.0)
     done = warpgroup_mma_wait(0, deps=(product,))
     if CHAIN:
         total = done
@@ -331,9 +337,6 @@ def _gemm_kernel(
     else:
         result = gl.convert_layout(total, OUT)
 
-    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
-    inside = (m < M) & (n < BLOCK_N)
     last = True
     if SPLIT:
         sums_at = sums + block.to(gl.int64) * (BLOCK_M * BLOCK_N) + (m * BLOCK_N + n)
@@ -349,6 +352,5 @@ def _gemm_kernel(
                     mask = inside & (other + ahead < SPLITS)
                     result += gl.load(sums_at + (other + ahead) * stride, mask=mask, other=0.0, cache_modifier=".cg")
     if last:
-        channel = block * BLOCK_N + n
-        scaled = result * gl.load(channel_scale + channel) * gl.load(token_scale + m, mask=m < M, other=0.0)
+        scaled = result * channels * scales
         gl.store(output + m.to(gl.int64) * N + channel, scaled.to(gl.bfloat16), mask=inside)

@@ -1,18 +1,20 @@
 """What a GPU ran, as a profiler saw it, told apart by decode steps and by kernel.
 
-Kernels overlap: with programmatic dependent launch one starts while the one before it still runs, and waits. So the
-time that a kernel takes is that from the end of what ended before it (or its own start, if that is later) to its own
-end, and what no kernel covers is a gap: the times of a step's kernels and gaps add up to the step.
+Kernels overlap: with programmatic dependent launch one starts while the one before it still runs, and waits. So a moment
+is the time of that kernel, of those that run, which ends first, and where none runs it is a gap: the times of a step's
+kernels and gaps add up to the step.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import pairwise
 
 CLASSES = (
-    ("attention", r"flash|fmha|attention|attn"),
     ("rotary embedding and cache", r"reshape_and_cache|rotary|rope|triton_\w*(cat|split_with|cos|index_select_\d+)"),
+    ("attention", r"flash|fmha|attention|attn"),
     ("GEMMs of layers", r"^_gemm_kernel|humming|machete|marlin|GemmUniversal"),
     ("lm_head", r"nvjet|gemv|cublas|xmma|gemm|splitK"),
     ("norms, SwiGLU, quantization", r"_quantize_kernel|quant|rsqrt|norm|silu|fp8|triton_\w*(mul|sigmoid)"),
@@ -41,7 +43,8 @@ def class_of(name: str) -> str:
 def last_steps(events: Sequence[Event], steps: int, traced: int) -> list[Event]:
     """Return what ran in the last `steps` of about `traced` steps, from one step's end to another's.
 
-    A step ends with the last of the kernels that ran once in each. ValueError where none did.
+    A step ends with the last of the kernels that ran once in each; that of the step before is the first event, cut to
+    its last nanosecond. ValueError where no kernel ran once in each.
     """
     counts = Counter(event.name for event in events)
     once = {name for name, count in counts.items() if traced - 1 <= count <= traced + MORE_STEPS}
@@ -49,22 +52,27 @@ def last_steps(events: Sequence[Event], steps: int, traced: int) -> list[Event]:
         raise ValueError(f"no kernel ran once in each of {traced} steps: {counts.most_common(5)}")
     name = max(events, key=lambda event: (event.name in once, event.end)).name
     ends = sorted(event.end for event in events if event.name == name)
-    return [event for event in events if ends[-1 - steps] < event.end <= ends[-1]]
+    begin, end = ends[-1 - steps], ends[-1]
+    return [Event(name, begin - 1, begin), *(event for event in events if begin < event.end <= end)]
 
 
 def times(events: Sequence[Event], steps: int) -> dict[str, tuple[float, float]]:
     """Return microseconds and launches a step of each kernel, and of the gaps. events: of so many whole steps."""
     found: dict[str, list[float]] = {GAP: [0.0, 0.0]}
-    until = None
-    for event in sorted(events, key=lambda event: event.end):
-        begin = event.begin if until is None else max(event.begin, until)
-        if until is not None and begin > until:
-            found[GAP][0] += begin - until
-            found[GAP][1] += 1
-        one = found.setdefault(event.name, [0.0, 0.0])
-        one[0] += event.end - begin
-        one[1] += 1
-        until = event.end
+    moments = sorted({*(event.begin for event in events), *(event.end for event in events)})
+    waiting = sorted(events, key=lambda event: -event.begin)
+    running: list[tuple[int, str]] = []
+    gap = False
+    for begin, end in pairwise(moments):
+        while waiting and waiting[-1].begin <= begin:
+            event = waiting.pop()
+            heappush(running, (event.end, event.name))
+            found.setdefault(event.name, [0.0, 0.0])[1] += 1
+        while running and running[0][0] <= begin:
+            heappop(running)
+        found[running[0][1] if running else GAP][0] += end - begin
+        found[GAP][1] += not running and not gap
+        gap = not running
     return {name: (ns / 1e3 / steps, count / steps) for name, (ns, count) in found.items()}
 
 

@@ -1,0 +1,62 @@
+"""Traces of decode steps: whose time each moment is, and where steps begin and end."""
+
+import sys
+
+import pytest
+from paths import ROOT
+
+sys.path.append(str(ROOT / "scripts" / "gpu"))
+import decode_steps
+from decode_steps import GAP, Event
+
+
+def trace(steps: int) -> list[Event]:
+    """Return steps of 10 µs: four GEMMs of 2 µs that start 1 µs early, 1 µs of nothing, 3 µs of argmax, and a prefill."""
+    events = [Event("prefill", 0, 50_000)]
+    for step in range(steps):
+        begin = 50_000 + 10_000 * step
+        events += [Event("_gemm_kernel", begin + 1500 * i - 500 * (i > 0), begin + 1500 * (i + 1)) for i in range(4)]
+        events.append(Event("at::reduce_kernel<ArgMaxOps>", begin + 7000, begin + 10_000))
+    return events
+
+
+def test_times_of_a_step_add_up_to_it() -> None:
+    """Kernels that overlap, and gaps: the prefill is in none of the last steps."""
+    steps = decode_steps.last_steps(trace(20), 8, 20)
+    found = decode_steps.times(steps, 8)
+    assert set(found) == {"_gemm_kernel", "at::reduce_kernel<ArgMaxOps>", GAP}
+    assert found["_gemm_kernel"] == (6.0, 4.0)
+    assert found["at::reduce_kernel<ArgMaxOps>"] == pytest.approx((3.0, 1.0), rel=0.2)
+    assert found[GAP] == (1.0, 1.0)
+    assert decode_steps.by_class(found)["GEMMs of layers"] == 6.0
+    assert sum(decode_steps.by_class(found).values()) == pytest.approx(10.0, rel=1e-3)
+
+
+def test_a_kernel_within_another_takes_no_time() -> None:
+    """What starts and ends while another runs, and one that starts when it has ended."""
+    found = decode_steps.times([Event("a", 0, 4000), Event("b", 1000, 2000), Event("c", 4000, 5000)], 1)
+    assert found == {"a": (3.0, 1.0), "b": (1.0, 1.0), "c": (1.0, 1.0), GAP: (0.0, 0.0)}
+
+
+def test_no_steps_to_be_seen() -> None:
+    """Nothing ran once a step."""
+    with pytest.raises(ValueError, match="no kernel ran once"):
+        decode_steps.last_steps(trace(20), 8, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<>>>", "attention"),
+        ("void vllm::reshape_and_cache_flash_kernel<>", "rotary embedding and cache"),
+        ("_gemm_kernel", "GEMMs of layers"),
+        ("void cutlass::device_kernel<machete::MacheteKernel>", "GEMMs of layers"),
+        ("nvjet_tst_64x8_64x16_2x1_v_bz_TNT", "lm_head"),
+        ("_quantize_kernel", "norms, SwiGLU, quantization"),
+        ("void at::native::reduce_kernel<ArgMaxOps>", "sampling"),
+        ("Memcpy DtoH (Device -> Pinned)", decode_steps.REST),
+    ],
+)
+def test_classes_of_kernels(name: str, group: str) -> None:
+    """As the kernels are called on an H100."""
+    assert decode_steps.class_of(name) == group
