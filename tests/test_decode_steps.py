@@ -11,7 +11,7 @@ from decode_steps import GAP, Event
 
 
 def trace(steps: int) -> list[Event]:
-    """Return steps of 10 µs: four GEMMs of 2 µs that start 1 µs early, 1 µs of nothing, 3 µs of argmax, and a prefill."""
+    """Return steps of 10 µs: four GEMMs, each begins early, nothing, an argmax; a prefill before."""
     events = [Event("prefill", 0, 50_000)]
     for step in range(steps):
         begin = 50_000 + 10_000 * step

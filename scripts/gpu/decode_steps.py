@@ -1,8 +1,8 @@
 """What a GPU ran, as a profiler saw it, told apart by decode steps and by kernel.
 
-Kernels overlap: with programmatic dependent launch one starts while the one before it still runs, and waits. So a moment
-is the time of that kernel, of those that run, which ends first, and where none runs it is a gap: the times of a step's
-kernels and gaps add up to the step.
+Kernels overlap: with programmatic dependent launch one starts while the one before it still runs, and waits. So a
+moment is the time of that kernel, of those that run, which ends first, and where none runs it is a gap: the times of a
+step's kernels and gaps add up to the step.
 """
 
 import re

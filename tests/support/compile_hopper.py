@@ -12,7 +12,7 @@ from compile_gemm_types import TYPES, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from convert_w4a8.kernels.gemm import hopper
+from convert_w4a8.kernels.gemm import hopper, hopper_kernel
 
 INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT")
 """The last two: wait for the kernel before, let the one behind begin."""
@@ -34,11 +34,11 @@ for tokens, terms, width in FORMS:
         "SPLIT": True,
         "EARLY": True,
     }
-    names = hopper._gemm_kernel.arg_names
+    names = hopper_kernel._gemm_kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
-    source = GluonASTSource(hopper._gemm_kernel, signature, places, sixteen)
+    source = GluonASTSource(hopper_kernel._gemm_kernel, signature, places, sixteen)
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
     words = Counter(re.findall(r"\w+", machine_code(found)))
     print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"tokens={tokens} terms={terms} width={width}")  # noqa: T201
