@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
 
-CLASSES = (
-    ("rotary embedding and cache", r"reshape_and_cache|rotary|rope|triton_\w*(cat|split_with|cos|index_select_\d+)"),
-    ("attention", r"flash|fmha|attention|attn"),
-    ("GEMMs of layers", r"^_gemm_kernel|humming|machete|marlin|GemmUniversal"),
-    ("lm_head", r"nvjet|gemv|cublas|xmma|gemm|splitK"),
-    ("norms, SwiGLU, quantization", r"_quantize_kernel|quant|rsqrt|norm|silu|fp8|triton_\w*(mul|sigmoid)"),
-    ("sampling", r"argmax|ArgMax|softmax|sampl|topk|reduce_kernel|logits"),
-)
-"""Class of kernels → names, of which the first that is found counts."""
+CLASSES = {
+    "cache": r"reshape_and_cache|rotary|rope|triton_\w*(cat|split_with|cos|index_select_\d+)",
+    "attention": r"flash|fmha|attention|attn",
+    "gemms": r"^_gemm_kernel|humming|machete|marlin|GemmUniversal",
+    "lm_head": r"nvjet|gemv|cublas|xmma|gemm|splitK",
+    "activations": r"_quantize_kernel|quant|rsqrt|norm|silu|fp8|triton_\w*(mul|sigmoid)",
+    "sampling": r"argmax|ArgMax|softmax|sampl|topk|reduce_kernel|logits",
+}
+"""Class → names of kernels, of which the first class that fits counts: rotary embedding and cache, attention, GEMMs of
+layers, lm_head, norms with SwiGLU and quantization, sampling."""
+REST, GAP = "rest", "gap"
 MORE_STEPS = 8
 """Steps beyond those that a run needs: requests may begin one after the other."""
-REST, GAP = "rest", "no kernel"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Event:
 
 def class_of(name: str) -> str:
     """Return the class of a kernel."""
-    return next((group for group, names in CLASSES if re.search(names, name)), REST)
+    return next((group for group, names in CLASSES.items() if re.search(names, name)), REST)
 
 
 def last_steps(events: Sequence[Event], steps: int, traced: int) -> list[Event]:
@@ -78,7 +79,7 @@ def times(events: Sequence[Event], steps: int) -> dict[str, tuple[float, float]]
 
 def by_class(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Return microseconds a step of each class of kernels, of the rest and of the gaps."""
-    found = dict.fromkeys([*(group for group, _ in CLASSES), REST, GAP], 0.0)
+    found = dict.fromkeys([*CLASSES, REST, GAP], 0.0)
     for name, (us, _) in kernels.items():
         found[GAP if name == GAP else class_of(name)] += us
     return found

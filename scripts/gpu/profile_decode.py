@@ -119,20 +119,26 @@ def trace(args: argparse.Namespace, kind: str, directory: Path, meeting: Path) -
     return vllm_engine.run_worker(__file__, payload, KINDS[kind].timeout + args.wait, environment, KINDS[kind].plugins)
 
 
-def text_of(rows: Sequence[dict[str, Any]], top: int) -> str:
-    """Return a table by classes of kernels, and the kernels of each engine and batch by their time."""
-    engines = list(dict.fromkeys((row["batch"], row["kind"]) for row in rows))
-    header = ("batch", "kind", "step us", "traced", *(name for name, _ in decode_steps.CLASSES))
-    cells, text = [], ""
-    for batch, kind in sorted(engines):
-        mine = [row for row in rows if (row["batch"], row["kind"]) == (batch, kind)]
-        kernels = {row["kernel"]: (row["us"], row["launches"]) for row in mine}
-        classes, total = decode_steps.by_class(kernels), sum(us for us, _ in kernels.values())
-        cells.append((batch, kind, *(f"{value:.0f}" for value in (mine[0]["step_us"], total, *classes.values()))))
-        text += f"\nbatch {batch}, {kind}: step {mine[0]['step_us']:.0f} us, traced {total:.0f} us\n"
-        for name, (us, count) in list(kernels.items())[:top]:
-            text += f"{us:9.1f} us {count:7.1f} x {us / count:7.2f}  {name[:110]}\n"
-    return text + "\n" + vllm_engine.table((*header, decode_steps.REST, decode_steps.GAP), cells)
+def row_of(kind: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return an engine's row for one batch: microseconds a step of each class of kernels."""
+    classes = decode_steps.by_class({name: tuple(each) for name, each in found["kernels"].items()})
+    row = {"batch": found["batch"], "kind": kind, "step_us": found["step_us"], "traced_us": sum(classes.values())}
+    return row | {f"{name}_us": us for name, us in classes.items()}
+
+
+def kernels_of(found: dict[str, Any]) -> list[str]:
+    """Return a line for each kernel that takes more than a microsecond of a step."""
+    kernels = sorted(found["kernels"].items(), key=lambda item: -item[1][0])
+    return [f"{us:.1f} us, {count:.1f} x: {name[:120]}" for name, (us, count) in kernels if us > 1]
+
+
+def text_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of rows, by batch."""
+    header = [name.removesuffix("_us") for name in rows[0]]
+    by_batch = sorted(rows, key=lambda row: row["batch"])
+    return vllm_engine.table(
+        header, [[f"{value:.0f}" if isinstance(value, float) else value for value in row.values()] for row in by_batch]
+    )
 
 
 def main() -> int:
@@ -149,6 +155,7 @@ def main() -> int:
     args = parser.parse_args()
     directories = ensure(args.model, args.dir, args.layers)
     rows: list[dict[str, Any]] = []
+    kernels: dict[str, list[str]] = {}
     failed = 0
     question = "Where does the time of a decode step go?"
     with tempfile.TemporaryDirectory(prefix="w4a8-profile-") as place, ThreadPoolExecutor() as pool:
@@ -163,10 +170,10 @@ def main() -> int:
                 failed = 1
                 continue
             for found in batches:
-                about = {"kind": kind, "batch": found["batch"], "step_us": found["step_us"]}
-                kernels = sorted(found["kernels"].items(), key=lambda item: -item[1][0])
-                rows += [{**about, "kernel": name, "us": us, "launches": n} for name, (us, n) in kernels]
-            vllm_engine.finish(args, question, rows, text_of(rows, args.top), model=args.model)
+                rows.append(row_of(kind, found))
+                kernels[f"{kind}, batch {found['batch']}"] = kernels_of(found)
+                print(f"\n{kind}, batch {found['batch']}:", *kernels_of(found)[: args.top], sep="\n")
+            vllm_engine.finish(args, question, rows, text_of(rows), model=args.model, kernels=kernels)
     return failed
 
 
