@@ -1,6 +1,10 @@
 """Traces of decode steps: whose time each moment is, and where steps begin and end."""
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -60,3 +64,69 @@ def test_no_steps_to_be_seen() -> None:
 def test_classes_of_kernels(name: str, group: str) -> None:
     """As the kernels are called on an H100."""
     assert decode_steps.class_of(name) == group
+
+
+ENGINE = '''
+from types import SimpleNamespace
+
+import torch.profiler
+
+calls = []
+
+
+class Trace:
+    """Says that a step has a GEMM of 2 µs and an argmax of 1 µs, a microsecond after it."""
+
+    def __init__(self, activities):
+        def event(name, begin, us):
+            about = {"name": name, "start_ns": begin, "duration_ns": 1000 * us, "device_type": "DeviceType.CUDA"}
+            return SimpleNamespace(**{key: lambda value=value: value for key, value in about.items()})
+
+        each = (("_gemm_kernel", 0, 2), ("argmax", 3000, 1))
+        found = [event(name, 9000 * step + begin, us) for step in range(64) for name, begin, us in each]
+        self.profiler = SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: found))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason):
+        pass
+
+
+torch.profiler.profile = Trace
+
+
+class SamplingParams:
+    def __init__(self, **settings):
+        pass
+
+
+class LLM:
+    def __init__(self, model, **settings):
+        if model.endswith("stock"):
+            raise RuntimeError("no engine here")
+        self.worker = SimpleNamespace()
+
+    def generate(self, prompts, params, use_tqdm):
+        pass
+
+    def collective_rpc(self, function):
+        return [function(self.worker)]
+'''
+
+
+@pytest.mark.slow
+def test_engines_are_traced(tmp_path: Path) -> None:
+    """With a stand-in for vLLM: a row for each engine and batch; one that does not start is left out."""
+    site = tmp_path / "site" / "vllm"
+    site.mkdir(parents=True)
+    (site / "__init__.py").write_text(ENGINE)
+    command = [sys.executable, str(ROOT / "scripts" / "gpu" / "profile_decode.py"), "--model", "tiny", "--wait", "20"]
+    command += ["--kinds", "lut", "stock", "--batch", "1", "4", "--dir", str(tmp_path), "--json", str(tmp_path / "out")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no engine here" in done.stdout
+    rows = json.loads((tmp_path / "out").read_text())["rows"]
+    assert [(row["kind"], row["batch"]) for row in rows] == [("lut", 1), ("lut", 4)]
+    assert [rows[0][f"{name}_us"] for name in ("gemms", "sampling", "gap")] == pytest.approx([2, 1, 6], rel=1e-3)
