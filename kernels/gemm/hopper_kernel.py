@@ -96,7 +96,8 @@ def _gemm_kernel(
     EARLY: gl.constexpr,
 ):
     TILES: gl.constexpr = BLOCK_N // 16
-    AHEAD: gl.constexpr = min(16, max(1, 8192 // (BLOCK_M * BLOCK_N)))  # sums of other parts read at a time
+    SIZE: gl.constexpr = BLOCK_M * BLOCK_N
+    AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)  # sums of other parts that are read at a time
     ROWS: gl.constexpr = TERMS * BLOCK_M  # of tokens: all first terms, then all second ones
     # words as [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]: a warp a tile of 16 channels, a thread a word of it
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, 4, 1, 1, 1], [4, 3, 2, 0, 1])

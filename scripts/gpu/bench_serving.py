@@ -169,19 +169,20 @@ def text_of(rows: Sequence[Mapping[str, Any]], base: str) -> str:
     return vllm_engine.table((*header, *faster), cells)
 
 
-def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, Any]:
-    """Run all cases on one engine, and return what `worker` found."""
-    shape = SHAPES[args.model]
-    layers = args.layers or shape.layers
+def engine(
+    model: str, layers: int | None, cases: Sequence[tuple[int, int]], kind: Kind, directory: Path
+) -> dict[str, Any]:
+    """Return vLLM's options for an engine that serves these cases."""
+    shape = SHAPES[model]
     # Keys and values in BF16 of all requests of the largest case, and a little.
-    cached = max(batch * (length + NEW_TOKENS + 16) for batch, length in args.cases)
-    token_bytes = 2 * 2 * shape.kv_heads * shape.head_dim * layers
-    llm = {
+    cached = max(batch * (length + NEW_TOKENS + 16) for batch, length in cases)
+    token_bytes = 2 * 2 * shape.kv_heads * shape.head_dim * (layers or shape.layers)
+    return {
         "model": str(directory),
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
-        "max_model_len": max(length for _, length in args.cases) + 2 * NEW_TOKENS,
-        "max_num_seqs": max(128, *(batch for batch, _ in args.cases)),
+        "max_model_len": max(length for _, length in cases) + 2 * NEW_TOKENS,
+        "max_num_seqs": max(128, *(batch for batch, _ in cases)),
         "max_num_batched_tokens": STEP,
         "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
         "gpu_memory_utilization": 0.5,
@@ -191,11 +192,21 @@ def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, An
         "generation_config": "vllm",
         **kind.options,
     }
-    payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": shape.vocabulary}
-    # Those of CUDA graphs, and of the steps in which prompts are read, each in a step of at most 8192 tokens.
-    sizes = {*GRAPHS, *(min(STEP, batch * length) for batch, length in args.cases)}
-    environment = {few_humming.SETTING: ",".join(map(str, sorted(sizes))), **kind.environment}
-    return vllm_engine.run_worker(__file__, payload, kind.timeout, environment, kind.plugins)
+
+
+def environment(cases: Sequence[tuple[int, int]], kind: Kind) -> dict[str, str]:
+    """Return the environment variables of an engine."""
+    # Sizes of CUDA graphs, and of the steps in which prompts are read, each in a step of at most 8192 tokens.
+    sizes = {*GRAPHS, *(min(STEP, batch * length) for batch, length in cases)}
+    return {few_humming.SETTING: ",".join(map(str, sorted(sizes))), **kind.environment}
+
+
+def serve(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, Any]:
+    """Run all cases on one engine, and return what `worker` found."""
+    llm = engine(args.model, args.layers, args.cases, kind, directory)
+    vocabulary = SHAPES[args.model].vocabulary
+    payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": vocabulary}
+    return vllm_engine.run_worker(__file__, payload, kind.timeout, environment(args.cases, kind), kind.plugins)
 
 
 def case_of(text: str) -> tuple[int, int]:

@@ -20,10 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
+import bench_serving
 import decode_steps
-import few_humming
 import vllm_engine
-from bench_serving import GRAPHS, KINDS
 from make_random_checkpoint import SHAPES, ensure
 from results import add_options
 
@@ -93,30 +92,14 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 def trace(args: argparse.Namespace, kind: str, directory: Path, meeting: Path) -> dict[str, Any]:
     """Run one engine, and return what `worker` found."""
-    batches = args.batch
-    llm = {
-        "model": str(directory),
-        "dtype": "bfloat16",
-        "skip_tokenizer_init": True,
-        "max_model_len": 1024,
-        "max_num_seqs": 128,
-        "max_num_batched_tokens": PROMPT * max(batches),  # all prompts in one step
-        "kv_cache_memory_bytes": 4 << 30,
-        "gpu_memory_utilization": 0.15,
-        "enable_prefix_caching": False,
-        "compilation_config": {"cudagraph_capture_sizes": list(GRAPHS)},
-        "generation_config": "vllm",
-        **KINDS[kind].options,
-    }
-    payload = {"llm": llm, "batches": batches, "meeting": str(meeting), "name": kind}
+    cases, how = [(batch, PROMPT) for batch in args.batch], bench_serving.KINDS[kind]
+    llm = bench_serving.engine(args.model, args.layers, cases, how, directory)
+    llm["gpu_memory_utilization"] = 0.15  # of several engines; only a check, since the cache's size is said
+    payload = {"llm": llm, "batches": args.batch, "meeting": str(meeting), "name": kind}
     payload |= {"engines": len(args.kinds), "wait": args.wait}
-    sizes = sorted({*GRAPHS, PROMPT * max(batches), *(PROMPT * batch for batch in batches)})
-    environment = {
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions of this script run in the engine's process
-        few_humming.SETTING: ",".join(map(str, sizes)),
-        **KINDS[kind].environment,
-    }
-    return vllm_engine.run_worker(__file__, payload, KINDS[kind].timeout + args.wait, environment, KINDS[kind].plugins)
+    # Functions of this script run in the engine's process.
+    env = bench_serving.environment(cases, how) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    return vllm_engine.run_worker(__file__, payload, how.timeout + args.wait, env, how.plugins)
 
 
 def row_of(kind: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +129,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="llama-8b", help="whose shapes (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="so many of its layers (default: all)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["w4a16", "lut"], help="(default: %(default)s)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=bench_serving.KINDS, default=["w4a16", "lut"], help="(default: %(default)s)"
+    )
     parser.add_argument("--dir", type=Path, required=True, help="where the checkpoints are made, or were made before")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--top", type=int, default=16, help="kernels that are printed")
@@ -161,7 +146,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="w4a8-profile-") as place, ThreadPoolExecutor() as pool:
         meeting = Path(place) / "started"
         meeting.mkdir()
-        runs = {kind: pool.submit(trace, args, kind, directories[KINDS[kind].format], meeting) for kind in args.kinds}
+        runs = {
+            kind: pool.submit(trace, args, kind, directories[bench_serving.KINDS[kind].format], meeting)
+            for kind in args.kinds
+        }
         for kind, run in runs.items():
             try:
                 batches = run.result()["batches"]

@@ -40,6 +40,8 @@ PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 8)
 STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
 WIDTHS = (64, 128)
 """Output channels of a block."""
+WIDE_ROWS = 32
+"""From here on more than 64 may be the faster ones."""
 FINALISTS = 4
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
@@ -68,7 +70,7 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
             hopper.Launch(block_m, s, stages, width, chain)
             for s in splits
             for stages in STAGES[block_m * terms]
-            if n % width == 0
+            if n % width == 0 and (width == hopper.BLOCK_N or block_m * terms >= WIDE_ROWS)
         ]
     return found
 
