@@ -5,8 +5,8 @@
     python scripts/bench/tables.py --check  # write nothing; exit with 1 and name each table that is not current
 
 A table NAME stands between the lines `<!-- table: NAME -->` and `<!-- end -->`: the question, a line for each row of
-NAME.json, the run's note if it has one, where it was measured, and the command, after those that prepare it. COLUMNS
-says which columns, in which order, and with how many digits.
+NAME.json, the run's note if it has one, where it was measured, and the command, after those that prepare it.
+table_columns.py says which columns, in which order, and with how many digits.
 """
 
 import argparse
@@ -19,195 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from results import RESULTS, ROOT, line
+from table_columns import COLUMNS, Columns
 
-Columns = tuple[tuple[str, str], ...]
-"""Heading and contents: a template of `str.format` over the keys of a row. Formats beside Python's are `~`, three
-digits or so, and `~%`, the same in percent. A cell is empty where the row lacks a key. Text stands as it is, also
-where a number is expected: a range, or fewer digits than the format would print."""
-
-COPY: Columns = (
-    ("wall s", "{wall_s:.2f}"),
-    ("CPU s", "{cpu_s:.2f}"),
-    ("peak MiB", "{rss_mib:.0f}"),
-    ("MB/s", "{mb_per_s:.0f}"),
-    ("wall / cp", "{wall_to_cp:.2f}"),
-    ("wall / cp on the disk", "{wall_to_durable_cp:.2f}"),
-)
-CONVERSION: Columns = (("input", "{input}"), ("contender", "{contender}"), *COPY)
-PERPLEXITY: Columns = (
-    ("scheme", "{scheme}"),
-    ("activations", "{activations}"),
-    ("SQNR dB", "{sqnr_db:.1f}"),
-    ("perplexity", "{perplexity:.3f}"),
-    ("Δ nats/token", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
-    ("divergence", "{divergence:.5f}"),
-    ("accuracy, of W4A16's", "{relative_accuracy:.2%}"),
-    ("same next token", "{agreement:.2%}"),
-)
-VLLM_PERPLEXITY: Columns = (
-    ("checkpoint", "{checkpoint}"),
-    ("perplexity", "{perplexity:.4f}"),
-    ("nats/token over W4A16", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
-    ("next-token accuracy, of W4A16's", "{relative_accuracy:.2%}"),
-)
-SERVING: Columns = (
-    ("served as", "{kind}"),
-    ("requests", "{batch:d}"),
-    ("prompt", "{prompt:d}"),
-    ("TTFT ms", "{ttft_ms:.2f}"),
-    ("fastest tenth", "{ttft_p10_ms:.2f}"),
-    ("prefill ms", "{prefill_ms:.1f}"),
-    ("TPOT ms", "{tpot_ms:.2f}"),
-    ("step ms", "{step_ms:.2f}"),
-    ("tokens/s", "{tokens_per_s:.0f}"),
-    ("TTFT: more than W4A16", "{ttft_gain:+.0%}"),
-    ("TPOT", "{tpot_gain:+.0%}"),
-    ("step", "{step_gain:+.0%}"),
-    ("tokens/s", "{throughput_gain:+.0%}"),
-)
-CODEBOOKS: Columns = (
-    ("model", "{model}"),
-    ("preset", "{kind}"),
-    ("matrices", "{matrices}"),
-    ("N × K", "{shape}"),
-    ("million weights", "{million_weights:.1f}"),
-)
-DIVERGENCE: Columns = (
-    ("weights", "{weights}"),
-    ("form", "{kind}"),
-    ("activations", "{activations}"),
-    ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
-    ("less the closest W4A16's", "{kl_difference:+.5f} ± {kl_difference_standard_error:.5f}"),
-    ("perplexity", "{perplexity:.3f}"),
-    ("same next token", "{agreement:.2%}"),
-)
-COLUMNS: dict[str, Columns] = {
-    "codebooks": (*CODEBOOKS, ("CPU s", "{cpu_s:.2f}"), ("CPU s a million weights", "{cpu_per_million:.2f}")),
-    "codebooks-gpu": (
-        *CODEBOOKS,
-        ("factoring s", "{moment_s:.2f}"),
-        ("codebooks s", "{matrix_s:.2f}"),
-        ("s a million weights", "{seconds_per_million:.4f}"),
-        ("all blocks, minutes", "{model_minutes:.1f}"),
-        ("GPU memory GiB", "{gpu_gib:.1f}"),
-    ),
-    "conversion": CONVERSION,
-    "conversion-without-rest": CONVERSION,
-    "conversion-sizes": (("GB", "{gigabytes:g}"), ("contender", "{contender}"), *COPY),
-    "conversion-new-codes": (*CONVERSION[:5], ("times as fast as 1 worker", "{times_peer:.1f}")),
-    "conversion-peer": (*CONVERSION[:5], ("times as fast as 1 worker", "{times_peer:.1f}")),
-    "conversion-gpu": (*CONVERSION[:3], CONVERSION[5]),
-    "conversion-gpu-new-codes": CONVERSION[:3],
-    "conversion-new-codes-16-cores": CONVERSION[:3],
-    "startup": (
-        ("command", "`{command}`"),
-        ("wall s", "{wall_s:.2f}"),
-        ("CPU s", "{cpu_s:.2f}"),
-        ("peak MiB", "{rss_mib:.0f}"),
-    ),
-    "requantize-gpu": (
-        ("N × K", "{n} × {k}"),
-        ("scales", "{scales}"),
-        ("our kernels ms", "{ms:.1f}"),
-        ("torch's operations ms", "{reference_ms:.1f}"),
-        ("times as fast", "{times:.1f}"),
-        ("the same, codes kept ms", "{codes_kept_ms:.1f}"),
-        ("copies of the codes ms", "{copies_ms:.1f}"),
-    ),
-    "perplexity-gptq": PERPLEXITY,
-    "perplexity-gptq-fp8": PERPLEXITY,
-    "perplexity-awq": PERPLEXITY,
-    "perplexity-vllm-gptq": VLLM_PERPLEXITY,
-    "perplexity-vllm-awq": VLLM_PERPLEXITY,
-    "kl": DIVERGENCE,
-    "kl-vllm": DIVERGENCE,
-    "kl-presets": (
-        ("preset", "{weights}"),
-        ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
-        ("perplexity", "{perplexity:.3f}"),
-        ("same next token", "{agreement:.2%}"),
-    ),
-    "sources-served": (
-        ("source", "{source}"),
-        ("converted to", "`{format}`"),
-        ("nats/token over the source", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
-        ("likeliest token the same", "{agreement:.1%}"),
-    ),
-    "decode": (
-        ("N × K", "{n} × {k}"),
-        ("tokens", "{m}"),
-        ("memory µs", "{floor_us:.1f}"),
-        ("ours µs", "{ours_us:.1f}"),
-        ("ours, BF16 in", "{ours_bf16_us:.1f}"),
-        ("CUTLASS W4A8", "{cutlass_us:.1f}"),
-        ("humming W4A8", "{humming_w4a8_us:.1f}"),
-        ("humming W4A16", "{humming_w4a16_us:.1f}"),
-        ("Machete W4A16", "{machete_us:.1f}"),
-        ("Marlin W4A16", "{marlin_us:.1f}"),
-        ("BF16", "{bf16_us:.1f}"),
-        ("ours does more than the best", "{gain:+.0%}"),
-        ("FP8 in: ours", "{ours_before_us:.1f}"),
-        ("CUTLASS", "{cutlass_before_us:.1f}"),
-        ("humming", "{humming_w4a8_before_us:.1f}"),
-        ("our error", "{ours_error:.4f}"),
-    ),
-    "experts": (
-        ("mixture", "{mixture}"),
-        ("tokens", "{m}"),
-        ("memory µs", "{floor_us:.1f}"),
-        ("ours µs", "{ours_us:.1f}"),
-        ("CUTLASS W4A8", "{cutlass_us:.1f}"),
-        ("Marlin W4A16", "{marlin_us:.1f}"),
-        ("BF16", "{bf16_us:.1f}"),
-        ("ours does more than the best", "{faster:+.0%}"),
-    ),
-    "perplexity-decode": (
-        ("checkpoint", "{checkpoint}"),
-        ("by", "{path}"),
-        ("activations", "{activations}"),
-        ("perplexity", "{perplexity:.4f}"),
-        ("nats/token over W4A16 by prefill", "{nats_per_token:+.5f} ± {nats_standard_error:.5f}"),
-        ("over the same by prefill", "{nats_over_prefill:+.5f} ± {nats_over_prefill_standard_error:.5f}"),
-    ),
-    "serving": SERVING,
-    "serving-h200": SERVING,
-    "load-time": (
-        ("model", "{model}"),
-        ("what", "{what}"),
-        ("stock ms", "{stock_ms:~}"),
-        ("plugin ms", "{plugin_ms:~}"),
-        ("without its decode kernel ms", "{without_ms:~}"),
-        ("plugin / stock", "{ratio:~%}"),
-    ),
-    "equality": (
-        ("model", "{model}"),
-        ("mode", "`{mode}`"),
-        ("compared", "{what}"),
-        ("prompt log-probs equal", "{prompt_logprobs_equal} of {prompt_logprobs}"),
-        ("greedy tokens equal", "{tokens_equal} of {tokens}"),
-    ),
-    "tensor-parallel": (
-        ("model", "{model}"),
-        ("mode", "`{mode}`"),
-        ("compared", "{what}"),
-        ("mean gap", "{mean_gap:#.3g}"),
-    ),
-    "architectures": (
-        ("architecture", "`{architecture}`"),
-        ("INT4 layers", "{layers:.0f}"),
-        ("`lut`, `search`", "{lut_search}"),
-        ("`lut`, `direct`", "{lut_direct}"),
-        ("`compressed-tensors`", "{compressed_tensors_search}"),
-        ("why", "{why}"),
-    ),
-    "repacking-gpu": (
-        ("kernel", "`{kernel}`"),
-        ("from", "{packing}"),
-        ("N × K", "{n} × {k}"),
-        ("GB/s", "{gb_s:.0f}"),
-        ("of a copy", "{of_copy:.0%}"),
-    ),
-}
 MARKED = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -259,7 +72,7 @@ def problems_of_names(used: Sequence[str]) -> list[str]:
     return [
         *(f"{name}: no {name}.json in docs/benchmarks/results" for name in sorted({*used} - kept)),
         *(f"{name}: no columns in scripts/bench/tables.py" for name in sorted({*used} - {*COLUMNS})),
-        *(f"{name}: columns in scripts/bench/tables.py, but no table" for name in sorted({*COLUMNS} - {*used})),
+        *(f"{name}: columns in scripts/bench/table_columns.py, but no table" for name in sorted({*COLUMNS} - {*used})),
         *(f"{name}: in docs/benchmarks/results, but in no document" for name in sorted(kept - {*used})),
         *(f"{name}: more than one table" for name in sorted({name for name in used if used.count(name) > 1})),
     ]
