@@ -138,20 +138,6 @@ COLUMNS: dict[str, Columns] = {
         ("humming", "{humming_w4a8_before_us:.1f}"),
         ("our error", "{ours_error:.4f}"),
     ),
-    "decode-steps": (
-        ("requests", "{batch:d}"),
-        ("served as", "{kind}"),
-        ("step µs", "{step_us:.0f}"),
-        ("while traced", "{traced_us:.0f}"),
-        ("GEMMs of layers", "{gemms_us:.0f}"),
-        ("norms, SwiGLU, quantization", "{activations_us:.0f}"),
-        ("attention", "{attention_us:.0f}"),
-        ("rotary embedding, cache", "{cache_us:.0f}"),
-        ("lm_head", "{lm_head_us:.0f}"),
-        ("sampling", "{sampling_us:.0f}"),
-        ("other kernels", "{rest_us:.0f}"),
-        ("no kernel", "{gap_us:.0f}"),
-    ),
     "layer": (
         ("tokens", "{m}"),
         ("layer µs", "{layer_us:.1f}"),
@@ -180,7 +166,6 @@ COLUMNS: dict[str, Columns] = {
         ("over the same by prefill", "{nats_over_prefill:+.5f} ± {nats_over_prefill_standard_error:.5f}"),
     ),
     "serving": SERVING,
-    "serving-decode": (SERVING[0], SERVING[1], *SERVING[6:9], ("TPOT: more than W4A16", SERVING[10][1]), *SERVING[11:]),
     "serving-h200": SERVING,
     "load-time": (
         ("model", "{model}"),
