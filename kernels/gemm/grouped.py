@@ -17,7 +17,7 @@ import torch
 import triton
 
 from convert_w4a8.kernels.gemm import workspace
-from convert_w4a8.kernels.gemm.gpu import _INTERPRETED
+from convert_w4a8.kernels.gemm.device_code import INTERPRETED
 from convert_w4a8.kernels.gemm.grouped_kernels import (
     _activate_kernel,
     _combine_kernel,
@@ -151,7 +151,7 @@ def experts(
             BLOCK_K=triton.next_power_of_2(hidden),
             num_warps=4 if hidden <= 4096 else 8,
             **mapping,
-            INTERPRETED=_INTERPRETED,
+            INTERPRETED=INTERPRETED,
         )
         _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0])
         _activate_kernel[(pairs,)](
@@ -164,7 +164,7 @@ def experts(
             ACTIVATION=activation,
             num_warps=4 if intermediate <= 2048 else 16,
             **mapping,
-            INTERPRETED=_INTERPRETED,
+            INTERPRETED=INTERPRETED,
         )
         _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1])
         block = min(1024, triton.next_power_of_2(hidden))
@@ -178,7 +178,7 @@ def experts(
             BLOCK=block,
             num_warps=4,
             **mapping,
-            INTERPRETED=_INTERPRETED,
+            INTERPRETED=INTERPRETED,
         )
     return output
 
@@ -224,5 +224,5 @@ def _multiply(
         CHAIN=launch.chain,
         SPLIT=splits > 1,
         num_warps=launch.warps,
-        INTERPRETED=_INTERPRETED,
+        INTERPRETED=INTERPRETED,
     )

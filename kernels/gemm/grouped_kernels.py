@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from convert_w4a8.kernels.fp8 import to_e4m3
-from convert_w4a8.kernels.gemm.gpu import _look_up
+from convert_w4a8.kernels.gemm.device_code import add_parts, look_up
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def _grouped_kernel(
             scale_of_row = tl.load(token_scale + row // SHARE, mask=row < ROWS, other=0.0)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in tl.range(begin, end, num_stages=STAGES):
-            weights = _look_up(tl.load(words_at), tl.load(tables_at), tl.load(tables_at + 8), BLOCK_N, INTERPRETED)
+            weights = look_up(tl.load(words_at), tl.load(tables_at), tl.load(tables_at + 8), BLOCK_N, INTERPRETED)
             x = tl.load(tokens_at, mask=row < ROWS, other=0.0)
             if CHAIN:
                 total = tl.dot(weights, x, total)
@@ -172,21 +172,11 @@ def _grouped_kernel(
             tokens_at += 128
         last = True
         if SPLIT:
-            # As in gpu.py: the last block to arrive adds all parts, in the order of K.
             tile = block * columns + column
             stride = (BLOCKS * columns).to(tl.int64) * (BLOCK_M * BLOCK_N)
             sums_at = sums + tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
             sums_at += tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
-            tl.store(sums_at + part * stride, total, mask=row < ROWS)
-            tl.debug_barrier()
-            last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-            if last:
-                tl.store(counters + tile, 0)
-                total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for other in range(0, SPLITS, 4):
-                    for next_ in tl.static_range(4):
-                        mask = (row < ROWS) & (other + next_ < SPLITS)
-                        total += tl.load(sums_at + (other + next_) * stride, mask=mask, other=0.0, cache_modifier=".cg")
+            last, total = add_parts(total, sums_at, stride, part, counters + tile, SPLITS, row < ROWS)
         if last:
             if SPLIT:
                 scale = tl.load(scale_at)

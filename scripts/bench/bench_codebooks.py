@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import torch
 from results import add_options, line, save
-from tables import COLUMNS, table
+from table_columns import COLUMNS
+from tables import table
 
 from convert_w4a8.codebooks import FAST, FULL, NO_DATA, Curvature, Method, curvature, quantize_matrix
 

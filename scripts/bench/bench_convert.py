@@ -34,7 +34,8 @@ from typing import Any
 
 from results import ROOT, add_options, commit, line, save
 from synthetic import INPUTS, make_checkpoint
-from tables import COPY, Columns, table
+from table_columns import COPY, Columns
+from tables import table
 
 COMMANDS = {
     "convert_w4a8/cli/convert.py": "from convert_w4a8.cli.convert import convert_command; convert_command()",

@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 from results import add_options, line, save
-from tables import Columns, table
+from table_columns import Columns
+from tables import table
 
 from convert_w4a8.encoding.lut_layout import reorder, restore
 from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes

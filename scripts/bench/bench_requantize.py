@@ -22,7 +22,8 @@ from unittest.mock import patch
 
 import torch
 from results import add_options, line, save
-from tables import COLUMNS, table
+from table_columns import COLUMNS
+from tables import table
 
 from convert_w4a8 import devices
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear, W4Linear

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from results import add_options, line, save
-from tables import COLUMNS, table
+from table_columns import COLUMNS
+from tables import table
 
 OURS = "from convert_w4a8.cli.convert import convert_command; convert_command()"
 MAKE = str(Path(__file__).with_name("sparse_checkpoints.py"))

@@ -34,10 +34,14 @@ SHAPES = (
     *("12288x33792", "14336x12288", "67584x12288", "12288x12288"),  # Command A
     "1536x2048",
 )
-BLOCKS = ((8, 1), (16, 1), (32, 1), (64, 1), (8, 2), (16, 2))
+BLOCKS = ((8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (8, 2), (16, 2))
 """Tokens of a block, and terms of an activation."""
 PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 8)
-STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4)}
+STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
+WIDTHS = (64, 128)
+"""Output channels of a block."""
+WIDE_ROWS = 32
+"""From here on more than 64 may be the faster ones."""
 FINALISTS = 4
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
@@ -57,11 +61,18 @@ def pairs(layers: Layers, x: torch.Tensor, terms: int, gemm: Gemm) -> list[Call]
 
 def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     """Return the ways of cutting that are worth a try."""
-    rows, blocks = block_m * terms, n // hopper.BLOCK_N
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    splits = sorted({max(1, min(round(per * sms / blocks), k // gpu.GROUP, 16)) for per in PER_SM})
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
-    return [hopper.Launch(block_m, s, stages, chain=chain) for s in splits for stages in STAGES[rows]]
+    found = []
+    for width in WIDTHS:
+        splits = sorted({max(1, min(round(per * sms * width / n), k // gpu.GROUP, 16)) for per in PER_SM})
+        found += [
+            hopper.Launch(block_m, s, stages, width, chain)
+            for s in splits
+            for stages in STAGES[block_m * terms]
+            if n % width == 0 and (width == hopper.BLOCK_N or block_m * terms >= WIDE_ROWS)
+        ]
+    return found
 
 
 def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
@@ -75,14 +86,15 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
     tuned.LAUNCHES.clear()
     rule = hopper.choose_launch(block_m, layers.n, layers.k, sms, terms)
     tried = sorted(
-        (time(partial(hopper.gemm_by, launch=launch)), launch.splits, launch.stages)
+        (time(partial(hopper.gemm_by, launch=launch)), launch.splits, launch.stages, launch.block_n)
         for launch in candidates(block_m, terms, layers.n, layers.k)
     )
-    chosen = [hopper.Launch(block_m, s, stages, chain=rule.chain) for _, s, stages in tried[:FINALISTS]]
+    chosen = [hopper.Launch(block_m, s, stages, width, rule.chain) for _, s, stages, width in tried[:FINALISTS]]
     again = [(time(partial(hopper.gemm_by, launch=launch), 31), launch) for launch in chosen]
     best_us, best = min(again, key=lambda found: found[0])
     row = {"n": layers.n, "k": layers.k, "m": block_m, "terms": terms, "us": best_us}
-    row |= {"splits": best.splits, "stages": best.stages}
+    row |= {"splits": best.splits, "stages": best.stages, "block_n": best.block_n}
+    row |= {f"us_{width}": min(us for us, *_, n in tried if n == width) for width in {n for *_, n in tried}}
     row |= {"rule_us": time(partial(hopper.gemm_by, launch=rule), 31)}
     return row | ({"triton_us": time(gpu.gemm, 31)} if terms == 1 else {})
 
@@ -90,23 +102,23 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
 def write(rows: list[dict[str, Any]]) -> None:
     """Write the table: sizes where the rule's choice is slower, and, of many tokens, those where Triton is."""
     text = TABLE.read_text(encoding="utf-8").partition("LAUNCHES: ")[0]
-    text += "LAUNCHES: dict[tuple[int, int, int, int], tuple[int, int]] = {\n"
+    text += "LAUNCHES: dict[tuple[int, int, int, int], tuple[int, int, int]] = {\n"
     for row in rows:
-        other = row["triton_us"] if row["m"] == hopper.MAX_TOKENS else GAIN * row["rule_us"]
+        other = row["triton_us"] if row["m"] > hopper.ALWAYS else GAIN * row["rule_us"]
         if row["us"] < other:
-            text += "    ({n}, {k}, {m}, {terms}): ({splits}, {stages}),\n".format(**row)
-    text += '}\n"""Parts of K and copies in flight, by N, K, tokens of a block and FP8 terms of an activation."""\n'
+            text += "    ({n}, {k}, {m}, {terms}): ({splits}, {stages}, {block_n}),\n".format(**row)
+    text += '}\n"""Parts of K, copies in flight and channels of a block; by N, K, tokens of a block and terms."""\n'
     TABLE.write_text(text, encoding="utf-8")
 
 
 def warm(shard: int, shards: int) -> None:
     """Compile a share of the variants, so that several processes fill Triton's cache together."""
-    layers = Layers(64, 512, 1)
-    variants = [(*block, stages) for block in BLOCKS for stages in STAGES[block[0] * block[1]]]
-    for block_m, terms, stages in variants[shard::shards]:
+    layers = Layers(128, 512, 1)
+    variants = [(*block, stages, n) for block in BLOCKS for stages in STAGES[block[0] * block[1]] for n in WIDTHS]
+    for block_m, terms, stages, width in variants[shard::shards]:
         tokens = activations.quantize(torch.ones(block_m, 512, device="cuda", dtype=torch.bfloat16), terms)
         for splits in (1, 2):
-            launch = hopper.Launch(block_m, splits, stages, chain=block_m * terms >= 64)
+            launch = hopper.Launch(block_m, splits, stages, width, chain=block_m * terms >= 64)
             hopper.gemm_by(*tokens, layers.packed[0], layers.tables[0], layers.channel, launch)
 
 

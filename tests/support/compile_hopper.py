@@ -1,7 +1,7 @@
 """Compile the kernels of a decode step for Hopper, without a GPU; prints what is in their machine code.
 
-`TRITON_INTERPRET` must not be set. A line for each form of the GEMM: NAME=COUNT of instructions, and the tokens and
-FP8 terms it is for.
+`TRITON_INTERPRET` must not be set. A line for each form of the GEMM: NAME=COUNT of instructions, and the tokens, FP8
+terms and channels it is for.
 """
 
 import re
@@ -12,26 +12,33 @@ from compile_gemm_types import TYPES, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from convert_w4a8.kernels.gemm import hopper
+from convert_w4a8.kernels.gemm import hopper, hopper_kernel
 
 INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT")
 """The last two: wait for the kernel before, let the one behind begin."""
 
-for tokens, terms in ((1, 1), (16, 1), (32, 1), (64, 1), (8, 2), (32, 2)):
+FORMS = (
+    *((1, 1, 64), (8, 1, 128), (16, 1, 64), (32, 1, 64), (32, 1, 128), (64, 1, 64), (64, 1, 128), (128, 1, 128)),
+    *((8, 2, 64), (32, 2, 64)),
+)
+"""Tokens, FP8 terms of an activation, channels of a block."""
+
+for tokens, terms, width in FORMS:
     launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
     constants = {
         "BLOCK_M": launch.block_m,
+        "BLOCK_N": width,
         "STAGES": launch.stages,
         "TERMS": terms,
         "CHAIN": launch.chain,
-        "SPLIT": launch.splits > 1,
+        "SPLIT": True,
         "EARLY": True,
     }
-    names = hopper._gemm_kernel.arg_names
+    names = hopper_kernel._gemm_kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
-    source = GluonASTSource(hopper._gemm_kernel, signature, places, sixteen)
+    source = GluonASTSource(hopper_kernel._gemm_kernel, signature, places, sixteen)
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
     words = Counter(re.findall(r"\w+", machine_code(found)))
-    print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"tokens={tokens} terms={terms}")  # noqa: T201
+    print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"tokens={tokens} terms={terms} width={width}")  # noqa: T201

@@ -1,0 +1,213 @@
+"""The kernel that `hopper` launches, in Gluon, which says in which order of registers and lanes everything lies."""
+
+# Arguments of Triton functions have no Python types.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from convert_w4a8.kernels.activations.reference import LOW_TERM
+from convert_w4a8.kernels.gemm.device_code import LOOK_UP
+
+_LOOK_UP = gl.constexpr(LOOK_UP.value)
+_LOW = gl.constexpr(1 / LOW_TERM)
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.constexpr_function
+def _words_layout(block_n):
+    """Return the layout in which a thread reads words [4, 4·block_n]: those that its warp's tiles give it."""
+    tiles = [[0, 256 << i] for i in range(block_n.bit_length() - 7)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [1, 0], [2, 0], *tiles],
+        lane_bases=[[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]],
+        warp_bases=[[0, 64], [0, 128]],
+        block_bases=[],
+        shape=[4, 4 * block_n],
+    )
+
+
+@gluon.jit
+def _columns(table):
+    """Return the low and the high words of tables int64 [tiles, 8] for negative codes, then for positive ones."""
+    SIGNS: gl.constexpr = -0x7F7F7F80  # 0x80 in every byte
+    low = table.to(gl.int32)[None, :, :, None, None]
+    high = (table >> 32).to(gl.int32)[None, :, :, None, None]
+    return low, high, (low & -256) ^ SIGNS, high ^ SIGNS
+
+
+@gluon.jit
+def _look_up(words, first, second, BLOCK_N: gl.constexpr):
+    """Return FP8 weights [BLOCK_N, 128] of words [4, BLOCK_N/16, 8, 4, 2].
+
+    first, second: tables int64 [BLOCK_N/16, 8] of rows n % 16 < 8, and of those 8 further.
+    """
+    first_low, first_high, first_low_positive, first_high_positive = _columns(first)
+    second_low, second_high, second_low_positive, second_high_positive = _columns(second)
+    upper, lower = gl.inline_asm_elementwise(
+        _LOOK_UP,
+        "=r,=r,r,r,r,r,r,r,r,r,r",
+        [
+            words,
+            first_low,
+            first_high,
+            first_low_positive,
+            first_high_positive,
+            second_low,
+            second_high,
+            second_low_positive,
+            second_high_positive,
+        ],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    four = gl.join(upper, lower)
+    even = gl.join(four.to(gl.int8), (four >> 8).to(gl.int8))
+    odd = gl.join((four >> 16).to(gl.int8), (four >> 24).to(gl.int8))
+    weights = gl.join(even, odd).to(gl.float8e4nv, bitcast=True)
+    return weights.permute((1, 5, 2, 0, 4, 3, 7, 6)).reshape((BLOCK_N, 128))
+
+
+@gluon.jit(do_not_specialize=["M", "SPLITS"])
+def _gemm_kernel(
+    tokens,
+    packed,
+    tables,
+    token_scale,
+    channel_scale,
+    output,
+    sums,
+    counters,
+    M,
+    N,
+    K,
+    SPLITS,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    TERMS: gl.constexpr,
+    CHAIN: gl.constexpr,
+    SPLIT: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    TILES: gl.constexpr = BLOCK_N // 16
+    SIZE: gl.constexpr = BLOCK_M * BLOCK_N
+    AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)  # sums of other parts that are read at a time
+    ROWS: gl.constexpr = TERMS * BLOCK_M  # of tokens: all first terms, then all second ones
+    # words as [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]: a warp a tile of 16 channels, a thread a word of it
+    FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, 4, 1, 1, 1], [4, 3, 2, 0, 1])
+    WORDS: gl.constexpr = _words_layout(BLOCK_N)  # the same, of words [4, 4·BLOCK_N]
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
+    TABLES_COPY: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 32])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
+    OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
+    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    first_ring = gl.allocate_shared_memory(gl.int64, [STAGES, TILES, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    second_ring = gl.allocate_shared_memory(gl.int64, [STAGES, TILES, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    token_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], gl.NVMMASharedLayout(128, 8, rank=2))
+
+    blocks = N // BLOCK_N
+    block = gl.program_id(0) % blocks
+    part = gl.program_id(0) // blocks
+    begin = (K // 128 * part) // SPLITS
+    groups = (K // 128 * (part + 1)) // SPLITS - begin
+
+    tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
+    column = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
+    packed_at = packed + (begin * 4 + tile).to(gl.int64) * (4 * N) + (block * (4 * BLOCK_N) + column)
+    table_tile = gl.arange(0, TILES, gl.SliceLayout(1, TABLES_COPY))[:, None]
+    table_row = gl.arange(0, 8, gl.SliceLayout(0, TABLES_COPY))[None, :]
+    tables_at = tables + begin.to(gl.int64) * N + (block * BLOCK_N + table_tile * 16 + table_row)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, TOKENS_COPY))[:, None]
+    inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
+    token = row % BLOCK_M
+    tokens_at = tokens + (row // BLOCK_M * M + token).to(gl.int64) * K + (begin * 128 + inner)
+    is_token = (token < M) & (inner < 128)
+
+    if EARLY:
+        gdc_launch_dependents()
+    for stage in gl.static_range(STAGES - 1):
+        if stage < groups:
+            async_copy.async_copy_global_to_shared(words_ring.index(stage), packed_at + stage * 16 * N)
+            async_copy.async_copy_global_to_shared(first_ring.index(stage), tables_at + stage * N)
+            async_copy.async_copy_global_to_shared(second_ring.index(stage), tables_at + (stage * N + 8))
+    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
+    inside = (m < M) & (n < BLOCK_N)
+    channel = block * BLOCK_N + n
+    channels = gl.load(channel_scale + channel)  # from memory, which takes as long as all the rest at the end
+    if EARLY:
+        gdc_wait()
+    for stage in gl.static_range(STAGES - 1):
+        if stage < groups:
+            async_copy.async_copy_global_to_shared(token_ring.index(stage), tokens_at + stage * 128, mask=is_token)
+        async_copy.commit_group()
+    packed_at += (STAGES - 1) * 16 * N
+    tables_at += (STAGES - 1) * N
+    tokens_at += (STAGES - 1) * 128
+
+    total = gl.zeros((BLOCK_N, ROWS), gl.float32, PRODUCT)
+    product = warpgroup_mma_init(total)
+    slot = 0
+    for group in range(groups):
+        done = warpgroup_mma_wait(0, deps=(product,))
+        if not CHAIN:
+            total += done
+        product = warpgroup_mma_init(done)
+        async_copy.wait_group(STAGES - 2)
+        words = gl.convert_layout(
+            words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
+        )
+        first = first_ring.index(slot).load(TABLES)
+        second = second_ring.index(slot).load(TABLES)
+        fill = (slot + STAGES - 1) % STAGES
+        if group + STAGES - 1 < groups:
+            async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
+            async_copy.async_copy_global_to_shared(first_ring.index(fill), tables_at)
+            async_copy.async_copy_global_to_shared(second_ring.index(fill), tables_at + 8)
+            async_copy.async_copy_global_to_shared(token_ring.index(fill), tokens_at, mask=is_token)
+        async_copy.commit_group()
+        packed_at += 16 * N
+        tables_at += N
+        tokens_at += 128
+        weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
+        x = token_ring.index(slot).permute((1, 0))
+        product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
+        slot = (slot + 1) % STAGES
+    scales = gl.load(token_scale + m, mask=m < M, other=0.0)
+    done = warpgroup_mma_wait(0, deps=(product,))
+    if CHAIN:
+        total = done
+    else:
+        total += done
+    if TERMS == 2:
+        high, low = gl.split(total.reshape((BLOCK_N, 2, BLOCK_M)).permute((0, 2, 1)))
+        result = gl.convert_layout(high + low * _LOW, OUT)
+    else:
+        result = gl.convert_layout(total, OUT)
+
+    last = True
+    if SPLIT:
+        sums_at = sums + block.to(gl.int64) * (BLOCK_M * BLOCK_N) + (m * BLOCK_N + n)
+        stride = blocks.to(gl.int64) * (BLOCK_M * BLOCK_N)
+        gl.store(sums_at + part * stride, result, mask=inside)
+        _barrier()
+        last = gl.atomic_add(counters + block, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if last:
+            gl.store(counters + block, 0)
+            result = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, OUT)
+            for other in range(0, SPLITS, AHEAD):
+                for ahead in gl.static_range(AHEAD):
+                    mask = inside & (other + ahead < SPLITS)
+                    result += gl.load(sums_at + (other + ahead) * stride, mask=mask, other=0.0, cache_modifier=".cg")
+    if last:
+        scaled = result * channels * scales
+        gl.store(output + m.to(gl.int64) * N + channel, scaled.to(gl.bfloat16), mask=inside)
