@@ -1,6 +1,6 @@
 """Samples as batches for training: whole samples, right-padded, of some tokens together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ def make_batch(samples: Sequence[Sample], numbers: Sequence[int]) -> Batch:
     return Batch(ids, counts, tuple(numbers))
 
 
-def in_batches(samples: Sequence[Sample], order: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def in_batches(samples: Sequence[Sample], order: Iterable[int], tokens: int) -> Iterator[list[int]]:
     """Yield numbers of samples that follow each other in an order, up to `tokens` with the padding together."""
     batch: list[int] = []
     longest = 0

@@ -1,11 +1,10 @@
 """The training: Adam on the divergence of predictions, held-out measurements, and the state that a run continues from."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -40,17 +39,6 @@ class Trained:
         return self.value if self.rounded is None else self.rounded
 
 
-@dataclass
-class Curve:
-    """What was measured on the way: step and mean divergence of the training batches since the last entry, and of the
-    held-out samples, in nats per token.
-    """
-
-    steps: list[int] = field(default_factory=list)
-    training: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
-
-
 class Trainer:
     """A training that can be stopped and continued between any two steps."""
 
@@ -58,7 +46,7 @@ class Trainer:
         self,
         student: Student,
         teacher: nn.Module,
-        batches: "Callable[[int], Batch]",
+        batches: Callable[[int], Batch],
         options: DistillOptions,
         device: torch.device,
         rates: Rates | None = None,
@@ -76,10 +64,10 @@ class Trainer:
     def divergences(self, batch: Batch) -> torch.Tensor:
         """Return the divergence at each token of a batch that counts, float32 [kept]."""
         with torch.no_grad():
-            there = batch.to(self._teacher_device)
-            theirs = logits_of(self.teacher, there.ids)[there.counts].to(self._device)
+            theirs = logits_of(self.teacher, batch.ids.to(self._teacher_device)).to(self._device)
         batch = batch.to(self._device)
-        return divergence(logits_of(self.student.model, batch.ids)[batch.counts], theirs)
+        ours = logits_of(self.student.model, batch.ids)
+        return divergence(ours.flatten(0, 1), theirs.flatten(0, 1))[batch.counts.flatten()]
 
     def train(self) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
@@ -121,8 +109,7 @@ class Trainer:
             batch = make_batch(samples, numbers)
             values = torch.zeros(batch.counts.shape, dtype=torch.float64)
             values[batch.counts] = self.divergences(batch).double().cpu()
-            found[numbers, 0] = values.sum(1)
-            found[numbers, 1] = batch.counts.sum(1).double()
+            found[numbers] = torch.stack((values.sum(1), batch.counts.sum(1).double()), dim=1)
         return found
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -176,30 +163,6 @@ def difference(measured: torch.Tensor, before: torch.Tensor) -> tuple[float, flo
     # The delta method for a ratio of sums over independent samples.
     error = (change - found * tokens).square().sum().mul(count / (count - 1)).sqrt() / total
     return float(found), float(error)
-
-
-def shuffled(samples: Sequence[Sample], options: DistillOptions) -> Callable[[int], Batch]:
-    """Return the batches of each step: all samples once in a random order, then again in another."""
-    epochs: dict[int, list[list[int]]] = {}
-    starts = [0]
-
-    def plan(epoch: int) -> list[list[int]]:
-        if epoch not in epochs:
-            epochs.clear()
-            order = np.random.default_rng((options.seed, epoch)).permutation(len(samples)).tolist()
-            epochs[epoch] = list(in_batches(samples, order, options.batch_tokens))
-        return epochs[epoch]
-
-    def batch(step: int) -> Batch:
-        epoch = 0
-        while True:
-            if epoch + 1 == len(starts):
-                starts.append(starts[epoch] + len(plan(epoch)))
-            if step < starts[epoch + 1]:
-                return make_batch(samples, plan(epoch)[step - starts[epoch]])
-            epoch += 1
-
-    return batch
 
 
 def _trained(name: str, parameter: nn.Parameter) -> Trained:

@@ -17,9 +17,10 @@ import torch
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.distillation.linear import Preset
+from convert_w4a8.distillation.mix import by_tag, mixed
 from convert_w4a8.distillation.options import DistillOptions, Rates
 from convert_w4a8.distillation.student import load_student, load_teacher
-from convert_w4a8.distillation.train import Trainer, difference, mean, shuffled
+from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.samples.read import read_samples
 from convert_w4a8.samples.tokenizer import open_tokenizer
 
@@ -60,6 +61,8 @@ def main() -> int:
         args.held_out, tokenizer, max_tokens=args.held_out_tokens, max_length=args.window
     ).samples
     teacher = load_teacher(source, device)
+    tags = by_tag(samples)
+    shares = {tag: 1 / len(tags) for tag in tags}
     for preset, rates, towards in args.rates:
         options = DistillOptions(
             preset=preset,
@@ -70,7 +73,7 @@ def main() -> int:
             towards=towards,
         )
         student = load_student(start, source, preset, device, towards)
-        trainer = Trainer(student, teacher, shuffled(samples, options), options, device, rates)
+        trainer = Trainer(student, teacher, mixed(samples, shares, options), options, device, rates)
         before = trainer.measure(held_out)
         began = time.monotonic()
         curve, losses = [(0, mean(before))], []
