@@ -11,7 +11,9 @@ from convert_w4a8.samples.sample import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """ids: int64 [B, T], zeros behind the end of a sample. counts: bool [B, T], whether the prediction made at a token
+    """Some samples.
+
+    ids: int64 [B, T], zeros behind the end of a sample. counts: bool [B, T], whether the prediction made at a token
     counts: that of a next token which is there and is not masked. samples: their numbers [B].
     """
 

@@ -103,8 +103,8 @@ class _Multiply(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        entries: torch.Tensor,
-        scale: torch.Tensor,
+        entries: torch.Tensor,  # noqa: ARG004  (`layer.current` reads it; here it is for its gradient)
+        scale: torch.Tensor,  # noqa: ARG004
         weight: torch.Tensor | None,
         layer: LutLinear,
     ) -> torch.Tensor:

@@ -91,9 +91,7 @@ def shares(drops: Mapping[str, float], floor: float = FLOOR) -> dict[str, float]
     return {tag: floor / len(drops) + (1 - floor) * drop / total for tag, drop in least.items()}
 
 
-def mixed(
-    samples: Sequence[Sample], parts: Mapping[str, float], options: DistillOptions
-) -> Callable[[int], Batch]:
+def mixed(samples: Sequence[Sample], parts: Mapping[str, float], options: DistillOptions) -> Callable[[int], Batch]:
     """Return the batch of each step. All samples of a domain come once in a random order, then again in another."""
     order = _order(samples, parts, options.seed)
     plan = list(islice(in_batches(samples, order, options.batch_tokens), options.steps))

@@ -1,7 +1,7 @@
 """FP8 tables that are trained: entries rounded to E4M3, and codes of latent weights, with straight-through gradients.
 
-A layer has real-valued entries r [N, G, 8] in units of its channel scales. What it multiplies by are e = e4m3(r), looked
-up by its codes as in `encoding.tables`. Codes here are unsigned, u = v + 8, uint8 [N, K].
+A layer has real-valued entries r [N, G, 8] in units of its channel scales. It multiplies by e = e4m3(r), looked up by
+its codes as in `encoding.tables`. Codes here are unsigned, u = v + 8, uint8 [N, K].
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The training: Adam on the divergence of predictions, held-out measurements, and the state that a run continues from."""
+"""The training: Adam on the divergence of predictions, held-out measurements, and what a run continues from."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -46,14 +46,13 @@ class Trainer:
         self,
         student: Student,
         teacher: nn.Module,
-        batches: Callable[[int], Batch],
         options: DistillOptions,
         device: torch.device,
         rates: Rates | None = None,
     ) -> None:
-        """batches: those of each step, from its number. rates: instead of `RATES` of the preset."""
+        """Begin. rates: instead of `RATES` of the preset."""
         self.student, self.teacher, self.options = student, teacher, options
-        self._batches, self._device = batches, device
+        self._device = device
         self._rates = rates or RATES[options.preset]
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
         self._teacher_device = next(teacher.parameters()).device
@@ -69,11 +68,11 @@ class Trainer:
         ours = logits_of(self.student.model, batch.ids)
         return divergence(ours.flatten(0, 1), theirs.flatten(0, 1))[batch.counts.flatten()]
 
-    def train(self) -> float:
+    def train(self, batch: Batch) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
         for one in self.trained.values():
             one.parameter.grad = None
-        loss = self.divergences(self._batches(self.step)).mean()
+        loss = self.divergences(batch).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         self._update(self.factor(self.step))
         self.step += 1

@@ -1,6 +1,6 @@
 """How fast may tables and weights be trained? Trains from one checkpoint with many rates, and prints JSON lines.
 
-    distill_sweep.py TEACHER OUT_W4A8 --data FILE ... --held-out TEXT --steps 200 --rates 'tables:entries=0.01,scale=3e-4'
+    distill_sweep.py TEACHER OUT_W4A8 --data FILE ... --held-out TEXT --rates 'tables:entries=0.01,scale=3e-4'
 
 --rates PRESET:NAME=VALUE,... is one run, in units of `Rates`; what is not named is 0, so that a run may train channel
 scales alone. Each line has the curve of the divergence on held-out samples. Nothing is written but these lines.
@@ -57,9 +57,7 @@ def main() -> int:
     tokenizer = open_tokenizer(source.root)
     need = args.steps * args.batch_tokens
     samples = read_samples(args.data, tokenizer, max_tokens=need, max_length=args.window).samples
-    held_out = read_samples(
-        args.held_out, tokenizer, max_tokens=args.held_out_tokens, max_length=args.window
-    ).samples
+    held_out = read_samples(args.held_out, tokenizer, max_tokens=args.held_out_tokens, max_length=args.window).samples
     teacher = load_teacher(source, device)
     tags = by_tag(samples)
     shares = {tag: 1 / len(tags) for tag in tags}
@@ -73,12 +71,13 @@ def main() -> int:
             towards=towards,
         )
         student = load_student(start, source, preset, device, towards)
-        trainer = Trainer(student, teacher, mixed(samples, shares, options), options, device, rates)
+        trainer = Trainer(student, teacher, options, device, rates)
+        batch = mixed(samples, shares, options)
         before = trainer.measure(held_out)
         began = time.monotonic()
         curve, losses = [(0, mean(before))], []
         while trainer.step < args.steps:
-            losses.append(trainer.train())
+            losses.append(trainer.train(batch(trainer.step)))
             if trainer.step % args.every == 0:
                 curve.append((trainer.step, mean(trainer.measure(held_out))))
         change, error = difference(trainer.measure(held_out), before)

@@ -71,9 +71,8 @@ def main() -> int:
     generator.shuffle(windows)
     windows = windows[: args.windows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    opened = gzip.open(args.out, "wt") if args.out.suffix == ".gz" else args.out.open("w")
-    with opened as file:
-        file.writelines(json.dumps({"input_ids": ids}, separators=(",", ":")) + "\n" for ids in windows)
+    content = "".join(json.dumps({"input_ids": ids}, separators=(",", ":")) + "\n" for ids in windows).encode()
+    args.out.write_bytes(gzip.compress(content, mtime=0) if args.out.suffix == ".gz" else content)
     print(f"{files} of {len(paths)} files, {len(windows)} windows of {args.window} tokens: {args.out}")
     for path, text in zip(args.unlike, others, strict=True):
         same, total = overlap(windows, tokenizer.encode(text.replace("\0", "\n")), NGRAM)
