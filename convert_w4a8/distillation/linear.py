@@ -91,7 +91,10 @@ class LutLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply activations bfloat16 [..., K]; bfloat16 [..., N]."""
-        y = _Multiply.apply(x.flatten(0, -2), self.entries, self.scale, self.weight, self)
+        flat = x.flatten(0, -2)
+        y: torch.Tensor = _Multiply.apply(  # type: ignore[no-untyped-call]
+            flat, self.entries, self.scale, self.weight, self
+        )
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -117,7 +120,7 @@ class _Multiply(torch.autograd.Function):
         return (token_scale * (channel * accumulated)).bfloat16()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, token_scale, rounded, channel, codes = ctx.saved_tensors
         weights = look_up(rounded, codes)
         dx = None

@@ -160,7 +160,7 @@ class _Run:
         if saved is None:
             self._before = self._trainer.measure(data.held_out)
             self._curve = [Point(0, None, mean(self._before))]
-            self._best, self._best_values = self._before, self._trainer.values()
+            self._best, self._best_values = self._before.clone(), self._trainer.values()
             self._best_step = self._worse = 0
         else:
             tensors, notes = saved.tensors, saved.notes

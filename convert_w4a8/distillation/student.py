@@ -97,7 +97,8 @@ def load_student(
         owner = name.rpartition(".")[0]
         is_bias = owner in layers and name == f"{owner}.bias"
         if is_bias or (owner not in layers and parameter.dim() == 1):
-            others[name] = parameter.requires_grad_()
+            parameter.requires_grad_()
+            others[name] = parameter
     model.to(device)
     return Student(model, layers, others)
 

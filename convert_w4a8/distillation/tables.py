@@ -18,8 +18,8 @@ _ZERO = 8
 
 def spacing(values: torch.Tensor) -> torch.Tensor:
     """Return how far apart E4M3 numbers lie at float32 values up to ±448."""
-    exponent = torch.frexp(values.abs().clamp(max=E4M3_MAX)).exponent - 1
-    return torch.exp2((exponent.clamp(min=_LEAST_EXPONENT) - _MANTISSA_BITS).float())
+    exponent = torch.frexp(values.abs().clamp(min=2.0**_LEAST_EXPONENT, max=E4M3_MAX)).exponent - 1
+    return torch.exp2((exponent - _MANTISSA_BITS).float())
 
 
 def round_to_e4m3(values: torch.Tensor) -> torch.Tensor:

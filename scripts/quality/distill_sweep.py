@@ -30,7 +30,10 @@ def parse_rates(text: str) -> tuple[Preset, Rates, float]:
     preset, _, rest = text.partition(":")
     given = dict(part.split("=") for part in rest.split(",") if part)
     towards = float(given.pop("towards", 0))
-    return Preset(preset), Rates(**{f.name: float(given.pop(f.name, 0)) for f in fields(Rates)}, **given), towards
+    rates = Rates(**{f.name: float(given.pop(f.name, 0)) for f in fields(Rates)})
+    if given:
+        raise argparse.ArgumentTypeError(f"{text}: no such rate: {next(iter(given))}")
+    return Preset(preset), rates, towards
 
 
 def main() -> int:
