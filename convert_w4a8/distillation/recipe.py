@@ -46,7 +46,7 @@ def section(options: DistillOptions, result: DistillResult) -> str:
         [
             "## Distillation",
             "",
-            "Trained to give the predictions of the model in 16 bits, in the arithmetic of the kernel, by `w4a8 distill`.",
+            "Trained by `w4a8 distill` to give the predictions of the model in 16 bits, in the kernel's arithmetic.",
             "",
             "| | |",
             "|---|---|",
