@@ -2,8 +2,8 @@
 
     make_training.py MODEL FILE --root DIR [--suffix .py] [--windows 6000] [--window 512] [--unlike FILE ...] [--seed 0]
 
-MODEL is a directory with a tokenizer; FILE may end in .gz. Windows are taken from files below --root (their contents,
-not their order, decide: files are shuffled by --seed), at most --per-file of each, from a random place on. Files of
+MODEL is a directory with a tokenizer; FILE may end in .gz. Windows are taken from files below --root (shuffled by --seed), at
+most --per-file of each, from a random place on where it is longer. Files of
 which more than --share of the longer lines stand in a text of --unlike (evaluation text, or the JSONL of calibration)
 are left out, and so are files that hold the same text as an earlier one.
 """
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=6000)
     parser.add_argument("--window", type=int, default=512, help="tokens a window")
     parser.add_argument("--per-file", type=int, default=4, help="the most windows of one file")
+    parser.add_argument("--skip", nargs="*", default=[], help="folders to leave out, by name")
     parser.add_argument("--unlike", type=Path, nargs="*", default=[], help="texts not to train on")
     parser.add_argument("--share", type=float, default=0.02, help="of a file's longer lines that may stand in these")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,25 +50,20 @@ def main() -> int:
     others = [read_other(path) for path in args.unlike]
     generator = random.Random(args.seed)
     paths = sorted({path for root in args.root for suffix in args.suffix for path in root.rglob(f"*{suffix}")})
+    paths = [path for path in paths if not set(args.skip) & set(path.parts)]
     generator.shuffle(paths)
     windows: list[list[int]] = []
-    seen: set[int] = set()
     files = 0
-    for path in paths:
+    texts = (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+    for text in dict.fromkeys(unlike(texts, others, args.share)):
         if len(windows) >= args.windows:
             break
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        if hash(text) in seen or not unlike([text], others, args.share):
-            continue
-        seen.add(hash(text))
         characters = CHARACTERS_PER_TOKEN * args.window
-        at = generator.randrange(max(1, len(text) - characters))
+        at = generator.randrange(max(1, len(text) - characters)) if args.per_file * characters < len(text) else 0
         ids = tokenizer.encode(text[at : at + characters * args.per_file])
         found = [ids[i : i + args.window] for i in range(0, len(ids) - args.window + 1, args.window)][: args.per_file]
         files += bool(found)
         windows += found
-    if len(windows) < args.windows:
-        parser.error(f"only {len(windows)} windows of {args.window} tokens, not {args.windows}")
     generator.shuffle(windows)
     windows = windows[: args.windows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
