@@ -3,12 +3,13 @@
 import shlex
 from pathlib import Path
 
+from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli.render import verify_command
 from convert_w4a8.distillation.mix import by_tag
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.result import DistillResult
 from convert_w4a8.distillation.run import TrainingData
-from convert_w4a8.targets import lut
+from convert_w4a8.targets import find_target
 from convert_w4a8.text import counted, human_seconds, printable, table
 
 
@@ -40,6 +41,6 @@ def result_text(result: DistillResult, start: str, out: Path) -> str:
             f" ({result.change:+.5f} ± {result.change_error:.5f}, {result.change / result.before:+.0%})",
             table(rows, ("domain", "share of tokens", "KL before", "KL after")),
             f"verify     {verify_command(out, start)}",
-            f"serve      {lut.serve_command(shlex.quote(str(out)))}",
+            f"serve      {find_target(open_checkpoint(out)).serve_command(shlex.quote(str(out)))}",
         ]
     )

@@ -1,6 +1,7 @@
 """The two models: the teacher as transformers computes it in BF16, and the student, whose layers are `LutLinear`."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,18 @@ def _in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
+@contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    """Keep transformers from showing progress of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _build(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> nn.Module:
     """Make transformers' model of a checkpoint's configuration, in BF16, with these tensors."""
     try:
@@ -134,9 +147,10 @@ def _build(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         automatic: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        model, info = automatic[type(config)].from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.bfloat16, output_loading_info=True
-        )
+        with _without_bars(transformers.utils.logging):
+            model, info = automatic[type(config)].from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.bfloat16, output_loading_info=True
+            )
     except (ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError) as error:
         line = str(error).partition("\n")[0][:200]
         raise ConvertError(subject, f"cannot be built by transformers ({line})", _ANOTHER) from error

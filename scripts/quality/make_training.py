@@ -2,10 +2,10 @@
 
     make_training.py MODEL FILE --root DIR [--suffix .py] [--windows 6000] [--window 512] [--unlike FILE ...] [--seed 0]
 
-MODEL is a directory with a tokenizer; FILE may end in .gz. Windows are taken from files below --root (shuffled by --seed), at
-most --per-file of each, from a random place on where it is longer. Files of
-which more than --share of the longer lines stand in a text of --unlike (evaluation text, or the JSONL of calibration)
-are left out, and so are files that hold the same text as an earlier one.
+MODEL is a directory with a tokenizer; FILE may end in .gz. Windows are taken from files below --root, shuffled by
+--seed, at most --per-file of each, from a random place on where it is longer. Files of which more than --share of the
+longer lines stand in a text of --unlike (evaluation text, or the JSONL of calibration) are left out, and so are files
+that hold the same text as an earlier one, and windows of which more than --overlap of the n-grams stand there.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from make_calibration import CHARACTERS_PER_TOKEN, HubTokenizer, overlap, unlike
+from make_calibration import CHARACTERS_PER_TOKEN, HubTokenizer, ngrams, overlap, unlike
 
 NGRAM = 12
 """Tokens of the n-grams that are looked for in evaluation text."""
@@ -43,11 +43,13 @@ def main() -> int:
     parser.add_argument("--skip", nargs="*", default=[], help="folders to leave out, by name")
     parser.add_argument("--unlike", type=Path, nargs="*", default=[], help="texts not to train on")
     parser.add_argument("--share", type=float, default=0.02, help="of a file's longer lines that may stand in these")
+    parser.add_argument("--overlap", type=float, default=0.02, help="of a window's n-grams that may occur in these")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     tokenizer = HubTokenizer(args.model)
     others = [read_other(path) for path in args.unlike]
+    known = {gram for text in others for gram in ngrams(tokenizer.encode(text.replace("\0", "\n")), NGRAM)}
     generator = random.Random(args.seed)
     paths = sorted({path for root in args.root for suffix in args.suffix for path in root.rglob(f"*{suffix}")})
     paths = [path for path in paths if not set(args.skip) & set(path.parts)]
@@ -62,6 +64,8 @@ def main() -> int:
         at = generator.randrange(max(1, len(text) - characters)) if args.per_file * characters < len(text) else 0
         ids = tokenizer.encode(text[at : at + characters * args.per_file])
         found = [ids[i : i + args.window] for i in range(0, len(ids) - args.window + 1, args.window)][: args.per_file]
+        most = args.overlap * (args.window - NGRAM + 1)
+        found = [ids for ids in found if sum(gram in known for gram in ngrams(ids, NGRAM)) <= most]
         files += bool(found)
         windows += found
     generator.shuffle(windows)
