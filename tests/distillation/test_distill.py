@@ -80,7 +80,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("preset", ["tables", "weights"])
 def test_it_trains_and_verifies(preset: str, model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
     """The divergence falls; the output verifies against what was trained, and says how it was made."""
-    result = distill(start, model, data, tmp_path / "out", "--preset", preset, "--rate", "10", "--json")
+    result = distill(start, model, data, tmp_path / "out", "--preset", preset, "--rate", "4", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["after"] < found["before"]
@@ -106,7 +106,7 @@ def test_the_written_weights_are_the_trained_ones(
     preset: str, model: Path, start: Path, data: list[Path], tmp_path: Path
 ) -> None:
     """Measured again from the output's bytes, the divergence is what the training said, to the last bit."""
-    result = distill(start, model, data, tmp_path / "out", "--preset", preset, "--rate", "10", "--json")
+    result = distill(start, model, data, tmp_path / "out", "--preset", preset, "--rate", "4", "--json")
     source, cpu = api.open_checkpoint(model), torch.device("cpu")
     _, held_out = hold_out(read_samples(data, None, vocab_size=VOCABULARY).samples)
     options = DistillOptions(batch_tokens=256)
@@ -120,7 +120,7 @@ def test_resume_gives_the_same_bytes(
     preset: str, model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted between two measurements, and continued from the earlier one."""
-    options = ("--preset", preset, "--rate", "10")
+    options = ("--preset", preset, "--rate", "4")
     whole = distill(start, model, data, tmp_path / "whole", *options)
     assert whole.exit_code == 0, whole.output
     train = Trainer.train
@@ -158,14 +158,14 @@ def test_what_does_not_help_is_not_written(model: Path, start: Path, data: list[
 def test_the_picture(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
     """A PNG of the curve."""
     pytest.importorskip("matplotlib")
-    distill(start, model, data, tmp_path / "out", "--rate", "10", "--png", tmp_path / "curve.png")
+    distill(start, model, data, tmp_path / "out", "--rate", "4", "--png", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_recomputed_blocks_give_the_same_bytes(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
     """What blocks computed may be kept or computed again."""
     for name, more in (("kept", ()), ("again", ("--recompute",))):
-        result = distill(start, model, data, tmp_path / name, "--rate", "10", *more)
+        result = distill(start, model, data, tmp_path / name, "--rate", "4", *more)
         assert result.exit_code == 0, result.output
     assert all(
         torch.equal(value.view(torch.uint8), tensors(tmp_path / "again")[name].view(torch.uint8))
@@ -177,7 +177,7 @@ def test_drops_from_a_file(model: Path, start: Path, data: list[Path], tmp_path:
     """Shares follow the file, with a floor; a domain that it does not name is refused."""
     drops = tmp_path / "drops.json"
     drops.write_text('{"drops": {"one": 3, "two": 1}}', encoding="utf-8")
-    found = json.loads(distill(start, model, data, tmp_path / "a", "--rate", "10", "--mix", drops, "--json").stdout)
+    found = json.loads(distill(start, model, data, tmp_path / "a", "--rate", "4", "--mix", drops, "--json").stdout)
     assert {domain["tag"]: domain["share"] for domain in found["domains"]} == {
         "one": pytest.approx(0.125 + 0.75 * 0.75),
         "two": pytest.approx(0.125 + 0.75 * 0.25),
@@ -206,7 +206,7 @@ def test_verify_sees_damage(
     """Each kind of tensor, and the settings."""
     done = model.parent / "distilled"
     if not done.exists():
-        assert distill(start, model, data, done, "--rate", "10").exit_code == 0
+        assert distill(start, model, data, done, "--rate", "4").exit_code == 0
     out = tmp_path_factory.mktemp("damaged") / "out"
     shutil.copytree(done, out)
     if damage == "config":
