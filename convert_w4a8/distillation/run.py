@@ -2,17 +2,14 @@
 
 import hashlib
 import math
-import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.disk import check_destination, real_path
@@ -20,7 +17,7 @@ from convert_w4a8.checkpoint.places import check_name
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.destination import check_replaceable, privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
-from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.distillation.machine import deterministic, memory_errors
 from convert_w4a8.distillation.mix import by_tag, mixed, shares, tag_of
 from convert_w4a8.distillation.options import RATES, DistillOptions
 from convert_w4a8.distillation.output import plan_files, write_output
@@ -120,7 +117,7 @@ def distill(
     ) as writer:
         if not resume:
             state.remove()
-        with memory_errors("the model, its gradients and moments"), _deterministic(device):
+        with memory_errors(), deterministic(device):
             run = _Run(start, teacher, data, options, device, teacher_device or device, state, before)
             try:
                 result = run.train(progress)
@@ -260,22 +257,6 @@ class _Run:
         tensors |= {f"best.{name}": value for name, value in self._best_values.items()}
         self._state.save(step, notes, tensors)
         self.kept = step
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Have a GPU give the same bytes from run to run: of attention, without the kernels that add in any order."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(mode=True)
-    try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(mode=before)
 
 
 def _fingerprint(start: Checkpoint, teacher: Checkpoint, options: DistillOptions, data: TrainingData) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from convert_w4a8.checkpoint.disk import disk_errors, fsync
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, DiskError
 
 _SUFFIX = ".w4a8-distill"
 _NOTES = "state.json"
@@ -84,7 +84,7 @@ class StateDirectory:
         with disk_errors(self.path):
             self.path.mkdir(mode=0o700, exist_ok=True)
             file = self.path / f"state-{step}.safetensors"
-            save_file(dict(tensors), file)
+            _write(tensors, file)
             fsync(file)
             new = self.path / f"{_NOTES}.new"
             new.write_text(json.dumps({**notes, "step": step}), encoding="utf-8")
@@ -98,3 +98,11 @@ class StateDirectory:
     def remove(self) -> None:
         """Remove it, if there is one."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(dict(tensors), file)
+    except SafetensorError as error:  # the library's own word for what the system says
+        file.unlink(missing_ok=True)
+        raise DiskError(str(file), f"cannot be written ({error})", "free space, or choose another disk") from error

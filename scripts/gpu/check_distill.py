@@ -46,7 +46,12 @@ from convert_w4a8.targets import find_target
 
 DEVICE = torch.device("cuda")
 Row = dict[str, Any]
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 SUMS = 2.0**-10
 """As in check_gemm.py: what sums in the tensor core may change, relative to the sum of the terms' magnitudes."""
 

@@ -242,3 +242,18 @@ def test_domains_without_held_out_text_need_drops(model: Path, start: Path, data
     result = distill(start, model, data, tmp_path / "out", "--held-out", data[0])
     assert result.exit_code == 1
     assert result.stderr.count("two") == 1
+
+
+def test_memory_that_is_not_there_is_one_line(
+    model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU or a CPU; what was kept stays for --resume with other devices."""
+
+    def full(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train", full)
+    result = distill(start, model, data, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "--batch-tokens" in result.stderr
+    assert list(tmp_path.iterdir()) == []
