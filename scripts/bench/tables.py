@@ -127,6 +127,11 @@ COLUMNS: dict[str, Columns] = {
         ("perplexity", "{perplexity:.3f}"),
         ("same next token", "{agreement:.2%}"),
     ),
+    "distill-rates": (
+        *(("preset", "{preset}"), ("entries", "{entries:g}"), ("scales", "{scale:g}"), ("norms", "{other:g}")),
+        *(("weights", "{weight:g}"), ("towards the teacher", "{towards:g}"), ("training text", "{training:.5f}")),
+        ("held-out text, change", "{change:+.5f} ± {change_standard_error:.5f}"),
+    ),
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),
