@@ -28,6 +28,7 @@ from convert_w4a8.regression.baseline import Figures, read_baseline
 from convert_w4a8.report import collect, inspection
 from convert_w4a8.samples.sample import SampleSet
 from convert_w4a8.verification import proof
+from convert_w4a8.verification.distilled import is_distilled, verify_distilled
 
 __all__ = ["check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "quantize", "verify"]
 
@@ -154,10 +155,14 @@ def verify(
 ) -> proof.Verification:
     """Compare a converted checkpoint with its source; without `problems` in the result the conversion is right.
 
+    What `w4a8 distill` wrote is compared with the W4A8 checkpoint that it trained, given as `source`.
     min_sqnr_db: least SQNR of a layer in dB, instead of the bounds that `w4a8 verify` uses.
     Raises ConvertError if one of the two cannot be read.
     """
-    return proof.verify(open_checkpoint(out), open_checkpoint(source), min_sqnr_db=min_sqnr_db, progress=progress)
+    converted, original = open_checkpoint(out), open_checkpoint(source)
+    if is_distilled(converted):
+        return verify_distilled(converted, original, progress=progress)
+    return proof.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress)
 
 
 def inspect(source: PathOrId) -> inspection.Inspection:

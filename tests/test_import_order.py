@@ -14,7 +14,7 @@ ORDER = (
     ("checkpoint", "quantization", "samples"),
     ("codebooks", "sources", "targets"),
     ("conversion", "verification", "hub", "vllm_plugin"),
-    ("calibration", "regression", "report"),
+    ("calibration", "distillation", "regression", "report"),
     ("api",),
     ("cli", "convert_w4a8"),
     ("__main__",),

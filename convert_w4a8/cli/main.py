@@ -5,6 +5,7 @@ import click
 from convert_w4a8.cli.base import W4A8Group
 from convert_w4a8.cli.check import check_command
 from convert_w4a8.cli.convert import convert_command
+from convert_w4a8.cli.distill import distill_command
 from convert_w4a8.cli.env import env_command
 from convert_w4a8.cli.inspect import inspect_command
 from convert_w4a8.cli.push import push_command
@@ -18,12 +19,13 @@ from convert_w4a8.version import __version__
 @click.group(cls=W4A8Group)
 @click.version_option(__version__, package_name="w4a8-convert")
 def main() -> None:
-    """W4A8 checkpoints for vLLM on Hopper: convert, quantize, inspect, verify, report, push, check."""
+    """W4A8 checkpoints for vLLM on Hopper: convert, quantize, distill, inspect, verify, report, push, check."""
 
 
 for _command in (
     convert_command,
     quantize_command,
+    distill_command,
     samples_command,
     check_command,
     inspect_command,

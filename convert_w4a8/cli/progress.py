@@ -39,6 +39,35 @@ def progress(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int],
         yield ProgressLines(total, label).update
 
 
+@contextmanager
+def training_progress(steps: int, *, quiet: bool) -> Iterator[Callable[[int, float], None]]:
+    """Show on stderr how many steps of a training are done, and the divergence of the last one's batch.
+
+    What is yielded is called with the number of each step and its divergence.
+    """
+    if quiet:
+        yield lambda _step, _loss: None
+    elif at_terminal():
+        from tqdm import tqdm
+
+        with tqdm(total=steps, desc="distill", unit="step") as bar:
+
+            def show(step: int, loss: float) -> None:
+                bar.set_postfix_str(f"KL {loss:.5f}", refresh=False)
+                bar.update(step - bar.n)
+
+            yield show
+    else:
+        last = [time.monotonic()]
+
+        def line(step: int, loss: float) -> None:
+            if step == steps or time.monotonic() - last[0] >= _SECONDS:
+                last[0] = time.monotonic()
+                echo_error(f"distill    step {step:,} of {steps:,}, KL {loss:.5f} nats per token")
+
+        yield line
+
+
 class ProgressLines:
     """Prints a line every 30 s or 10 %."""
 

@@ -262,9 +262,13 @@ class _Tokenizer:
 
 
 def read_data(
-    checkpoint: "Checkpoint", data: tuple[Path, ...], mask: "MaskOptions | None", max_tokens: int | None
+    checkpoint: "Checkpoint",
+    data: tuple[Path, ...],
+    mask: "MaskOptions | None",
+    max_tokens: int | None = None,
+    max_length: int | None = None,
 ) -> "SampleSet":
-    """Read calibration data with the tokenizer of a checkpoint."""
+    """Read data with the tokenizer of a checkpoint. max_tokens, max_length: as for `read_samples`."""
     from convert_w4a8.samples.masks import NO_MASK
     from convert_w4a8.samples.read import read_samples
 
@@ -273,6 +277,7 @@ def read_data(
         _Tokenizer(checkpoint.root),
         mask or NO_MASK,
         max_tokens=max_tokens,
+        max_length=max_length,
         vocab_size=_vocabulary(checkpoint),
     )
 

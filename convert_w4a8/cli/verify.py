@@ -20,15 +20,24 @@ from convert_w4a8.cli.progress import progress
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def verify_command(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:
-    """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right."""
+    """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right.
+
+    What `w4a8 distill` wrote is compared with the W4A8 checkpoint that it trained, given as IN.
+    """
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render
     from convert_w4a8.hub.repository import resolve_input
+    from convert_w4a8.verification.distilled import is_distilled, verify_distilled
     from convert_w4a8.verification.proof import verify as run
 
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
     with progress(original.nbytes, "verify", quiet=as_json) as update:
-        verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
+        if is_distilled(converted):
+            if min_sqnr_db is not None:
+                raise click.UsageError("--min-sqnr-db is not for what w4a8 distill wrote")
+            verification = verify_distilled(converted, original, progress=update)
+        else:
+            verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
     if as_json:
         echo_json(render.verification_dict(verification))
     else:

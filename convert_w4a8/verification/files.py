@@ -63,7 +63,7 @@ def check_config(
     found += [
         problem(f"{CONFIG}: {key}", "is not what the source has")
         for key in sorted(ours.keys() & theirs.keys())
-        if not _same(ours[key], theirs[key])
+        if not same(ours[key], theirs[key])
     ]
     places = [place for place in _places(out.config) if place != "quantization_config"]
     found += [problem(f"{CONFIG}: {place}", "is another quantization_config, which vLLM may read") for place in places]
@@ -84,7 +84,7 @@ def check_config(
     ]
     for key in sorted(expected.keys() | block.keys()):
         if key not in ("ignore", "conversion") and not (
-            key in block and key in expected and _same(block[key], expected[key])
+            key in block and key in expected and same(block[key], expected[key])
         ):
             found.append(problem(f"quantization_config: {key}", f"is {block.get(key)!r}, not {expected.get(key)!r}"))
     return found
@@ -112,12 +112,12 @@ def _strings(value: object) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two JSON values are equal, 1 and true and 1.0 told apart."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and bool(a == b)
 
 

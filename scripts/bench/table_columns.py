@@ -192,6 +192,20 @@ COLUMNS: dict[str, Columns] = {
         ("bytes a token and channel", "{bytes_a_token_and_channel:.0f}"),
         ("seconds", "{seconds:.0f}"),
     ),
+    "distill-rates": (
+        *(("preset", "{preset}"), ("entries", "{entries:g}"), ("scales", "{scale:g}"), ("norms", "{other:g}")),
+        *(("weights", "{weight:g}"), ("towards the teacher", "{towards:g}"), ("training text", "{training:.5f}")),
+        ("held-out text, change", "{change:+.5f} ± {change_standard_error:.5f}"),
+    ),
+    "distill-kl": (
+        *(("checkpoint", "{weights}"), ("activations", "{activations}"), ("tokens trained on", "{tokens:,}")),
+        *(("s", "{seconds:.0f}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
+        *(("perplexity", "{perplexity:.3f}"), ("same next token", "{agreement:.2%}")),
+    ),
+    "distill-block": (
+        *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("s a block", "{seconds_per_block:.3f}")),
+        *(("bytes kept", "{bytes_kept_per_block:,}"), ("bytes at most", "{peak_bytes_per_block:,}")),
+    ),
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),

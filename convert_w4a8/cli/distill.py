@@ -1,0 +1,189 @@
+"""`w4a8 distill`: train a W4A8 checkpoint to predict as the model in 16 bits does."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.files import check_writable, write_files
+from convert_w4a8.cli.output import echo, echo_error, echo_json
+from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
+from convert_w4a8.cli.progress import training_progress
+from convert_w4a8.cli.quantize import Mask, read_data
+
+if TYPE_CHECKING:
+    from convert_w4a8.checkpoint.directory import Checkpoint
+    from convert_w4a8.distillation.run import TrainingData
+    from convert_w4a8.samples.masks import MaskOptions
+
+_DROP, _UNIFORM = "drop", "uniform"
+
+
+@click.command("distill", cls=W4A8Command)
+@click.argument("start", metavar="OUT_W4A8", type=CHECKPOINT)
+@click.option(
+    "--out",
+    required=True,
+    metavar="OUT2",
+    type=LocalPath(path_type=Path, directory=True),
+    help="Where the trained checkpoint goes. It must not exist or be empty; it appears whole or not at all.",
+)
+@click.option(
+    "--teacher", required=True, metavar="MODEL", type=CHECKPOINT, help="The model in 16 bits: a directory or a Hub id."
+)
+@click.option(
+    "--data",
+    type=LocalPath(path_type=Path),
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Text to train on, as for w4a8 quantize. Can be given more than once; each file is a domain.",
+)
+@click.option(
+    "--held-out",
+    type=LocalPath(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Text to measure on, and to choose the best step by. [default: one of 16 samples of each file of --data]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["tables", "weights"]),
+    default="tables",
+    show_default=True,
+    help="tables: FP8 tables, channel scales, norms and biases. weights: also the weights, with codes chosen anew.",
+)
+@click.option(
+    "--mix",
+    default=_DROP,
+    show_default=True,
+    metavar="drop|uniform|FILE",
+    help="How much of each domain is trained on. drop: as much as quantization hurt it, measured before the training."
+    " uniform: as much of each. FILE: JSON with the drop of each domain.",
+)
+@click.option(
+    "--mask",
+    type=Mask(),
+    metavar="MASK",
+    help="Tokens whose prediction does not count: template, system, tools, repeated, with commas between."
+    " [default: none]",
+)
+@click.option("--max-length", type=click.IntRange(min=2), metavar="N", help="Cut samples to so many tokens.")
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Steps of training.")
+@click.option(
+    "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each step."
+)
+@click.option(
+    "--rate", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Factor of all rates."
+)
+@click.option("--every", type=click.IntRange(min=1), default=25, show_default=True, help="Steps between measurements.")
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Stop after so many measurements without a better one. 0: never.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of the samples.")
+@click.option("--recompute", is_flag=True, help="Compute blocks twice instead of keeping what they computed.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N]",
+    help="Where the model is trained. auto: on a GPU of compute capability 8.0 or higher, if there is one.",
+)
+@click.option(
+    "--teacher-device", metavar="cpu|cuda[:N]", help="Where the teacher runs. [default: where the model is trained]"
+)
+@click.option("--png", type=LocalPath(path_type=Path), metavar="FILE", help="Draw the curve of the training.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT2 if it exists.")
+@click.option("--resume", is_flag=True, help="Continue a training to OUT2 that was interrupted, if there is one.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
+def distill_command(
+    start: str,
+    out: Path,
+    teacher: str,
+    data: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    mix: str,
+    mask: "MaskOptions | None",
+    max_length: int | None,
+    device: str,
+    teacher_device: str | None,
+    png: Path | None,
+    overwrite: bool,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Train a W4A8 checkpoint to predict as the model in 16 bits does.
+
+    OUT_W4A8 is what `w4a8 quantize` wrote (format lut, free tables). The training minimizes the divergence of its
+    predictions, computed as the kernel computes them, from the teacher's. Nothing is written unless that of text that
+    is not trained on falls. Needs transformers.
+    """
+    from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.cli import render_distilled as render
+    from convert_w4a8.devices import resolve_device
+    from convert_w4a8.distillation.linear import Preset
+    from convert_w4a8.distillation.options import DistillOptions
+    from convert_w4a8.distillation.run import check_paths, distill
+    from convert_w4a8.hub.repository import resolve_input
+    from convert_w4a8.report import training
+    from convert_w4a8.report.drawing import require_matplotlib
+
+    if png is not None:
+        require_matplotlib()
+        check_writable(png)
+    options = DistillOptions(**{**choices, "preset": Preset(choices["preset"])})
+    trained, source = open_checkpoint(resolve_input(start)), open_checkpoint(resolve_input(teacher))
+    on, teacher_on = resolve_device(device), resolve_device(teacher_device or device)
+    check_paths(trained, source, out, overwrite=overwrite, resume=resume)
+    found = _read(source, data, held_out, mix, mask, max_length)
+    if not (quiet or as_json):
+        echo(render.plan_text(options, found))
+        echo_error("distill    begins; Ctrl-C keeps the last measurement for --resume")
+    with training_progress(options.steps, quiet=quiet or as_json) as update:
+        result = distill(
+            trained,
+            source,
+            found,
+            out,
+            options,
+            device=on,
+            teacher_device=teacher_on,
+            overwrite=overwrite,
+            resume=resume,
+            progress=update,
+        )
+    if png is not None:
+        write_files({png: training.draw(result)})
+    if as_json:
+        echo_json({"output": str(out), **result.as_dict()})
+    elif not quiet:
+        echo(render.result_text(result, start, out))
+
+
+def _read(
+    source: "Checkpoint",
+    data: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    mix: str,
+    mask: "MaskOptions | None",
+    max_length: int | None,
+) -> "TrainingData":
+    """Read samples and drops."""
+    from convert_w4a8.distillation.mix import by_tag, hold_out, read_drops
+    from convert_w4a8.distillation.run import TrainingData
+
+    samples: Any = read_data(source, data, mask, max_length=max_length).samples
+    if held_out:
+        measured: Any = read_data(source, held_out, mask, max_length=max_length).samples
+    else:
+        samples, measured = hold_out(samples)
+    drops = None if mix in (_DROP, _UNIFORM) else read_drops(Path(mix), list(by_tag(samples)))
+    return TrainingData(tuple(samples), tuple(measured), drops, uniform=mix == _UNIFORM)

@@ -1,0 +1,46 @@
+"""What `w4a8 distill` prints for people."""
+
+import shlex
+from pathlib import Path
+
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cli.render import verify_command
+from convert_w4a8.distillation.mix import by_tag
+from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.distillation.result import DistillResult
+from convert_w4a8.distillation.run import TrainingData
+from convert_w4a8.targets import find_target
+from convert_w4a8.text import counted, human_seconds, printable, table
+
+
+def plan_text(options: DistillOptions, data: TrainingData) -> str:
+    """Render what is going to be done."""
+    tags = by_tag(data.samples)
+    tokens = sum(map(len, data.samples))
+    measured = sum(map(len, data.held_out))
+    names = ", ".join(printable(tag) for tag in list(tags)[:6]) + (", …" if len(tags) > 6 else "")
+    return (
+        f"train      {options.preset}: up to {options.steps:,} steps of {options.batch_tokens:,} tokens\n"
+        f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
+        f" ({names})\n"
+        f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens"
+    )
+
+
+def result_text(result: DistillResult, start: str, out: Path) -> str:
+    """Render a finished training; `start` is the checkpoint that was trained, as they named it."""
+    rows = [
+        (printable(domain.tag), f"{domain.share:.1%}", f"{domain.before:.5f}", f"{domain.after:.5f}")
+        for domain in result.domains
+    ]
+    return "\n".join(
+        [
+            f"trained    {result.tokens:,} tokens in {human_seconds(result.seconds)}; the best step is"
+            f" {result.best_step:,}",
+            f"KL         {result.before:.5f} → {result.after:.5f} nats per held-out token"
+            f" ({result.change:+.5f} ± {result.change_error:.5f}, {result.change / result.before:+.0%})",
+            table(rows, ("domain", "share of tokens", "KL before", "KL after")),
+            f"verify     {verify_command(out, start)}",
+            f"serve      {find_target(open_checkpoint(out)).serve_command(shlex.quote(str(out)))}",
+        ]
+    )

@@ -1,0 +1,141 @@
+"""A linear layer that computes as the W4A8 kernel does, and that can be trained."""
+
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import nn
+
+from convert_w4a8.distillation.tables import (
+    look_up,
+    nearest_codes,
+    nearest_within_cells,
+    round_to_e4m3,
+    spacing,
+    sum_by_entry,
+)
+from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes
+from convert_w4a8.encoding.tables import quantize_tokens, table_entries
+from convert_w4a8.linear import Packing, W4A8Linear
+
+
+class Preset(StrEnum):
+    """What is trained."""
+
+    TABLES = "tables"
+    """Table entries, channel scales, norms and biases. Codes stay."""
+    WEIGHTS = "weights"
+    """Also the weights: the code of each is the nearest entry of its table, chosen anew at every step."""
+
+
+class LutLinear(nn.Module):
+    """Stands for an `nn.Linear` of N × K.
+
+    codes: uint8 [N, K], unsigned. start: float32 [N, G, 8], the entries that came in; step: their spacing in E4M3.
+    entries: float32 [N, G, 8], trained, how far the entries are from `start` in units of `step`.
+    scale: float32 [N], trained, the logarithm of the channel scales by those that came in, `channel_scale`.
+    weight: float32 [N, K], trained, latent weights in units of `channel_scale`·`unit`; None if codes are fixed.
+    unit: the root mean square of the layer's weights in units of their channel scales.
+    bias: bfloat16 [N], or None.
+    """
+
+    codes: torch.Tensor
+    start: torch.Tensor
+    step: torch.Tensor
+    channel_scale: torch.Tensor
+
+    def __init__(
+        self,
+        w: W4A8Linear,
+        bias: torch.Tensor | None,
+        preset: Preset,
+        original: torch.Tensor | None = None,
+        towards: float = 0.0,
+    ) -> None:
+        """Make the layer of `w`.
+
+        original: the teacher's weights [N, K]. towards: how far latent weights begin from the values of their codes
+        towards these, as far as the codes allow: 0 at the values, 1 at the place nearest to the teacher's weight.
+        """
+        super().__init__()
+        n, k = w.shape_nk
+        start = table_entries(w).float().transpose(0, 1).contiguous()
+        codes = unpack_codes(to_pack_quantized(w.packed, w.packing), Packing.PACK_QUANTIZED).to(torch.uint8).view(n, k)
+        self.register_buffer("codes", codes.contiguous(), persistent=False)
+        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("step", spacing(start), persistent=False)
+        self.register_buffer("channel_scale", w.channel_scale.clone(), persistent=False)
+        self.entries = nn.Parameter(torch.zeros_like(start))
+        self.scale = nn.Parameter(torch.zeros_like(w.channel_scale))
+        self.bias = None if bias is None else nn.Parameter(bias.bfloat16())
+        self.weight: nn.Parameter | None = None
+        self.unit = 1.0
+        if preset is Preset.WEIGHTS:
+            values = look_up(start, self.codes)
+            latent = values.clone()
+            if original is not None and towards:
+                near = nearest_within_cells(original.float() / self.channel_scale[:, None], start, self.codes)
+                latent.lerp_(near, towards)
+            self.unit = float(values.square().mean().sqrt().clamp(min=2.0**-9))
+            self.weight = nn.Parameter(latent.div_(self.unit))
+
+    def current(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what the layer multiplies by: entries float32 [N, G, 8] on the E4M3 grid, channel scales, codes."""
+        with torch.no_grad():
+            entries = round_to_e4m3(self.start + self.entries * self.step)
+            scale = self.channel_scale * self.scale.exp()
+            codes = self.codes
+            if self.weight is not None:
+                codes = nearest_codes(self.weight * (self.unit * self.channel_scale / scale)[:, None], entries)
+        return entries, scale, codes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply activations bfloat16 [..., K]; bfloat16 [..., N]."""
+        flat = x.flatten(0, -2)
+        y: torch.Tensor = _Multiply.apply(  # type: ignore[no-untyped-call]
+            flat, self.entries, self.scale, self.weight, self
+        )
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class _Multiply(torch.autograd.Function):
+    """y = bf16(s·(C·(a·eᵀ))) with x ≈ s·a per token; rounding of x, of entries and to codes passes gradients on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        entries: torch.Tensor,  # noqa: ARG004  (`layer.current` reads it; here it is for its gradient)
+        scale: torch.Tensor,  # noqa: ARG004
+        weight: torch.Tensor | None,
+        layer: LutLinear,
+    ) -> torch.Tensor:
+        rounded, channel, codes = layer.current()
+        tokens, token_scale = quantize_tokens(x)
+        accumulated = _product(tokens, look_up(rounded, codes).t())
+        ctx.save_for_backward(tokens, token_scale, rounded, channel, codes)
+        ctx.step, ctx.unit, ctx.base = layer.step, layer.unit, layer.channel_scale
+        ctx.has_weight = weight is not None
+        return (token_scale * (channel * accumulated)).bfloat16()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens, token_scale, rounded, channel, codes = ctx.saved_tensors
+        weights = look_up(rounded, codes)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _product((gradient * channel).bfloat16(), weights).to(gradient.dtype)
+        of_weights = _product(gradient.t(), (tokens.float() * token_scale).bfloat16())
+        d_scale = (of_weights * weights).sum(1) * channel
+        d_weight = of_weights * (ctx.unit * ctx.base)[:, None] if ctx.has_weight else None
+        of_weights *= channel[:, None]
+        d_entries = sum_by_entry(of_weights, codes) * ctx.step
+        return dx, d_entries, d_scale, d_weight, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply matrices of bfloat16 or E4M3 numbers, whatever dtype they are in, with sums in float32."""
+    if a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)

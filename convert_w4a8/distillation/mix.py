@@ -1,0 +1,118 @@
+"""Which samples are trained on: more of those domains that quantization hurt more.
+
+The domain of a sample, its tag, is the name of its file without endings.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert_w4a8.checkpoint.json_file import read_json
+from convert_w4a8.distillation.data import Batch, in_batches, make_batch
+from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.samples.sample import Sample
+
+FLOOR = 0.25
+"""The part of all tokens that is shared evenly, so that no domain is forgotten."""
+_EVERY = 16
+"""One of so many samples of a domain is held out, …"""
+_HELD_OUT_TOKENS = 32_768
+"""… while these are no more tokens."""
+_REMEDY = "name one number for each file of --data, by its name without endings"
+
+
+def tag_of(sample: Sample) -> str:
+    """Return the domain of a sample. `Sample.origin` is FILE line N, or FILE document N."""
+    name = Path(sample.origin.rsplit(" ", 2)[0]).name
+    return name.partition(".")[0] or name
+
+
+def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Return the numbers of the samples of each domain, in order."""
+    found: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        found.setdefault(tag_of(sample), []).append(number)
+    return found
+
+
+def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples to train on and those to measure on: of each domain some, evenly spread.
+
+    Raises:
+        ConvertError: a domain has one sample only.
+
+    """
+    held: set[int] = set()
+    for tag, numbers in by_tag(samples).items():
+        if len(numbers) < 2:
+            reason = "has one sample, and some have to be held out to measure on"
+            raise ConvertError(tag, reason, "add samples, or name others with --held-out")
+        room = _HELD_OUT_TOKENS
+        for number in numbers[_EVERY // 2 :: _EVERY] or numbers[-1:]:
+            if held and len(samples[number]) > room:
+                break
+            room -= len(samples[number])
+            held.add(number)
+    return (
+        [sample for number, sample in enumerate(samples) if number not in held],
+        [samples[number] for number in sorted(held)],
+    )
+
+
+def read_drops(path: Path, tags: Sequence[str]) -> dict[str, float]:
+    """Return how much quantization cost each domain, from a JSON object of numbers, or one with it under `drops`.
+
+    Raises:
+        ConvertError: a domain is missing, or has no such number.
+
+    """
+    found: Any = read_json(path)
+    found = found.get("drops", found)
+    drops = {}
+    for tag in tags:
+        value = found.get(tag) if isinstance(found, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConvertError(f"{path}: {tag}", "is absent, or not a number", _REMEDY)
+        drops[tag] = float(value)
+    return drops
+
+
+def shares(drops: Mapping[str, float], floor: float = FLOOR) -> dict[str, float]:
+    """Return the share of the tokens of each domain: `floor` evenly, the rest as the drops are, none for gains."""
+    least = {tag: max(0.0, drop) for tag, drop in drops.items()}
+    total = sum(least.values())
+    if not total:
+        return dict.fromkeys(drops, 1 / len(drops))
+    return {tag: floor / len(drops) + (1 - floor) * drop / total for tag, drop in least.items()}
+
+
+def mixed(samples: Sequence[Sample], parts: Mapping[str, float], options: DistillOptions) -> Callable[[int], Batch]:
+    """Return the batch of each step. All samples of a domain come once in a random order, then again in another."""
+    order = _order(samples, parts, options.seed)
+    plan = list(islice(in_batches(samples, order, options.batch_tokens), options.steps))
+    return lambda step: make_batch(samples, plan[step])
+
+
+def _order(samples: Sequence[Sample], parts: Mapping[str, float], seed: int) -> Iterator[int]:
+    """Yield numbers of samples without end: next is always the domain that is furthest behind its share."""
+    numbers = by_tag(samples)
+    streams = {tag: _endless(numbers[tag], seed, place) for place, tag in enumerate(sorted(numbers))}
+    served = dict.fromkeys(streams, 0.0)
+    while True:
+        tag = min(streams, key=lambda each: (served[each], each))
+        number = next(streams[tag])
+        served[tag] += len(samples[number]) / parts[tag]
+        yield number
+
+
+def _endless(numbers: Sequence[int], seed: int, place: int) -> Iterator[int]:
+    epoch = 0
+    while True:
+        generator = np.random.default_rng((seed, place, epoch))
+        yield from (numbers[i] for i in generator.permutation(len(numbers)).tolist())
+        epoch += 1

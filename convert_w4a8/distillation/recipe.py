@@ -1,0 +1,55 @@
+"""How an output was trained, in words: for its config.json and its card."""
+
+from typing import Any
+
+from convert_w4a8.distillation.linear import Preset
+from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.distillation.result import DistillResult
+from convert_w4a8.text import markdown_code
+
+_TRAINED = {
+    Preset.TABLES: "FP8 tables, channel scales, norms and biases; the INT4 codes are those that came in",
+    Preset.WEIGHTS: "weights through their INT4 codes, FP8 tables, channel scales, norms and biases",
+}
+
+
+def record(options: DistillOptions, digest: str, result: DistillResult) -> dict[str, Any]:
+    """Return what config.json says of a training."""
+    return {
+        "preset": str(options.preset),
+        "steps": result.best_step,
+        "tokens": result.tokens,
+        "held_out_kl": [round(result.before, 6), round(result.after, 6)],
+        "data_sha256": digest,
+    }
+
+
+def section(options: DistillOptions, result: DistillResult) -> str:
+    """Return what the card says of a training, in Markdown."""
+    rows = [
+        ("trained", _TRAINED[options.preset]),
+        ("tokens", f"{result.tokens:,}; the best of {options.steps} steps was {result.best_step}"),
+        (
+            "KL of held-out samples, nats per token",
+            f"{result.before:.5f} before, {result.after:.5f} now ({result.change:+.5f} ± {result.change_error:.5f})",
+        ),
+    ]
+    rows += [
+        (
+            f"… {markdown_code(domain.tag)}, {domain.share:.0%} of the tokens",
+            f"{domain.before:.5f} before, {domain.after:.5f} now",
+        )
+        for domain in result.domains
+        if len(result.domains) > 1
+    ]
+    return "\n".join(
+        [
+            "## Distillation",
+            "",
+            "Trained by `w4a8 distill` to give the predictions of the model in 16 bits, in the kernel's arithmetic.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+        ]
+    )

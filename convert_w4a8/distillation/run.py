@@ -1,0 +1,266 @@
+"""Distilling a checkpoint: mix, training with held-out measurements, and the output."""
+
+import hashlib
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.disk import check_destination, real_path
+from convert_w4a8.checkpoint.places import check_name
+from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.conversion.destination import check_replaceable, privacy
+from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
+from convert_w4a8.distillation.machine import deterministic, memory_errors
+from convert_w4a8.distillation.mix import by_tag, mixed, shares, tag_of
+from convert_w4a8.distillation.options import RATES, DistillOptions
+from convert_w4a8.distillation.output import plan_files, write_output
+from convert_w4a8.distillation.recipe import record, section
+from convert_w4a8.distillation.result import DistillResult, Domain, Point
+from convert_w4a8.distillation.state import StateDirectory
+from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.train import Trainer, difference, mean
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.samples.sample import Sample
+
+_SURE = 2.0
+"""Standard errors by which the divergence of held-out samples has to fall, or nothing is written."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples to train on and to measure on. drops: of each domain, for the mix; None: those that are measured.
+
+    uniform: as much of each domain, whatever the drops.
+    """
+
+    samples: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
+    drops: Mapping[str, float] | None = None
+    uniform: bool = False
+
+    def digest(self) -> str:
+        """Return a SHA-256 of all that a training can depend on."""
+        found = hashlib.sha256(repr((self.uniform, self.drops and sorted(self.drops.items()))).encode())
+        for sample in (*self.samples, *self.held_out):
+            found.update(repr((len(sample), tag_of(sample))).encode())
+            found.update(sample.tokens.astype("<i4").tobytes())
+            found.update(sample.kept.tobytes())
+        return found.hexdigest()
+
+
+def check_paths(start: Checkpoint, teacher: Checkpoint, out: Path, *, overwrite: bool, resume: bool) -> None:
+    """Check that the output can be written at `out`, without touching anything.
+
+    Raises:
+        ConvertError: `out` is taken, or overlaps one of the inputs or the working directory.
+
+    """
+    try:
+        target = real_path(out)
+    except OSError as error:
+        raise ConvertError(str(out), "is or lies behind a link that leads nowhere", "choose another path") from error
+    for checkpoint in (start, teacher):
+        check_name(checkpoint.root.absolute())
+        source = checkpoint.root.resolve()
+        if source == target or source in target.parents or target in source.parents:
+            raise ConvertError(str(out), f"overlaps {checkpoint.root}", "choose another output path")
+    check_name(out.absolute())
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise ConvertError(str(out), "is the working directory or above it", "choose another output path")
+    check_destination(out, overwrite=overwrite or resume)
+    if overwrite:
+        check_replaceable(out, start)
+    StateDirectory(target).check(resume=resume, overwrite=overwrite)
+
+
+def distill(
+    start: Checkpoint,
+    teacher: Checkpoint,
+    data: TrainingData,
+    out: Path,
+    options: DistillOptions,
+    *,
+    device: torch.device,
+    teacher_device: torch.device | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, float], None] = lambda _step, _loss: None,
+) -> DistillResult:
+    """Train the W4A8 checkpoint `start` to predict as `teacher` does. `out` appears whole, at the end, or not at all.
+
+    progress: called with the number of each step and its divergence in nats per token.
+
+    Raises:
+        ConvertError: the inputs, the output path or the memory do not allow it, or training did not help.
+
+    """
+    check_paths(start, teacher, out, overwrite=overwrite, resume=resume)
+    before = _fingerprint(start, teacher, options, data)
+    state = StateDirectory(real_path(out))
+    plan = plan_files(start)
+    with CheckpointWriter(
+        out,
+        plan,
+        fingerprint=before,
+        # Files are written at the end; those of an interrupted run, perhaps on another device, are not kept.
+        fingerprints={shard.file_name: secrets.token_hex(8) for shard in plan},
+        overwrite=overwrite,
+        resume=resume,
+        privacy=privacy(start),
+    ) as writer:
+        if not resume:
+            state.remove()
+        with memory_errors(), deterministic(device):
+            run = _Run(start, teacher, data, options, device, teacher_device or device, state, before)
+            try:
+                result = run.train(progress)
+            except KeyboardInterrupt as error:
+                if run.kept is not None:
+                    error.add_note(f"step {run.kept} of {options.steps} is kept; --resume continues from there")
+                raise
+            except ConvertError:
+                state.remove()
+                raise
+        write_output(writer, start, run.student, record(options, data.digest(), result), section(options, result))
+        check_unchanged(before, _fingerprint(start, teacher, options, data))
+        writer.commit()
+    state.remove()
+    return result
+
+
+class _Run:
+    """One training."""
+
+    def __init__(
+        self,
+        start: Checkpoint,
+        teacher: Checkpoint,
+        data: TrainingData,
+        options: DistillOptions,
+        device: torch.device,
+        teacher_device: torch.device,
+        state: StateDirectory,
+        fingerprint_: Mapping[str, Any],
+    ) -> None:
+        self._data, self._options, self._state, self._fingerprint = data, options, state, fingerprint_
+        self.kept: int | None = None
+        saved = state.load(fingerprint_)
+        self.student = load_student(start, teacher, options.preset, device, options.towards)
+        self._trainer = Trainer(self.student, load_teacher(teacher, teacher_device), options, device)
+        self._spent, self._tokens = 0.0, 0
+        if saved is None:
+            self._before = self._trainer.measure(data.held_out)
+            self._curve = [Point(0, None, mean(self._before))]
+            self._best, self._best_values = self._before.clone(), self._trainer.values()
+            self._best_step = self._worse = 0
+        else:
+            tensors, notes = saved.tensors, saved.notes
+            self._before, self._best = tensors["before"], tensors["best"]
+            self._best_values = {
+                name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")
+            }
+            self._curve = [Point(*point) for point in notes["curve"]]
+            self._best_step, self._worse = notes["best_step"], notes["worse"]
+            self._spent, self._tokens = notes["seconds"], notes["tokens"]
+            self._trainer.restore(tensors, notes["step"])
+            self.kept = notes["step"]
+        tags = by_tag(data.held_out)
+        self.drops = {tag: mean(self._before[numbers]) for tag, numbers in tags.items()}
+        self.shares = self._shares()
+        self._batch = mixed(data.samples, self.shares, options)
+
+    def _shares(self) -> dict[str, float]:
+        tags = list(by_tag(self._data.samples))
+        if self._data.uniform:
+            return {tag: 1 / len(tags) for tag in tags}
+        drops = self.drops if self._data.drops is None else self._data.drops
+        if missing := [tag for tag in tags if tag not in drops]:
+            reason = "is a domain of --data, and none of --held-out: its drop is not known"
+            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
+        return shares({tag: drops[tag] for tag in tags})
+
+    def train(self, progress: Callable[[int, float], None]) -> DistillResult:
+        """Train to the end, leave the best values in the student, and return what came of it.
+
+        Raises:
+            ConvertError: no measurement was better than the first one.
+
+        """
+        options, trainer = self._options, self._trainer
+        began = time.monotonic() - self._spent
+        losses: list[float] = []
+        while trainer.step < options.steps and not (options.patience and self._worse >= options.patience):
+            batch = self._batch(trainer.step)
+            loss = trainer.train(batch)
+            if not math.isfinite(loss):
+                reason = f"is {loss} at step {trainer.step}: the training does not converge"
+                raise ConvertError("divergence", reason, "give a lower --rate")
+            losses.append(loss)
+            self._tokens += sum(len(self._data.samples[number]) for number in batch.samples)
+            progress(trainer.step, loss)
+            if trainer.step % options.every == 0 or trainer.step == options.steps:
+                self._measure(losses, time.monotonic() - began)
+                losses = []
+        seconds = time.monotonic() - began
+        change, error = difference(self._best, self._before)
+        if not change < -_SURE * error:
+            reason = f"changed by {change:+.5f} ± {error:.5f} nats per token at best, which is no gain for sure"
+            raise ConvertError(
+                "divergence of held-out samples",
+                f"{reason}; nothing was written",
+                "give more data, more --steps, more --held-out, or a lower --rate",
+            )
+        trainer.set_values(self._best_values)
+        tags = by_tag(self._data.held_out)
+        domains = tuple(
+            Domain(tag, self.shares.get(tag, 0.0), self.drops[tag], mean(self._best[numbers]))
+            for tag, numbers in tags.items()
+        )
+        return DistillResult(
+            curve=tuple(self._curve),
+            best_step=self._best_step,
+            before=mean(self._before),
+            after=mean(self._best),
+            change=change,
+            change_error=error,
+            domains=domains,
+            tokens=self._tokens,
+            seconds=seconds,
+        )
+
+    def _measure(self, losses: list[float], seconds: float) -> None:
+        """Measure on the held-out samples, and keep the state."""
+        measured = self._trainer.measure(self._data.held_out)
+        step = self._trainer.step
+        self._curve.append(Point(step, sum(losses) / len(losses), mean(measured)))
+        if mean(measured) < mean(self._best):
+            self._best, self._best_values = measured, self._trainer.values()
+            self._best_step, self._worse = step, 0
+        else:
+            self._worse += 1
+        notes = {
+            "fingerprint": dict(self._fingerprint),
+            "curve": [[point.step, point.training, point.held_out] for point in self._curve],
+            "best_step": self._best_step,
+            "worse": self._worse,
+            "seconds": seconds,
+            "tokens": self._tokens,
+        }
+        tensors = {"before": self._before, "best": self._best} | self._trainer.state()
+        tensors |= {f"best.{name}": value for name, value in self._best_values.items()}
+        self._state.save(step, notes, tensors)
+        self.kept = step
+
+
+def _fingerprint(start: Checkpoint, teacher: Checkpoint, options: DistillOptions, data: TrainingData) -> dict[str, Any]:
+    """Describe a training by all that its output depends on, as JSON."""
+    found = fingerprint(start, options)
+    found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
+    return found | {"rates": asdict(RATES[options.preset]), "data": data.digest()}

@@ -1,0 +1,108 @@
+"""What an interrupted training leaves beside OUT: `.OUT.w4a8-distill`, from which `--resume` continues.
+
+    state.json               the fingerprint of the training, the last step, and the curve
+    state-STEP.safetensors   values and moments at that step, the best values so far, and the first measurement
+
+The JSON file is replaced when the tensors are on the disk, so the two always belong together. Nothing is unpickled.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from convert_w4a8.checkpoint.disk import disk_errors, fsync
+from convert_w4a8.errors import ConvertError, DiskError
+
+_SUFFIX = ".w4a8-distill"
+_NOTES = "state.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that was kept: JSON notes and tensors."""
+
+    notes: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+
+class StateDirectory:
+    """The directory of one output. Whoever uses it holds the lock of the output's work directory."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out.parent / f".{out.name}{_SUFFIX}"
+        self._out = out
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse what another training left, unless it is to be continued or replaced.
+
+        Raises:
+            ConvertError: there is one, or what lies there is not ours.
+
+        """
+        if self.path.is_symlink() or (self.path.exists() and self.path.lstat().st_uid != os.geteuid()):
+            raise ConvertError(
+                str(self.path), "is not what a training leaves", "remove it, or choose another output path"
+            )
+        if (self.path / _NOTES).is_file() and not (resume or overwrite):
+            raise ConvertError(
+                str(self.path),
+                f"is left of a training to {self._out.name} that was interrupted",
+                "pass --resume to continue it, or --overwrite to begin again",
+            )
+
+    def load(self, fingerprint: Mapping[str, Any]) -> Saved | None:
+        """Return the state that was kept, if there is one.
+
+        Raises:
+            ConvertError: it is of another training, or damaged.
+
+        """
+        if not (self.path / _NOTES).is_file():
+            return None
+        again = "begin again with --overwrite and without --resume"
+        try:
+            notes = json.loads((self.path / _NOTES).read_text(encoding="utf-8"))
+            ours, theirs = notes["fingerprint"], json.loads(json.dumps(fingerprint))
+            for key in [*theirs, *ours]:
+                if ours.get(key) != theirs.get(key):
+                    reason = "is not what it was in the training that was interrupted"
+                    raise ConvertError(f"{self._out.name}: {key}", reason, f"resume with the same input, or {again}")
+            return Saved(notes, load_file(self.path / f"state-{int(notes['step'])}.safetensors"))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ConvertError(str(self.path), f"cannot be read ({error})", again) from error
+
+    def save(self, step: int, notes: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a state, whole or not at all, and forget those before it."""
+        with disk_errors(self.path):
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            file = self.path / f"state-{step}.safetensors"
+            _write(tensors, file)
+            fsync(file)
+            new = self.path / f"{_NOTES}.new"
+            new.write_text(json.dumps({**notes, "step": step}), encoding="utf-8")
+            fsync(new)
+            new.replace(self.path / _NOTES)
+            fsync(self.path)
+            for old in self.path.glob("state-*.safetensors"):
+                if old != file:
+                    old.unlink()
+
+    def remove(self) -> None:
+        """Remove it, if there is one."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(dict(tensors), file)
+    except SafetensorError as error:  # the library's own word for what the system says
+        file.unlink(missing_ok=True)
+        raise DiskError(str(file), f"cannot be written ({error})", "free space, or choose another disk") from error

@@ -1,0 +1,165 @@
+"""The two models: the teacher as transformers computes it in BF16, and the student, whose layers are `LutLinear`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.files import CONFIG
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.distillation.linear import LutLinear, Preset
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.targets import find_target
+from convert_w4a8.version import install_command
+
+_ROLES = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
+"""What the tensors of a quantized layer are called."""
+_ANOTHER = "install another transformers, or distill a model that it has"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model to be trained.
+
+    layers: the quantized ones by their names in the checkpoint. others: its other trained parameters, in BF16, by
+    names likewise: norms and biases.
+    """
+
+    model: nn.Module
+    layers: dict[str, LutLinear]
+    others: dict[str, nn.Parameter]
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter that is trained, in a fixed order, with a name."""
+        for name, layer in self.layers.items():
+            for leaf in ("entries", "scale", "weight"):
+                parameter = getattr(layer, leaf)
+                if parameter is not None:
+                    yield f"{name}.{leaf}", parameter
+        yield from self.others.items()
+
+
+def load_teacher(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """Return a model in BF16 with the weights of a checkpoint that is not quantized.
+
+    Raises:
+        ConvertError: it is quantized, or transformers has no place for its tensors.
+
+    """
+    if checkpoint.quantization_config:
+        raise ConvertError(str(checkpoint.root), "is quantized", "give the model in 16 bits as --teacher")
+    state = {name: _in_bfloat16(read_tensor(info)) for name, info in checkpoint.tensors.items()}
+    return _build(checkpoint, state).to(device).requires_grad_(requires_grad=False)
+
+
+def load_student(
+    checkpoint: Checkpoint, teacher: Checkpoint, preset: Preset, device: torch.device, towards: float = 0.0
+) -> Student:
+    """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`.
+
+    Raises:
+        ConvertError: it is not of the format `lut` with stored tables, or transformers has no place for its tensors.
+
+    """
+    target = find_target(checkpoint)
+    names = target.find_layers(checkpoint)
+    if any(f"{name}.weight_lut" not in checkpoint.tensors for name in names):
+        raise ConvertError(
+            str(checkpoint.root), "has no tables of its own to train", "make it with w4a8 quantize --tables free"
+        )
+    used = {f"{name}.{role}" for name in names for role in _ROLES}
+    state = {name: _in_bfloat16(read_tensor(info)) for name, info in checkpoint.tensors.items() if name not in used}
+    layers: dict[str, LutLinear] = {}
+    with torch.device("cpu"):
+        for name in names:
+            w = target.decode(checkpoint, name, read_tensor)
+            n, k = w.shape_nk
+            state[f"{name}.weight"] = torch.empty(1, dtype=torch.bfloat16).expand(n, k)
+            original = teacher.tensors.get(f"{name}.weight")
+            wanted = original is not None and preset is Preset.WEIGHTS and towards and original.shape == (n, k)
+            weight = read_tensor(original) if wanted and original is not None else None
+            layers[name] = LutLinear(w, state.get(f"{name}.bias"), preset, weight, towards)
+    model = _build(checkpoint, state).requires_grad_(requires_grad=False)
+    for name, layer in layers.items():
+        if not isinstance(_find(model, name), nn.Linear):
+            raise ConvertError(
+                name,
+                f"is no linear layer of transformers' {type(model).__name__} (experts in one tensor are not trained)",
+                "leave this model as it is",
+            )
+        above, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(above), leaf, layer)
+    others = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        is_bias = owner in layers and name == f"{owner}.bias"
+        if is_bias or (owner not in layers and parameter.dim() == 1):
+            parameter.requires_grad_()
+            others[name] = parameter
+    model.to(device)
+    return Student(model, layers, others)
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits bfloat16 [B, T, V] of token ids [B, T], padded on the right where samples are shorter."""
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    """Keep transformers from showing progress of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _build(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> nn.Module:
+    """Make transformers' model of a checkpoint's configuration, in BF16, with these tensors."""
+    try:
+        import transformers  # noqa: PLC0415  (an extra; it takes seconds)
+    except ImportError as error:
+        raise ConvertError(
+            "w4a8 distill", "needs transformers, which is not installed", install_command("quantize")
+        ) from error
+    subject = f"{CONFIG}: model_type {checkpoint.config.get('model_type')!r}"
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        automatic: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        with _without_bars(transformers.utils.logging):
+            model, info = automatic[type(config)].from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.bfloat16, output_loading_info=True
+            )
+    except (ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError) as error:
+        line = str(error).partition("\n")[0][:200]
+        raise ConvertError(subject, f"cannot be built by transformers ({line})", _ANOTHER) from error
+    wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in sorted(info[key])]
+    if wrong:
+        raise ConvertError(
+            str(checkpoint.root),
+            f"has tensors other than those of transformers' {type(model).__name__} (first: {wrong[0]})",
+            _ANOTHER,
+        )
+    found: nn.Module = model
+    return found.eval()

@@ -1,0 +1,188 @@
+"""The training: Adam on the divergence of predictions, held-out measurements, and what a run continues from."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
+from convert_w4a8.distillation.loss import divergence
+from convert_w4a8.distillation.options import RATES, DistillOptions, Rates
+from convert_w4a8.distillation.student import Student, logits_of
+from convert_w4a8.samples.sample import Sample
+
+_BETAS = (0.9, 0.99)
+_EPSILON = 1e-12
+
+
+@dataclass
+class Trained:
+    """A trained parameter: its float32 values, Adam's moments, and how long a step of rate 1 is.
+
+    rounded: where a copy in BF16 is what the model computes with; None where the values are.
+    """
+
+    value: torch.Tensor
+    rounded: nn.Parameter | None
+    kind: str
+    unit: float
+    first: torch.Tensor
+    second: torch.Tensor
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """What has the gradient."""
+        return self.value if self.rounded is None else self.rounded
+
+
+class Trainer:
+    """A training that can be stopped and continued between any two steps."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: nn.Module,
+        options: DistillOptions,
+        device: torch.device,
+        rates: Rates | None = None,
+    ) -> None:
+        """Begin. rates: instead of `RATES` of the preset."""
+        self.student, self.teacher, self.options = student, teacher, options
+        self._device = device
+        self._rates = rates or RATES[options.preset]
+        self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
+        self._teacher_device = next(teacher.parameters()).device
+        self.step = 0
+        if options.recompute:
+            _recompute_blocks(student.model)
+
+    def divergences(self, batch: Batch) -> torch.Tensor:
+        """Return the divergence at each token of a batch that counts, float32 [kept]."""
+        with torch.no_grad():
+            theirs = logits_of(self.teacher, batch.ids.to(self._teacher_device)).to(self._device)
+        batch = batch.to(self._device)
+        ours = logits_of(self.student.model, batch.ids)
+        return divergence(ours.flatten(0, 1), theirs.flatten(0, 1))[batch.counts.flatten()]
+
+    def train(self, batch: Batch) -> float:
+        """Take one step; return the mean divergence of its batch before it, in nats per token."""
+        for one in self.trained.values():
+            one.parameter.grad = None
+        loss = self.divergences(batch).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._update(self.factor(self.step))
+        self.step += 1
+        return float(loss.detach())
+
+    def factor(self, step: int) -> float:
+        """Return what the rates are multiplied by at a step: a linear rise, and half a cosine down to nothing."""
+        rise = min(1.0, (step + 1) / max(1.0, self.options.warmup * self.options.steps))
+        return self.options.rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.options.steps))
+
+    @torch.no_grad()
+    def _update(self, factor: float) -> None:
+        """Take one step of Adam (Kingma and Ba, 2015)."""
+        count = self.step + 1
+        for one in self.trained.values():
+            gradient = one.parameter.grad
+            if gradient is None:
+                continue
+            gradient = gradient.float()
+            one.first.lerp_(gradient, 1 - _BETAS[0])
+            one.second.lerp_(gradient.square_(), 1 - _BETAS[1])
+            size = (one.second / (1 - _BETAS[1] ** count)).sqrt_().add_(_EPSILON)
+            rate = factor * getattr(self._rates, one.kind) * one.unit / (1 - _BETAS[0] ** count)
+            one.value.addcdiv_(one.first, size, value=-rate)
+            if one.rounded is not None:
+                one.rounded.copy_(one.value)
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Return of each sample the sum of its divergences and how many tokens they are, float64 [samples, 2]."""
+        found = torch.zeros(len(samples), 2, dtype=torch.float64)
+        for numbers in in_batches(samples, by_length(samples), self.options.batch_tokens):
+            batch = make_batch(samples, numbers)
+            values = torch.zeros(batch.counts.shape, dtype=torch.float64)
+            values[batch.counts] = self.divergences(batch).double().cpu()
+            found[numbers] = torch.stack((values.sum(1), batch.counts.sum(1).double()), dim=1)
+        return found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return copies of all that training changes, on the CPU, but for the number of the step."""
+        found = {}
+        for name, one in self.trained.items():
+            for part in ("value", "first", "second"):
+                found[f"{part}.{name}"] = getattr(one, part).detach().cpu().clone()
+        return found
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Return copies of the trained values alone, on the CPU."""
+        return {name: one.value.detach().cpu().clone() for name, one in self.trained.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Continue from a `state`."""
+        for name, one in self.trained.items():
+            for part in ("value", "first", "second"):
+                getattr(one, part).copy_(state[f"{part}.{name}"])
+        self._round()
+        self.step = step
+
+    @torch.no_grad()
+    def set_values(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put trained values in their place."""
+        for name, one in self.trained.items():
+            one.value.copy_(values[name])
+        self._round()
+
+    def _round(self) -> None:
+        for one in self.trained.values():
+            if one.rounded is not None:
+                one.rounded.copy_(one.value)
+
+
+def mean(measured: torch.Tensor) -> float:
+    """Return the mean divergence per token of what `Trainer.measure` found."""
+    return float(measured[:, 0].sum() / measured[:, 1].sum().clamp(min=1))
+
+
+def difference(measured: torch.Tensor, before: torch.Tensor) -> tuple[float, float]:
+    """Return how much the mean divergence has changed, and the standard error of that, paired by sample."""
+    tokens = measured[:, 1]
+    total = tokens.sum().clamp(min=1)
+    change = measured[:, 0] - before[:, 0]
+    found = change.sum() / total
+    count = len(tokens)
+    if count < 2:
+        return float(found), math.inf
+    # The delta method for a ratio of sums over independent samples.
+    error = (change - found * tokens).square().sum().mul(count / (count - 1)).sqrt() / total
+    return float(found), float(error)
+
+
+def _trained(name: str, parameter: nn.Parameter) -> Trained:
+    leaf = name.rpartition(".")[2]
+    own = parameter.dtype == torch.float32
+    kind = leaf if own and leaf in ("entries", "scale") else "weight" if own else "other"
+    value = parameter.data if own else parameter.detach().float()
+    unit = 1.0 if own else float(value.square().mean().sqrt().clamp(min=2.0**-7))
+    zeros = torch.zeros_like(value)
+    return Trained(parameter if own else value, None if own else parameter, kind, unit, zeros, zeros.clone())
+
+
+def _recompute_blocks(model: nn.Module) -> None:
+    """Let the backward pass compute decoder blocks again."""
+    part: Any = model
+    for block in part.get_decoder().layers:
+        block.forward = _checkpointed(block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

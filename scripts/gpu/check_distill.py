@@ -1,0 +1,223 @@
+"""Check and measure distillation on a GPU: `check_distill.py op|resume|block ...`.
+
+    op OUT_W4A8              every layer of a checkpoint, as the student computes it, against vLLM's `cutlass_w4a8_mm`
+    resume OUT_W4A8 --teacher MODEL --data FILE...
+                             a training that is stopped half-way and continued, against a whole one
+    block                    memory and time of a step for each block of Llama 8B's shape
+
+Products may differ by BF16's last bit, and by 2⁻¹³ of the sum of their terms' magnitudes for each of the tensor core's
+sums: it adds FP8 products in about 14 bits. Memory and time of a block are those of a model of three blocks less those
+of one of one block, halved.
+"""
+
+import argparse
+import hashlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parent))
+from results import PACKAGES, add_options, line, save
+
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.linear import LutLinear, Preset
+from convert_w4a8.distillation.mix import hold_out
+from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.distillation.run import TrainingData, distill
+from convert_w4a8.distillation.student import Student
+from convert_w4a8.distillation.train import Trainer
+from convert_w4a8.encoding.lut_layout import reorder
+from convert_w4a8.encoding.packing import pack_codes
+from convert_w4a8.encoding.tables import decode, quantize_tokens
+from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
+from convert_w4a8.samples.read import read_samples
+from convert_w4a8.samples.tokenizer import open_tokenizer
+from convert_w4a8.targets import find_target
+
+DEVICE = torch.device("cuda")
+Row = dict[str, Any]
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+SUMS = 2.0**-10
+"""As in check_gemm.py: what sums in the tensor core may change, relative to the sum of the terms' magnitudes."""
+
+
+def check_op(args: argparse.Namespace) -> Iterator[Row]:
+    """Compare each layer with vLLM's operator."""
+    from check_ops import dense
+
+    checkpoint = open_checkpoint(args.start)
+    target = find_target(checkpoint)
+    torch.manual_seed(0)
+    for name in target.find_layers(checkpoint):
+        cpu = target.decode(checkpoint, name, read_tensor)
+        assert cpu.entries is not None
+        w = W4A8Linear(cpu.packed.cuda(), cpu.packing, None, cpu.entries.cuda(), cpu.channel_scale.cuda())
+        layer = LutLinear(w, None, Preset.TABLES).to(DEVICE)
+        buffer = reorder(w.packed, w.packing)
+        weights = decode(w)
+        for m in (1, 17, 64, 300):
+            act = (torch.randn(m, w.shape_nk[1], device=DEVICE) * torch.randn(m, 1, device=DEVICE).exp()).bfloat16()
+            with torch.no_grad():
+                ours = layer(act).float()
+            theirs = dense(*quantize_tokens(act), w, buffer).float()
+            gap = (ours - theirs).abs()
+            step = torch.exp2(torch.floor(torch.log2(theirs.abs().clamp(min=2.0**-120))) - 7)
+            allowed = step + SUMS * (act.float().abs() @ weights.abs().t())
+            yield {
+                "layer": name,
+                "m": m,
+                "wrong": int((gap > allowed).sum()),
+                "same": float((gap == 0).float().mean()),
+                "error": float(gap.norm() / theirs.norm()),
+            }
+
+
+class _Stopped(KeyboardInterrupt):
+    """What a person's Ctrl-C would raise."""
+
+
+def check_resume(args: argparse.Namespace) -> Iterator[Row]:
+    """Train whole, again, and stopped half-way and continued: the same bytes."""
+    start, teacher = open_checkpoint(args.start), open_checkpoint(args.teacher)
+    samples = read_samples(args.data, open_tokenizer(teacher.root), max_tokens=200_000, max_length=512).samples
+    trained, held_out = hold_out(samples)
+    data = TrainingData(tuple(trained), tuple(held_out))
+
+    def stop(step: int, _loss: float) -> None:
+        if step == args.steps // 2 + 1:
+            raise _Stopped
+
+    for preset in Preset:
+        options = DistillOptions(preset=preset, steps=args.steps, every=args.steps // 4, batch_tokens=4096)
+        with tempfile.TemporaryDirectory() as directory:
+            digests = []
+            for name in ("whole", "again", "stopped"):
+                out = Path(directory, name)
+                if name == "stopped":
+                    with suppress(_Stopped):
+                        distill(start, teacher, data, out, options, device=DEVICE, progress=stop)
+                distill(start, teacher, data, out, options, device=DEVICE, resume=name == "stopped")
+                found = hashlib.sha256()
+                for path in sorted(out.glob("*.safetensors")):
+                    found.update(path.read_bytes())
+                digests.append(found.hexdigest())
+            yield {
+                "preset": str(preset),
+                "steps": args.steps,
+                "same_again": digests[0] == digests[1],
+                "same_resumed": digests[0] == digests[2],
+            }
+
+
+def random_linear(n: int, k: int) -> W4A8Linear:
+    """Return a random layer on the GPU."""
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
+    entries = torch.randn(k // GROUP_SIZE, n, 8, device=DEVICE).mul_(30).clamp_(-448, 448).to(torch.float8_e4m3fn)
+    channel = torch.full((n,), 1e-3 / k**0.5, device=DEVICE)
+    return W4A8Linear(pack_codes(codes), Packing.PACK_QUANTIZED, None, entries, channel)
+
+
+def random_student(blocks: int, preset: Preset) -> tuple[Student, torch.nn.Module]:
+    """Return a random student and teacher of Llama 8B's shape, with few blocks and a small vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=8192, num_hidden_layers=blocks, tie_word_embeddings=True, **LLAMA_8B)
+    with DEVICE:
+        teacher = LlamaForCausalLM(config).bfloat16().requires_grad_(requires_grad=False)
+        model = LlamaForCausalLM(config).bfloat16().requires_grad_(requires_grad=False)
+    layers = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            layers[name] = LutLinear(random_linear(*module.weight.shape), None, preset).to(DEVICE)
+            above, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(above), leaf, layers[name])
+    others = {}
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_()
+            others[name] = parameter
+    return Student(model, layers, others), teacher
+
+
+def measure(blocks: int, preset: Preset, options: DistillOptions, length: int) -> tuple[float, int, int]:
+    """Return seconds of a step, bytes that stay, and the most bytes of a step."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(*random_student(blocks, preset), options, DEVICE)
+    rows = options.batch_tokens // length
+    ids = torch.randint(0, 8192, (rows, length))
+    batch = Batch(ids, torch.ones(rows, length, dtype=torch.bool), tuple(range(rows)))
+    trainer.train(batch)
+    kept = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        trainer.train(batch)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds), kept, torch.cuda.max_memory_allocated()
+
+
+def measure_block(args: argparse.Namespace) -> Iterator[Row]:
+    """Measure a block of each preset, with and without computing it twice."""
+    for preset in Preset:
+        for recompute in (True, False):
+            options = DistillOptions(preset=preset, steps=100, batch_tokens=args.tokens, recompute=recompute)
+            one, three = (measure(blocks, preset, options, args.length) for blocks in (1, 3))
+            yield {
+                "preset": str(preset),
+                "recompute": recompute,
+                "tokens": args.tokens,
+                "length": args.length,
+                "seconds_per_block": (three[0] - one[0]) / 2,
+                "bytes_kept_per_block": (three[1] - one[1]) // 2,
+                "peak_bytes_per_block": (three[2] - one[2]) // 2,
+                "peak_bytes_of_one": one[2],
+            }
+
+
+def main() -> int:
+    """Run one of the checks; return 1 if something that must agree does not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["op", "resume", "block"])
+    parser.add_argument("start", type=Path, nargs="?", metavar="OUT_W4A8")
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--data", type=Path, nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step (block)")
+    parser.add_argument("--length", type=int, default=2048, help="of a sample (block)")
+    add_options(parser)
+    args = parser.parse_args()
+    run = {"op": check_op, "resume": check_resume, "block": measure_block}[args.what]
+    rows = []
+    for row in run(args):
+        rows.append(row)
+        print(row, flush=True)
+    document = save(args, "Does distillation compute as the kernel does?", rows, packages=PACKAGES)
+    print(line(document))
+    wrong = [
+        row for row in rows if row.get("wrong") or not row.get("same_again", True) or not row.get("same_resumed", True)
+    ]
+    print(f"{len(wrong)} of {len(rows)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Write text to distill on: windows of tokens of source files, as JSONL with a key `input_ids`.
+
+    make_training.py MODEL FILE --root DIR [--suffix .py] [--windows 6000] [--window 512] [--unlike FILE ...] [--seed 0]
+
+MODEL is a directory with a tokenizer; FILE may end in .gz. Windows are taken from files below --root, shuffled by
+--seed, at most --per-file of each, from a random place on where it is longer. Files of which more than --share of the
+longer lines stand in a text of --unlike (evaluation text, or the JSONL of calibration) are left out, and so are files
+that hold the same text as an earlier one, and windows of which more than --overlap of the n-grams stand there.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_calibration import CHARACTERS_PER_TOKEN, HubTokenizer, ngrams, overlap, unlike
+
+NGRAM = 12
+"""Tokens of the n-grams that are looked for in evaluation text."""
+
+
+def read_other(path: Path) -> str:
+    """Return what a text, or a JSONL file with a key `text`, holds."""
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return "\n".join(json.loads(line)["text"] for line in content.splitlines())
+    return content
+
+
+def main() -> int:
+    """Write the windows, and say what they have in common with evaluation text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="directory with a tokenizer")
+    parser.add_argument("out", type=Path, help="JSONL file to write, .gz or not")
+    parser.add_argument("--root", type=Path, nargs="+", required=True, help="directories to read source files of")
+    parser.add_argument("--suffix", nargs="+", default=[".py"])
+    parser.add_argument("--windows", type=int, default=6000)
+    parser.add_argument("--window", type=int, default=512, help="tokens a window")
+    parser.add_argument("--per-file", type=int, default=4, help="the most windows of one file")
+    parser.add_argument("--skip", nargs="*", default=[], help="folders to leave out, by name")
+    parser.add_argument("--unlike", type=Path, nargs="*", default=[], help="texts not to train on")
+    parser.add_argument("--share", type=float, default=0.02, help="of a file's longer lines that may stand in these")
+    parser.add_argument("--overlap", type=float, default=0.02, help="of a window's n-grams that may occur in these")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    tokenizer = HubTokenizer(args.model)
+    others = [read_other(path) for path in args.unlike]
+    known = {gram for text in others for gram in ngrams(tokenizer.encode(text.replace("\0", "\n")), NGRAM)}
+    generator = random.Random(args.seed)
+    paths = sorted({path for root in args.root for suffix in args.suffix for path in root.rglob(f"*{suffix}")})
+    paths = [path for path in paths if not set(args.skip) & set(path.parts)]
+    generator.shuffle(paths)
+    windows: list[list[int]] = []
+    files = 0
+    texts = (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+    for text in dict.fromkeys(unlike(texts, others, args.share)):
+        if len(windows) >= args.windows:
+            break
+        characters = CHARACTERS_PER_TOKEN * args.window
+        at = generator.randrange(max(1, len(text) - characters)) if args.per_file * characters < len(text) else 0
+        ids = tokenizer.encode(text[at : at + characters * args.per_file])
+        found = [ids[i : i + args.window] for i in range(0, len(ids) - args.window + 1, args.window)][: args.per_file]
+        most = args.overlap * (args.window - NGRAM + 1)
+        found = [ids for ids in found if sum(gram in known for gram in ngrams(ids, NGRAM)) <= most]
+        files += bool(found)
+        windows += found
+    generator.shuffle(windows)
+    windows = windows[: args.windows]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps({"input_ids": ids}, separators=(",", ":")) + "\n" for ids in windows).encode()
+    args.out.write_bytes(gzip.compress(content, mtime=0) if args.out.suffix == ".gz" else content)
+    print(f"{files} of {len(paths)} files, {len(windows)} windows of {args.window} tokens: {args.out}")
+    for path, text in zip(args.unlike, others, strict=True):
+        same, total = overlap(windows, tokenizer.encode(text.replace("\0", "\n")), NGRAM)
+        print(f"{same} of {total} n-grams of {NGRAM} tokens ({same / total:.2%}) occur in {path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
