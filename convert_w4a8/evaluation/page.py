@@ -12,6 +12,8 @@ from convert_w4a8.report.page import document, escape, note, table
 from convert_w4a8.version import __version__
 
 _CSS = """
+body { max-width: 70rem; }
+th, td { padding: 0.3rem 0.6rem; }
 .verdict { font-size: 1.25rem; font-weight: 600; padding: 0.6rem 1rem; border-left: 6px solid #777;
   background: #f5f7f9; }
 .verdict.ship { border-color: #009E73; }
@@ -39,7 +41,7 @@ def render(evaluation: Evaluation, made: datetime | None = None) -> str:
     body = [
         "<h1>May it be shipped?</h1>",
         f'<p class="verdict {decision.replace(" ", "-")}">{escape(decision)}</p>',
-        *(f'<p class="lead">{escape(line)}</p>' for line in evaluation.verdict.reasons),
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in evaluation.verdict.reasons)}</ul>",
         note(f"Baseline: {places['baseline']}. Candidate: {places['candidate']}. {when}, w4a8-convert {__version__}."),
         begin(evaluation),
     ]

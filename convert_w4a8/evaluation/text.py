@@ -31,7 +31,14 @@ class Section:
 
 def sections(evaluation: Evaluation) -> list[Section]:
     """Return the tables, those that have rows."""
-    found = [_quality(evaluation), _agreement(evaluation), _speed(evaluation), _room(evaluation), _failures(evaluation)]
+    found = [
+        _quality(evaluation),
+        _agreement(evaluation),
+        _divergences(evaluation),
+        _speed(evaluation),
+        _room(evaluation),
+        _failures(evaluation),
+    ]
     return [section for section in found if section.rows]
 
 
@@ -128,6 +135,7 @@ def _quality(evaluation: Evaluation) -> Section:
         "Quality",
         (
             "prompts",
+            "verdict",
             "number",
             "baseline",
             "candidate",
@@ -135,13 +143,11 @@ def _quality(evaluation: Evaluation) -> Section:
             "from",
             "to",
             "may lose",
-            "lost",
-            "won",
+            "lost : won",
             "p",
-            "verdict",
         ),
         tuple(rows),
-        f"Scores in points of 100; 'from' and 'to' are bounds at {CONFIDENCE:.0%} each. Lost and won: prompts that only"
+        f"Scores in points of 100; 'from' and 'to' are bounds at {CONFIDENCE:.0%} each. Lost : won: prompts that only"
         f" one side passed; p: exact McNemar.{rated}",
     )
 
@@ -149,6 +155,7 @@ def _quality(evaluation: Evaluation) -> Section:
 def _quality_row(group: Group) -> tuple[str, ...]:
     return (
         group.name or "all",
+        group.decision,
         str(group.prompts),
         f"{100 * group.baseline:.1f}",
         f"{100 * group.candidate:.1f}",
@@ -156,10 +163,8 @@ def _quality_row(group: Group) -> tuple[str, ...]:
         f"{100 * group.bounds.lower:+.1f}",
         f"{100 * group.bounds.upper:+.1f}",
         f"{100 * group.tolerance:g}",
-        str(group.losses),
-        str(group.wins),
+        f"{group.losses} : {group.wins}",
         f"{group.p:.3f}",
-        group.decision,
     )
 
 
@@ -172,16 +177,19 @@ def _agreement(evaluation: Evaluation) -> Section:
         ("identical", f"{evaluation.agreement:.1%}"),
         ("first different character, median of the others", f"{differ[len(differ) // 2] + 1:,}" if differ else "-"),
     ]
-    for tag, (surprise, kl) in losses_by_tag(evaluation).items():
-        name = f"tag {tag}" if tag else "all"
-        rows.append((f"divergence on the baseline's answers, {name}", f"{kl:.5f} nats per token or more"))
-        rows.append((f"more surprised by them, {name}", f"{surprise:+.5f} nats per token"))
-    note = (
-        f"Divergence from the {divergence.TOP} most likely tokens of each side, a lower bound."
-        if evaluation.losses
-        else ""
+    return Section("Agreement with the baseline", ("", ""), tuple(rows))
+
+
+def _divergences(evaluation: Evaluation) -> Section:
+    rows = [
+        (tag or "all", f"{kl:.5f}", f"{surprise:+.5f}") for tag, (surprise, kl) in losses_by_tag(evaluation).items()
+    ]
+    return Section(
+        "On the baseline's own answers, in nats per token",
+        ("prompts", "divergence, at least", "more surprised"),
+        tuple(rows),
+        f"Teacher-forced; from the {divergence.TOP} most likely tokens of each side.",
     )
-    return Section("Agreement with the baseline", ("", ""), tuple(rows), note)
 
 
 def _speed(evaluation: Evaluation) -> Section:
