@@ -3,8 +3,8 @@
 Prompts differ in difficulty: the baseline passes each with a chance drawn from Beta(4, 1.5), about 73 % on average. The
 candidate changes sides both ways on a share of all prompts (`--churn`), and loses the drop beside. Verdicts are
 counted, at a tolerance of `--tolerance`; the right one is ship where the drop is smaller, do not ship where it is
-larger, and neither where it is equal. With `--graded` scores are any numbers from 0 to 1, as those of ROUGE-L. Where the
-verdict is that it cannot tell, as many prompts are added as it asks for, and it is counted how often they decide.
+larger, and neither where it is equal. With `--graded` scores are any numbers from 0 to 1, as those of ROUGE-L. Where
+the verdict is that it cannot tell, as many prompts are added as it asks for, and it is counted how often they decide.
 
     python scripts/quality/verdict_power.py --keep verdict-power
 """
@@ -20,6 +20,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import results
 
+from convert_w4a8.evaluation import paired
 from convert_w4a8.evaluation.verdict import Pair, Tolerance, decide
 
 QUESTION = "How often is the verdict right, where the candidate loses a known share?"
@@ -73,13 +74,15 @@ def count_verdicts(rng: np.random.Generator, count: int, drop: float, args: argp
 def main() -> None:
     """Simulate, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=400, help="evaluations for each row")
-    parser.add_argument("--added", type=int, default=60, help="of these, how many may ask for more prompts")
+    parser.add_argument("--repeats", type=int, default=200, help="evaluations for each row")
+    parser.add_argument("--added", type=int, default=50, help="of these, how many may ask for more prompts")
     parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--churn", type=float, default=0.03)
+    parser.add_argument("--draws", type=int, default=4000, help="of the bootstrap; fewer than the program's, for speed")
     parser.add_argument("--graded", action="store_true")
     results.add_options(parser)
     args = parser.parse_args()
+    paired.DRAWS = args.draws
     rng = np.random.default_rng(1)
     rows = []
     for drop in DROPS:
