@@ -89,9 +89,8 @@ def main() -> None:
         for count in COUNTS:
             rows.append(count_verdicts(rng, count, drop, args))
             print(rows[-1], flush=True)
-    results.save(
-        args, QUESTION, rows, settings={"repeats": args.repeats, "tolerance": args.tolerance, "churn": args.churn}
-    )
+    settings = {name: getattr(args, name) for name in ("repeats", "tolerance", "churn", "draws", "graded")}
+    results.save(args, QUESTION, rows, settings=settings)
 
 
 if __name__ == "__main__":
