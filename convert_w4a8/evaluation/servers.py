@@ -26,6 +26,8 @@ from convert_w4a8.version import install_command
 SERVERS = ("auto", "vllm", "transformers")
 _STOP_SECONDS = 20.0
 """What a server has to end by itself."""
+_GONE_SECONDS = 5.0
+"""What killed processes have to be gone."""
 _SERVING = ("fastapi", "uvicorn", "openai", "accelerate")
 """What `transformers serve` needs, beside the package."""
 
@@ -139,6 +141,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    until = time.monotonic() + _GONE_SECONDS
+    with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < until:  # its memory on the GPU is free when the last process is gone
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 def _wait(side: Side, process: subprocess.Popen[bytes], port: int, seconds: float, log: IO[bytes]) -> None:

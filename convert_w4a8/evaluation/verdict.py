@@ -141,7 +141,7 @@ def _loss(group: Group) -> str:
 def _open(group: Group) -> str:
     if group.more is not None:
         count = counted(group.more, "more prompt")
-        what = f"about {count} would decide (a chance of 80 %, if differences stay as they are)"
+        what = f"about {count} would decide, if differences stay as they are"
     else:
         what = "no number of prompts would decide: the loss is about what may be lost"
     return f"{_name(group)}: between {_signed(group.bounds.lower)} and {_signed(group.bounds.upper)} points; {what}"
