@@ -21,7 +21,6 @@ from typing import IO
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import Side
 from convert_w4a8.text import printable
-from convert_w4a8.version import install_command
 
 SERVERS = ("auto", "vllm", "transformers")
 _STOP_SECONDS = 20.0
@@ -56,7 +55,7 @@ def find_server(wanted: str) -> str:
     if missing or not _program("transformers"):
         what = f"{missing[0]} is" if missing else "the command transformers is"
         before = "vLLM is not installed here, and " if wanted == "auto" else ""
-        remedy = f"{install_command('evaluate')} and 'transformers[serving]', or give the URL of a server"
+        remedy = "pip install 'transformers[serving]', or give the URL of a server"
         raise ConvertError("w4a8 evaluate", f"{before}{what} missing for transformers serve", remedy)
     return "transformers"
 

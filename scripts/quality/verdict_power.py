@@ -35,8 +35,8 @@ def draw(rng: np.random.Generator, count: int, drop: float, churn: float, *, gra
     chance = 4 / 5.5
     if graded:
         before = np.clip(easy + rng.normal(0, 0.02, count), 0, 1)
-        after = np.clip(before - np.where(rng.random(count) < drop / chance, before, 0), 0, 1)
-        return [Pair("", (), float(a), float(b), None) for a, b in zip(before, after, strict=True)]
+        left = np.clip(before - np.where(rng.random(count) < drop / chance, before, 0), 0, 1)
+        return [Pair("", (), float(a), float(b), None) for a, b in zip(before, left, strict=True)]
     passes = rng.random(count) < easy
     lost = passes & (rng.random(count) < (drop + churn) / chance)
     won = ~passes & (rng.random(count) < churn / (1 - chance))

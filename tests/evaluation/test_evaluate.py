@@ -63,7 +63,15 @@ def test_too_few_prompts_cannot_tell(evaluate: Any) -> None:
 def test_both_sides_are_asked_alike_and_in_turn(evaluate: Any) -> None:
     """The same sampling, warm-up first, then alternating blocks."""
     order: list[str] = []
-    sides = [Behaviour(answer=lambda p, name=name: (order.append(name), right(p))[1]) for name in "ab"]  # type: ignore[misc]
+
+    def answering(name: str) -> Behaviour:
+        def answer(prompt: str) -> str:
+            order.append(name)
+            return right(prompt)
+
+        return Behaviour(answer=answer)
+
+    sides = [answering(name) for name in "ab"]
     with chat_server(sides[0]) as a, chat_server(sides[1]) as b:
         evaluate(a, b, "--max-tokens", "33", "--samples", "2", "--temperature", "0.5")
     assert "".join(order) == "ab" + "abba" * 8

@@ -65,7 +65,7 @@ def chat_server(behaviour: Behaviour) -> Iterator[str]:
             if behaviour.logprobs is None:
                 self._reply(400, {"error": {"message": "prompt_logprobs is not supported"}})
                 return
-            choice = {"index": 0, "text": "", "finish_reason": "length"}
+            choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "length"}
             choice["prompt_logprobs"] = behaviour.logprobs(request["prompt"])
             self._reply(
                 200, {"id": "x", "object": "text_completion", "created": 1, "model": "model", "choices": [choice]}
@@ -102,9 +102,9 @@ def chat_server(behaviour: Behaviour) -> Iterator[str]:
                 if failure == "hang":
                     time.sleep(30)
             for number, call in enumerate(behaviour.calls(prompt)):
-                piece = {"index": number, "id": "c", "type": "function", "function": call}
-                self._chunk({"choices": [{"index": 0, "finish_reason": None, "delta": {"tool_calls": [piece]}}]})
-            end = {"delta": {}} if chat else {"text": ""}
+                part_of_call = {"index": number, "id": "c", "type": "function", "function": call}
+                self._chunk({"choices": [{"index": 0, "finish_reason": None, "delta": {"tool_calls": [part_of_call]}}]})
+            end: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
             self._chunk({"choices": [{"index": 0, "finish_reason": "stop", **end}]})
             if behaviour.usage:
                 usage = {"prompt_tokens": 2, "completion_tokens": len(words), "total_tokens": 2 + len(words)}
