@@ -163,8 +163,8 @@ def _quality_row(group: Group) -> tuple[str, ...]:
         f"{100 * group.bounds.lower:+.1f}",
         f"{100 * group.bounds.upper:+.1f}",
         f"{100 * group.tolerance:g}",
-        f"{group.losses} : {group.wins}",
-        f"{group.p:.3f}",
+        "-" if group.p is None else f"{group.losses} : {group.wins}",
+        "-" if group.p is None else f"{group.p:.3f}",
     )
 
 
@@ -173,11 +173,11 @@ def _agreement(evaluation: Evaluation) -> Section:
         return Section("Agreement", (), ())
     differ = sorted(one.difference for one in evaluation.compared if one.difference is not None)
     rows = [
-        ("answers on both sides", str(len(evaluation.compared))),
+        ("on both sides", str(len(evaluation.compared))),
         ("identical", f"{evaluation.agreement:.1%}"),
         ("first different character, median of the others", f"{differ[len(differ) // 2] + 1:,}" if differ else "-"),
     ]
-    return Section("Agreement with the baseline", ("", ""), tuple(rows))
+    return Section("Agreement with the baseline", ("answers", ""), tuple(rows))
 
 
 def _divergences(evaluation: Evaluation) -> Section:
@@ -238,7 +238,7 @@ def _room(evaluation: Evaluation) -> Section:
         "Room",
         ("", *SIDES),
         tuple(rows),
-        "Predicted: by the memory arithmetic of `w4a8 report`." if before or after else "",
+        "Predicted: by w4a8 report's memory arithmetic." if before or after else "",
     )
 
 

@@ -48,7 +48,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Group:
-    """The prompts of a tag, or all. losses, wins: prompts that only one side passed; p: exact McNemar's.
+    """The prompts of a tag, or all. losses, wins: prompts that only one side passed; p: exact McNemar's, or None.
 
     more: how many more prompts would decide, where they would; None where it is decided, or no number would do.
     """
@@ -61,7 +61,7 @@ class Group:
     tolerance: float
     losses: int
     wins: int
-    p: float
+    p: float | None
     decision: Decision
     more: int | None
 
@@ -120,7 +120,7 @@ def _group(name: str, pairs: Sequence[Pair], tolerance: float, level: float) -> 
         tolerance,
         losses,
         wins,
-        p,
+        p if passed else None,
         decision,
         more_prompts(differences, tolerance, 1 - level) if decision == "cannot tell" else None,
     )

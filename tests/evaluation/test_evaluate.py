@@ -36,6 +36,7 @@ def test_equal_servers_ship(evaluate: Any) -> None:
     assert result.stdout.startswith("verdict    ship\n")
     found = evaluate.document()
     assert found["verdict"]["decision"] == "ship"
+    assert found["verdict"]["groups"][0]["mcnemar_p"] == 1
     assert found["agreement"]["identical"] == 1
     assert found["speed"]["ttft"]["candidate"]["answers"] == 8
     assert (evaluate.out / "evaluation.md").read_text(encoding="utf-8").startswith("## w4a8 evaluate: ship\n")
