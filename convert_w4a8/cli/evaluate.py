@@ -14,7 +14,7 @@ from convert_w4a8.cli.files import append_for_the_job, check_writable, write_fil
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import LocalPath
 from convert_w4a8.cli.progress import at_terminal
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, W4A8Error
 
 if TYPE_CHECKING:
     from convert_w4a8.evaluation.results import Evaluation
@@ -162,7 +162,11 @@ def evaluate_command(
     check_writable(*([drop_by_tag] if drop_by_tag else []))
     with Store(out, _identity(plan, digest), resume=resume or ratings is not None) as store:
         with _progress(2 * len(plan.jobs), quiet=as_json) as update:
-            run.carry_out(plan, store, progress=update, say=(lambda _line: None) if as_json else echo_error)
+            try:
+                run.carry_out(plan, store, progress=update, say=(lambda _line: None) if as_json else echo_error)
+            except (W4A8Error, KeyboardInterrupt) as error:
+                error.add_note("what was answered is kept, and --resume continues" if out else "no answers are kept")
+                raise
         answers = store.digest()
         rated = {} if ratings is None else read_ratings(ratings, answers)
         found = collect(plan, store, tolerance, rated, answers)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import Answer, Side
@@ -50,6 +51,11 @@ class _Parts:
         return replace(self.answer, calls=calls, token_ids=tuple(self.ids) or None)
 
 
+def is_local(url: str) -> bool:
+    """Whether a server is on this machine, where no proxy leads."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
 class Endpoint:
     """One side's server. Used as an asynchronous context manager.
 
@@ -69,8 +75,9 @@ class Endpoint:
 
     async def __aenter__(self) -> Self:
         key = os.environ.get("OPENAI_API_KEY") or "none"
+        own = {"http_client": self._openai.DefaultAsyncHttpxClient(trust_env=False)} if is_local(self.base_url) else {}
         self._client = self._openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout
+            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout, **own
         )
         return self
 

@@ -21,6 +21,8 @@ from convert_w4a8.evaluation.store import Store
 TOP = 20
 """Tokens of each distribution; the most that vLLM gives by default (`max_logprobs`)."""
 _FAILED = "divergence left out"
+_TRIED = 2
+"""Answers after which a server is known not to score any; one may be too long for it."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ async def score_side(endpoint: Endpoint, answers: Sequence[Answer], store: Store
     if not with_ids:
         store.note(refusal_name(endpoint.side), "the baseline's server gives no token ids (vLLM's return_token_ids)")
         return
-    first = await score(with_ids[0])
-    reasons = [first] if first else await asyncio.gather(*map(score, with_ids[1:]))
-    store.note(refusal_name(endpoint.side), next((reason for reason in reasons if reason), ""))
+    reasons: list[str] = []
+    for answer in with_ids[:_TRIED]:
+        reasons.append(await score(answer))
+    if not all(reasons):
+        reasons += await asyncio.gather(*map(score, with_ids[_TRIED:]))
+    failed = [reason for reason in reasons if reason]
+    extent = "" if all(reasons) else f"of {len(failed)} of {len(reasons)} answers: "
+    store.note(refusal_name(endpoint.side), extent + failed[0] if failed else "")
 
 
 def losses(answers: Sequence[Answer], noted: Mapping[str, Any]) -> list[TokenLoss]:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
+from convert_w4a8.evaluation.client import is_local
+
 _SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+([^\s]+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _CACHE, _USAGE, _PREEMPTIONS = "vllm:cache_config_info", "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total"
@@ -104,9 +106,14 @@ class Watch:
         return found
 
 
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """Return what opens a URL: through a proxy, where the environment names one, but for this machine."""
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local(url) else []))
+
+
 def _fetch(url: str) -> Room:
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - http or https, as --baseline was
+        with opener(url).open(url, timeout=10) as response:
             return parse(response.read(1 << 24).decode(errors="replace"))
     except (OSError, ValueError, urllib.error.URLError) as error:
         return Room(missing=(f"/metrics cannot be read ({getattr(error, 'reason', None) or error})",))

@@ -74,9 +74,9 @@ def _answers(compared: Iterable[Compared]) -> Iterable[str]:
         opened = " open" if _gain(one) < 0 else ""
         yield (
             f"<details{opened}><summary>{escape(label + tags)}: {state}{escape(_scores(one))}</summary>"
-            f'<pre class="text">{visible(one.prompt.shown)}</pre><div class="sides">'
-            f'<div><h3>baseline</h3><pre class="text">{left}</pre></div>'
-            f'<div><h3>candidate</h3><pre class="text">{right}</pre></div></div>{_checks(one)}</details>'
+            f'<pre class="text">\n{visible(one.prompt.shown)}</pre><div class="sides">'
+            f'<div><h3>baseline</h3><pre class="text">\n{left}</pre></div>'
+            f'<div><h3>candidate</h3><pre class="text">\n{right}</pre></div></div>{_checks(one)}</details>'
         )
 
 

@@ -123,9 +123,7 @@ async def _ask_all(plan: Plan, store: Store, endpoints: Sequence[Endpoint], prog
         failed[endpoint.side] = failed[endpoint.side] + 1 if gone else 0
         if failed[endpoint.side] >= max(_GIVE_UP, size):
             reason = f"{answer.failure} ({failed[endpoint.side]} times in a row)"
-            error = ConvertError(f"{endpoint.side} {endpoint.base_url}", reason, "start it again, then pass --resume")
-            error.add_note("finished answers are kept in --out, if that was given")
-            raise error
+            raise ConvertError(f"{endpoint.side} {endpoint.base_url}", reason, "start it again, then pass --resume")
 
     for number, start in enumerate(range(0, len(jobs), size)):
         block = jobs[start : start + size]

@@ -25,6 +25,7 @@ from convert_w4a8.text import printable
 SERVERS = ("auto", "vllm", "transformers")
 _STOP_SECONDS = 20.0
 """What a server has to end by itself."""
+_WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _GONE_SECONDS = 5.0
 """What killed processes have to be gone."""
 _SERVING = ("fastapi", "uvicorn", "openai", "accelerate")
@@ -164,7 +165,7 @@ def _wait(side: Side, process: subprocess.Popen[bytes], port: int, seconds: floa
 
 def _healthy(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+        with _WITHOUT_PROXY.open(f"http://127.0.0.1:{port}/health", timeout=5) as response:
             return bool(response.status == 200)
     except (OSError, urllib.error.URLError, ValueError):
         return False

@@ -124,13 +124,13 @@ def test_failures_have_names_and_are_asked_again(evaluate: Any, failure: Any, na
 
 def test_a_server_that_dies_is_given_up(evaluate: Any) -> None:
     """Not asked a hundred times over; what was answered is kept."""
-    evaluate.lines = evaluate.lines * 1
     behaviour = Behaviour(answer=right, failure=lambda prompt: "drop" if int(prompt.split()[2]) > 1 else None)
     with chat_server(Behaviour(answer=right)) as a, chat_server(behaviour) as b:
         result = evaluate(a, b, "--out", str(evaluate.out))
     assert result.exit_code == 1
     assert re.search(
-        r"Error: candidate http.*: dead: .* \(5 times in a row\); start it again, then pass --resume", result.stderr
+        r"Error: candidate http.*: dead: .* \(5 times in a row\); start it again, then pass --resume; what was",
+        result.stderr,
     )
     kept = [json.loads(line) for line in (evaluate.out / "answers.jsonl").read_text().splitlines()[1:]]
     assert sum(entry["answer"]["failure"] is None for entry in kept if "answer" in entry) >= 8
@@ -143,6 +143,17 @@ def test_a_server_that_is_not_there(evaluate: Any) -> None:
     result = evaluate(a, a)
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: baseline {a}/v1: dead: ")
+
+
+def test_no_proxy_leads_to_this_machine(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment names."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with chat_server(Behaviour(answer=right, metrics=METRICS)) as a:
+        found = json.loads(evaluate(a, a, "--json").stdout)
+    assert found["failures"] == []
+    assert found["room"]["baseline"]["kv_tokens"] == 16000
 
 
 def test_a_wrong_model_is_said_at_once(evaluate: Any) -> None:
@@ -195,6 +206,22 @@ def test_metrics_and_divergence_of_vllm(evaluate: Any, tmp_path: Path) -> None:
     assert set(json.loads(drop.read_text())["drops"]) == {"even", "odd"}
     scored = [request["prompt"] for request in worse.seen if "prompt_logprobs" in request]
     assert scored[0] == [1, 2, *range(100, 108)]
+
+
+def test_one_answer_that_is_too_long_is_left_out_alone(evaluate: Any) -> None:
+    """The first of all, too; the others are scored."""
+    refused = Behaviour(answer=right, token_ids=True)
+    scored: list[int] = []
+
+    def score(ids: list[int]) -> Any:
+        scored.append(len(ids))
+        return logprobs(-0.75)(ids) if len(scored) > 1 else ["too long"]
+
+    refused.logprobs = score
+    with chat_server(Behaviour(answer=right, token_ids=True, logprobs=logprobs(-0.5))) as a, chat_server(refused) as b:
+        found = json.loads(evaluate(a, b, "--json").stdout)
+    assert found["divergence"]["answers"] == 7
+    assert any(line.startswith("candidate: divergence left out: of 1 of 8 answers: ") for line in found["missing"])
 
 
 def test_what_is_missing_is_said_by_name(evaluate: Any) -> None:

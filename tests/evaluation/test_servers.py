@@ -131,6 +131,7 @@ def test_ctrl_c_stops_it(fake: Any, model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    assert "Interrupted; no answers are kept" in errors
     assert fake.alive() == []
 
 
