@@ -70,9 +70,7 @@ async def score_side(endpoint: Endpoint, answers: Sequence[Answer], store: Store
     if not with_ids:
         store.note(refusal_name(endpoint.side), "the baseline's server gives no token ids (vLLM's return_token_ids)")
         return
-    reasons: list[str] = []
-    for answer in with_ids[:_TRIED]:
-        reasons.append(await score(answer))
+    reasons = [await score(answer) for answer in with_ids[:_TRIED]]
     if not all(reasons):
         reasons += await asyncio.gather(*map(score, with_ids[_TRIED:]))
     failed = [reason for reason in reasons if reason]
