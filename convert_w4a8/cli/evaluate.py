@@ -12,7 +12,7 @@ import click
 from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.files import append_for_the_job, check_writable, write_files
 from convert_w4a8.cli.output import echo, echo_error, echo_json
-from convert_w4a8.cli.paths import LocalPath
+from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import at_terminal
 from convert_w4a8.errors import ConvertError, W4A8Error
 
@@ -39,10 +39,11 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 @click.option(
     "--baseline",
     required=True,
+    type=CHECKPOINT,
     metavar="URL|DIR",
     help="What serves now: an OpenAI-compatible server, or a checkpoint.",
 )
-@click.option("--candidate", required=True, metavar="URL|DIR", help="What is to take its place.")
+@click.option("--candidate", required=True, type=CHECKPOINT, metavar="URL|DIR", help="What is to take its place.")
 @click.option(
     "--prompts",
     required=True,
