@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert_w4a8.evaluation.paired import CONFIDENCE, Bounds, bounds, mcnemar, more_prompts
-from convert_w4a8.text import counted
+from convert_w4a8.text import counted, printable
 
 Decision = Literal["ship", "do not ship", "cannot tell"]
 EXIT_CODES: Mapping[Decision, int] = {"ship": 0, "do not ship": 3, "cannot tell": 4}
@@ -127,7 +127,7 @@ def _group(name: str, pairs: Sequence[Pair], tolerance: float, level: float) -> 
 
 
 def _name(group: Group) -> str:
-    return f"tag {group.name}" if group.name else "all prompts"
+    return f"tag {printable(group.name)}" if group.name else "all prompts"
 
 
 def _points(share: float) -> str:
