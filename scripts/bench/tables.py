@@ -56,6 +56,7 @@ VERDICTS: Columns = (
     ("ship", "{ship:.1%}"),
     ("do not ship", "{do_not_ship:.1%}"),
     ("cannot tell", "{cannot_tell:.1%}"),
+    ("right", "{right:.1%}"),
     ("wrong", "{wrong:.1%}"),
     ("decided by more", "{decided:.0%}"),
 )

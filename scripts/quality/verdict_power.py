@@ -67,6 +67,7 @@ def count_verdicts(rng: np.random.Generator, count: int, drop: float, args: argp
         "do_not_ship": share["do not ship"],
         "cannot_tell": share["cannot tell"],
         "wrong": sum(value for name, value in share.items() if name not in (right, "cannot tell")),
+        "right": share.get(right, "-"),
         "decided": decided / asked if asked else "-",
     }
 
