@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from convert_w4a8.evaluation.answer import SIDES, Side
 from convert_w4a8.evaluation.differences import marked, visible
 from convert_w4a8.evaluation.plots import latencies
 from convert_w4a8.evaluation.results import Compared, Evaluation
 from convert_w4a8.evaluation.review import STYLE, begin, review
+from convert_w4a8.evaluation.servers import is_url
 from convert_w4a8.evaluation.text import Section, sections
 from convert_w4a8.report.page import document, escape, note, table
 from convert_w4a8.version import __version__
@@ -37,12 +39,12 @@ def render(evaluation: Evaluation, made: datetime | None = None) -> str:
     """Return the HTML document. made: now, if not given."""
     decision = evaluation.verdict.decision
     when = (made or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    places = evaluation.places
+    sides = " ".join(f"{side.capitalize()}: {_place(evaluation, side)}." for side in SIDES)
     body = [
         "<h1>May it be shipped?</h1>",
         f'<p class="verdict {decision.replace(" ", "-")}">{escape(decision)}</p>',
         f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in evaluation.verdict.reasons)}</ul>",
-        note(f"Baseline: {places['baseline']}. Candidate: {places['candidate']}. {when}, w4a8-convert {__version__}."),
+        note(f"{sides} {when}, w4a8-convert {__version__}."),
         begin(evaluation),
     ]
     for section in sections(evaluation):
@@ -53,6 +55,11 @@ def render(evaluation: Evaluation, made: datetime | None = None) -> str:
         body += ["<h2>Left out</h2>", *map(note, evaluation.missing)]
     body += ["<h2>Answers</h2>", *_answers(evaluation.compared), review(evaluation)]
     return document(f"w4a8 evaluate: {decision}", "\n".join(part for part in body if part), _CSS + STYLE)
+
+
+def _place(evaluation: Evaluation, side: Side) -> str:
+    place, model = evaluation.places[side], evaluation.models[side]
+    return f"{place} (model {model})" if is_url(place) and model else place
 
 
 def _section(section: Section) -> list[str]:

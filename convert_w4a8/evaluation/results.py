@@ -50,11 +50,12 @@ class Measure:
 class Evaluation:
     """All of it. speed: "ttft" and "tpot" in seconds and "rate" in tokens per second, by side.
 
-    agreement: share of identical answers. room: as `metrics.as_dict` gives it. predicted: as `memory.predict` does.
-    missing: what was left out and why. rated: how many ratings are in the verdict.
+    models: as the servers name them. agreement: share of identical answers. room: as `metrics.as_dict` gives it.
+    predicted: as `memory.predict` does. missing: what was left out and why. rated: how many ratings are in the verdict.
     """
 
     places: Mapping[Side, str]
+    models: Mapping[Side, str]
     verdict: Verdict
     compared: tuple[Compared, ...]
     failures: tuple[Answer, ...]
@@ -96,6 +97,7 @@ def collect(
     room = {side: store.noted[f"room {side}"] for side in SIDES if f"room {side}" in store.noted}
     return Evaluation(
         places=plan.places,
+        models={side: str(store.noted.get(f"model {side}", "")) for side in SIDES},
         verdict=verdict.decide(_pairs(compared, ratings), tolerance, notes),
         compared=tuple(compared),
         failures=tuple(answer for answer in store.answers.values() if answer.failure),

@@ -83,6 +83,7 @@ async def _session(plan: Plan, store: Store, urls: Mapping[Side, str], progress:
         ]
         for endpoint in endpoints:
             await endpoint.find_model()
+            _same_model(endpoint, store)
             await _warm_up(endpoint, plan)
         async with AsyncExitStack() as watching:
             watches = [await watching.enter_async_context(metrics.Watch(endpoint.base_url)) for endpoint in endpoints]
@@ -92,6 +93,19 @@ async def _session(plan: Plan, store: Store, urls: Mapping[Side, str], progress:
         answers = baseline_answers(store)
         for endpoint in endpoints:
             await score_side(endpoint, answers, store, plan.concurrency)
+
+
+def _same_model(endpoint: Endpoint, store: Store) -> None:
+    """Note which model answers. Raises ConvertError where another one did before."""
+    name = f"model {endpoint.side}"
+    before = store.noted.get(name, endpoint.model)
+    if before != endpoint.model:
+        reason = f"serves {endpoint.model}; what it answered before was {before}"
+        raise ConvertError(
+            f"{endpoint.side} {endpoint.base_url}", reason, "serve that one again, or choose another --out"
+        )
+    if name not in store.noted:
+        store.note(name, endpoint.model)
 
 
 def baseline_answers(store: Store) -> list[Answer]:

@@ -74,6 +74,7 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "baseline": evaluation.places["baseline"],
         "candidate": evaluation.places["candidate"],
+        "models": dict(evaluation.models),
         "verdict": verdict.as_dict(evaluation.verdict),
         "ratings": evaluation.rated,
         "agreement": {

@@ -178,6 +178,18 @@ def test_resume_asks_nothing_that_is_there(evaluate: Any) -> None:
         assert "is there already; pass --resume" in evaluate(a, a, "--out", str(evaluate.out)).stderr
 
 
+def test_another_model_at_the_same_address_is_refused(evaluate: Any) -> None:
+    """Its answers would be mixed with those of the one before."""
+    behaviour = Behaviour(answer=right, failure=lambda prompt: 500 if "5 + 5" in prompt else None)
+    with chat_server(behaviour) as a:
+        evaluate(a, a, "--out", str(evaluate.out))
+        assert evaluate.document()["models"] == {"baseline": "model", "candidate": "model"}
+        behaviour.models = ("other",)
+        result = evaluate(a, a, "--out", str(evaluate.out), "--resume")
+    assert result.exit_code == 1
+    assert "serves other; what it answered before was model" in result.stderr
+
+
 def test_a_line_that_was_not_finished_is_asked_again(evaluate: Any) -> None:
     """As after a power failure."""
     behaviour = Behaviour(answer=right)

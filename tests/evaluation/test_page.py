@@ -41,6 +41,7 @@ def make(texts: list[tuple[str, str]]) -> Evaluation:
     }
     return Evaluation(
         places={"baseline": "http://a", "candidate": "http://b"},
+        models={"baseline": "m", "candidate": ""},
         verdict=verdict.decide([], verdict.Tolerance(0.05, 0.05, {})),
         compared=tuple(compared),
         failures=(),
