@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.prompts import read_prompts
@@ -91,3 +92,14 @@ def test_no_prompts_and_no_file_are_refused(tmp_path: Path) -> None:
         read_prompts(write(tmp_path / "p.jsonl", "\n"))
     with pytest.raises(ConvertError, match="cannot be read"):
         read_prompts(tmp_path / "none.jsonl")
+
+
+def test_the_example_of_the_documents_can_be_read() -> None:
+    """40 prompts, with every kind of check."""
+    for name in ("jsonschema", "sacrebleu", "rouge_score"):
+        pytest.importorskip(name, reason="the extra `evaluate` is not installed")
+    found = read_prompts(ROOT / "docs" / "examples" / "prompts.jsonl").prompts
+    assert len(found) == 40
+    assert all(prompt.checks and prompt.tags for prompt in found)
+    kinds = {check.type for prompt in found for check in prompt.checks}
+    assert kinds == {"exact", "contains", "regex", "number", "json", "tool_call", "bleu", "rouge_l"}
