@@ -56,6 +56,17 @@ def markdown_code(name: str) -> str:
     return "`" + re.sub(r"[`|]", "?", printable(name)) + "`"
 
 
+def markdown_cell(text: str) -> str:
+    """Render words, which may quote what a file says, within a Markdown table."""
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], alignment: str) -> str:
+    """Render a Markdown table; alignment: a letter for each column, l or r."""
+    rules = ["---:" if side == "r" else "---" for side in alignment]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rules, *rows])
+
+
 def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
     """Render aligned columns, the first to the left and the others to the right; cells may be what a file says."""
     lines = [tuple(header), *(tuple(map(printable, row)) for row in rows)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import pytest
+from chat_server import Behaviour, chat_server
 from checkpoint_edits import write_case
 from click.testing import CliRunner
 from paths import ROOT
@@ -222,6 +223,23 @@ def test_json_keys_of_samples_are_in_the_reference(shared: Path, tmp_path: Path)
     data.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}), encoding="utf-8")
     model = str(shared / "models" / "llama-31m-bf16")
     check_keys(["samples", model, "--data", str(data), "--mask", "template", "--json"], ["w4a8 samples"])
+
+
+def test_json_keys_of_evaluate_are_in_the_reference(tmp_path: Path) -> None:
+    """The same of the command that needs servers; with failures, and with log-probabilities."""
+    pytest.importorskip("openai", reason="the extra `evaluate` is not installed")
+    prompts = tmp_path / "prompts.jsonl"
+    line = {"prompt": "a b", "checks": [{"type": "contains", "value": "b"}], "tags": ["t"]}
+    prompts.write_text(json.dumps(line) + "\n" + json.dumps({"prompt": "fails"}), encoding="utf-8")
+    behaviour = Behaviour(
+        failure=lambda prompt: 500 if prompt == "fails" else None,
+        token_ids=True,
+        logprobs=lambda ids: [None, *({str(token): {"logprob": -1.0}} for token in ids[1:])],
+    )
+    with chat_server(behaviour) as url:
+        sides = ["--baseline", url, "--candidate", url]
+        of_directories = {"predicted", "weight_bytes", "kv_bytes_per_token", "unknown"}
+        check_keys(["evaluate", *sides, "--prompts", str(prompts), "--json"], ["w4a8 evaluate"], of_directories)
 
 
 def test_json_keys_are_in_the_reference(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ ORDER = (
     ("codebooks", "sources", "targets"),
     ("conversion", "verification", "hub", "vllm_plugin"),
     ("calibration", "distillation", "regression", "report"),
+    ("evaluation",),
     ("api",),
     ("cli", "convert_w4a8"),
     ("__main__",),

@@ -1,7 +1,6 @@
 """`w4a8 check`: whether a checkpoint still converts as well as it did."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 import click
 
 from convert_w4a8.cli.base import W4A8Command
-from convert_w4a8.cli.files import append_to_file, check_writable, write_files
+from convert_w4a8.cli.files import append_for_the_job, check_writable, write_files
 from convert_w4a8.cli.options import conversion_options, read_options
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
 from convert_w4a8.cli.start import say_verbose
-from convert_w4a8.errors import ConvertError
 
 
 @click.command("check", cls=W4A8Command)
@@ -124,19 +122,6 @@ def check_command(
         echo_json(text.as_dict(outcome))
     else:
         echo(summary, nl=False)
-    _append_for_the_job(summary)
+    append_for_the_job(summary)
     if outcome.problems:
         click.get_current_context().exit(1)
-
-
-def _append_for_the_job(summary: str) -> None:
-    """Append the summary to the file that GitHub Actions shows, if any. Raises ConvertError if it cannot."""
-    file = os.environ.get("GITHUB_STEP_SUMMARY")
-    if not file:
-        return
-    try:
-        append_to_file(Path(file), summary.encode(errors="backslashreplace"))
-    except ConvertError as error:
-        raise ConvertError(
-            f"GITHUB_STEP_SUMMARY ({file})", error.problem.reason, "name a file that can, or unset it"
-        ) from error

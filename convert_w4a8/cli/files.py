@@ -53,6 +53,19 @@ def append_to_file(path: Path, content: bytes) -> None:
         _put(path, content, os.O_APPEND)
 
 
+def append_for_the_job(summary: str) -> None:
+    """Append the summary to the file that GitHub Actions shows, if any. Raises ConvertError if it cannot."""
+    file = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not file:
+        return
+    try:
+        append_to_file(Path(file), summary.encode(errors="backslashreplace"))
+    except ConvertError as error:
+        raise ConvertError(
+            f"GITHUB_STEP_SUMMARY ({file})", error.problem.reason, "name a file that can, or unset it"
+        ) from error
+
+
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
     try:

@@ -7,6 +7,7 @@ from convert_w4a8.cli.check import check_command
 from convert_w4a8.cli.convert import convert_command
 from convert_w4a8.cli.distill import distill_command
 from convert_w4a8.cli.env import env_command
+from convert_w4a8.cli.evaluate import evaluate_command
 from convert_w4a8.cli.inspect import inspect_command
 from convert_w4a8.cli.push import push_command
 from convert_w4a8.cli.quantize import quantize_command
@@ -19,7 +20,7 @@ from convert_w4a8.version import __version__
 @click.group(cls=W4A8Group)
 @click.version_option(__version__, package_name="w4a8-convert")
 def main() -> None:
-    """W4A8 checkpoints for vLLM on Hopper: convert, quantize, distill, inspect, verify, report, push, check."""
+    """W4A8 checkpoints for vLLM: convert, quantize, distill, inspect, verify, report, push, check, evaluate."""
 
 
 for _command in (
@@ -28,6 +29,7 @@ for _command in (
     distill_command,
     samples_command,
     check_command,
+    evaluate_command,
     inspect_command,
     verify_command,
     push_command,

@@ -7,7 +7,7 @@ from typing import Any
 from convert_w4a8.errors import ProblemGroup, grouped
 from convert_w4a8.regression.baseline import Figures, LayerFigures, baseline_dict
 from convert_w4a8.regression.check import Check
-from convert_w4a8.text import human_bytes, markdown_code, printable
+from convert_w4a8.text import human_bytes, markdown_cell, markdown_code, markdown_table
 
 _LISTED = 20
 
@@ -33,22 +33,27 @@ def as_markdown(outcome: Check) -> str:
         parts.append(f"{now.source} to {now.format}, scales: {now.scales}, {extent}.")
     if outcome.problems:
         groups = grouped(outcome.problems)
-        rows = [[_where(group), _cell(group.first.reason), _cell(group.first.remedy)] for group in groups[:_LISTED]]
+        rows = [
+            [_where(group), markdown_cell(group.first.reason), markdown_cell(group.first.remedy)]
+            for group in groups[:_LISTED]
+        ]
         parts += [
             f"### {_more('Problems', len(groups))}",
-            _table(["where", "what", "what to do"], rows, "lll"),
+            markdown_table(["where", "what", "what to do"], rows, "lll"),
         ]
     if now is not None:
         columns = [_summary(figures) for figures in (now, baseline) if figures is not None]
         header = ["", "now", *(["baseline"] if baseline is not None else [])]
         parts.append(
-            _table(header, [[name, *(c[name] for c in columns)] for name in columns[0]], "l" + "r" * len(columns))
+            markdown_table(
+                header, [[name, *(c[name] for c in columns)] for name in columns[0]], "l" + "r" * len(columns)
+            )
         )
         if now.layers:
             parts.append(_kinds(now.layers, {} if baseline is None else baseline.layers))
     if outcome.notes:
         parts.append(f"### {_more('Better than the baseline', len(outcome.notes))}")
-        parts.append("\n".join(f"* {_cell(note)}" for note in outcome.notes[:_LISTED]))
+        parts.append("\n".join(f"* {markdown_cell(note)}" for note in outcome.notes[:_LISTED]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,7 +102,7 @@ def _kinds(layers: Mapping[str, LayerFigures], baseline: Mapping[str, LayerFigur
         ]
         rows.append(row + ([_number(_worst(before))] if baseline else []))
     header = ["projection", "layers", "N×K", "codes", "mean dB", "worst dB", *(["worst before"] if baseline else [])]
-    return _table(header, rows, "lrrl" + "r" * (len(header) - 4))
+    return markdown_table(header, rows, "lrrl" + "r" * (len(header) - 4))
 
 
 def _mean(layers: Any) -> float | None:
@@ -115,12 +120,3 @@ def _number(value: float | None) -> str:
 
 def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} dB"
-
-
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _table(header: list[str], rows: list[list[str]], alignment: str) -> str:
-    rules = ["---:" if side == "r" else "---" for side in alignment]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rules, *rows])

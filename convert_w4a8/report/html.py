@@ -1,8 +1,7 @@
 """A report as one HTML file that needs nothing else: tables, and the pictures embedded."""
 
 import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from statistics import fmean
 
@@ -10,36 +9,14 @@ from convert_w4a8.fp8 import CODE_MAX, E4M3_MAX
 from convert_w4a8.report.collect import Report, aggregate, mean, short_kinds, worst
 from convert_w4a8.report.layers import LABELS, SCHEMES, LayerReport
 from convert_w4a8.report.memory import KV_BYTES
-from convert_w4a8.text import human_bytes, printable
+from convert_w4a8.report.page import document, escape, note, table
+from convert_w4a8.text import human_bytes
 from convert_w4a8.verification.layers import MIN_SQNR_DB_KEPT
 from convert_w4a8.version import __version__
 
 _WORST = 10
 _SHORT = {"naive": "naive", "reference": "reference", "output": "this checkpoint"}
 _LAYER_HEADER = ("SQNR in dB of layer", "N × K", "codes", *_SHORT.values())
-_CSS = """
-body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1c2430;
-  background: #fff; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin-top: 2.6rem; border-bottom: 1px solid #dde2e8; padding-bottom: 0.25rem; }
-p.lead, figcaption, .note { color: #55606e; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.9rem; border-bottom: 1px solid #e8ebef; text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: #55606e; white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-tr.strong td { font-weight: 600; }
-figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; }
-figcaption, .note { font-size: 0.9rem; max-width: 50rem; }
-summary { cursor: pointer; }
-p, figcaption { overflow-wrap: anywhere; }
-@media (max-width: 45rem) {
-  body { margin: 1rem auto; padding: 0 0.9rem; }
-  th, td { padding: 0.3rem 0.5rem; }
-  .scroll img { max-width: none; width: 44rem; }
-}
-"""
 
 
 def render(report: Report, pictures: Mapping[str, bytes], made: datetime | None = None) -> str:
@@ -47,8 +24,8 @@ def render(report: Report, pictures: Mapping[str, bytes], made: datetime | None 
     sections = [
         f"<h1>{escape(report.name)}</h1>",
         f'<p class="lead">{escape(_lead(report))}</p>',
-        _note(_origin(report, made or datetime.now(UTC))),
-        *(_note(f"Warning: {warning}") for warning in report.warnings),
+        note(_origin(report, made or datetime.now(UTC))),
+        *(note(f"Warning: {warning}") for warning in report.warnings),
         _summary(report),
         "<h2>SQNR by layer</h2>",
         _figure(pictures["sqnr"], "SQNR of every layer, by projection and block", _sqnr_caption(report)),
@@ -64,18 +41,7 @@ def render(report: Report, pictures: Mapping[str, bytes], made: datetime | None 
         "<h2>All layers</h2>",
         _all_layers(report),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>W4A8 report: {escape(report.name)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def escape(text: str) -> str:
-    """Render what a file may say as text of the page: no tags, no control characters."""
-    return html.escape(printable(text))
+    return document(f"W4A8 report: {report.name}", "\n".join(sections))
 
 
 def _origin(report: Report, made: datetime) -> str:
@@ -84,26 +50,12 @@ def _origin(report: Report, made: datetime) -> str:
     return f"Source: {report.source_name}{tool}. Measured on {when} with w4a8-convert {__version__}."
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], strong: int | None = None) -> str:
-    """Render a table whose first column is text; `strong` is the row to set off."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = ""
-    for index, row in enumerate(rows):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        body += f'<tr class="strong">{cells}</tr>\n' if index == strong else f"<tr>{cells}</tr>\n"
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
-
-
 def _figure(png: bytes, alt: str, caption: str) -> str:
     data = base64.b64encode(png).decode("ascii")
     return (
         f'<figure><div class="scroll"><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
 
 
 def _lead(report: Report) -> str:
@@ -128,7 +80,7 @@ def _summary(report: Report) -> str:
     ]
     clipped = report.distributions.clipped
     text = "No table entry clips." if not clipped else f"{clipped:,} table entries clip or are no numbers!"
-    return _table(("SQNR in dB", "mean", "least", "in layer"), rows, len(rows) - 1) + _note(
+    return table(("SQNR in dB", "mean", "least", "in layer"), rows, len(rows) - 1) + note(
         "SQNR: energy of the source's dequantized weights over that of the difference from what the tensor core"
         f" multiplies by. Every weight was counted, from the bytes of both checkpoints. {text}"
     )
@@ -152,7 +104,7 @@ def _sqnr_caption(report: Report) -> str:
 
 def _worst_layers(report: Report) -> str:
     layers = sorted(report.layers, key=lambda layer: layer.sqnr_db["output"])[:_WORST]
-    return _table(_LAYER_HEADER, [_layer_row(layer) for layer in layers])
+    return table(_LAYER_HEADER, [_layer_row(layer) for layer in layers])
 
 
 def _layer_row(layer: LayerReport) -> tuple[str, ...]:
@@ -206,7 +158,7 @@ def _weights(report: Report) -> str:
         for name, size in (("BF16", w.bf16), ("INT8", w.int8), ("INT4 (this checkpoint, served)", w.int4))
     ]
     header = ("weights", "all", "of BF16", "of the W4A8 layers", "bits a weight there")
-    return _table(header, rows, 2) + _note(
+    return table(header, rows, 2) + note(
         f"Every figure contains {human_bytes(w.rest)} of embeddings, norms and whatever else is not quantized."
         " INT8 has an FP32 scale an output channel. INT4 has that too, and for every group of 128 the kernel's table of"
         " 8 FP8 entries."
@@ -216,13 +168,13 @@ def _weights(report: Report) -> str:
 def _kv_cache(report: Report) -> str:
     kv = report.kv
     if kv.unknown is not None:
-        return _note(f"KV cache: not known. {kv.unknown}.")
+        return note(f"KV cache: not known. {kv.unknown}.")
     header = ("KV cache of one sequence", "a token", *(f"{length:,} tokens" for length in kv.per_sequence))
     rows = [
         (name, human_bytes(size * kv.per_token), *(human_bytes(size * values) for values in kv.per_sequence.values()))
         for name, size in KV_BYTES.items()
     ]
-    return _table(header, rows) + _note(f"From config.json: {kv.note}.")
+    return table(header, rows) + note(f"From config.json: {kv.note}.")
 
 
 def _all_layers(report: Report) -> str:
@@ -230,7 +182,7 @@ def _all_layers(report: Report) -> str:
     order = list(kinds)
     spots = aggregate(report.layers)
     if len(spots) == len(report.layers):
-        table = _table(_LAYER_HEADER, [_layer_row(layer) for layer in report.layers])
+        rendered = table(_LAYER_HEADER, [_layer_row(layer) for layer in report.layers])
     else:
         columns = (column for name in _SHORT.values() for column in (f"{name}, mean", "least"))
         rows = [
@@ -241,8 +193,8 @@ def _all_layers(report: Report) -> str:
             )
             for s in sorted(spots, key=lambda s: (s.block, order.index(s.kind)))
         ]
-        table = _table(("SQNR in dB of layers", "count", *columns), rows)
-    return f"<details><summary>{len(spots):,} rows</summary>\n{table}\n</details>"
+        rendered = table(("SQNR in dB of layers", "count", *columns), rows)
+    return f"<details><summary>{len(spots):,} rows</summary>\n{rendered}\n</details>"
 
 
 def _db(value: float) -> str:

@@ -54,7 +54,7 @@ def read_records(paths: Iterable[Path]) -> Iterator[Record]:
 def _open(path: Path) -> IO[bytes]:
     """Open a file, or what a pipe delivers."""
     if stat.S_ISDIR(path.stat().st_mode):
-        raise ConvertError(str(path), "is a directory", "name files of JSON lines with --data")
+        raise ConvertError(str(path), "is a directory", "name files of JSON lines")
     return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
@@ -71,15 +71,33 @@ def _documents(path: Path, file: IO[bytes]) -> Iterator[Record]:
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
-    """Yield the lines of a JSON lines file; blank ones are left out."""
+    """Yield the lines of a JSON lines file."""
+    for origin, found in _objects(path, file, _COLUMNS):
+        yield _record(origin, found)
+
+
+def read_objects(path: Path, columns: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each line of a JSON lines file stands, and the object that it is; blank ones are left out.
+
+    columns: what a line should be, for messages. Raises ConvertError where the file or a line cannot be read.
+    """
+    try:
+        with _open(path) as file:
+            yield from _objects(path, file, columns)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConvertError(str(path), f"cannot be read ({reason})", "check the name of the file") from error
+
+
+def _objects(path: Path, file: IO[bytes], columns: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     while raw := file.readline(MAX_LINE + 1):
         number += 1
         origin = f"{path} line {number}"
         if len(raw) > MAX_LINE:
-            raise ConvertError(origin, f"is longer than {human_bytes(MAX_LINE)}", "is it JSON lines? " + _COLUMNS)
+            raise ConvertError(origin, f"is longer than {human_bytes(MAX_LINE)}", "is it JSON lines? " + columns)
         if raw.strip():
-            yield _record(origin, _decoded(origin, raw).rstrip("\r\n"))
+            yield origin, _parsed(origin, _decoded(origin, raw).rstrip("\r\n"), columns)
 
 
 def _decoded(origin: str, raw: bytes) -> str:
@@ -90,8 +108,8 @@ def _decoded(origin: str, raw: bytes) -> str:
         raise ConvertError(origin, reason, "write the file as UTF-8") from error
 
 
-def _record(origin: str, line: str) -> Record:
-    """Read one line."""
+def _parsed(origin: str, line: str, columns: str) -> dict[str, Any]:
+    """Read one line as an object of JSON, strictly."""
     try:
         found = json.loads(line, parse_constant=_constant, object_pairs_hook=_object, parse_float=_float)
         line.encode() if "\\u" not in line else json.dumps(found, ensure_ascii=False).encode()
@@ -103,7 +121,11 @@ def _record(origin: str, line: str) -> Record:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ConvertError(origin, f"is not JSON ({reason})", _MEND) from error
     if not isinstance(found, dict):
-        raise ConvertError(origin, f"is {_a(found)}, not an object", _COLUMNS)
+        raise ConvertError(origin, f"is {a_json(found)}, not an object", columns)
+    return found
+
+
+def _record(origin: str, found: dict[str, Any]) -> Record:
     columns = {name: found[name] for name in (*_CONTENTS, "tools", "loss_mask") if found.get(name) is not None}
     have = [name for name in _CONTENTS if name in columns]
     if len(have) != 1:
@@ -113,8 +135,8 @@ def _record(origin: str, line: str) -> Record:
         raise ConvertError(origin, f"has tools beside {have[0]}", "tools belong to messages")
     return Record(
         origin,
-        messages=_messages(origin, columns["messages"]) if "messages" in columns else None,
-        tools=_tools(origin, columns.get("tools")),
+        messages=parse_messages(origin, columns["messages"]) if "messages" in columns else None,
+        tools=parse_tools(origin, columns.get("tools")),
         text=_string(origin, "text", columns["text"]) if "text" in columns else None,
         input_ids=_integers(origin, "input_ids", columns["input_ids"]) if "input_ids" in columns else None,
         loss_mask=_mask(origin, columns["loss_mask"]) if "loss_mask" in columns else None,
@@ -140,7 +162,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _a(value: Any) -> str:
+def a_json(value: Any) -> str:
     """Say what a JSON value is."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
     return "null" if value is None else names.get(type(value), "an object")
@@ -148,7 +170,7 @@ def _a(value: Any) -> str:
 
 def _string(origin: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ConvertError(origin, f"{name} is {_a(value)}, not a string", _MEND)
+        raise ConvertError(origin, f"{name} is {a_json(value)}, not a string", _MEND)
     if not value:
         raise ConvertError(origin, f"{name} is empty", _MEND)
     return value
@@ -156,12 +178,12 @@ def _string(origin: str, name: str, value: Any) -> str:
 
 def _integers(origin: str, name: str, value: Any) -> list[int]:
     if not isinstance(value, list):
-        raise ConvertError(origin, f"{name} is {_a(value)}, not a list of whole numbers", _MEND)
+        raise ConvertError(origin, f"{name} is {a_json(value)}, not a list of whole numbers", _MEND)
     if not value:
         raise ConvertError(origin, f"{name} is empty", _MEND)
     for place, number in enumerate(value):
         if type(number) is not int:
-            shown = number if isinstance(number, float) else _a(number)
+            shown = number if isinstance(number, float) else a_json(number)
             raise ConvertError(origin, f"{name}[{place}] is {shown}, not a whole number", _MEND)
     return value
 
@@ -174,7 +196,7 @@ def _mask(origin: str, value: Any) -> list[int]:
     return numbers
 
 
-def _tools(origin: str, value: Any) -> list[dict[str, Any]] | None:
+def parse_tools(origin: str, value: Any) -> list[dict[str, Any]] | None:
     """Check tools; an empty list is none, as for vLLM."""
     if value is None or value == []:
         return None
@@ -183,10 +205,10 @@ def _tools(origin: str, value: Any) -> list[dict[str, Any]] | None:
     return value
 
 
-def _messages(origin: str, value: Any) -> list[dict[str, Any]]:
+def parse_messages(origin: str, value: Any) -> list[dict[str, Any]]:
     """Check messages and bring them into the form in which vLLM hands them to the chat template."""
     if not isinstance(value, list):
-        raise ConvertError(origin, f"messages is {_a(value)}, not a list of objects", _MEND)
+        raise ConvertError(origin, f"messages is {a_json(value)}, not a list of objects", _MEND)
     if not value:
         raise ConvertError(origin, "messages is empty", _MEND)
     return [_message(origin, f"messages[{place}]", message) for place, message in enumerate(value)]
@@ -194,21 +216,21 @@ def _messages(origin: str, value: Any) -> list[dict[str, Any]]:
 
 def _message(origin: str, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConvertError(origin, f"{name} is {_a(value)}, not an object", _MEND)
+        raise ConvertError(origin, f"{name} is {a_json(value)}, not an object", _MEND)
     message = {key: item for key, item in value.items() if item is not None}
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        shown = repr(role) if isinstance(role, str) else _a(role)
+        shown = repr(role) if isinstance(role, str) else a_json(role)
         what = "has no role" if role is None else f"has the role {shown}"
         raise ConvertError(origin, f"{name} {what}", f"roles are {', '.join(ROLES)}")
     if "content" in message:
         message["content"] = _content(origin, f"{name}.content", message["content"])
     for key in ("reasoning_content", "reasoning", "thinking"):
         if key in message and not isinstance(message[key], str):
-            raise ConvertError(origin, f"{name}.{key} is {_a(message[key])}, not a string", _MEND)
+            raise ConvertError(origin, f"{name}.{key} is {a_json(message[key])}, not a string", _MEND)
     calls = message.pop("tool_calls", [])
     if not isinstance(calls, list):
-        raise ConvertError(origin, f"{name}.tool_calls is {_a(calls)}, not a list", _MEND)
+        raise ConvertError(origin, f"{name}.tool_calls is {a_json(calls)}, not a list", _MEND)
     if calls:
         message["tool_calls"] = [_call(origin, f"{name}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
     if not {"content", "tool_calls", "reasoning_content", "reasoning", "thinking"} & message.keys():
@@ -222,7 +244,7 @@ def _content(origin: str, name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ConvertError(origin, f"{name} is {_a(value)}, not a string", _MEND)
+        raise ConvertError(origin, f"{name} is {a_json(value)}, not a string", _MEND)
     texts = []
     for place, part in enumerate(value):
         text = part.get("text") if isinstance(part, dict) else part

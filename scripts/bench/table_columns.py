@@ -30,6 +30,16 @@ VLLM_PERPLEXITY: Columns = (
     ("nats/token over W4A16", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
     ("next-token accuracy, of W4A16's", "{relative_accuracy:.2%}"),
 )
+VERDICTS: Columns = (
+    ("drop", "{drop:.0%}"),
+    ("prompts", "{prompts:d}"),
+    ("ship", "{ship:.1%}"),
+    ("do not ship", "{do_not_ship:.1%}"),
+    ("cannot tell", "{cannot_tell:.1%}"),
+    ("right", "{right:.1%}"),
+    ("wrong", "{wrong:.1%}"),
+    ("decided by more", "{decided:.0%}"),
+)
 SERVING: Columns = (
     ("served as", "{kind}"),
     ("requests", "{batch:d}"),
@@ -296,6 +306,8 @@ COLUMNS: dict[str, Columns] = {
         ("`compressed-tensors`", "{compressed_tensors_search}"),
         ("why", "{why}"),
     ),
+    "verdict-power": VERDICTS,
+    "verdict-power-graded": VERDICTS,
     "repacking-gpu": (
         ("kernel", "`{kernel}`"),
         ("from", "{packing}"),

@@ -1,0 +1,260 @@
+"""A client of OpenAI-compatible servers: one streamed answer at a time, with the times of its tokens.
+
+Every way in which a request can fail has a name, which stands at the beginning of `Answer.failure`:
+
+dead: no connection, or it broke off · hung: no end within the time limit · 4xx, 5xx: the server's status ·
+truncated: the stream ended without a reason to finish, or with what is not a stream · refused: an error within
+a stream.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.evaluation.answer import Answer, Side
+from convert_w4a8.evaluation.checks import Call, library
+from convert_w4a8.evaluation.prompts import Prompt
+from convert_w4a8.text import printable
+
+_OPTIONAL: dict[str, Any] = {"stream_options": {"include_usage": True}, "return_token_ids": True}
+"""What is asked for beyond the common core, and no more once a server refuses it by name."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled, the same on both sides. samples: answers of each prompt, with seeds from 0 on."""
+
+    max_tokens: int = 256
+    samples: int = 1
+    temperature: float = 0.0
+
+
+@dataclass
+class _Parts:
+    """An answer as it comes."""
+
+    started: float
+    answer: Answer
+    calls: dict[int, dict[str, str]] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def whole(self) -> Answer:
+        calls = tuple(Call(call["name"], call["arguments"]) for _, call in sorted(self.calls.items()))
+        return replace(self.answer, calls=calls, token_ids=tuple(self.ids) or None)
+
+
+def is_local(url: str) -> bool:
+    """Whether a server is on this machine, where no proxy leads."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+class Endpoint:
+    """One side's server. Used as an asynchronous context manager.
+
+    url: with or without `/v1`. model: as the server names it; None: the first that it lists. timeout: seconds that an
+    answer may take. The key of the server is read from OPENAI_API_KEY.
+    """
+
+    def __init__(self, side: Side, url: str, model: str | None, timeout: float) -> None:
+        self.side: Side = side
+        base = url.rstrip("/")
+        self.base_url = base if base.endswith("/v1") else f"{base}/v1"
+        self.model = model or ""
+        self.timeout = timeout
+        self._openai = library("openai", "openai")
+        self._client: Any = None
+        self._refused: set[str] = set()
+
+    async def __aenter__(self) -> Self:
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        own = {"http_client": self._openai.DefaultAsyncHttpxClient(trust_env=False)} if is_local(self.base_url) else {}
+        self._client = self._openai.AsyncOpenAI(
+            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout, **own
+        )
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def find_model(self) -> None:
+        """Ask the server for its model, unless one was named. Raises ConvertError where that fails."""
+        if self.model:
+            return
+        try:
+            async with asyncio.timeout(min(60.0, self.timeout)):
+                listed = await self._client.models.list()
+        except Exception as error:
+            if not self._is_failure(error):
+                raise
+            remedy = "start the server, or check the address and OPENAI_API_KEY"
+            raise ConvertError(f"{self.side} {self.base_url}", self._failure(error), remedy) from error
+        names = [model.id for model in getattr(listed, "data", None) or []]
+        if not names:
+            raise ConvertError(f"{self.side} {self.base_url}", "lists no model", f"name one with --{self.side}-model")
+        self.model = names[0]
+
+    async def ask(self, prompt: Prompt, sample: int, sampling: Sampling) -> Answer:
+        """Return the answer to a prompt; what fails is in it, by name."""
+        blank = Answer(self.side, prompt.id, sample)
+        while True:
+            parts = _Parts(time.perf_counter(), blank)
+            try:
+                async with asyncio.timeout(self.timeout):
+                    await self._stream(prompt, sample, sampling, parts)
+            except Exception as error:
+                if self._learn(error, parts.extra):
+                    continue
+                if not self._is_failure(error):
+                    raise
+                return replace(parts.whole(), failure=printable(self._failure(error)))
+            answer = parts.whole()
+            if answer.finish is None:
+                return replace(answer, failure="truncated: the stream ended without a finish_reason")
+            return answer
+
+    async def score_tokens(self, token_ids: list[int], top: int) -> list[dict[str, Any] | None]:
+        """Return vLLM's `prompt_logprobs` of a sequence: for each token {id: {"logprob", "rank", …}}.
+
+        Raises ConvertError where the server does not give them, or fails.
+        """
+        try:
+            async with asyncio.timeout(self.timeout):
+                found = await self._client.completions.create(
+                    model=self.model, prompt=token_ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": top}
+                )
+        except Exception as error:
+            if not self._is_failure(error):
+                raise
+            raise ConvertError(
+                f"{self.side} {self.base_url}", f"gives no prompt_logprobs ({self._failure(error)})", ""
+            ) from error
+        listed = getattr(found.choices[0], "prompt_logprobs", None) if getattr(found, "choices", None) else None
+        if not isinstance(listed, list) or len(listed) != len(token_ids):
+            raise ConvertError(f"{self.side} {self.base_url}", "gives no prompt_logprobs", "")
+        return listed
+
+    async def _stream(self, prompt: Prompt, sample: int, sampling: Sampling, parts: _Parts) -> None:
+        request: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": prompt.max_tokens or sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "seed": sample,
+            "stream": True,
+        }
+        extra = parts.extra = {key: value for key, value in _OPTIONAL.items() if key not in self._refused}
+        if prompt.messages is None:
+            stream = await self._client.completions.create(prompt=prompt.prompt, extra_body=extra, **request)
+        else:
+            if prompt.tools:
+                request["tools"] = prompt.tools
+            stream = await self._client.chat.completions.create(
+                messages=[_as_sent(message) for message in prompt.messages], extra_body=extra, **request
+            )
+        async for chunk in _checked(stream):
+            _take(chunk, parts)
+
+    def _learn(self, error: Exception, sent: Mapping[str, Any]) -> bool:
+        """Note what a server refuses by name; whether that was among what was sent, and may be left out."""
+        if not isinstance(error, self._openai.APIStatusError) or error.status_code not in (400, 422):
+            return False
+        said = _said(error)
+        found = {key for key in sent if key in said}
+        self._refused |= found
+        return bool(found)
+
+    def _is_failure(self, error: Exception) -> bool:
+        network = (self._openai.OpenAIError, TimeoutError, OSError, json.JSONDecodeError, _NotAStream)
+        return isinstance(error, network) or type(error).__module__.partition(".")[0].startswith("http")
+
+    def _failure(self, error: Exception) -> str:
+        """Name a failure."""
+        if isinstance(error, TimeoutError | self._openai.APITimeoutError) or "Timeout" in type(error).__name__:
+            return f"hung: no end of it within {self.timeout:g} s"
+        if isinstance(error, self._openai.APIStatusError):
+            return f"{error.status_code // 100}xx: status {error.status_code}, {_first_line(_said(error))}"
+        if isinstance(error, json.JSONDecodeError | _NotAStream):
+            return f"truncated: what came is not a stream of answers ({_first_line(str(error))})"
+        if isinstance(error, self._openai.APIConnectionError):
+            return f"dead: {_first_line(str(error.__cause__ or error))}"
+        if isinstance(error, self._openai.APIError):
+            return f"refused: {_first_line(error.message)}"
+        return f"dead: {_first_line(str(error) or type(error).__name__)}"
+
+
+class _NotAStream(Exception):  # noqa: N818 - a name for what came, not for an error of ours
+    """What a server sent is not a stream of chunks."""
+
+
+async def _checked(stream: Any) -> AsyncIterator[Any]:
+    if not hasattr(stream, "__aiter__"):
+        raise _NotAStream(type(stream).__name__)
+    async for chunk in stream:
+        if not hasattr(chunk, "choices"):
+            raise _NotAStream(str(chunk))
+        yield chunk
+
+
+def _take(chunk: Any, parts: _Parts) -> None:
+    """Add a chunk to an answer."""
+    now = time.perf_counter() - parts.started
+    answer = parts.answer
+    usage = getattr(chunk, "usage", None)
+    if usage is not None and getattr(usage, "completion_tokens", None) is not None:
+        answer = replace(answer, tokens=int(usage.completion_tokens))
+    prompt_ids = getattr(chunk, "prompt_token_ids", None)
+    if chunk.choices:
+        choice = chunk.choices[0]
+        prompt_ids = prompt_ids or getattr(choice, "prompt_token_ids", None)
+        parts.ids += getattr(choice, "token_ids", None) or []
+        delta = getattr(choice, "delta", None)
+        text = (delta.content if delta is not None else getattr(choice, "text", None)) or ""
+        thought = (
+            (getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None) or "") if delta else ""
+        )
+        calls = (getattr(delta, "tool_calls", None) or []) if delta else []
+        for piece in calls:
+            call = parts.calls.setdefault(piece.index or 0, {"name": "", "arguments": ""})
+            call["name"] += getattr(piece.function, "name", None) or ""
+            call["arguments"] += getattr(piece.function, "arguments", None) or ""
+        if text or thought or calls:
+            first = now if answer.first_token is None else answer.first_token
+            answer = replace(answer, first_token=first, last_token=now)
+        answer = replace(answer, text=answer.text + text, reasoning=answer.reasoning + thought)
+        finish = getattr(choice, "finish_reason", None)
+        if finish is not None:
+            answer = replace(answer, finish=finish)
+    if prompt_ids:
+        answer = replace(answer, prompt_token_ids=tuple(prompt_ids))
+    parts.answer = answer
+
+
+def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message as the protocol has it: arguments of tool calls are JSON in a string."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {"type": "function", "id": f"call_{number}", **call}
+        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        for number, call in enumerate(message["tool_calls"])
+    ]
+    return message | {"tool_calls": calls}
+
+
+def _said(error: Any) -> str:
+    """Return what a server says of a status: its message, or all of what it sent."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or body.get("detail") or error.response.text or error.message)
+
+
+def _first_line(text: str) -> str:
+    return printable(text.strip().partition("\n")[0])[:300]

@@ -1,0 +1,129 @@
+"""vLLM's `/metrics`: how many tokens fit in the KV cache, how full it was, and preemptions.
+
+The names are those of vLLM 0.25 and 0.33 (`vllm/v1/metrics/loggers.py`). Engines of one server are added up.
+"""
+
+import asyncio
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+from convert_w4a8.evaluation.client import is_local
+
+_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+([^\s]+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_CACHE, _USAGE, _PREEMPTIONS = "vllm:cache_config_info", "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total"
+_SECONDS = 0.5
+"""Between two looks at a server that works."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a server says of its KV cache. kv_tokens: that fit. usage: the largest share seen. missing: by name, why.
+
+    preemptions: during the evaluation.
+    """
+
+    kv_tokens: int | None = None
+    usage: float | None = None
+    preemptions: int | None = None
+    missing: tuple[str, ...] = ()
+
+
+def parse(text: str) -> Room:
+    """Read the Prometheus text format; `preemptions` are those since the server's start."""
+    tokens: list[int] = []
+    usage: list[float] = []
+    preemptions: list[float] = []
+    for name, labels, value in _samples(text):
+        if name == _CACHE:
+            with suppress(KeyError, ValueError):
+                tokens.append(int(labels["num_gpu_blocks"]) * int(labels["block_size"]))
+        elif name == _USAGE:
+            usage.append(value)
+        elif name == _PREEMPTIONS:
+            preemptions.append(value)
+    missing = [name for name, found in ((_CACHE, tokens), (_USAGE, usage), (_PREEMPTIONS, preemptions)) if not found]
+    return Room(
+        sum(tokens) if tokens else None,
+        max(usage, default=None),
+        int(sum(preemptions)) if preemptions else None,
+        tuple(f"{name} is not in /metrics" for name in missing),
+    )
+
+
+def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    for line in text.splitlines():
+        match = _SAMPLE.match(line)
+        if match:
+            with suppress(ValueError):
+                yield match[1], dict(_LABEL.findall(match[2] or "")), float(match[3])
+
+
+class Watch:
+    """Looks at a server's metrics while it works. base_url: that of the API, ending in `/v1`."""
+
+    def __init__(self, base_url: str) -> None:
+        self._url = base_url.removesuffix("/v1") + "/metrics"
+        self._first: Room | None = None
+        self._usage: float | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Begin."""
+        self._first = await self._look()
+        if self._first.usage is not None:
+            self._task = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def result(self) -> Room:
+        """Return what was seen."""
+        last = await self._look()
+        before = self._first.preemptions if self._first is not None else None
+        preemptions = None if last.preemptions is None or before is None else last.preemptions - before
+        return Room(last.kv_tokens, self._usage, preemptions, last.missing)
+
+    async def _watch(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(_SECONDS)
+
+    async def _look(self) -> Room:
+        found = await asyncio.to_thread(_fetch, self._url)
+        if found.usage is not None:
+            self._usage = max(self._usage or 0.0, found.usage)
+        return found
+
+
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """Return what opens a URL: through a proxy, where the environment names one, but for this machine."""
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local(url) else []))
+
+
+def _fetch(url: str) -> Room:
+    try:
+        with opener(url).open(url, timeout=10) as response:
+            return parse(response.read(1 << 24).decode(errors="replace"))
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        return Room(missing=(f"/metrics cannot be read ({getattr(error, 'reason', None) or error})",))
+
+
+def as_dict(room: Room) -> dict[str, Any]:
+    """Return a JSON-ready dict."""
+    return {
+        "kv_tokens": room.kv_tokens,
+        "kv_usage": room.usage,
+        "preemptions": room.preemptions,
+        "missing": list(room.missing),
+    }

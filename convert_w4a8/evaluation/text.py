@@ -1,0 +1,259 @@
+"""An evaluation as tables, for a terminal, for a job's summary (Markdown) and as JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convert_w4a8.evaluation import divergence, verdict
+from convert_w4a8.evaluation.answer import SIDES, Side
+from convert_w4a8.evaluation.paired import CONFIDENCE
+from convert_w4a8.evaluation.results import Evaluation, Measure, losses_by_tag
+from convert_w4a8.evaluation.verdict import Group
+from convert_w4a8.text import counted, human_bytes, markdown_cell, markdown_table, shortened, table
+
+_LISTED = 20
+_SPEED = {
+    "ttft": ("time to first token", "ms", 1000.0),
+    "tpot": ("time per output token", "ms", 1000.0),
+    "rate": ("tokens/s", "", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its title, and what is to be said below it."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def sections(evaluation: Evaluation) -> list[Section]:
+    """Return the tables, those that have rows."""
+    found = [
+        _quality(evaluation),
+        _agreement(evaluation),
+        _divergences(evaluation),
+        _speed(evaluation),
+        _room(evaluation),
+        _failures(evaluation),
+    ]
+    return [section for section in found if section.rows]
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """Return it for a terminal."""
+    parts = [
+        f"verdict    {evaluation.verdict.decision}",
+        *(f"           {line}" for line in evaluation.verdict.reasons),
+    ]
+    for section in sections(evaluation):
+        parts += ["", section.title, table(section.rows, section.header)]
+        parts += [section.note] if section.note else []
+    parts += [f"left out   {line}" for line in evaluation.missing]
+    return "\n".join(parts)
+
+
+def as_markdown(evaluation: Evaluation) -> str:
+    """Return it for a job's summary."""
+    parts = [f"## w4a8 evaluate: {evaluation.verdict.decision}"]
+    parts.append("\n".join(f"* {markdown_cell(line)}" for line in evaluation.verdict.reasons))
+    for section in sections(evaluation):
+        rows = [[markdown_cell(cell) for cell in row] for row in section.rows]
+        parts += [f"### {section.title}", markdown_table(section.header, rows, "l" + "r" * (len(section.header) - 1))]
+        parts += [markdown_cell(section.note)] if section.note else []
+    if evaluation.missing:
+        parts += ["### Left out", "\n".join(f"* {markdown_cell(line)}" for line in evaluation.missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """Return it for programs. Times are in seconds, rates in tokens per second."""
+    differ = [one.difference for one in evaluation.compared if one.difference is not None]
+    return {
+        "baseline": evaluation.places["baseline"],
+        "candidate": evaluation.places["candidate"],
+        "models": dict(evaluation.models),
+        "verdict": verdict.as_dict(evaluation.verdict),
+        "ratings": evaluation.rated,
+        "agreement": {
+            "answers": len(evaluation.compared),
+            "identical": evaluation.agreement,
+            "median_first_difference": sorted(differ)[len(differ) // 2] if differ else None,
+        },
+        "divergence": _divergence(evaluation),
+        "speed": {
+            name: {side: _measured(measure) for side, measure in sides.items()}
+            for name, sides in evaluation.speed.items()
+        },
+        "room": {side: dict(evaluation.room.get(side, {})) for side in SIDES},
+        "predicted": {side: dict(evaluation.predicted.get(side, {})) for side in SIDES},
+        "failures": [
+            {"side": answer.side, "prompt": answer.prompt, "sample": answer.sample, "failure": answer.failure}
+            for answer in evaluation.failures
+        ],
+        "missing": list(evaluation.missing),
+        "prompts": [
+            {
+                "prompt": one.prompt.id,
+                "sample": one.sample,
+                "tags": list(one.prompt.tags),
+                "first_difference": one.difference,
+                "checks": [
+                    {"type": before.type, "baseline": before.value, "candidate": after.value}
+                    for before, after in zip(one.scores["baseline"], one.scores["candidate"], strict=True)
+                ],
+            }
+            for one in evaluation.compared
+        ],
+    }
+
+
+def _divergence(evaluation: Evaluation) -> dict[str, Any] | None:
+    if not evaluation.losses:
+        return None
+    by_tag = losses_by_tag(evaluation)
+    surprise, kl = by_tag.pop(verdict.ALL)
+    return {
+        "answers": len(evaluation.losses),
+        "tokens": sum(loss.tokens for loss in evaluation.losses),
+        "surprise": surprise,
+        "kl": kl,
+        "tags": [{"tag": tag, "surprise": found[0], "kl": found[1]} for tag, found in by_tag.items()],
+    }
+
+
+def _measured(measure: Measure) -> dict[str, Any]:
+    median, p90, p99 = measure.percentiles or (None, None, None)
+    return {"answers": len(measure.values), "median": median, "p90": p90, "p99": p99}
+
+
+def _quality(evaluation: Evaluation) -> Section:
+    rows = [_quality_row(group) for group in evaluation.verdict.groups]
+    rated = f" {evaluation.rated} ratings are among the checks." if evaluation.rated else ""
+    return Section(
+        "Quality",
+        (
+            "prompts",
+            "verdict",
+            "number",
+            "baseline",
+            "candidate",
+            "difference",
+            "from",
+            "to",
+            "may lose",
+            "lost : won",
+            "p",
+        ),
+        tuple(rows),
+        f"Scores in points of 100; 'from' and 'to' are bounds at {CONFIDENCE:.0%} each. Lost : won: prompts that only"
+        f" one side passed; p: exact McNemar.{rated}",
+    )
+
+
+def _quality_row(group: Group) -> tuple[str, ...]:
+    return (
+        group.name or "all",
+        group.decision,
+        str(group.prompts),
+        f"{100 * group.baseline:.1f}",
+        f"{100 * group.candidate:.1f}",
+        f"{100 * group.bounds.mean:+.1f}",
+        f"{100 * group.bounds.lower:+.1f}",
+        f"{100 * group.bounds.upper:+.1f}",
+        f"{100 * group.tolerance:g}",
+        "-" if group.p is None else f"{group.losses} : {group.wins}",
+        "-" if group.p is None else f"{group.p:.3f}",
+    )
+
+
+def _agreement(evaluation: Evaluation) -> Section:
+    if evaluation.agreement is None:
+        return Section("Agreement", (), ())
+    differ = sorted(one.difference for one in evaluation.compared if one.difference is not None)
+    rows = [
+        ("on both sides", str(len(evaluation.compared))),
+        ("identical", f"{evaluation.agreement:.1%}"),
+        ("first different character, median of the others", f"{differ[len(differ) // 2] + 1:,}" if differ else "-"),
+    ]
+    return Section("Agreement with the baseline", ("answers", ""), tuple(rows))
+
+
+def _divergences(evaluation: Evaluation) -> Section:
+    rows = [
+        (tag or "all", f"{kl:.5f}", f"{surprise:+.5f}") for tag, (surprise, kl) in losses_by_tag(evaluation).items()
+    ]
+    return Section(
+        "On the baseline's own answers, in nats per token",
+        ("prompts", "divergence, at least", "more surprised"),
+        tuple(rows),
+        f"Teacher-forced; from the {divergence.TOP} most likely tokens of each side.",
+    )
+
+
+def _speed(evaluation: Evaluation) -> Section:
+    rows = []
+    for name, sides in evaluation.speed.items():
+        label, unit, factor = _SPEED[name]
+        for place, share in enumerate(("median", "p90", "p99")):
+            values = [_at(sides[side], place) for side in SIDES]
+            cells = ["-" if value is None else f"{factor * value:,.1f}{unit and ' ' + unit}" for value in values]
+            rows.append((f"{label}, {share}", *cells, _ratio(name, values)))
+    return Section(
+        "Speed",
+        ("", *SIDES, "candidate is"),
+        tuple(row for row in rows if row[1:3] != ("-", "-")),
+        "p90 and p99: what 90 and 99 % of the answers do not exceed, or, of tokens/s, reach at least.",
+    )
+
+
+def _at(measure: Measure, place: int) -> float | None:
+    return None if measure.percentiles is None else measure.percentiles[place]
+
+
+def _ratio(name: str, values: Sequence[float | None]) -> str:
+    before, after = values
+    if not before or not after:
+        return "-"
+    return f"{(after / before if name == 'rate' else before / after):.2f} × as fast"
+
+
+def _room(evaluation: Evaluation) -> Section:
+    rows: list[tuple[str, ...]] = []
+    room, predicted = evaluation.room, evaluation.predicted
+    for label, found, key, show in (
+        ("KV cache, tokens that fit", room, "kv_tokens", "{:,}"),
+        ("KV cache, largest share in use", room, "kv_usage", "{:.1%}"),
+        ("preemptions", room, "preemptions", "{:,}"),
+    ):
+        _add(rows, label, found, key, show.format)
+    _add(rows, "weights on the disk", predicted, "weight_bytes", human_bytes)
+    _add(rows, "KV cache of a token in BF16, predicted", predicted, "kv_bytes_per_token", human_bytes)
+    before, after = (predicted.get(side, {}).get("weight_bytes") for side in SIDES)
+    per_token = predicted.get("candidate", {}).get("kv_bytes_per_token")
+    if before is not None and after is not None and per_token:
+        rows.append(("more tokens that fit, predicted", "", f"{(before - after) // per_token:+,}"))
+    return Section(
+        "Room",
+        ("", *SIDES),
+        tuple(rows),
+        "Predicted: by w4a8 report's memory arithmetic." if before or after else "",
+    )
+
+
+def _add(rows: list[tuple[str, ...]], label: str, found: Mapping[Side, Mapping[str, Any]], key: str, show: Any) -> None:
+    values = [found.get(side, {}).get(key) for side in SIDES]
+    if values != [None, None]:
+        rows.append((label, *("-" if value is None else show(value) for value in values)))
+
+
+def _failures(evaluation: Evaluation) -> Section:
+    """List failures that are alike as one."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for answer in evaluation.failures:
+        alike.setdefault((answer.side, str(answer.failure)), []).append(answer.prompt)
+    rows = [(side, str(len(prompts)), shortened(prompts), failure) for (side, failure), prompts in alike.items()]
+    more = f"{counted(len(rows) - _LISTED, 'more kind')} of failures." if len(rows) > _LISTED else ""
+    return Section("Failures", ("of", "answers", "prompts", "failure"), tuple(rows[:_LISTED]), more)

@@ -1,0 +1,103 @@
+"""Checks: what passes, what does not, and the libraries' own scores."""
+
+from typing import Any
+
+import pytest
+
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.evaluation import checks
+from convert_w4a8.evaluation.checks import Call, parse_check, score
+
+
+def value(
+    check: dict[str, Any], text: str = "", calls: tuple[Call, ...] = (), reference: tuple[str, ...] = ()
+) -> float:
+    return score(parse_check("line", "check", check, reference), text, calls).value
+
+
+@pytest.mark.parametrize(
+    ("check", "text", "passes"),
+    [
+        ({"type": "exact", "value": "Yes"}, " Yes\n", True),
+        ({"type": "exact", "value": "Yes"}, "yes", False),
+        ({"type": "exact", "value": ["No", "yes"], "ignore_case": True}, "YES", True),
+        ({"type": "contains", "value": ["a", "b"]}, "b and a", True),
+        ({"type": "contains", "value": ["a", "c"]}, "b and a", False),
+        ({"type": "regex", "pattern": r"^\d{4}$"}, "2026", True),
+        ({"type": "regex", "pattern": r"^\d{4}$"}, "in 2026", False),
+        ({"type": "number", "value": 1234.5}, "3 times, so 1,234.5.", True),
+        ({"type": "number", "value": -2, "within": 0.1}, "it is -2.05", True),
+        ({"type": "number", "value": 2}, "2 or 3", False),
+        ({"type": "number", "value": 2}, "none at all.", False),
+        ({"type": "number", "value": 1.5e-3}, "1.5e-3", True),
+    ],
+)
+def test_checks_of_texts(check: dict[str, Any], text: str, passes: bool) -> None:
+    """They pass or fail."""
+    assert value(check, text) == float(passes)
+
+
+def test_the_reference_is_what_exact_wants() -> None:
+    """Any of them."""
+    assert value({"type": "exact"}, "b", reference=("a", "b")) == 1
+    assert value({"type": "exact"}, "c", reference=("a", "b")) == 0
+
+
+@pytest.mark.parametrize(
+    ("calls", "passes"),
+    [
+        ([("weather", '{"city": "Oslo"}')], True),
+        ([("clock", "{}"), ("weather", '{ "city":"Oslo" }')], True),
+        ([("weather", '{"city": "Rome"}')], False),
+        ([("weather", "Oslo")], False),
+        ([("clock", '{"city": "Oslo"}')], False),
+        ([], False),
+    ],
+)
+def test_tool_calls(calls: list[tuple[str, str]], passes: bool) -> None:
+    """Name and arguments, however these are written."""
+    check = {"type": "tool_call", "name": "weather", "arguments": {"city": "Oslo"}}
+    assert value(check, calls=tuple(Call(*call) for call in calls)) == float(passes)
+
+
+def test_a_call_without_arguments() -> None:
+    """Some servers write nothing, others an empty object."""
+    for arguments in ("", "{}"):
+        assert value({"type": "tool_call", "name": "now", "arguments": {}}, calls=(Call("now", arguments),)) == 1
+
+
+def test_json_by_schema() -> None:
+    """As it is, or between fences; without a schema any JSON passes."""
+    pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
+    check = {"type": "json", "schema": {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}}
+    assert value(check, '{"a": 1}') == 1
+    assert value(check, 'Here:\n```json\n{"a": 1}\n```\n') == 1
+    assert value(check, '{"a": "1"}') == 0
+    assert value(check, "{a: 1}") == 0
+    assert value({"type": "json"}, "[1]") == 1
+
+
+def test_bleu_is_sacrebleus_and_rouge_rouge_scores() -> None:
+    """Graded without a minimum, passed or failed with one."""
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra `evaluate` is not installed")
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="the extra `evaluate` is not installed")
+    text, reference = "the cat sat on a mat today", "the cat sat on the mat today"
+    assert (
+        value({"type": "bleu"}, text, reference=(reference,)) == sacrebleu.sentence_bleu(text, [reference]).score / 100
+    )
+    wanted = scorer.RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
+    assert value({"type": "rouge_l"}, text, reference=("other", reference)) == wanted
+    for minimum, passes in ((wanted - 0.01, 1.0), (wanted + 0.01, 0.0)):
+        found = score(parse_check("l", "c", {"type": "rouge_l", "minimum": minimum}, (reference,)), text, ())
+        assert (found.value, found.graded) == (passes, False)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it, before anything is asked."""
+
+    def nothing(_name: str) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(checks, "import_module", nothing)
+    with pytest.raises(ConvertError, match=r"needs sacrebleu, which is not installed; pip install .*\[evaluate\]"):
+        parse_check("line 1", "checks[0]", {"type": "bleu"}, ("a",))

@@ -1,0 +1,305 @@
+"""`w4a8 evaluate` from the command line to its files, against servers that work and servers that fail."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import Behaviour, chat_server
+
+METRICS = (
+    'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0\n'
+    'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:num_preemptions_total{engine="0"} 3.0\n'
+)
+
+
+def right(prompt: str) -> str:
+    number = int(prompt.split()[2])
+    return f"The sum of {number} and {number} is {2 * number}"
+
+
+def wrong(prompt: str) -> str:
+    return right(prompt) + "1"
+
+
+def logprobs(likely: float) -> Any:
+    """Return what vLLM would: each token with this log-probability, and another one."""
+    return lambda ids: [None, *({str(i): {"logprob": likely}, "7": {"logprob": -2.0}} for i in ids[1:])]
+
+
+def test_equal_servers_ship(evaluate: Any) -> None:
+    """Exit code 0, and every file."""
+    with chat_server(Behaviour(answer=right)) as a, chat_server(Behaviour(answer=right)) as b:
+        result = evaluate(a, b, "--out", str(evaluate.out), "--tolerance", "0.6", "--tag-tolerance", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("verdict    ship\n")
+    found = evaluate.document()
+    assert found["verdict"]["decision"] == "ship"
+    assert found["verdict"]["groups"][0]["mcnemar_p"] == 1
+    assert found["agreement"]["identical"] == 1
+    assert found["speed"]["ttft"]["candidate"]["answers"] == 8
+    assert (evaluate.out / "evaluation.md").read_text(encoding="utf-8").startswith("## w4a8 evaluate: ship\n")
+    assert '<p class="verdict ship">ship</p>' in (evaluate.out / "evaluation.html").read_text(encoding="utf-8")
+
+
+def test_a_worse_candidate_does_not(evaluate: Any, tmp_path: Path) -> None:
+    """Exit code 3; with --json one document; what each tag lost."""
+    drop = tmp_path / "drop.json"
+    with chat_server(Behaviour(answer=right)) as a, chat_server(Behaviour(answer=wrong)) as b:
+        result = evaluate(a, b, "--json", "--drop-by-tag", str(drop))
+    assert result.exit_code == 3, result.output
+    assert json.loads(result.stdout)["verdict"]["groups"][0]["losses"] == 8
+    assert json.loads(drop.read_text()) == {"drops": {"even": 1.0, "odd": 1.0}, "unit": "score"}
+
+
+def test_too_few_prompts_cannot_tell(evaluate: Any) -> None:
+    """Exit code 4, and how many more would decide."""
+    with chat_server(Behaviour(answer=right)) as a:
+        result = evaluate(a, a)
+    assert result.exit_code == 4
+    assert re.search(r"all prompts: between .*; about \d+ more prompts would decide", result.stdout)
+
+
+def test_both_sides_are_asked_alike_and_in_turn(evaluate: Any) -> None:
+    """The same sampling, warm-up first, then alternating blocks."""
+    order: list[str] = []
+
+    def answering(name: str) -> Behaviour:
+        def answer(prompt: str) -> str:
+            order.append(name)
+            return right(prompt)
+
+        return Behaviour(answer=answer)
+
+    sides = [answering(name) for name in "ab"]
+    with chat_server(sides[0]) as a, chat_server(sides[1]) as b:
+        evaluate(a, b, "--max-tokens", "33", "--samples", "2", "--temperature", "0.5")
+    assert "".join(order) == "ab" + "abba" * 8
+    for seen in zip(sides[0].seen, sides[1].seen, strict=False):
+        assert seen[0]["temperature"] == seen[1]["temperature"] == 0.5
+    asked = [[(r["messages"], r["seed"], r["max_tokens"]) for r in side.seen[1:]] for side in sides]
+    assert asked[0] == asked[1]
+    assert {(seed, tokens) for _, seed, tokens in asked[0]} == {(0, 33), (1, 33)}
+
+
+def test_what_a_server_refuses_is_left_out(evaluate: Any) -> None:
+    """As `transformers serve`, which knows neither of the two; also with many requests at a time."""
+    strict = Behaviour(answer=right, refuses=("stream_options", "return_token_ids"))
+    with chat_server(Behaviour(answer=right)) as a, chat_server(strict) as b:
+        result = evaluate(a, b, "--concurrency", "8", "--json")
+    assert json.loads(result.stdout)["failures"] == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "name"),
+    [
+        (500, "5xx: status 500, status 500 was wanted"),
+        (400, "4xx: status 400"),
+        ("cut", "truncated: the stream ended without a finish_reason"),
+        ("garbage", "truncated: what came is not a stream of answers"),
+        ("error", "the engine is dead"),
+        ("drop", "dead: "),
+        ("hang", "hung: no end of it within 3 s"),
+    ],
+)
+def test_failures_have_names_and_are_asked_again(evaluate: Any, failure: Any, name: str) -> None:
+    """One answer fails: nothing is shipped, the others are kept, and --resume asks for that one alone."""
+    behaviour = Behaviour(answer=right, failure=lambda prompt: failure if "5 + 5" in prompt else None)
+    arguments = ("--out", str(evaluate.out), "--tolerance", "1", "--timeout", "3" if failure == "hang" else "60")
+    with chat_server(Behaviour(answer=right)) as a, chat_server(behaviour) as b:
+        first = evaluate(a, b, *arguments)
+        found = evaluate.document()
+        asked = len(behaviour.seen)
+        behaviour.failure = lambda _prompt: None
+        second = evaluate(a, b, *arguments, "--resume")
+    assert first.exit_code == 4, first.output
+    assert "1 of 8 answers of the candidate are missing: --resume asks again" in first.stdout
+    assert [entry["prompt"] for entry in found["failures"]] == ["6"]
+    assert name in found["failures"][0]["failure"]
+    assert second.exit_code == 0, second.output
+    again = [request["messages"][-1]["content"] for request in behaviour.seen[asked:]]
+    assert again == ["What is 0 + 0?", "What is 5 + 5?"]  # the warm-up, and the one that failed
+
+
+def test_a_server_that_dies_is_given_up(evaluate: Any) -> None:
+    """Not asked a hundred times over; what was answered is kept."""
+    behaviour = Behaviour(answer=right, failure=lambda prompt: "drop" if int(prompt.split()[2]) > 1 else None)
+    with chat_server(Behaviour(answer=right)) as a, chat_server(behaviour) as b:
+        result = evaluate(a, b, "--out", str(evaluate.out))
+    assert result.exit_code == 1
+    assert re.search(
+        r"Error: candidate http.*: dead: .* \(5 times in a row\); start it again, then pass --resume; what was",
+        result.stderr,
+    )
+    kept = [json.loads(line) for line in (evaluate.out / "answers.jsonl").read_text().splitlines()[1:]]
+    assert sum(entry["answer"]["failure"] is None for entry in kept if "answer" in entry) >= 8
+
+
+def test_a_server_that_is_not_there(evaluate: Any) -> None:
+    """Is said before anything is asked."""
+    with chat_server(Behaviour()) as a:
+        pass
+    result = evaluate(a, a)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: baseline {a}/v1: dead: ")
+
+
+def test_no_proxy_leads_to_this_machine(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment names."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with chat_server(Behaviour(answer=right, metrics=METRICS)) as a:
+        found = json.loads(evaluate(a, a, "--json").stdout)
+    assert found["failures"] == []
+    assert found["room"]["baseline"]["kv_tokens"] == 16000
+
+
+def test_a_wrong_model_is_said_at_once(evaluate: Any) -> None:
+    """404 is the same for every prompt."""
+    with chat_server(Behaviour(failure=lambda _prompt: 404)) as a:
+        result = evaluate(a, a, "--baseline-model", "other")
+    assert result.exit_code == 1
+    assert "4xx: status 404" in result.stderr
+    assert "--baseline-model" in result.stderr
+
+
+def test_resume_asks_nothing_that_is_there(evaluate: Any) -> None:
+    """And is refused for other settings; so is a run over another's answers."""
+    behaviour = Behaviour(answer=right)
+    with chat_server(behaviour) as a:
+        evaluate(a, a, "--out", str(evaluate.out))
+        asked = len(behaviour.seen)
+        assert evaluate(a, a, "--out", str(evaluate.out), "--resume").exit_code == 4
+        assert len(behaviour.seen) == asked
+        other = evaluate(a, a, "--out", str(evaluate.out), "--resume", "--max-tokens", "9")
+        assert "its answers were given with another max_tokens" in other.stderr
+        assert "is there already; pass --resume" in evaluate(a, a, "--out", str(evaluate.out)).stderr
+
+
+def test_another_model_at_the_same_address_is_refused(evaluate: Any) -> None:
+    """Its answers would be mixed with those of the one before."""
+    behaviour = Behaviour(answer=right, failure=lambda prompt: 500 if "5 + 5" in prompt else None)
+    with chat_server(behaviour) as a:
+        evaluate(a, a, "--out", str(evaluate.out))
+        assert evaluate.document()["models"] == {"baseline": "model", "candidate": "model"}
+        behaviour.models = ("other",)
+        result = evaluate(a, a, "--out", str(evaluate.out), "--resume")
+    assert result.exit_code == 1
+    assert "serves other; what it answered before was model" in result.stderr
+
+
+def test_a_line_that_was_not_finished_is_asked_again(evaluate: Any) -> None:
+    """As after a power failure."""
+    behaviour = Behaviour(answer=right)
+    with chat_server(behaviour) as a:
+        evaluate(a, a, "--out", str(evaluate.out))
+        file = evaluate.out / "answers.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[:9]) + lines[9][:30], encoding="utf-8")
+        assert evaluate(a, a, "--out", str(evaluate.out), "--resume").exit_code == 4
+    assert len(evaluate.document()["prompts"]) == 8
+
+
+def test_metrics_and_divergence_of_vllm(evaluate: Any, tmp_path: Path) -> None:
+    """KV cache from /metrics; divergence from prompt_logprobs of the baseline's own tokens."""
+    drop = tmp_path / "drop.json"
+    better, worse = (
+        Behaviour(answer=right, metrics=METRICS, token_ids=True, logprobs=logprobs(x)) for x in (-0.5, -0.75)
+    )
+    with chat_server(better) as a, chat_server(worse) as b:
+        result = evaluate(a, b, "--json", "--drop-by-tag", str(drop))
+    found = json.loads(result.stdout)
+    assert found["room"]["candidate"] == {"kv_tokens": 16000, "kv_usage": 0.25, "preemptions": 0, "missing": []}
+    assert found["missing"] == []
+    assert found["divergence"]["surprise"] == pytest.approx(0.25)
+    assert 0 < found["divergence"]["kl"] < 0.25
+    assert set(json.loads(drop.read_text())["drops"]) == {"even", "odd"}
+    scored = [request["prompt"] for request in worse.seen if "prompt_logprobs" in request]
+    assert scored[0] == [1, 2, *range(100, 108)]
+
+
+def test_one_answer_that_is_too_long_is_left_out_alone(evaluate: Any) -> None:
+    """The first of all, too; the others are scored."""
+    refused = Behaviour(answer=right, token_ids=True)
+    scored: list[int] = []
+
+    def score(ids: list[int]) -> Any:
+        scored.append(len(ids))
+        return logprobs(-0.75)(ids) if len(scored) > 1 else ["too long"]
+
+    refused.logprobs = score
+    with chat_server(Behaviour(answer=right, token_ids=True, logprobs=logprobs(-0.5))) as a, chat_server(refused) as b:
+        found = json.loads(evaluate(a, b, "--json").stdout)
+    assert found["divergence"]["answers"] == 7
+    assert any(line.startswith("candidate: divergence left out: of 1 of 8 answers: ") for line in found["missing"])
+
+
+def test_what_is_missing_is_said_by_name(evaluate: Any) -> None:
+    """usage, /metrics, prompt_logprobs: left out, and not a failure."""
+    with chat_server(Behaviour(answer=right, usage=False)) as a, chat_server(Behaviour(answer=right)) as b:
+        found = json.loads(evaluate(a, b, "--json").stdout)
+    assert any(line.startswith("baseline: 8 of 8 answers came without usage") for line in found["missing"])
+    assert any(line.startswith("candidate: divergence left out: ") for line in found["missing"])
+    assert any(line.startswith("candidate: /metrics cannot be read") for line in found["missing"])
+    assert found["speed"]["tpot"]["baseline"]["median"] is None
+    assert found["failures"] == []
+
+
+def test_tool_calls_are_put_together(evaluate: Any) -> None:
+    """From the pieces of the stream."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    check = {"type": "tool_call", "name": "weather", "arguments": {"city": "Oslo"}}
+    evaluate.lines = [{"messages": [{"role": "user", "content": "Oslo?"}], "tools": [tool], "checks": [check]}]
+    behaviour = Behaviour(answer=lambda _prompt: "", calls=lambda _prompt: [call])
+    with chat_server(behaviour) as a:
+        found = json.loads(evaluate(a, a, "--json").stdout)
+    assert found["prompts"][0]["checks"] == [{"type": "tool_call", "baseline": 1.0, "candidate": 1.0}]
+    assert behaviour.seen[0]["tools"] == [tool]
+
+
+def test_ratings_are_checks(evaluate: Any, tmp_path: Path) -> None:
+    """Of prompts that have none; ratings of other answers are refused, and no server is asked."""
+    evaluate.lines = [{"prompt": f"What is {n} + {n}?", "id": f"p{n}"} for n in range(8)]
+    ratings = tmp_path / "ratings.json"
+    behaviour = Behaviour(answer=right)
+    with chat_server(behaviour) as a, chat_server(Behaviour(answer=wrong)) as b:
+        first = evaluate(a, b, "--out", str(evaluate.out))
+        digest = re.search(r'"answers": "(\w+)"', (evaluate.out / "evaluation.html").read_text(encoding="utf-8"))
+    assert first.exit_code == 4
+    assert "no prompt has checks" in first.stdout
+    assert digest is not None
+    entries = [{"prompt": f"p{n}", "sample": 0, "preferred": "baseline"} for n in range(7)]
+    ratings.write_text(json.dumps({"answers": digest[1], "ratings": entries}))
+    second = evaluate(a, b, "--out", str(evaluate.out), "--ratings", str(ratings))
+    assert second.exit_code == 3, second.output
+    assert evaluate.document()["ratings"] == 7
+    ratings.write_text(json.dumps({"answers": "0", "ratings": entries}))
+    assert "rates other answers" in evaluate(a, b, "--out", str(evaluate.out), "--ratings", str(ratings)).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--resume"], ["--samples", "2"], ["--tag-tolerance", "x=2"], ["--tolerance", "2"], ["--concurrency", "0"]],
+)
+def test_usage_errors(evaluate: Any, arguments: list[str]) -> None:
+    """Exit with 2."""
+    assert evaluate("http://localhost:1", "http://localhost:1", *arguments).exit_code == 2
+
+
+def test_a_tolerance_of_no_tag_is_refused(evaluate: Any) -> None:
+    """A misspelt tag would silently have another tolerance."""
+    result = evaluate("http://localhost:1", "http://localhost:1", "--tag-tolerance", "evn=0.1")
+    assert result.exit_code == 1
+    assert "--tag-tolerance evn: no prompt has this tag" in result.stderr
+
+
+def test_the_summary_of_a_job(evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is appended."""
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    with chat_server(Behaviour(answer=right)) as a:
+        evaluate(a, a)
+    assert summary.read_text(encoding="utf-8").startswith("## w4a8 evaluate: cannot tell\n")

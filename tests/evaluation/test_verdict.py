@@ -1,0 +1,133 @@
+"""The verdict: what the statistics say, and that they are what they claim to be."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert_w4a8.evaluation import paired
+from convert_w4a8.evaluation.verdict import EXIT_CODES, Pair, Tolerance, decide
+
+
+def pairs(lost: int, won: int, same: int, tag: str = "") -> list[Pair]:
+    kinds = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * same
+    return [Pair(str(n), (tag,) if tag else (), float(a), float(b), (a, b)) for n, (a, b) in enumerate(kinds)]
+
+
+TOLERANCE = Tolerance(0.05, 0.05, {})
+
+
+@pytest.mark.parametrize(
+    ("found", "decision"),
+    [
+        (pairs(0, 0, 100), "ship"),
+        (pairs(0, 0, 20), "cannot tell"),
+        (pairs(3, 40, 100), "ship"),
+        (pairs(30, 2, 100), "do not ship"),
+        (pairs(8, 1, 100), "cannot tell"),
+        (pairs(3, 0, 3), "cannot tell"),
+    ],
+)
+def test_verdicts(found: list[Pair], decision: str) -> None:
+    """Of passed and failed prompts."""
+    assert decide(found, TOLERANCE).decision == decision
+
+
+def test_exit_codes() -> None:
+    """0 for ship alone; 1 and 2 are errors'."""
+    assert EXIT_CODES == {"ship": 0, "do not ship": 3, "cannot tell": 4}
+
+
+def test_a_tag_can_forbid_what_the_whole_allows() -> None:
+    """A loss in one tag is not outweighed by the others."""
+    found = pairs(0, 0, 2000, "easy") + pairs(20, 0, 40, "niche")
+    verdict = decide(found, TOLERANCE)
+    assert {group.name: group.decision for group in verdict.groups} == {
+        "": "ship",
+        "easy": "ship",
+        "niche": "do not ship",
+    }
+    assert verdict.decision == "do not ship"
+    assert verdict.reasons[0].startswith("tag niche: at least")
+
+
+def test_a_small_tag_keeps_it_open_unless_it_may() -> None:
+    """Ten prompts of a tag show little; a tolerance of its own says that this is enough."""
+    found = pairs(0, 0, 200, "many") + pairs(0, 0, 10, "few")
+    verdict = decide(found, TOLERANCE)
+    assert verdict.decision == "cannot tell"
+    assert "tag few" in verdict.reasons[0]
+    assert "more prompts would decide" in verdict.reasons[0]
+    assert decide(found, Tolerance(0.05, 0.05, {"few": 0.3})).decision == "ship"
+
+
+def test_nothing_is_shipped_while_answers_are_missing() -> None:
+    """However good the others are; what is bad is bad all the same."""
+    verdict = decide(pairs(0, 0, 200), TOLERANCE, ["3 answers are missing"])
+    assert (verdict.decision, verdict.reasons) == ("cannot tell", ("3 answers are missing",))
+    assert decide(pairs(60, 0, 60), TOLERANCE, ["3 answers are missing"]).decision == "do not ship"
+
+
+def test_without_scores_it_cannot_tell() -> None:
+    """And says what to give."""
+    assert "no prompt has checks" in decide([], TOLERANCE).reasons[0]
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_is_the_binomial_test(losses: int, wins: int) -> None:
+    """Two-sided, by summing what is no likelier, as far as the distribution is symmetric."""
+    total = losses + wins
+    chances = [math.comb(total, k) / 2**total for k in range(total + 1)]
+    wanted = math.fsum(chance for chance in chances if chance <= chances[losses] * (1 + 1e-9))
+    assert paired.mcnemar(losses, wins) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("count", [20, 60, 100, 300])
+def test_without_any_loss_the_bound_is_the_rule_of_three(count: int) -> None:
+    """The exact bound of a share that was never seen is 1 - 0.05^(1/N)."""
+    exact = 1 - 0.05 ** (1 / count)
+    assert -paired.bounds(np.zeros(count)).lower == pytest.approx(exact, rel=0.06)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=2, max_size=60))
+def test_bounds_enclose_the_mean(values: list[float]) -> None:
+    """Whatever the scores are."""
+    found = paired.bounds(np.array(values))
+    assert found.lower <= found.mean <= found.upper
+
+
+@pytest.mark.parametrize("values", [[-1.0] * 5 + [0.0] * 50 + [1.0] * 12, [0.0] * 30 + [0.25] * 40 + [-0.5] * 20])
+def test_exchanging_the_sides_exchanges_the_bounds(values: list[float]) -> None:
+    """Up to the luck of the draws."""
+    found, other = (paired.bounds(sign * np.array(values)) for sign in (1, -1))
+    assert found.lower == pytest.approx(-other.upper, abs=0.01)
+
+
+def test_bounds_are_wrong_as_seldom_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On simulated prompts, of which a share is lost and won; 5 % and the luck of 400 draws."""
+    monkeypatch.setattr(paired, "DRAWS", 4000)
+    rng = np.random.default_rng(3)
+    for count, lost, won in ((50, 0.1, 0.05), (200, 0.1, 0.02)):
+        wrong = 0
+        for _ in range(400):
+            u = rng.random(count)
+            found = paired.bounds(np.where(u < lost, -1.0, np.where(u < lost + won, 1.0, 0.0)))
+            wrong += found.lower > won - lost
+        assert wrong <= 400 * 0.05 + 3 * math.sqrt(400 * 0.05 * 0.95)
+
+
+def test_more_prompts_are_enough_and_not_far_too_many() -> None:
+    """Of equal answers 3 over the tolerance are needed, less those that there are."""
+    assert paired.more_prompts(np.zeros(40), 0.05) == pytest.approx(3 / 0.05 - 40, abs=3)
+    found = np.array([-1.0] * 20 + [0.0] * 80)
+    more = paired.more_prompts(found, 0.1)
+    assert more is not None
+    assert decide(pairs(20 + more // 5, 0, 80 + 4 * more // 5), Tolerance(0.1, 0.1, {})).decision == "do not ship"
+
+
+def test_a_loss_of_the_tolerance_is_never_decided() -> None:
+    """No number of prompts tells equal things apart."""
+    assert paired.more_prompts(np.array([-1.0] * 5 + [0.0] * 95), 0.05) is None
