@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -148,7 +149,7 @@ def test_experts_quantize_their_inputs_as_the_kernels_do(tmp_path: Path) -> None
     block = model.get_submodule("model.layers.0.mlp")
     experts = block.get_submodule("experts")
     torch.manual_seed(0)
-    x = torch.randn(1, 24, model.config.hidden_size).bfloat16()
+    x = torch.randn(1, 24, 256).bfloat16()
     with torch.no_grad(), emulation.Emulation(model, fp8=True):
         found = block(x)[0]
         _, weights, chosen = block.get_submodule("gate")(x)
@@ -157,7 +158,8 @@ def test_experts_quantize_their_inputs_as_the_kernels_do(tmp_path: Path) -> None
         tokens, scale = grouped_reference.quantize(x[0, token : token + 1])
         for weight, expert in zip(weights[token], chosen[token], strict=True):
             both = experts.get_parameter("gate_up_proj")[expert] @ tokens[0].float() * scale
-            between = grouped_reference.activate(*both.bfloat16().chunk(2, dim=-1), "silu")
+            gate, up = both.bfloat16().chunk(2, dim=-1)
+            between = grouped_reference.activate(gate, up, "silu")
             second, rescale = grouped_reference.quantize(between)
             down = experts.get_parameter("down_proj")[expert] @ second[0].float() * rescale
             expected[token] += (weight * down.bfloat16().float()[0]).detach()
@@ -172,10 +174,9 @@ def llama(tmp_path: Path) -> Path:
 
 def test_a_mixture_starts_with_its_llama(llama: Path) -> None:
     """The two experts that have all neurons between them compute the MLP where routing weighs them alike."""
-    dense, mixture = (
-        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
-        make_trained_moe.upcycle(str(llama), 4, 0).float(),
-    )
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    mixture: Any = make_trained_moe.upcycle(str(llama), 4, 0)
+    mixture.float()
     for layer in mixture.model.layers:
         layer.mlp.gate.weight.data[:2], layer.mlp.gate.weight.data[2:] = 1e-3, -1e-3
     states = torch.randn(2, 5, dense.config.hidden_size).abs()  # so that routers choose the first two
