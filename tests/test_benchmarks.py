@@ -16,6 +16,7 @@ from paths import ROOT
 
 sys.path.append(str(ROOT / "scripts" / "bench"))
 import results
+import table_columns
 import tables
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def test_a_changed_figure_is_noticed(name: str, copy: Path) -> None:
     path = copy / "docs" / "benchmarks" / "results" / f"{name}.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     row = document["rows"][-1]
-    shown = set(re.findall(r"\{(\w+)", " ".join(template for _, template in tables.COLUMNS[name])))
+    shown = set(re.findall(r"\{(\w+)", " ".join(template for _, template in table_columns.COLUMNS[name])))
     key = [key for key, value in row.items() if key in shown and (not isinstance(value, str) or value[:1].isdigit())][
         -1
     ]

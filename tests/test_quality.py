@@ -18,6 +18,7 @@ from convert_w4a8 import api
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.encoding.tables import decode, gemm
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped_reference
 from convert_w4a8.linear import DenseLinear, W4A8Linear
 from convert_w4a8.options import Options, ScalesMode
@@ -155,12 +156,12 @@ def test_experts_quantize_their_inputs_as_the_kernels_do(tmp_path: Path) -> None
         _, weights, chosen = block.get_submodule("gate")(x)
     expected = torch.zeros(x.shape[1:])
     for token in range(24):
-        tokens, scale = grouped_reference.quantize(x[0, token : token + 1])
+        tokens, scale = quantize_tokens(x[0, token : token + 1])
         for weight, expert in zip(weights[token], chosen[token], strict=True):
             both = experts.get_parameter("gate_up_proj")[expert] @ tokens[0].float() * scale
             gate, up = both.bfloat16().chunk(2, dim=-1)
             between = grouped_reference.activate(gate, up, "silu")
-            second, rescale = grouped_reference.quantize(between)
+            second, rescale = quantize_tokens(between)
             down = experts.get_parameter("down_proj")[expert] @ second[0].float() * rescale
             expected[token] += (weight * down.bfloat16().float()[0]).detach()
     torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=float(expected.std()) * 2**-6)

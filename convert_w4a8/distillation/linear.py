@@ -15,7 +15,8 @@ from convert_w4a8.distillation.tables import (
     sum_by_entry,
 )
 from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes
-from convert_w4a8.encoding.tables import quantize_tokens, table_entries
+from convert_w4a8.encoding.tables import table_entries
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import Packing, W4A8Linear
 
 

@@ -13,6 +13,7 @@ from convert_w4a8.checkpoint.files import CONFIG
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.targets import find_target
 from convert_w4a8.version import install_command
 
@@ -77,6 +78,7 @@ def load_student(
     with torch.device("cpu"):
         for name in names:
             w = target.decode(checkpoint, name, read_tensor)
+            assert isinstance(w, W4A8Linear)  # it has tables
             n, k = w.shape_nk
             state[f"{name}.weight"] = torch.empty(1, dtype=torch.bfloat16).expand(n, k)
             original = teacher.tensors.get(f"{name}.weight")

@@ -68,6 +68,9 @@ def verify_distilled(
         except (ConvertError, KeyError) as error:
             problems.append(error.problem if isinstance(error, ConvertError) else problem(name, "is not whole"))
             continue
+        if not isinstance(before, W4A8Linear) or not isinstance(after, W4A8Linear):
+            problems.append(problem(name, "is not W4A8"))
+            continue
         if before.shape_nk != after.shape_nk:
             problems.append(problem(name, f"is {list(after.shape_nk)}, was {list(before.shape_nk)}"))
             continue

@@ -38,7 +38,8 @@ from convert_w4a8.distillation.student import Student
 from convert_w4a8.distillation.train import Trainer
 from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes
-from convert_w4a8.encoding.tables import decode, quantize_tokens
+from convert_w4a8.encoding.tables import decode
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 from convert_w4a8.samples.read import read_samples
 from convert_w4a8.samples.tokenizer import open_tokenizer
@@ -65,6 +66,7 @@ def check_op(args: argparse.Namespace) -> Iterator[Row]:
     torch.manual_seed(0)
     for name in target.find_layers(checkpoint):
         cpu = target.decode(checkpoint, name, read_tensor)
+        assert isinstance(cpu, W4A8Linear)
         assert cpu.entries is not None
         w = W4A8Linear(cpu.packed.cuda(), cpu.packing, None, cpu.entries.cuda(), cpu.channel_scale.cuda())
         layer = LutLinear(w, None, Preset.TABLES).to(DEVICE)
