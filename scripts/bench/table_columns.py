@@ -175,6 +175,7 @@ COLUMNS: dict[str, Columns] = {
     "kl": DIVERGENCE,
     "kl-vllm": DIVERGENCE,
     "kl-w4a16": DIVERGENCE,
+    "kl-w4a16-vllm": DIVERGENCE,
     "kl-moe": DIVERGENCE,
     "kl-presets": (
         ("preset", "{weights}"),
@@ -268,6 +269,7 @@ COLUMNS: dict[str, Columns] = {
         ("over the same by prefill", "{nats_over_prefill:+.5f} ± {nats_over_prefill_standard_error:.5f}"),
     ),
     "serving": SERVING,
+    "serving-decode": (SERVING[0], SERVING[1], *SERVING[6:9], ("TPOT: more than W4A16", SERVING[10][1]), *SERVING[11:]),
     "serving-h200": SERVING,
     "load-time": (
         ("model", "{model}"),

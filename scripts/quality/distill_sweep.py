@@ -1,9 +1,9 @@
-"""How fast may tables and weights be trained? Trains from one checkpoint with many rates, and prints JSON lines.
+"""How fast may tables and weights be trained? Trains from one checkpoint with many rates, and prints a JSON line each.
 
     distill_sweep.py TEACHER OUT_W4A8 --data FILE ... --held-out TEXT --rates 'tables:entries=0.01,scale=3e-4'
 
 --rates PRESET:NAME=VALUE,... is one run, in units of `Rates`; what is not named is 0, so that a run may train channel
-scales alone. Each line has the curve of the divergence on held-out samples. Nothing is written but these lines.
+scales alone. Each line has the curve of the divergence on held-out samples.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,9 @@ from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.samples.read import read_samples
 from convert_w4a8.samples.tokenizer import open_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from results import add_options, save
 
 
 def parse_rates(text: str) -> tuple[Preset, Rates, float]:
@@ -52,6 +56,7 @@ def main() -> int:
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
+    add_options(parser)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -64,6 +69,7 @@ def main() -> int:
     teacher = load_teacher(source, device)
     tags = by_tag(samples)
     shares = {tag: 1 / len(tags) for tag in tags}
+    rows: list[dict[str, Any]] = []
     for preset, rates, towards in args.rates:
         options = DistillOptions(
             preset=preset,
@@ -84,21 +90,15 @@ def main() -> int:
             if trainer.step % args.every == 0:
                 curve.append((trainer.step, mean(trainer.measure(held_out))))
         change, error = difference(trainer.measure(held_out), before)
-        row = {
-            "preset": str(preset),
-            "rates": asdict(rates),
-            "towards": towards,
-            "steps": args.steps,
-            "batch_tokens": args.batch_tokens,
-            "tokens": args.steps * args.batch_tokens,
-            "held_out": curve,
-            "change": change,
-            "change_standard_error": error,
-            "training": [sum(losses[i : i + args.every]) / args.every for i in range(0, args.steps, args.every)],
-            "seconds": time.monotonic() - began,
-            "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        }
+        means = [sum(losses[i : i + args.every]) / args.every for i in range(0, args.steps, args.every)]
+        row = {"preset": str(preset), **{name: rate for name, rate in asdict(rates).items() if rate}}
+        row |= {"towards": towards} if towards else {}
+        row |= {"steps": args.steps, "tokens": args.steps * args.batch_tokens, "seconds": time.monotonic() - began}
+        row |= {"training": means[-1], "training_curve": means, "held_out": curve}
+        row |= {"change": change, "change_standard_error": error}
+        rows.append(row)
         print(json.dumps(row), flush=True)
+    save(args, "How fast may tables and weights be trained?", rows)
     return 0
 
 

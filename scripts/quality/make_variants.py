@@ -1,9 +1,9 @@
 """Quantize a model with and without AWQ scaling: W4A16, W4A8 with tables of scales, and with free tables.
 
-    make_variants.py MODEL DATA OUT [--only NAME ...] [--processes 1] [--threads N]
+    make_variants.py MODEL DATA OUT [--only NAME ...] [--processes 1] [--threads N] [--device cpu]
 
 DATA is calibration data as `w4a8 quantize --data` takes it. Each variant becomes a directory of its name in OUT; names
-are those of the rows in docs/benchmarks/quality.md. Variants are made on the CPU, some at a time, the slow ones first.
+are those of the rows in docs/benchmarks/quality.md. Variants are made some at a time, the slow ones first.
 """
 
 import argparse
@@ -35,13 +35,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def make(name: str, model: Path, data: Path, out: Path, threads: int | None) -> str:
+def make(name: str, model: Path, data: Path, out: Path, threads: int | None, device: str) -> str:
     """Make a variant; returns what to say of it."""
     if threads:
         torch.set_num_threads(threads)
     start = time.monotonic()
     samples = read_data(api.open_checkpoint(model), (data,), None, None)
-    result = api.quantize(model, out / name, QuantizeOptions(**VARIANTS[name]), samples=samples, device="cpu")
+    result = api.quantize(model, out / name, QuantizeOptions(**VARIANTS[name]), samples=samples, device=device)
     used = [layer.notes.get("awq_exponent") for layer in result.layers]
     return f"{name}: {time.monotonic() - start:.0f} s, exponents {used if any(used) else 'none'}"
 
@@ -55,10 +55,14 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--processes", type=int, default=1, help="variants at a time (default 1)")
     parser.add_argument("--threads", type=int, help="of torch and numba, for each")
+    parser.add_argument("--device", default="cpu", help="that computes (default: %(default)s)")
     args = parser.parse_args()
     failed = False
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
-        coming = {pool.submit(make, name, args.model, args.data, args.out, args.threads): name for name in args.only}
+        coming = {
+            pool.submit(make, name, args.model, args.data, args.out, args.threads, args.device): name
+            for name in args.only
+        }
         for future in as_completed(coming):
             try:
                 print(future.result(), flush=True)
