@@ -196,11 +196,14 @@ def _scale(
     s, exponent = awq_exponent([down.float()], energies, method_of(options, data=True))
     if not exponent:
         return gate_up, down, exponent
-    scaled = gate_up.clone()
-    scaled[len(scaled) // 2 :] /= s[:, None].to(scaled.dtype)
-    found = down_inputs(module, x, scaled, as_is)
-    if not torch.allclose(found * s.to(found.dtype), inner, rtol=1e-5, atol=1e-5 * float(inner.abs().max())):
-        return gate_up, down, None
+    scaled, close = gate_up, 1e-5 * float(inner.abs().max())
+    far = torch.full_like(s, 2.0**-10)  # reaches clamps that no token may reach here
+    for factor in (far, s):
+        scaled = gate_up.clone()
+        scaled[len(scaled) // 2 :] /= factor[:, None].to(scaled.dtype)
+        found = down_inputs(module, x, scaled, as_is)
+        if not torch.allclose(found * factor.to(found.dtype), inner, rtol=1e-5, atol=close):
+            return gate_up, down, None
     return scaled, down * s.to(down.dtype), exponent
 
 

@@ -135,7 +135,12 @@ class Model:
         """Load what another checkpoint has of a block's parameters, under the same names and in the same shapes."""
         block = self.blocks[number]
         for name, stub in block.state_dict().items():
-            info = None if is_stack(name) else tensor_of(checkpoint, f"{self.above}.{number}", name)
+            if is_stack(name):  # None where the experts are quantized
+                whole = find_tensor(checkpoint, f"{self.above}.{number}", name, tuple(stub.shape))
+                if whole is not None:
+                    _set(block, name, whole.to(self.device, whole.dtype))
+                continue
+            info = tensor_of(checkpoint, f"{self.above}.{number}", name)
             if info is not None and info.shape == tuple(stub.shape):
                 _set(block, name, read_tensor(info).to(self.device, self.dtype))
 

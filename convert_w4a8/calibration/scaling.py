@@ -24,6 +24,10 @@ _EXPERTS = 8
 _TOLERANCE = 1e-5
 """Part of a block's largest output by which it may change: products are the same, bit by bit, but for underflow."""
 
+_FAR = 2.0**-10
+"""A scale that takes what is between two linear layers to where it would be clamped."""
+_Tried = tuple[torch.Tensor, str, int, torch.Tensor]
+
 
 @dataclass
 class Scaling:
@@ -89,6 +93,10 @@ def scale_block(
             continue
         s, origin_scale, exponent = scales
         if exponent:
+            if not fold.is_norm:  # clamps, which no token may reach here, are reached
+                far = (torch.full_like(s, _FAR), torch.full_like(origin_scale, _FAR))
+                if not _is_linear(block, _parameters(block.module, fold, names, *far), (states, call), want, limit):
+                    continue
             tried = _parameters(block.module, fold, names, s, origin_scale)
             for parameter, _, dim, factor in tried:
                 _multiply(parameter, dim, factor)
@@ -104,6 +112,18 @@ def scale_block(
                 moments.second /= s.square()
         found.exponents |= dict.fromkeys(names, exponent)
     return found
+
+
+def _is_linear(
+    block: Block, tried: Sequence[_Tried], inputs: tuple[torch.Tensor, BlockCall], want: torch.Tensor, limit: float
+) -> bool:
+    """Whether the block's output stays what it is with parameters multiplied by powers of two."""
+    for parameter, _, dim, factor in tried:
+        _multiply(parameter, dim, factor)
+    change = (block.output(*inputs, quantized=False) - want).abs().max()
+    for parameter, _, dim, factor in tried:
+        _multiply(parameter, dim, 1 / factor)  # exactly what it was
+    return float(change) <= limit
 
 
 def _module_names(consumers: Iterable[str]) -> set[str]:
@@ -149,7 +169,7 @@ def _choose(
 
 def _parameters(
     module: nn.Module, fold: Fold, consumers: Collection[str], s: torch.Tensor, made: torch.Tensor
-) -> Sequence[tuple[torch.Tensor, str, int, torch.Tensor]]:
+) -> Sequence[_Tried]:
     """Return all parameters that a scale goes into, by name, along which dimension, and what each is multiplied by."""
     found = []
     for leaf in ("weight", "bias"):

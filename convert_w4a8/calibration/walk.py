@@ -146,8 +146,9 @@ class Walk:
     def _scale(self, number: int, block: Block, energies: Mapping[Stage, Moments]) -> Scaling:
         """Scale input channels of a block."""
         modules = {self._inside(number, name) for name in self._model.modules(number)}
-        call = self._model.call(number, self._batches[0].shape)
-        return scale_block(block, modules, energies, self._states(self._original, 0), call, self._options)
+        longest = max(range(len(self._batches)), key=lambda i: self._batches[i].shape[1])
+        call = self._model.call(number, self._batches[longest].shape)
+        return scale_block(block, modules, energies, self._states(self._original, longest), call, self._options)
 
     def _scaled(self, name: str) -> dict[str, Any]:
         """Return what is noted of the scaling of a layer's inputs."""

@@ -16,6 +16,9 @@ _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")
 _PAIRS = {"o_proj": "v_proj", "down_proj": "up_proj", "w2": "w3"}
 """A linear layer → the one beside it that its inputs are linear in."""
 
+LEAST, MOST = 2.0**-8, 2.0**3
+"""What the other side of scaled inputs is multiplied by: scales are from 1/8 to 256."""
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -48,7 +51,9 @@ def find_folds(block: str, modules: Collection[str]) -> list[Fold]:
     found = []
     second = next((norm for norm in _BEFORE_MLP if norm in inside), None)
     first = [*attention, *(mlp if second is None else ())]
-    if "input_layernorm" in inside and first:
+    # What chooses which tokens are attended to (DeepSeek's indexer) reads the norm as well.
+    chooses = any("index" in part for name in inside for part in name.split(".")[1:])
+    if "input_layernorm" in inside and first and not chooses:
         found.append(Fold(inside["input_layernorm"], tuple(first), is_norm=True))
     if second is not None and mlp:
         found.append(Fold(inside[second], tuple(mlp), is_norm=True))
@@ -74,6 +79,6 @@ def origin_channels(n: int, k: int, head_dim: int | None) -> torch.Tensor | None
 
 
 def powers_of_two(ratio: torch.Tensor) -> bool:
-    """Whether all elements of a ratio are powers of two, at most 2^16 and at least 2^-16."""
-    mantissa, exponent = torch.frexp(ratio)
-    return bool((mantissa == 0.5).all()) and int((exponent - 1).abs().max()) <= 16
+    """Whether all elements of a ratio are powers of two from LEAST to MOST."""
+    mantissa, _ = torch.frexp(ratio)
+    return bool((mantissa == 0.5).all() & (ratio >= LEAST).all() & (ratio <= MOST).all())

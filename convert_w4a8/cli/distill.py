@@ -177,13 +177,15 @@ def _read(
     max_length: int | None,
 ) -> "TrainingData":
     """Read samples and drops."""
-    from convert_w4a8.distillation.mix import by_tag, hold_out, read_drops
+    from convert_w4a8.distillation.mix import apart, by_tag, check_domains, hold_out, read_drops
     from convert_w4a8.distillation.run import TrainingData
 
+    check_domains(data)
     samples: Any = read_data(source, data, mask, max_length=max_length).samples
     if held_out:
         measured: Any = read_data(source, held_out, mask, max_length=max_length).samples
     else:
         samples, measured = hold_out(samples)
+    samples = apart(samples, measured)
     drops = None if mix in (_DROP, _UNIFORM) else read_drops(Path(mix), list(by_tag(samples)))
     return TrainingData(tuple(samples), tuple(measured), drops, uniform=mix == _UNIFORM)

@@ -164,7 +164,8 @@ def evaluate_command(
     with Store(out, _identity(plan, digest), resume=resume or ratings is not None) as store:
         with _progress(2 * len(plan.jobs), quiet=as_json) as update:
             try:
-                run.carry_out(plan, store, progress=update, say=(lambda _line: None) if as_json else echo_error)
+                if ratings is None:
+                    run.carry_out(plan, store, progress=update, say=(lambda _line: None) if as_json else echo_error)
             except (W4A8Error, KeyboardInterrupt) as error:
                 error.add_note("what was answered is kept, and --resume continues" if out else "no answers are kept")
                 raise
@@ -184,12 +185,14 @@ def _plan(baseline: str, candidate: str, prompts: Path, settings: dict[str, Any]
     from convert_w4a8.evaluation.client import Sampling
     from convert_w4a8.evaluation.prompts import read_prompts
     from convert_w4a8.evaluation.run import Plan
-    from convert_w4a8.evaluation.servers import Caps, check_directory, find_server, is_url
+    from convert_w4a8.evaluation.servers import Caps, check_directory, check_url, find_server, is_url
 
     library("openai", "openai")
     found = read_prompts(prompts)
     places = {"baseline": baseline, "candidate": candidate}
     local = [name for name, place in places.items() if not is_url(place)]
+    for name in places.keys() - set(local):
+        check_url(name, places[name])
     for name in local:
         check_directory(name, places[name])  # type: ignore[arg-type]
     plan = Plan(
@@ -220,13 +223,23 @@ def _identity(plan: Any, digest: str) -> dict[str, Any]:
     """Return what answers depend on."""
     return {
         "prompts": digest,
-        "baseline": [plan.places["baseline"], plan.models["baseline"]],
-        "candidate": [plan.places["candidate"], plan.models["candidate"]],
+        "baseline": [plan.places["baseline"], plan.models["baseline"], *_contents(plan.places["baseline"])],
+        "candidate": [plan.places["candidate"], plan.models["candidate"], *_contents(plan.places["candidate"])],
         "max_tokens": plan.sampling.max_tokens,
         "samples": plan.sampling.samples,
         "temperature": plan.sampling.temperature,
         "concurrency": plan.concurrency,
     }
+
+
+def _contents(place: str) -> list[Any]:
+    """Return what tells a directory from one that replaced it: names, sizes and times of its files."""
+    from convert_w4a8.evaluation.servers import is_url
+
+    if is_url(place):
+        return []
+    files = sorted(path for path in Path(place).iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _write(found: "Evaluation", out: Path | None) -> None:

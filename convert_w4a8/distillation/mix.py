@@ -53,8 +53,8 @@ def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
             reason = "has one sample, and some have to be held out to measure on"
             raise ConvertError(tag, reason, "add samples, or name others with --held-out")
         room = _HELD_OUT_TOKENS
-        for number in numbers[_EVERY // 2 :: _EVERY] or numbers[-1:]:
-            if held and len(samples[number]) > room:
+        for mine, number in enumerate(numbers[_EVERY // 2 :: _EVERY] or numbers[-1:]):
+            if mine and len(samples[number]) > room:
                 break
             room -= len(samples[number])
             held.add(number)
@@ -62,6 +62,30 @@ def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         [sample for number, sample in enumerate(samples) if number not in held],
         [samples[number] for number in sorted(held)],
     )
+
+
+def apart(samples: Sequence[Sample], held_out: Sequence[Sample]) -> list[Sample]:
+    """Return the samples that are not among those to measure on.
+
+    Raises:
+        ConvertError: none is left, or one sample to measure on, which shows no error.
+
+    """
+    if len(held_out) < 2:
+        reason = "is one sample, which shows no standard error"
+        raise ConvertError("the text to measure on", reason, "add samples, or name more of them with --held-out")
+    held = {sample.tokens.tobytes() for sample in held_out}
+    left = [sample for sample in samples if sample.tokens.tobytes() not in held]
+    if not left:
+        raise ConvertError("--held-out", "has all samples of --data", "name other text to measure on")
+    return left
+
+
+def check_domains(files: Sequence[Path]) -> None:
+    """Raise ConvertError where two files are of one name, and so of one domain."""
+    names = [path.name.partition(".")[0] or path.name for path in files]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConvertError(twice, "is the domain of two files of --data", "rename one of them")
 
 
 def read_drops(path: Path, tags: Sequence[str]) -> dict[str, float]:

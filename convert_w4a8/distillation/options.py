@@ -23,7 +23,7 @@ RATES = {
     Preset.TABLES: Rates(entries=0.03, scale=3e-4, other=1e-3),
     Preset.WEIGHTS: Rates(entries=0.02, scale=3e-4, other=1e-3, weight=3e-3),
 }
-"""Found by the sweep in docs/explanation/distillation.md."""
+"""Near what was best in the sweep in docs/explanation/distillation.md."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from convert_w4a8.distillation.output import plan_files, write_output
 from convert_w4a8.distillation.recipe import record, section
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
 from convert_w4a8.distillation.state import StateDirectory
-from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.student import load_student, load_teacher, vocabulary
 from convert_w4a8.distillation.train import Trainer, difference, mean
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, DiskError
 from convert_w4a8.samples.sample import Sample
 
 _SURE = 2.0
@@ -125,6 +125,8 @@ def distill(
                 if run.kept is not None:
                     error.add_note(f"step {run.kept} of {options.steps} is kept; --resume continues from there")
                 raise
+            except DiskError:  # what was kept stays
+                raise
             except ConvertError:
                 state.remove()
                 raise
@@ -153,7 +155,11 @@ class _Run:
         self.kept: int | None = None
         saved = state.load(fingerprint_)
         self.student = load_student(start, teacher, options.preset, device, options.towards)
-        self._trainer = Trainer(self.student, load_teacher(teacher, teacher_device), options, device)
+        model = load_teacher(teacher, teacher_device)
+        if vocabulary(model) != vocabulary(self.student.model):
+            reason = f"predicts {vocabulary(model)} tokens, and OUT_W4A8 {vocabulary(self.student.model)}"
+            raise ConvertError(str(teacher.root), reason, "give a teacher of the same vocabulary")
+        self._trainer = Trainer(self.student, model, options, device)
         self._spent, self._tokens = 0.0, 0
         if saved is None:
             self._before = self._trainer.measure(data.held_out)

@@ -97,6 +97,9 @@ def load_student(
         setattr(model.get_submodule(above), leaf, layer)
     others = {}
     for name, parameter in model.named_parameters():
+        info = checkpoint.tensors.get(name)
+        if info is None or info.dtype != "BF16":
+            continue  # it is written as it is
         owner = name.rpartition(".")[0]
         is_bias = owner in layers and name == f"{owner}.bias"
         if is_bias or (owner not in layers and parameter.dim() == 1):
@@ -110,6 +113,12 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits bfloat16 [B, T, V] of token ids [B, T], padded on the right where samples are shorter."""
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Return how many tokens a model predicts."""
+    size: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    return size
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:

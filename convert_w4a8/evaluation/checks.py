@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+from urllib.parse import unquote
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.lines import a_json
@@ -132,7 +133,12 @@ def _json(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
         return 0.0, f"is not JSON ({error})"
     jsonschema = library("jsonschema", "jsonschema")
     schema = check.settings.get("schema", True)
-    first = next(jsonschema.validators.validator_for(schema)(schema).iter_errors(found), None)
+    try:
+        first = next(jsonschema.validators.validator_for(schema)(schema).iter_errors(found), None)
+    except RecursionError as error:
+        raise ConvertError(
+            "a json check", "has a schema that refers to itself without end", "mend the schema"
+        ) from error
     return float(first is None), "as the schema wants it" if first is None else f"{first.json_path}: {first.message}"
 
 
@@ -178,11 +184,31 @@ def _check_schema(origin: str, name: str, schema: Any) -> None:
     far = next((ref for ref in _references(schema) if not ref.startswith("#")), None)
     if far is not None:
         raise ConvertError(origin, f"{name} refers to {far}", "put what it refers to into $defs; nothing is fetched")
+    if lost := next((ref for ref in _references(schema) if not _leads(schema, ref)), None):
+        raise ConvertError(origin, f"{name} refers to {lost}, which it does not have", _MEND)
+    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+        raise ConvertError(origin, f"{name} has a $schema that is no string", _MEND)
     jsonschema = library("jsonschema", "jsonschema")
     try:
         jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)
     except jsonschema.exceptions.SchemaError as error:
         raise ConvertError(origin, f"{name} is no JSON schema ({error.message})", _MEND) from error
+
+
+def _leads(schema: Any, ref: str) -> bool:
+    """Whether a reference within a schema, a JSON pointer or an anchor, leads somewhere."""
+    if ref[1:] and not ref.startswith("#/"):
+        return f'"{ref[1:]}"' in json.dumps(schema)  # an anchor's name
+    place = schema
+    for part in unquote(ref[2:]).split("/") if ref[2:] else []:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(place, dict) and key in place:
+            place = place[key]
+        elif isinstance(place, list) and key.isdecimal() and int(key) < len(place):
+            place = place[int(key)]
+        else:
+            return False
+    return True
 
 
 def _references(schema: Any) -> Iterator[str]:

@@ -4,8 +4,8 @@ The names are those of vLLM 0.25 and 0.33 (`vllm/v1/metrics/loggers.py`). Engine
 """
 
 import asyncio
+import http.client
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -115,7 +115,7 @@ def _fetch(url: str) -> Room:
     try:
         with opener(url).open(url, timeout=10) as response:
             return parse(response.read(1 << 24).decode(errors="replace"))
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return Room(missing=(f"/metrics cannot be read ({getattr(error, 'reason', None) or error})",))
 
 

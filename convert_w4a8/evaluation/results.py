@@ -17,6 +17,7 @@ from convert_w4a8.evaluation.ratings import Rating
 from convert_w4a8.evaluation.run import Plan, baseline_answers
 from convert_w4a8.evaluation.store import Store
 from convert_w4a8.evaluation.verdict import Pair, Tolerance, Verdict
+from convert_w4a8.text import counted
 
 SHARES = (50, 90, 99)
 
@@ -93,6 +94,12 @@ def collect(
         for side in SIDES
         if side in unanswered
     ]
+    unrated = sum(
+        one.difference is not None and not one.prompt.checks and (one.prompt.id, one.sample) not in ratings
+        for one in compared
+    )
+    if ratings and unrated:
+        notes.append(f"{counted(unrated, 'pair')} of answers that differ, without checks: not rated")
     speed = _speed(store)
     room = {side: store.noted[f"room {side}"] for side in SIDES if f"room {side}" in store.noted}
     return Evaluation(
@@ -154,6 +161,9 @@ def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Ratin
         if rating is not None:
             values["baseline"].append(rating.baseline)
             values["candidate"].append(rating.candidate)
+        elif ratings and one.difference is None and not values["baseline"]:  # the same answer is as good
+            values["baseline"].append(1.0)
+            values["candidate"].append(1.0)
         if values["baseline"]:
             entry = (one.prompt, values["baseline"], values["candidate"], graded)
             by_prompt.setdefault(one.prompt.id, []).append(entry)

@@ -1,5 +1,6 @@
 """Servers that an evaluation starts for a directory, waits for, and always stops."""
 
+import http.client
 import importlib.util
 import json
 import os
@@ -9,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
+from urllib.parse import urlsplit
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import Side
@@ -44,6 +45,20 @@ class Caps:
 def is_url(place: str) -> bool:
     """Whether a server is meant that runs already."""
     return place.startswith(("http://", "https://"))
+
+
+def check_url(side: str, url: str) -> None:
+    """Raise ConvertError for what is no URL of a server, or one that reports must not show."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        named = False
+    if not named:
+        raise ConvertError(f"--{side}", "is no URL of a server", "give http://HOST:PORT")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        reason = "has a password or a query, which reports would show"
+        raise ConvertError(f"--{side}", reason, "leave it out, and give the server's key in OPENAI_API_KEY")
 
 
 def find_server(wanted: str) -> str:
@@ -167,7 +182,7 @@ def _healthy(port: int) -> bool:
     try:
         with _WITHOUT_PROXY.open(f"http://127.0.0.1:{port}/health", timeout=5) as response:
             return bool(response.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):
         return False
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.folds import Fold, find_folds, origin_channels, powers_of_two
+from convert_w4a8.checkpoint.folds import LEAST, MOST, Fold, find_folds, origin_channels, powers_of_two
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import Reader, TensorInfo
 from convert_w4a8.encoding.dequantize import dequantize
@@ -145,8 +145,8 @@ class Scaling:
         if columns is not None and len(columns) == theirs.shape[1]:
             theirs = theirs * columns
         gain = (theirs * ours).sum(1) / theirs.square().sum(1)
-        usable = torch.isfinite(gain) & (gain > 2.0**-16) & (gain < 2.0**16)
-        return torch.where(usable, gain, 1.0).log2().round().exp2()
+        rows = torch.where(torch.isfinite(gain) & (gain > 0), gain, 1.0).log2().round().exp2()
+        return torch.where((rows >= LEAST) & (rows <= MOST), rows, 1.0)
 
 
 def _head_dim(config: Mapping[str, object]) -> int | None:

@@ -14,7 +14,7 @@ from convert_w4a8 import api
 from convert_w4a8.calibration import matrix, mixture, scaling
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.walk import Walk
-from convert_w4a8.checkpoint.folds import find_folds, origin_channels
+from convert_w4a8.checkpoint.folds import find_folds, origin_channels, powers_of_two
 
 SAMPLES = [100, 60]
 
@@ -292,3 +292,11 @@ def test_places_by_name() -> None:
     assert channels is not None
     assert channels.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
     assert origin_channels(4, 8, None) is None
+    chooses = [*(f"a.{name}" for name in llama), "a.self_attn.indexer.wk"]  # it reads the first norm as well
+    assert "a.input_layernorm" not in {fold.origin for fold in find_folds("a.", chooses)}
+
+
+def test_only_what_is_written_is_taken_for_a_scale() -> None:
+    """Scales are from 1/8 to 256, so that the other side gets 2^-8 to 8."""
+    assert powers_of_two(torch.tensor([2.0**-8, 1.0, 8.0]))
+    assert not any(powers_of_two(torch.tensor([1.0, wrong])) for wrong in (2.0**-9, 16.0, 2.0**12, 3.0, 0.0, -1.0))

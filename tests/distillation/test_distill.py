@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -14,11 +15,13 @@ from tiny_models import VOCABULARY, write_llama
 from convert_w4a8 import api
 from convert_w4a8.cli.main import main
 from convert_w4a8.distillation.linear import Preset
-from convert_w4a8.distillation.mix import hold_out
+from convert_w4a8.distillation.mix import apart, check_domains, hold_out
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.train import Trainer, mean
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.read import read_samples
+from convert_w4a8.samples.sample import Sample
 
 pytest.importorskip("transformers")
 FEW = ("--steps", "8", "--every", "2", "--batch-tokens", "256", "--device", "cpu")
@@ -257,3 +260,23 @@ def test_memory_that_is_not_there_is_one_line(
     assert result.exit_code == 1
     assert "--batch-tokens" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def sample_of(name: str, length: int, first: int) -> Sample:
+    """Return a sample of a domain."""
+    zeros = np.zeros(length, dtype=np.uint8)
+    return Sample(np.arange(first, first + length, dtype=np.int32), zeros, zeros, f"{name}.jsonl line 1")
+
+
+def test_each_domain_is_measured_on_other_text() -> None:
+    """Long samples of one domain do not keep another from being held out; what is held out is not trained on."""
+    samples = [sample_of("chat", 10, n) for n in range(40)] + [sample_of("books", 50_000, n) for n in range(20)]
+    _, held_out = hold_out(samples)
+    assert {sample.origin.partition(".")[0] for sample in held_out} == {"chat", "books"}
+    assert len(apart([*samples, *held_out], held_out)) == len(samples) - len(held_out)
+    for wrong in (samples[:1], samples):
+        with pytest.raises(ConvertError):
+            apart(samples, wrong)
+    check_domains([Path("a.jsonl"), Path("b.jsonl")])
+    with pytest.raises(ConvertError, match="two files"):
+        check_domains([Path("code/train.jsonl"), Path("chat/train.jsonl.gz")])

@@ -101,3 +101,26 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "import_module", nothing)
     with pytest.raises(ConvertError, match=r"needs sacrebleu, which is not installed; pip install .*\[evaluate\]"):
         parse_check("line 1", "checks[0]", {"type": "bleu"}, ("a",))
+
+
+@pytest.mark.parametrize(
+    ("schema", "right"),
+    [
+        ({"$ref": "#/components/schemas/Foo"}, False),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "integer"}}}, True),
+        ({"$ref": "#here", "$defs": {"x": {"$anchor": "here", "type": "integer"}}}, True),
+        ({"$ref": "#nowhere"}, False),
+        ({"anyOf": [{"type": "integer"}, {"$ref": "#/anyOf/0"}]}, True),
+        ({"anyOf": [{"type": "integer"}, {"$ref": "#/anyOf/7"}]}, False),
+        ({"$schema": 5}, False),
+    ],
+)
+def test_references_of_schemas_lead_somewhere(schema: dict[str, Any], right: bool) -> None:
+    """Said with the line, before anything is asked."""
+    pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
+    line = {"type": "json", "schema": schema}
+    if right:
+        assert score(parse_check("line 1", "checks[0]", line, ()), "3", ()).value == 1.0
+    else:
+        with pytest.raises(ConvertError, match="line 1"):
+            parse_check("line 1", "checks[0]", line, ())

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from chat_server import Behaviour, chat_server
 
+from convert_w4a8.cli.evaluate import _contents
+
 METRICS = (
     'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0\n'
     'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:num_preemptions_total{engine="0"} 3.0\n'
@@ -303,3 +305,44 @@ def test_the_summary_of_a_job(evaluate: Any, tmp_path: Path, monkeypatch: pytest
     with chat_server(Behaviour(answer=right)) as a:
         evaluate(a, a)
     assert summary.read_text(encoding="utf-8").startswith("## w4a8 evaluate: cannot tell\n")
+
+
+def test_unrated_pairs_keep_it_open_and_equal_answers_count(evaluate: Any, tmp_path: Path) -> None:
+    """What was not rated may be a loss; what is the same on both sides is none."""
+    evaluate.lines = [{"prompt": f"What is {n} + {n}?", "id": f"p{n}"} for n in range(80)]
+    ratings = tmp_path / "ratings.json"
+    some = Behaviour(answer=lambda prompt: wrong(prompt) if "2 + 2" in prompt else right(prompt))
+    with chat_server(Behaviour(answer=right)) as a, chat_server(some) as b:
+        evaluate(a, b, "--out", str(evaluate.out))
+        digest = re.search(r'"answers": "(\w+)"', (evaluate.out / "evaluation.html").read_text(encoding="utf-8"))
+    assert digest is not None
+    differ = [f"p{n}" for n in range(80) if "2 + 2" in f"What is {n} + {n}?"]
+    assert len(differ) > 1
+    entries = [{"prompt": name, "sample": 0, "preferred": "candidate"} for name in differ]
+    for some_entries, code in ((entries[:1], 4), (entries, 0)):
+        ratings.write_text(json.dumps({"answers": digest[1], "ratings": some_entries}))
+        result = evaluate(a, b, "--out", str(evaluate.out), "--ratings", str(ratings), "--tolerance", "0.1")
+        assert result.exit_code == code, result.output
+        assert ("not rated" in result.output) == (code == 4)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://u:secret@host:8000", "http://host:80a0", "http://[::1:8000", "http://h/?k=secret"]
+)
+def test_urls_that_are_none_or_hold_secrets(evaluate: Any, url: str) -> None:
+    """One line, which does not repeat them."""
+    result = evaluate(url, "http://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: --baseline: ")
+    assert "secret" not in result.output
+
+
+def test_a_directory_that_was_replaced_is_another(tmp_path: Path) -> None:
+    """Resuming must not give its answers the name of the new one."""
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = _contents(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert before
+    assert _contents(str(tmp_path)) != before
+    assert _contents("http://127.0.0.1:1") == []
