@@ -73,7 +73,7 @@ def test_nothing_knows_which_formats_there_are() -> None:
     """A new format is one file: no module imports a format, but by way of the folder that lists them."""
     formats = {name for name in MODULES if name.partition(".")[0] in ("sources", "targets")}
     shared = ("base", "carried", "checks", "config_groups", "ct_settings", "fused_experts", "patterns", "settings")
-    formats -= {"sources", "targets", "targets.base", *(f"sources.{name}" for name in shared)}
+    formats -= {"sources", "targets", "targets.base", "targets.pack_quantized", *(f"sources.{name}" for name in shared)}
     assert formats
     imports = {name: imported & formats for name, imported in MODULES.items() if imported & formats}
     assert imports == {"sources.auto_round": {"sources.awq", "sources.gptq"}}  # whose tensors are those of the two

@@ -19,7 +19,7 @@ __all__ = ["W4A16", "find_target", "target_named", "target_names", "targets"]
 
 W4A16 = "w4a16"
 """The name of the format that is not W4A8."""
-_NOT_FORMATS = ("base", W4A16)
+_NOT_FORMATS = ("base", "pack_quantized", W4A16)
 
 
 def target_names() -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """compressed-tensors W4A16, `pack-quantized`: what `w4a8 quantize --keep-w4a16` leaves, for any GPU and kernel.
 
-Per layer `weight_packed` int32 [N, K/8] (code + 8, low nibble first), `weight_scale` bfloat16 [N, K/128] and
-`weight_shape` int64 [N, K]: symmetric INT4 in groups of 128, and activations in 16 bits.
+Symmetric INT4 in groups of 128, and activations in 16 bits; the tensors are those of `pack_quantized`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,19 +10,23 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.mixture import Mixture
-from convert_w4a8.checkpoint.safetensors_file import Reader, TensorSpec
-from convert_w4a8.encoding import packing
-from convert_w4a8.errors import ConvertError, Problem
+from convert_w4a8.checkpoint.safetensors_file import Reader
 from convert_w4a8.linear import GROUP_SIZE, Packing, ServedLinear, W4Linear
 from convert_w4a8.options import ScalesMode
-from convert_w4a8.targets.base import CUTLASS_MULTIPLE, check_tensors, kernel_problem, packed_shape
+from convert_w4a8.targets import pack_quantized
+from convert_w4a8.targets.base import kernel_problem
 
 NAME = "w4a16"
 SCHEME = "W4A16"
 SCALES_AT_LOAD = False
-unsupported_size = kernel_problem
 MODES = (ScalesMode.SEARCH,)
 EXPERT_MULTIPLE = 128
+unsupported_size = kernel_problem
+tensor_specs = pack_quantized.tensor_specs
+find_problems = pack_quantized.find_problems
+find_layers = pack_quantized.find_layers
+stored_mode = pack_quantized.stored_mode
+serve_command = pack_quantized.serve_command
 
 
 def matches(quantization_config: Mapping[str, Any]) -> bool:
@@ -34,46 +37,21 @@ def matches(quantization_config: Mapping[str, Any]) -> bool:
         quantization_config.get("quant_method") == "compressed-tensors"
         and len(schemes) == 1
         and isinstance(schemes[0], Mapping)
-        and schemes[0].get("weights") == _SCHEME["weights"]
+        and schemes[0].get("weights") == pack_quantized.WEIGHTS
         and not schemes[0].get("input_activations")
     )
 
 
 def unserved_width(widths: Mapping[str, int]) -> str | None:
     """Return which kind of width keeps layers that vLLM merges in BF16; None if it can serve them."""
-    if sum(widths.values()) % CUTLASS_MULTIPLE:
-        return f"a width that is no multiple of {CUTLASS_MULTIPLE}, which not every W4A16 kernel takes"
-    return None
-
-
-def tensor_specs(module: str, n: int, k: int, mode: ScalesMode) -> tuple[TensorSpec, ...]:  # noqa: ARG001
-    """Return the tensors that a layer with N = n and K = k becomes."""
-    return (
-        TensorSpec(f"{module}.weight_packed", "I32", (n, k // 8)),
-        TensorSpec(f"{module}.weight_scale", "BF16", (n, k // GROUP_SIZE)),
-        TensorSpec(f"{module}.weight_shape", "I64", (2,)),
-    )
-
-
-def find_problems(source_config: Mapping[str, Any]) -> Iterable[Problem]:  # noqa: ARG001
-    """Yield nothing: what a source's quantization_config may hold besides the weights, this format can express."""
-    return ()
+    return pack_quantized.unserved_width(widths, "not every W4A16 kernel takes")
 
 
 def encode(module: str, w: ServedLinear) -> dict[str, Iterable[torch.Tensor]]:
     """Return a layer's tensors by name, in parts along their first dimension."""
     assert isinstance(w, W4Linear)
     assert w.is_kernel_ready
-    return {
-        f"{module}.weight_packed": packing.to_pack_quantized_parts(w.packed, w.packing),
-        f"{module}.weight_scale": [w.scales.t().contiguous()],
-        f"{module}.weight_shape": [torch.tensor(w.shape_nk, dtype=torch.int64)],
-    }
-
-
-def find_layers(checkpoint: Checkpoint) -> list[str]:
-    """Return the quantized modules of a checkpoint of this format."""
-    return checkpoint.modules_with("weight_packed")
+    return pack_quantized.tensors(module, w, w.scales)
 
 
 def decode(checkpoint: Checkpoint, module: str, read: Reader) -> W4Linear:
@@ -83,34 +61,8 @@ def decode(checkpoint: Checkpoint, module: str, read: Reader) -> W4Linear:
         ConvertError: a tensor is missing or has another shape than the format prescribes.
 
     """
-    n, words = packed_shape(checkpoint, module, "[N, K/8]")
-    check_tensors(checkpoint, tensor_specs(module, n, words * 8, ScalesMode.SEARCH))
-    shape = read(checkpoint.tensors[f"{module}.weight_shape"]).tolist()
-    if shape != [n, words * 8]:
-        raise ConvertError(f"{module}.weight_shape", f"says {shape}, not {[n, words * 8]}", "quantize it again")
-    scales = read(checkpoint.tensors[f"{module}.weight_scale"]).t().contiguous()
-    packed = read(checkpoint.tensors[f"{module}.weight_packed"])
+    packed, scales = pack_quantized.read_layer(checkpoint, module, read, "quantize it again")
     return W4Linear(packed, Packing.PACK_QUANTIZED, scales, None, None, GROUP_SIZE)
-
-
-def stored_mode(checkpoint: Checkpoint) -> ScalesMode:  # noqa: ARG001
-    """Return a mode whose tensors a checkpoint of this format holds."""
-    return ScalesMode.SEARCH
-
-
-_SCHEME: Mapping[str, Any] = {
-    "format": "pack-quantized",
-    "weights": {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": GROUP_SIZE,
-        "dynamic": False,
-    },
-    "input_activations": None,
-    "output_activations": None,
-}
 
 
 def quantization_config(
@@ -121,19 +73,7 @@ def quantization_config(
     mixture: Mixture | None = None,
 ) -> dict[str, Any]:
     """Return the quantization_config block of the output's config.json."""
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "mixed-precision" if mixture else "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": list(ignore),
-        "kv_cache_scheme": source_config.get("kv_cache_scheme"),
-        "config_groups": mixture.groups(_SCHEME) if mixture else {"group_0": {"targets": ["Linear"], **_SCHEME}},
-    }
-
-
-def serve_command(name: str) -> str:
-    """Return how to serve a checkpoint, in one line."""
-    return f"vllm serve {name}"
+    return pack_quantized.quantization_config(source_config, ignore, None, mixture)
 
 
 def card_section(again: str = "w4a8 quantize MODEL OUT") -> str:
