@@ -27,8 +27,7 @@ from convert_w4a8.regression import check as regression
 from convert_w4a8.regression.baseline import Figures, read_baseline
 from convert_w4a8.report import collect, inspection
 from convert_w4a8.samples.sample import SampleSet
-from convert_w4a8.verification import proof
-from convert_w4a8.verification.distilled import is_distilled, verify_distilled
+from convert_w4a8.verification import either, proof
 
 __all__ = ["check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "quantize", "verify"]
 
@@ -160,9 +159,7 @@ def verify(
     Raises ConvertError if one of the two cannot be read.
     """
     converted, original = open_checkpoint(out), open_checkpoint(source)
-    if is_distilled(converted):
-        return verify_distilled(converted, original, progress=progress)
-    return proof.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress)
+    return either.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress)
 
 
 def inspect(source: PathOrId) -> inspection.Inspection:

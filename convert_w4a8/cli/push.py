@@ -39,16 +39,14 @@ def verify_and_push(out: Path, source: str, repository: "Repository", *, private
     """Upload OUT if it is right. Raises ConvertError if it is not, or if the upload fails."""
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.hub.repository import prepare_repository, resolve_input, upload
-    from convert_w4a8.verification.distilled import is_distilled, verify_distilled
-    from convert_w4a8.verification.proof import verify as run
+    from convert_w4a8.verification.either import verify as run
 
     again = ["w4a8", "push", str(out), repository.id, "--source", source]
     again += ["--revision", repository.revision] if repository.revision else []
     command = shlex.join([*again, *(["--private"] if private else [])])
     converted, original = open_checkpoint(out), open_checkpoint(resolve_input(source))
     with progress(original.nbytes, "verify", quiet=quiet) as update:
-        check = verify_distilled if is_distilled(converted) else run
-        problems = check(converted, original, progress=update).problems
+        problems = run(converted, original, progress=update).problems
     if problems:
         first = f"{problems[0].subject}: {problems[0].reason}"
         raise ConvertError(

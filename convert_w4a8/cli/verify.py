@@ -27,17 +27,14 @@ def verify_command(out: str, source: str, min_sqnr_db: float | None, as_json: bo
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render
     from convert_w4a8.hub.repository import resolve_input
-    from convert_w4a8.verification.distilled import is_distilled, verify_distilled
-    from convert_w4a8.verification.proof import verify as run
+    from convert_w4a8.verification.distilled import is_distilled
+    from convert_w4a8.verification.either import verify as run
 
     converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
+    if min_sqnr_db is not None and is_distilled(converted):
+        raise click.UsageError("--min-sqnr-db is not for what w4a8 distill wrote")
     with progress(original.nbytes, "verify", quiet=as_json) as update:
-        if is_distilled(converted):
-            if min_sqnr_db is not None:
-                raise click.UsageError("--min-sqnr-db is not for what w4a8 distill wrote")
-            verification = verify_distilled(converted, original, progress=update)
-        else:
-            verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
+        verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
     if as_json:
         echo_json(render.verification_dict(verification))
     else:
