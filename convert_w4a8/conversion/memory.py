@@ -57,8 +57,12 @@ def check_memory(plan: Plan) -> None:
 
 
 @contextmanager
-def memory_errors(subject: str) -> Iterator[None]:
+def memory_errors(
+    subject: str, what: str = "", remedy: str = "convert it on a machine with more memory", *, of_gpu: bool = False
+) -> Iterator[None]:
     """Turn a failed allocation into one line.
+
+    what: the parts of the subject, for the line. of_gpu: also one on a GPU, which is raised as it is otherwise.
 
     Raises:
         ConvertError: there is not enough memory.
@@ -66,11 +70,9 @@ def memory_errors(subject: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        of_host = not isinstance(error, RuntimeError) or "allocate memory" in str(error)
+        if not (of_gpu if isinstance(error, torch.OutOfMemoryError) else of_host):
             raise
-        raise ConvertError(
-            subject, "does not fit into the memory that there is", "convert it on a machine with more memory"
-        ) from error
+        reason = f"does not fit into the memory that there is{what and f': {what}'}"
+        raise ConvertError(subject, reason, remedy) from error

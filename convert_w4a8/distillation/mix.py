@@ -28,8 +28,11 @@ _REMEDY = "name one number for each file of --data, by its name without endings"
 
 def tag_of(sample: Sample) -> str:
     """Return the domain of a sample. `Sample.origin` is FILE line N, or FILE document N."""
-    name = Path(sample.origin.rsplit(" ", 2)[0]).name
-    return name.partition(".")[0] or name
+    return _domain(Path(sample.origin.rsplit(" ", 2)[0]))
+
+
+def _domain(path: Path) -> str:
+    return path.name.partition(".")[0] or path.name
 
 
 def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
@@ -83,7 +86,7 @@ def apart(samples: Sequence[Sample], held_out: Sequence[Sample]) -> list[Sample]
 
 def check_domains(files: Sequence[Path]) -> None:
     """Raise ConvertError where two files are of one name, and so of one domain."""
-    names = [path.name.partition(".")[0] or path.name for path in files]
+    names = [_domain(path) for path in files]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConvertError(twice, "is the domain of two files of --data", "rename one of them")
 

@@ -17,7 +17,8 @@ from convert_w4a8.checkpoint.places import check_name
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.destination import check_replaceable, privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
-from convert_w4a8.distillation.machine import deterministic, memory_errors
+from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import by_tag, mixed, shares, tag_of
 from convert_w4a8.distillation.options import RATES, DistillOptions
 from convert_w4a8.distillation.output import plan_files, write_output
@@ -31,6 +32,8 @@ from convert_w4a8.samples.sample import Sample
 
 _SURE = 2.0
 """Standard errors by which the divergence of held-out samples has to fall, or nothing is written."""
+_PARTS = "the models, their gradients and moments, and a batch"
+_LESS = "give fewer --batch-tokens, --max-length, --recompute, or a --teacher-device of its own"
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def distill(
     ) as writer:
         if not resume:
             state.remove()
-        with memory_errors(), deterministic(device):
+        with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device):
             run = _Run(start, teacher, data, options, device, teacher_device or device, state, before)
             try:
                 result = run.train(progress)

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from check_gemm import is_right, noted
 from results import add_options, line, save
 
 from convert_w4a8.kernels.activations import gpu, reference
@@ -89,14 +91,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
     sizes = ((1, 7), (128, 768, 4224)) if args.sanitizer else (TOKENS, LENGTHS)
-    rows = [row for size in product(*sizes, (1, 2)) for row in check(*size)]
-    for row in rows:
-        if not (row["again"] and row["right"]):
-            print("WRONG", row, flush=True)
+    rows = noted(check(*size) for size in product(*sizes, (1, 2)))
     print(f"{len(rows)} results; most bytes that differ: {max(rows, key=lambda row: float(row['different']))}")
     question = "Do the kernels that quantize activations compute what they must, with the same bytes every time?"
     print(line(save(args, question, rows)))
-    return 0 if all(row["again"] and row["right"] for row in rows) else 1
+    return 0 if all(map(is_right, rows)) else 1
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from check_activations import judge
-from check_gemm import REPLAYS, ROUNDING, Exact, Layer, Replayed
+from check_gemm import REPLAYS, ROUNDING, Exact, Layer, Replayed, is_right, noted, replay
 from results import add_options, line, save
 
 from convert_w4a8.fp8 import quantize_tokens
@@ -202,22 +202,15 @@ def check_results(sizes: Sequence[Size], tokens: Sequence[int], forms: Sequence[
 
 
 def check_replays(sizes: Sequence[Size], tokens: Sequence[int]) -> Iterator[Row]:
-    """Replay a graph alone, then two on two streams at once; count the replays that gave other bytes."""
+    """Replay mixtures of some sizes, on one stream and on two."""
     for size, m in product(sizes, tokens):
         graphs = []
         for _ in range(2):
             experts = Experts.random(size, "lut")
             call: Callable[[], torch.Tensor] = partial(experts, *experts.routed(m))
             graphs.append(Replayed(call))
-        torch.cuda.synchronize()
-        for several in (graphs[:1], graphs):
-            for _ in range(REPLAYS):
-                for graph in several:
-                    graph.replay()
-            torch.cuda.synchronize()
-            wrong = sum(int(graph.wrong) for graph in graphs)
-            row = {"check": "replays", "m": m, "size": str(size), "streams": len(several), "replays": REPLAYS}
-            yield row | {"wrong": wrong, "again": wrong == 0}
+        for row in replay(graphs):
+            yield {"check": "replays", "m": m, "size": str(size)} | row
 
 
 def main() -> int:
@@ -235,12 +228,7 @@ def main() -> int:
     checks = [check_results(sizes, *few)]
     if not args.sanitizer:
         checks.append(check_replays(sizes[-2:], (1, 16, 64, 256)))
-    rows: list[Row] = []
-    for check in checks:
-        for row in check:
-            rows.append(row)
-            if not (row["again"] and row.get("right", True)):
-                print("WRONG", row, flush=True)
+    rows = noted(checks)
     results = [row for row in rows if row["check"] == "results"]
     worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
     print(f"{len(results)} results; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
@@ -248,7 +236,7 @@ def main() -> int:
     print(f"{len(replays)} × {REPLAYS} replays, {sum(row['wrong'] for row in replays)} gave other bytes")
     question = "Do the experts over the LUT layout compute what they must, with the same bytes every time?"
     print(line(save(args, question, rows)))
-    return 0 if all(row["again"] and row.get("right", True) for row in rows) else 1
+    return 0 if all(map(is_right, rows)) else 1
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ takes.
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -160,19 +160,39 @@ class Replayed:
             self.graph.replay()
 
 
+def replay(graphs: Sequence[Replayed]) -> Iterator[Row]:
+    """Replay a graph alone, then all on their streams at once; count the replays that gave other bytes."""
+    torch.cuda.synchronize()
+    for several in (graphs[:1], graphs):
+        for _ in range(REPLAYS):
+            for graph in several:
+                graph.replay()
+        torch.cuda.synchronize()
+        wrong = sum(int(graph.wrong) for graph in graphs)
+        yield {"streams": len(several), "replays": REPLAYS, "wrong": wrong, "again": wrong == 0}
+
+
+def is_right(row: Row) -> bool:
+    """Whether a row of any of the checks is as it has to be."""
+    return bool(row["again"] and row.get("right", True))
+
+
+def noted(checks: Iterable[Iterable[Row]]) -> list[Row]:
+    """Return the rows of all checks; print those that are wrong as they come."""
+    rows = []
+    for row in chain.from_iterable(checks):
+        rows.append(row)
+        if not is_right(row):
+            print("WRONG", row, flush=True)
+    return rows
+
+
 def check_replays(gemm: Gemm, sizes: Sequence[tuple[int, int]], tokens: Sequence[int], terms: int) -> Iterator[Row]:
-    """Replay a graph alone, then two on two streams at once; count the replays that gave other bytes."""
+    """Replay products of some sizes, on one stream and on two."""
     for (n, k), m in product(sizes, tokens):
         graphs = [Replayed(partial(Tokens.random(m, k, terms).call, gemm, Layer.random(n, k, "lut"))) for _ in range(2)]
-        torch.cuda.synchronize()
-        for several in (graphs[:1], graphs):
-            for _ in range(REPLAYS):
-                for graph in several:
-                    graph.replay()
-            torch.cuda.synchronize()
-            wrong = sum(int(graph.wrong) for graph in graphs)
-            row = {"check": "replays", "m": m, "n": n, "k": k, "streams": len(several), "replays": REPLAYS}
-            yield row | {"wrong": wrong, "again": wrong == 0}
+        for row in replay(graphs):
+            yield {"check": "replays", "m": m, "n": n, "k": k} | row
 
 
 def main() -> int:
@@ -199,18 +219,13 @@ def main() -> int:
     if not args.sanitizer:
         replayed = [(n, 4096) for n in (widths[-1], 4 * widths[-1])]
         checks.append(check_replays(gemm, replayed, [m for m in (1, 16, 65, 300) if m <= args.most], args.terms))
-    rows: list[Row] = []
-    for check in checks:
-        for row in check:
-            rows.append(row)
-            if not (row["again"] and row.get("right", True)):
-                print("WRONG", row, flush=True)
+    rows = noted(checks)
     products = [row for row in rows if row["check"] == "products"]
     worst, beyond = (max(products, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
     print(f"{len(products)} products; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
     question = "Does the GEMM over the LUT layout compute what it must, with the same bytes every time?"
     print(line(save(args, question, rows)))
-    return 0 if all(row["again"] and row.get("right", True) for row in rows) else 1
+    return 0 if all(map(is_right, rows)) else 1
 
 
 if __name__ == "__main__":

@@ -123,6 +123,15 @@ def overlap(windows: Sequence[Sequence[int]], other: Sequence[int], n: int) -> t
     return sum(gram in known for gram in all_of_them), len(all_of_them)
 
 
+def print_overlap(
+    windows: Sequence[Sequence[int]], paths: Sequence[Path], others: Sequence[str], tokenizer: Tokenizer, n: int
+) -> None:
+    """Print for each of other texts how many n-grams of the windows occur in it."""
+    for path, text in zip(paths, others, strict=True):
+        same, total = overlap(windows, tokenizer.encode(text.replace("\0", "\n")), n)
+        print(f"{same} of {total} n-grams of {n} tokens ({same / total:.2%}) occur in {path.name}")
+
+
 def main() -> int:
     """Write the windows, and say what they have in common with evaluation text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,9 +159,7 @@ def main() -> int:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in windows)
     ids = [tokenizer.encode(text)[: args.window] for text in windows]
     print(f"{len(kept)} of {len(texts)} files, {len(windows)} windows of {args.window} tokens: {args.out}")
-    for path, text in zip(args.unlike, others, strict=True):
-        same, total = overlap(ids, tokenizer.encode(text.replace("\0", "\n")), args.ngram)
-        print(f"{same} of {total} n-grams of {args.ngram} tokens ({same / total:.2%}) occur in {path.name}")
+    print_overlap(ids, args.unlike, others, tokenizer, args.ngram)
     return 0
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from make_calibration import CHARACTERS_PER_TOKEN, HubTokenizer, ngrams, overlap, unlike
+from make_calibration import CHARACTERS_PER_TOKEN, HubTokenizer, ngrams, print_overlap, unlike
 
 NGRAM = 12
 """Tokens of the n-grams that are looked for in evaluation text."""
@@ -74,9 +74,7 @@ def main() -> int:
     content = "".join(json.dumps({"input_ids": ids}, separators=(",", ":")) + "\n" for ids in windows).encode()
     args.out.write_bytes(gzip.compress(content, mtime=0) if args.out.suffix == ".gz" else content)
     print(f"{files} of {len(paths)} files, {len(windows)} windows of {args.window} tokens: {args.out}")
-    for path, text in zip(args.unlike, others, strict=True):
-        same, total = overlap(windows, tokenizer.encode(text.replace("\0", "\n")), NGRAM)
-        print(f"{same} of {total} n-grams of {NGRAM} tokens ({same / total:.2%}) occur in {path.name}")
+    print_overlap(windows, args.unlike, others, tokenizer, NGRAM)
     return 0
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_edits import edit_tensors, snapshot
+from interruptions import interrupted_walk
 from safetensors.torch import load_file, save_file
 from tiny_models import samples_of, transformers, write_gemma, write_llama, write_mixtral, write_qwen3_moe
 
 from convert_w4a8 import api
 from convert_w4a8.calibration import matrix, mixture, scaling
 from convert_w4a8.calibration.options import QuantizeOptions
-from convert_w4a8.calibration.walk import Walk
 from convert_w4a8.checkpoint.folds import find_folds, origin_channels, powers_of_two
 
 SAMPLES = [100, 60]
@@ -179,18 +179,8 @@ def test_resumed_is_the_same(write: Callable[[Path], Path], tmp_path: Path, monk
         model = write_mixtral(tmp_path / "two", layers=2)
     options, samples = QuantizeOptions(tables="scale", awq_scaling=True), samples_of([40, 56])  # type: ignore[arg-type]
     api.quantize(model, tmp_path / "whole", options, samples=samples, device="cpu")
-    original = Walk.quantize
-
-    def interrupted(self: Walk, number: int, *args: Any, **more: Any) -> Any:
-        for done in original(self, number, *args, **more):
-            if number == 1:
-                raise KeyboardInterrupt
-            yield done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Walk, "quantize", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            api.quantize(model, tmp_path / "out", options, samples=samples, device="cpu")
+    with interrupted_walk(monkeypatch, 1):
+        api.quantize(model, tmp_path / "out", options, samples=samples, device="cpu")
     api.quantize(model, tmp_path / "out", options, samples=samples, device="cpu", resume=True)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 

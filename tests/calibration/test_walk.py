@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_edits import snapshot
+from interruptions import interrupted_walk
 from tiny_models import samples_of, transformers, write_llama, write_mixtral
 
 from convert_w4a8 import api
@@ -130,23 +131,11 @@ def test_resumed_at_a_block(preset: str, stop: int, tmp_path: Path, monkeypatch:
     model = write_llama(tmp_path / "in", layers=3)
     options, samples = QuantizeOptions(preset=preset), samples_of([40, 56])  # type: ignore[arg-type]
     api.quantize(model, tmp_path / "whole", options, samples=samples, device="cpu")
-    quantized: list[int] = []
-    original = Walk.quantize
-
-    def interrupted(self: Walk, number: int, *args: Any, **more: Any) -> Any:
-        quantized.append(number)
-        for count, done in enumerate(original(self, number, *args, **more)):
-            if number == stop and count == 2:
-                raise KeyboardInterrupt
-            yield done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Walk, "quantize", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            api.quantize(model, tmp_path / "out", options, samples=samples, device="cpu")
-        assert not (tmp_path / "out").exists()
-        stop, done = -1, list(quantized)
-        api.quantize(model, tmp_path / "out", options, samples=samples, device="cpu", resume=True)
+    with interrupted_walk(monkeypatch, stop, after=2) as quantized:
+        api.quantize(model, tmp_path / "out", options, samples=samples, device="cpu")
+    assert not (tmp_path / "out").exists()
+    done = list(quantized)
+    api.quantize(model, tmp_path / "out", options, samples=samples, device="cpu", resume=True)
     assert quantized[len(done) :] == [number for number in range(3) if number >= done[-1]]
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
