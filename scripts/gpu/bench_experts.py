@@ -83,26 +83,23 @@ def relative_error(mixture: Mixture, found: torch.Tensor, given: Routed) -> floa
     return float((found.double() - exact).norm() / exact.norm())
 
 
-def compare(mixture: Mixture, tokens: Sequence[int], names: Sequence[str]) -> Iterator[Row]:
-    """Yield a row for each kernel and number of tokens, or for each kernel that does not run."""
-    for name in names:
-        row: Row = {"mixture": mixture.name, "kernel": name}
-        try:
-            experts = CONTESTANTS[name](mixture)
-            for m in tokens:
-                inputs = routed(mixture, m)
-                calls = calls_of(experts, mixture, inputs)
-                found = row | {"m": m, "us": microseconds(calls), "floor_us": floor(mixture, inputs)}
-                if name in SAME_WEIGHTS:
-                    first = calls[0]()
-                    found["repeatable"] = torch.equal(first, calls[0]())
-                    if m in CHECKED:
-                        found["error"] = relative_error(mixture, first, inputs[0])
-                yield found
-        except Exception as error:  # noqa: BLE001 - the others go on
-            yield row | {"why_not": f"{type(error).__name__}: {error}"[:300]}
-        experts = None  # type: ignore[assignment]
-        torch.cuda.empty_cache()
+def compare(mixture: Mixture, tokens: Sequence[int], name: str) -> Iterator[Row]:
+    """Yield a row for each number of tokens; or one that says why the kernel does not run."""
+    row: Row = {"mixture": mixture.name, "kernel": name}
+    try:
+        experts = CONTESTANTS[name](mixture)
+        for m in tokens:
+            inputs = routed(mixture, m)
+            calls = calls_of(experts, mixture, inputs)
+            found = row | {"m": m, "us": microseconds(calls), "floor_us": floor(mixture, inputs)}
+            if name in SAME_WEIGHTS:
+                first = calls[0]()
+                found["repeatable"] = torch.equal(first, calls[0]())
+                if m in CHECKED:
+                    found["error"] = relative_error(mixture, first, inputs[0])
+            yield found
+    except Exception as error:  # noqa: BLE001 - the others go on
+        yield row | {"why_not": f"{type(error).__name__}: {error}"[:300]}
 
 
 def compile_all(mixtures: Sequence[Mixture], tokens: Sequence[int], names: Sequence[str], seconds: float) -> None:
@@ -271,24 +268,22 @@ def main() -> None:
         return save(args, question, kept, packages=(*VLLM_PACKAGES, "humming-kernels"), settings=settings)
 
     rows: list[Row] = []
-    for number, mixture in enumerate(chosen):
-        left = deadline - time.monotonic()
-        until = time.monotonic() + left / (len(chosen) - number)
-        found = tune(mixture, args.tokens, until) if args.tune else compare(mixture, args.tokens, args.kernels)
-        kept = []
-        for row in found:
-            kept.append(row)
-            rows.append(row)
-            if not args.tune:
-                show(row)
-                if "why_not" in row or row["m"] == args.tokens[-1]:
-                    keep(rows)
-        if args.tune:
+    if args.tune:
+        for number, mixture in enumerate(chosen):
+            left = deadline - time.monotonic()
+            kept = list(tune(mixture, args.tokens, time.monotonic() + left / (len(chosen) - number)))
+            rows += kept
             for m in args.tokens:
                 for row in sorted((row for row in kept if row["m"] == m), key=lambda row: float(row["us"]))[:3]:
                     show(row)
-        mixture.__dict__.pop("lut", None)
-        torch.cuda.empty_cache()
+            mixture.__dict__.pop("lut", None)
+    else:
+        for name, mixture in product(args.kernels, chosen):
+            for row in compare(mixture, args.tokens, name):
+                rows.append(row)
+                show(row)
+                keep(rows)
+            torch.cuda.empty_cache()
     print(line(keep(rows)))
     if any(row.get("error", 0) > 0.02 or row.get("repeatable") is False for row in rows):
         raise SystemExit(1)

@@ -18,21 +18,27 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import turns
 import vllm_engine
 from make_random_checkpoint import SHAPES, ensure
-from results import add_options
+from results import VLLM_PACKAGES, add_options, save
 
 WITHOUT = "lut:cutlass"
 """The plugin without its decode kernel."""
 KINDS = ("stock", "lut", WITHOUT)
 ORDER = (*KINDS, *reversed(KINDS))
+UNCOUNTED = "lut:uncounted"
+"""The engine that starts first with --together."""
+COLUMNS = {"stock": "stock", "lut": "plugin", WITHOUT: "without"}
+QUESTION = "How long does vLLM take to load a W4A8 model, with the plugin and without?"
 LLM_OPTIONS = {
     "enforce_eager": True,
     "skip_tokenizer_init": True,
@@ -89,6 +95,8 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     base_loader.process_weights_after_loading = timed_processing
     base_loader.BaseModelLoader.load_model = timed_loading
+    if payload["turn"]:
+        turns.wait_for(Path(payload["turn"]))
     start = time.perf_counter()
     LLM(**payload["llm"])
     found["engine_start_ms"] = 1e3 * (time.perf_counter() - start)
@@ -97,10 +105,28 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def run(directory: Path, kind: str = "stock") -> dict[str, Any]:
-    """Start an engine in a process of its own; return what it found, and its process's seconds and kernels."""
+def run(directory: Path, kind: str = "stock", turn: Path | None = None) -> dict[str, Any]:
+    """Start an engine in a process of its own; return what it found, and its process's seconds and kernels.
+
+    turn: a file that the engine waits for, with everything imported.
+    """
     environment = {"W4A8_LUT_DECODE": "cutlass"} if kind == WITHOUT else {}
-    return vllm_engine.run_worker(__file__, {"llm": {"model": str(directory), **LLM_OPTIONS}}, environment=environment)
+    payload = {"llm": {"model": str(directory), **LLM_OPTIONS}, "turn": turn and str(turn)}
+    return vllm_engine.run_worker(__file__, payload, environment=environment)
+
+
+def engines(
+    directories: Mapping[str, Path], order: Sequence[str], together: bool
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield each kind of the order with a function that runs its engine; together: all import what they need first."""
+
+    def start(kind: str, turn: Path | None = None) -> dict[str, Any]:
+        return run(directories[kind.partition(":")[0]], kind, turn)
+
+    if together:
+        yield from turns.by_turns(order, start)
+    else:
+        yield from ((kind, partial(start, kind)) for kind in order)
 
 
 def read_files(directory: Path) -> None:
@@ -119,17 +145,19 @@ def by_size(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
     return sizes
 
 
-def rows_of(name: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return one model's rows: what, medians of stock and plugin, their ratio, and the largest time of each."""
+def rows_of(name: str, found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return one model's rows: what, medians of each kind that there is, plugin / stock, and the largest times."""
 
-    def row(what: str, stock: list[float], ours: list[float], without: list[float]) -> dict[str, Any]:
-        a, b, c = (statistics.median(times) for times in (stock, ours, without))
-        largest = {"stock_max_ms": max(stock), "plugin_max_ms": max(ours)}
-        return {"model": name, "what": what, "stock_ms": a, "plugin_ms": b, "without_ms": c, "ratio": b / a, **largest}
+    def row(what: str, times: Mapping[str, list[float]]) -> dict[str, Any]:
+        made: dict[str, Any] = {"model": name, "what": what}
+        made |= {f"{COLUMNS[kind]}_ms": statistics.median(each) for kind, each in times.items()}
+        if "lut" in times:
+            made["ratio"] = made["plugin_ms"] / made["stock_ms"]
+        return made | {f"{COLUMNS[kind]}_max_ms": max(each) for kind, each in times.items() if kind != WITHOUT}
 
-    sizes = {kind: by_size(found[kind]) for kind in KINDS}
+    sizes = {kind: by_size(runs) for kind, runs in found.items()}
     rows = [
-        row(f"layer {size}, median of {len(times)}", *(sizes[kind][size] for kind in KINDS))
+        row(f"layer {size}, median of {len(times)}", {kind: each[size] for kind, each in sizes.items()})
         for size, times in sizes["stock"].items()
     ]
     measures: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -140,7 +168,7 @@ def rows_of(name: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str,
         "engine start, eager": lambda run: run["engine_start_ms"],
     }
     for what, measure in measures.items():
-        rows.append(row(what, *([measure(run) for run in found[kind]] for kind in KINDS)))
+        rows.append(row(what, {kind: [measure(run) for run in runs] for kind, runs in found.items()}))
     return rows
 
 
@@ -153,12 +181,19 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="four layers of each model, each kind once, none uncounted"
     )
+    parser.add_argument(
+        "--together", action="store_true", help="processes import side by side, then take turns, one uncounted first"
+    )
     add_options(parser)
     args = parser.parse_args()
+    if args.together and not args.quick:
+        parser.error("--together goes with --quick: each kind once")
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
-    order = KINDS if args.quick else ORDER
+    order = (*([UNCOUNTED] if args.together else []), *KINDS) if args.quick else ORDER
     results: dict[str, Any] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    kept = rows
+    failed = 0
     try:
         if not args.quick:
             print(f"not counted: {run(ensure('tiny', root)['stock'])['wall_s']} s", flush=True)
@@ -167,34 +202,35 @@ def main() -> int:
             for kind in ("stock", "lut"):
                 read_files(directories[kind])
             results[name] = {kind: [] for kind in KINDS}
-            for kind in order:
-                found = run(directories[kind.partition(":")[0]], kind)
+            for kind, result in engines(directories, order, args.together):
+                try:
+                    found = result()
+                except RuntimeError as error:  # the others are worth having
+                    print(f"{name} {kind}: {error}", flush=True)
+                    failed = 1
+                    continue
+                if kind == UNCOUNTED:
+                    continue
                 results[name][kind].append(found)
                 times = ", ".join(
                     f"{what} {found[f'{what}_ms'] / 1e3:.2f} s" for what in ("processing", "load_model", "engine_start")
                 )
                 print(f"{name} {kind}: {times}; {', '.join(found['kernels'])}", flush=True)
-            rows += rows_of(name, results[name])
+                done = {kind: runs for kind, runs in results[name].items() if runs}
+                if "stock" in done:
+                    kept = rows + rows_of(name, done)
+                    save(args, QUESTION, kept, packages=VLLM_PACKAGES, settings={"order": order})
+            rows = kept
     finally:
         if args.dir is None:
             shutil.rmtree(root)
-    header = ("model", "what", "stock ms", "plugin ms", "without", "plugin/stock", "stock max", "plugin max")
+    names = ("stock_ms", "plugin_ms", "without_ms", "stock_max_ms", "plugin_max_ms")
     cells = [
-        (
-            row["model"],
-            row["what"],
-            f"{row['stock_ms']:.2f}",
-            f"{row['plugin_ms']:.2f}",
-            f"{row['without_ms']:.2f}",
-            f"{row['ratio']:.2%}",
-            f"{row['stock_max_ms']:.1f}",
-            f"{row['plugin_max_ms']:.1f}",
-        )
-        for row in rows
+        (row["model"], row["what"], *(f"{row[name]:.2f}" if name in row else "" for name in names)) for row in rows
     ]
-    question = "How long does vLLM take to load a W4A8 model, with the plugin and without?"
-    vllm_engine.finish(args, question, rows, vllm_engine.table(header, cells), order=order)
-    return 0
+    header = ("model", "what", *(name.removesuffix("_ms").replace("_", " ") for name in names))
+    vllm_engine.finish(args, QUESTION, rows, vllm_engine.table(header, cells), order=order)
+    return failed
 
 
 if __name__ == "__main__":

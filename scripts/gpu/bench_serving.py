@@ -14,7 +14,8 @@ a single request's TTFT is of ten runs more, with its fastest tenth, since the h
 first kind's time / the other's − 1. Which kernel vLLM chose is taken from its log.
 
 Each kind is written when it is done. With --extend, kinds that the file has are not run again. With --together all
-engines start side by side, and wait until they have; then one after the other is measured, with the others idle.
+engines start side by side, and wait until they have; then one after the other is measured, with the others idle. With
+--trace, decode steps of each engine are traced at its end, as `step_traces.py` says.
 """
 
 import argparse
@@ -24,9 +25,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import few_humming
+import step_traces
+import turns
 import vllm_engine
 from make_random_checkpoint import SHAPES, ensure
-from results import VLLM_PACKAGES, add_options, read_results
+from results import VLLM_PACKAGES, add_options, read_results, write_results
 
 CASES = ("1x128", "8x128", "32x128", "64x128", "128x128", "1x2048", "1x8192", "8x4096", "32x2048", "64x2048")
 """Requests at a time and prompt tokens of each."""
@@ -83,15 +86,15 @@ KINDS = {
 `lut:cutlass` the plugin without its decode kernel."""
 
 
-def worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """Time all cases on one engine in this process."""
+def worker(payload: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Time all cases on one engine in this process; yield what there is after each."""
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
     llm = LLM(**payload["llm"])
     started = time.perf_counter() - start
     if payload["turn"]:
-        wait_for(Path(payload["turn"]))
+        turns.wait_for(Path(payload["turn"]))
     generator = random.Random(0)
 
     def timed(batch: int, length: int, tokens: int) -> dict[str, float]:
@@ -109,7 +112,7 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     for length in UNCAPTURED:
         if length + 2 <= payload["llm"]["max_model_len"]:
             timed(1, length, 2)
-    cases = []
+    found: dict[str, Any] = {"cases": [], "steps": [], "start_s": round(started, 1)}
     for batch, length in payload["cases"]:
         timed(min(batch, max(1, 16384 // length)), length, 4)
         runs: list[dict[str, float]] = []
@@ -117,19 +120,11 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         while not runs or (len(runs) < REPEATS and time.perf_counter() - begin < payload["seconds"]):
             runs.append(timed(batch, length, NEW_TOKENS))
         firsts = [timed(batch, length, 2) for _ in range(FIRST_TOKENS)] if batch == 1 else []
-        cases.append({"batch": batch, "prompt": length, **summary(runs, firsts)})
-    return {"cases": cases, "start_s": round(started, 1)}
-
-
-def wait_for(turn: Path) -> None:
-    """Say that this process is ready, and wait until it may go on."""
-    _ready(turn).touch()
-    while not turn.exists():
-        time.sleep(0.1)
-
-
-def _ready(turn: Path) -> Path:
-    return turn.with_suffix(".ready")
+        found["cases"].append({"batch": batch, "prompt": length, **summary(runs, firsts)})
+        yield found
+    for batch in payload["trace"]:
+        found["steps"].append(step_traces.traced(llm, batch))
+        yield found
 
 
 def request_times(stats: Sequence[Any], tokens: int) -> dict[str, float]:
@@ -221,6 +216,7 @@ def environment(model: str, cases: Sequence[tuple[int, int]], kind: Kind) -> dic
     return {
         few_humming.SETTING: ",".join(map(str, sorted(sizes))),
         few_humming.CHOICES: str(SHAPES[model].experts_per_token),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for traces
         **kind.environment,
     }
 
@@ -230,30 +226,9 @@ def serve(args: argparse.Namespace, kind: Kind, directory: Path, turn: Path | No
     llm = engine(args.model, args.layers, args.cases, kind, directory)
     vocabulary = SHAPES[args.model].vocabulary
     payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": vocabulary}
-    payload["turn"] = turn and str(turn)
+    payload |= {"turn": turn and str(turn), "trace": args.trace}
     variables = environment(args.model, args.cases, kind)
     return vllm_engine.run_worker(__file__, payload, args.timeout or kind.timeout, variables, kind.plugins)
-
-
-def found_by(args: argparse.Namespace, names: Sequence[str], run: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yield each kind with a function that returns what its engine found, or raises.
-
-    run: starts the engine of a kind, and returns what it found; takes the file that the engine is to wait for.
-    """
-    if not args.together:
-        for name in names:
-            yield name, lambda name=name: run(name)
-        return
-    with tempfile.TemporaryDirectory(prefix="w4a8-turns-") as directory, ThreadPoolExecutor(len(names)) as pool:
-        turns = {name: Path(directory) / f"{number}.turn" for number, name in enumerate(names)}
-        running: dict[str, Future[Any]] = {name: pool.submit(run, name, turn) for name, turn in turns.items()}
-        while not all(running[name].done() or _ready(turn).exists() for name, turn in turns.items()):
-            time.sleep(0.1)
-        print(f"all are ready, or have failed: {time.strftime('%X')}", flush=True)
-        for name, turn in turns.items():
-            turn.touch()
-            running[name].exception()  # waits for it
-            yield name, running[name].result
 
 
 def case_of(text: str) -> tuple[int, int]:
@@ -280,6 +255,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     parser.add_argument("--seconds", type=float, default=2.5, help="for the runs of a case (default: %(default)s)")
     parser.add_argument("--together", action="store_true", help="start all engines at the same time, then take turns")
+    parser.add_argument("--trace", type=int, nargs="+", default=[], metavar="BATCH", help="trace steps of such batches")
+    parser.add_argument("--trace-json", type=Path, metavar="FILE", help="write what was traced there")
     parser.add_argument("--timeout", type=float, help="seconds of an engine at most (default: the kind's)")
     parser.add_argument("--base", choices=KINDS, help="the baseline, if it is not the first kind: one of the file's")
     parser.add_argument("--quick", action="store_true", help="four layers, batch 1 and 8 with short prompts, one run")
@@ -291,6 +268,17 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def keep_traces(args: argparse.Namespace, traces: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    """Print what was traced of each kind and batch, and write it where asked."""
+    kernels = {f"{kind}, batch {batch}": step_traces.kernels_of(steps) for (kind, batch), steps in traces.items()}
+    rows = [step_traces.row_of(kind, steps) for (kind, _), steps in traces.items()]
+    if rows and args.trace_json:
+        settings = {"model": args.model, "layers": args.layers or SHAPES[args.model].layers, "kernels": kernels}
+        write_results(args.trace_json, step_traces.QUESTION, rows, packages=VLLM_PACKAGES, settings=settings)
+    if rows:
+        print(step_traces.text_of(rows), flush=True)
+
+
 def main() -> int:
     """Make the checkpoints, run the engines, print the table."""
     args = parse()
@@ -299,6 +287,7 @@ def main() -> int:
     rows = list(before)
     done = {row["kind"] for row in before}
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
+    traces: dict[tuple[str, int], dict[str, Any]] = {}
     failed = 0
     try:
         directories = ensure(args.model, root, args.layers)
@@ -309,7 +298,8 @@ def main() -> int:
         def run(name: str, turn: Path | None = None) -> dict[str, Any]:
             return serve(args, KINDS[name], directories[KINDS[name].format], turn)
 
-        for name, result in found_by(args, names, run):
+        engines = turns.by_turns(names, run) if args.together else ((name, partial(run, name)) for name in names)
+        for name, result in engines:
             try:
                 found = result()
             except RuntimeError as error:  # the others are worth having
@@ -333,6 +323,8 @@ def main() -> int:
             question = f"How fast is serving {args.model}, beside {base}?"
             vllm_engine.finish(args, question, new, text, extend=args.extend, **settings)
             args.extend = True
+            traces |= {(name, steps["batch"]): steps for steps in found["steps"]}
+            keep_traces(args, traces)
     finally:
         if args.dir is None:
             shutil.rmtree(root)

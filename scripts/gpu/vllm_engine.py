@@ -61,7 +61,7 @@ def run_worker(
 
     plugins: as `plugin_environment` takes them. Beside what was written: `wall_s`, and `kernels`, the lines in which
     vLLM's log names the kernels that it chose. Raises RuntimeError with the end of the log if the process fails or
-    takes longer than `timeout` seconds.
+    takes longer than `timeout` seconds before it wrote anything.
     """
     with tempfile.TemporaryDirectory(prefix="w4a8-engine-") as directory:
         ask, answer, log = (Path(directory) / name for name in ("payload.json", "result.json", "log.txt"))
@@ -81,17 +81,26 @@ def run_worker(
         if not answer.is_file():  # one that is there counts, however the engine's shutdown went
             tail = "\n".join(text.splitlines()[-60:])
             raise RuntimeError(f"engine process ended with {code} after {seconds:.0f} s\n{tail}")
+        if code:
+            print(f"engine process ended with {code} after {seconds:.0f} s; what it wrote is kept", flush=True)
         result: dict[str, Any] = json.loads(answer.read_text())
         kernels = sorted(set(re.findall(r"Using \S+ (?:for \w+|.*backend\b)", text)))
         return result | {"wall_s": round(seconds, 1), "kernels": kernels}
 
 
-def start(worker: Callable[[dict[str, Any]], dict[str, Any]], main: Callable[[], int]) -> None:
-    """Run a script: its worker where `run_worker` called it, otherwise its main part, which ends the process."""
-    if sys.argv[1:2] == ["--worker"]:
-        Path(sys.argv[3]).write_text(json.dumps(worker(json.loads(Path(sys.argv[2]).read_text()))))
-    else:
+def start(worker: Callable[[dict[str, Any]], Any], main: Callable[[], int]) -> None:
+    """Run a script: its worker where `run_worker` called it, otherwise its main part, which ends the process.
+
+    worker: returns what it found; or yields, again and again, what it has found so far.
+    """
+    if sys.argv[1:2] != ["--worker"]:
         sys.exit(main())
+    found = worker(json.loads(Path(sys.argv[2]).read_text()))
+    answer = Path(sys.argv[3])
+    part = answer.with_suffix(".part")
+    for result in [found] if isinstance(found, dict) else found:
+        part.write_text(json.dumps(result))
+        part.replace(answer)
 
 
 def token_by_token(batch: int) -> dict[str, int]:
