@@ -185,9 +185,14 @@ def text_of(rows: Sequence[Mapping[str, Any]], base: str) -> str:
 
 
 def engine(
-    model: str, layers: int | None, cases: Sequence[tuple[int, int]], kind: Kind, directory: Path
+    model: str,
+    layers: int | None,
+    cases: Sequence[tuple[int, int]],
+    kind: Kind,
+    directory: Path,
+    graphs: Sequence[int] = GRAPHS,
 ) -> dict[str, Any]:
-    """Return vLLM's options for an engine that serves these cases."""
+    """Return vLLM's options for an engine that serves these cases. graphs: batch sizes of CUDA graphs."""
     shape = SHAPES[model]
     # Keys and values in BF16 of all requests of the largest case, and a little.
     cached = max(batch * (length + NEW_TOKENS + 16) for batch, length in cases)
@@ -202,17 +207,19 @@ def engine(
         "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
         "gpu_memory_utilization": 0.3,  # is only checked to be free
         "enable_prefix_caching": False,
-        "compilation_config": {"cudagraph_capture_sizes": list(GRAPHS)},
+        "compilation_config": {"cudagraph_capture_sizes": list(graphs)},
         "disable_log_stats": False,  # or requests have no metrics
         "generation_config": "vllm",
         **kind.options,
     }
 
 
-def environment(model: str, cases: Sequence[tuple[int, int]], kind: Kind) -> dict[str, str]:
+def environment(
+    model: str, cases: Sequence[tuple[int, int]], kind: Kind, graphs: Sequence[int] = GRAPHS
+) -> dict[str, str]:
     """Return the environment variables of an engine."""
     # Sizes of CUDA graphs, and of the steps in which prompts are read, each in a step of at most 8192 tokens.
-    sizes = {*GRAPHS, *(min(STEP, batch * length) for batch, length in cases)}
+    sizes = {*graphs, *(min(STEP, batch * length) for batch, length in cases)}
     return {
         few_humming.SETTING: ",".join(map(str, sorted(sizes))),
         few_humming.CHOICES: str(SHAPES[model].experts_per_token),
@@ -223,11 +230,11 @@ def environment(model: str, cases: Sequence[tuple[int, int]], kind: Kind) -> dic
 
 def serve(args: argparse.Namespace, kind: Kind, directory: Path, turn: Path | None = None) -> dict[str, Any]:
     """Run all cases on one engine, and return what `worker` found. turn: the file that it is to wait for."""
-    llm = engine(args.model, args.layers, args.cases, kind, directory)
+    llm = engine(args.model, args.layers, args.cases, kind, directory, args.graphs)
     vocabulary = SHAPES[args.model].vocabulary
     payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": vocabulary}
     payload |= {"turn": turn and str(turn), "trace": args.trace}
-    variables = environment(args.model, args.cases, kind)
+    variables = environment(args.model, args.cases, kind, args.graphs)
     return vllm_engine.run_worker(__file__, payload, args.timeout or kind.timeout, variables, kind.plugins)
 
 
@@ -255,6 +262,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     parser.add_argument("--seconds", type=float, default=2.5, help="for the runs of a case (default: %(default)s)")
     parser.add_argument("--together", action="store_true", help="start all engines at the same time, then take turns")
+    parser.add_argument(
+        "--patience", type=float, default=3600, help="seconds that ready engines wait for others (default: %(default)s)"
+    )
+    parser.add_argument("--graphs", type=int, nargs="+", default=GRAPHS, help="batch sizes of CUDA graphs")
     parser.add_argument("--trace", type=int, nargs="+", default=[], metavar="BATCH", help="trace steps of such batches")
     parser.add_argument("--trace-json", type=Path, metavar="FILE", help="write what was traced there")
     parser.add_argument("--timeout", type=float, help="seconds of an engine at most (default: the kind's)")
@@ -298,8 +309,8 @@ def main() -> int:
         def run(name: str, turn: Path | None = None) -> dict[str, Any]:
             return serve(args, KINDS[name], directories[KINDS[name].format], turn)
 
-        engines = turns.by_turns(names, run) if args.together else ((name, partial(run, name)) for name in names)
-        for name, result in engines:
+        in_turn = ((name, partial(run, name)) for name in names)
+        for name, result in turns.by_turns(names, run, args.patience) if args.together else in_turn:
             try:
                 found = result()
             except RuntimeError as error:  # the others are worth having

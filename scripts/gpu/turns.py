@@ -19,18 +19,27 @@ def _ready(turn: Path) -> Path:
     return turn.with_suffix(".ready")
 
 
-def by_turns(names: Sequence[str], run: Callable[[str, Path], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def by_turns(
+    names: Sequence[str], run: Callable[[str, Path], Any], patience: float = 3600
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield each name with a function that returns what its engine found, or raises.
 
     run: starts an engine in a process of its own, which waits for the file it is given, and returns what that found.
+    patience: seconds; engines that are not ready then go on starting while others are measured, and come last.
     """
+    deadline = time.monotonic() + patience
     with tempfile.TemporaryDirectory(prefix="w4a8-turns-") as directory, ThreadPoolExecutor(len(names)) as pool:
         turns = {name: Path(directory) / f"{number}.turn" for number, name in enumerate(names)}
         running: dict[str, Future[Any]] = {name: pool.submit(run, name, turn) for name, turn in turns.items()}
-        while not all(running[name].done() or _ready(turn).exists() for name, turn in turns.items()):
+
+        def missing() -> list[str]:
+            return [name for name, turn in turns.items() if not (running[name].done() or _ready(turn).exists())]
+
+        while missing() and time.monotonic() < deadline:
             time.sleep(0.1)
-        print(f"all are ready, or have failed: {time.strftime('%X')}", flush=True)
-        for name, turn in turns.items():
-            turn.touch()
+        late = missing()
+        print(f"ready or failed: {[name for name in names if name not in late]}, not yet: {late}", flush=True)
+        for name in [name for name in names if name not in late] + late:
+            turns[name].touch()
             running[name].exception()  # waits for it
             yield name, running[name].result
