@@ -62,12 +62,8 @@ SIZES = (
     Size(256, 8, 1024, 256),
 )
 QUICK = (Size(8, 2, 128, 128), Size(16, 3, 640, 384))
-SANITIZED = (
-    (Size(8, 2, 128, 128), 16),
-    (Size(8, 2, 128, 128), 60),
-    (Size(8, 2, 128, 128), 100),
-    (Size(8, 3, 1024, 128), 16),
-)
+_TINY = Size(8, 2, 128, 128)
+SANITIZED = ((_TINY, 16), (_TINY, 60), (_TINY, 100), (Size(8, 3, 1024, 128), 16))
 """Sizes and tokens: blocks of 16, 32 and 64 pairs, and K in two parts."""
 
 
