@@ -183,6 +183,17 @@ def test_the_decode_kernel_may_deviate_as_stock_does_from_itself(tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_several_tensor_parallel_sizes(tmp_path: Path) -> None:
+    """What stock differs from itself is measured once, at size 1; the kernel at each of the others."""
+    pair = [str(tmp_path / "tiny-2" / kind) for kind in ("lut", "stock")]
+    options = ["--decode", "--quick", "--no-damage", "--prompt-tokens", "16", "--tp", "2", "4", "--first-gpu", "2"]
+    done = run(tmp_path, "check_equivalence.py", *pair, *options, gap=0.003)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [(row["tp"], row["own"]) for row in json.loads((tmp_path / "out").read_text())["rows"]]
+    assert rows == [(1, True), (2, False), (4, False)]
+
+
+@pytest.mark.slow
 def test_the_plugin_is_compared_with_stock_without_its_decode_kernel(tmp_path: Path) -> None:
     """Where it has the same kernel as stock, the same bytes are asked for."""
     pair = [str(tmp_path / "tiny-2" / kind) for kind in ("lut", "stock")]

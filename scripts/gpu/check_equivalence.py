@@ -1,6 +1,6 @@
 """Compare what vLLM computes from a `w4a8_lut` checkpoint and from the stock checkpoint of the same conversion.
 
-    check_equivalence.py LUT_DIR STOCK_DIR [--decode] [--tp 2] [--text-file F | --tokens-file F] [--json FILE] [--quick]
+    check_equivalence.py LUT_DIR STOCK_DIR [--decode] [--tp 2 4] [--text-file F | --tokens-file F] [--json FILE]
 
 Both must have been converted with `--scales reference`. At tensor-parallel size 1, greedy tokens and the
 log-probabilities of all prompt tokens must be identical wherever vLLM quantizes the stock checkpoint's scales with the
@@ -31,10 +31,13 @@ when requests arrive: other batch sizes are other kernels and other roundings).
 At a larger size, stock vLLM computes channel scales from each rank's part of the input channels, we store those of
 the whole row. The mean deviation of plugin and stock at that size must not exceed 1.5 times (two independent
 deviations add up to √2) that of stock from stock at size 1. With `--decode`, what vLLM differs from itself is measured
-at size 1, and the plugin with and without its kernel, no more than that, at the larger one.
+at size 1, compiled and eager, and the plugin with and without its kernel, no more than that, at the larger ones. All
+engines start at the same time; those on several GPUs generate one after the other, since ranks that share a GPU with
+another engine's wait for each other. Without `--extend`, rows are written as soon as there are any.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -42,8 +45,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import vllm_engine
 from gaps import SLACK, compare, is_within
-from results import add_options
+from results import VLLM_PACKAGES, add_options, save
 from stock_scales import find_arithmetics
 
 BATCH = 16
@@ -86,7 +90,10 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         temperature=0.0, max_tokens=payload["new_tokens"], ignore_eos=True, prompt_logprobs=1, logprobs=1
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in payload["prompts"]]
-    outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    with ExitStack() as stack:
+        if payload["turn"]:
+            fcntl.flock(stack.enter_context(Path(payload["turn"]).open("w")), fcntl.LOCK_EX)
+        outputs = llm.generate(prompts, greedy, use_tqdm=False)
     found = []
     for prompt, output in zip(payload["prompts"], outputs, strict=True):
         completion = output.outputs[0]
@@ -140,7 +147,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("lut", type=Path)
     parser.add_argument("stock", type=Path)
-    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--tp", type=int, nargs="+", default=[1], help="tensor-parallel sizes")
+    parser.add_argument("--first-gpu", type=int, help="of a machine with as many as the largest size; default: all")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: the checkpoint's; one of them at --tp > 1")
     parser.add_argument("--prompts", type=int, default=BATCH)
     parser.add_argument("--prompt-tokens", type=int, default=256)
@@ -148,7 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text-file", type=Path)
     parser.add_argument("--tokens-file", type=Path)
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
-    parser.add_argument("--jobs", type=int, default=4, help="engines of size 1 at a time, on the same GPU")
+    parser.add_argument("--jobs", type=int, default=4, help="engines of each kind at a time: of size 1, and larger")
     parser.add_argument("--timeout", type=float, default=420, help="seconds of an engine at most")
     parser.add_argument("--disable-custom-all-reduce", action="store_true")
     parser.add_argument("--decode", action="store_true", help="read prompts token by token; compare the decode kernel")
@@ -172,7 +180,7 @@ def parse() -> argparse.Namespace:
     print(f"scales of {args.lut.name}: by {' and by '.join(sorted(args.arithmetics))}", flush=True)
     if args.modes is None:
         args.modes = [mode for mode, (arithmetic, _) in MODES.items() if arithmetic in args.arithmetics][:2]
-        if args.quick or (args.tp > 1 and not args.decode):
+        if args.quick or (max(args.tp) > 1 and not args.decode):
             args.modes = args.modes[-1:] if args.quick else args.modes[:1]
     if args.quick:
         args.prompts = min(args.prompts, 4)
@@ -218,7 +226,11 @@ def serve(args: argparse.Namespace, prompts: list[list[int]], engine: Engine) ->
         **MODES[engine.mode][1],
     }
     payload = {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens}
+    payload["turn"] = str(args.turn) if engine.tp > 1 else None
     environment = dict(args.env) if engine.decode_kernel else {"W4A8_LUT_DECODE": "cutlass"}
+    if args.first_gpu is not None:
+        gpus = ((args.first_gpu + i) % max(args.tp) for i in range(engine.tp))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     try:
         result = vllm_engine.run_worker(__file__, payload, args.timeout, environment)
     except RuntimeError as error:
@@ -240,33 +252,33 @@ class Pair:
     is_own: bool = False
 
 
-def pairs(args: argparse.Namespace) -> dict[str, list[Pair]]:
-    """Return what is compared with what, by the mode that it is reported under."""
-    return {
-        mode: _decode_pairs(args, mode) if args.decode else _prefill_pairs(args, mode)
-        for mode in args.modes[: 1 if args.decode and args.tp > 1 else None]
-    }
+def pairs(args: argparse.Namespace) -> dict[tuple[str, int], list[Pair]]:
+    """Return what is compared with what, by the mode and the size that it is reported under."""
+    modes = args.modes[: 1 if args.decode and max(args.tp) > 1 else None]
+    of = _decode_pairs if args.decode else _prefill_pairs
+    return {(mode, tp): of(args, mode, tp) for mode in modes for tp in args.tp}
 
 
-def _prefill_pairs(args: argparse.Namespace, mode: str) -> list[Pair]:
-    one, stock, lut = (Engine(args.stock, 1, mode), Engine(args.stock, args.tp, mode), Engine(args.lut, args.tp, mode))
-    if args.tp == 1:
+def _prefill_pairs(args: argparse.Namespace, mode: str, tp: int) -> list[Pair]:
+    one, stock, lut = (Engine(args.stock, 1, mode), Engine(args.stock, tp, mode), Engine(args.lut, tp, mode))
+    if tp == 1:
         return [Pair("plugin, stock", lut, stock)]
     return [
-        Pair(f"stock TP {args.tp}, stock TP 1", stock, one, is_own=True),
-        Pair(f"plugin TP {args.tp}, stock TP 1", lut, one),
-        Pair(f"plugin TP {args.tp}, stock TP {args.tp}", lut, stock),
+        Pair(f"stock TP {tp}, stock TP 1", stock, one, is_own=True),
+        Pair(f"plugin TP {tp}, stock TP 1", lut, one),
+        Pair(f"plugin TP {tp}, stock TP {tp}", lut, stock),
     ]
 
 
-def _decode_pairs(args: argparse.Namespace, mode: str) -> list[Pair]:
+def _decode_pairs(args: argparse.Namespace, mode: str, tp: int) -> list[Pair]:
     one = Engine(args.stock, 1, mode, by_decode=True)
-    lut = Engine(args.lut, args.tp, mode, by_decode=True)
+    lut = Engine(args.lut, tp, mode, by_decode=True)
     ours = replace(lut, decode_kernel=True)
-    found = [Pair("stock by decode, by prefill", one, replace(one, by_decode=False), is_own=True)]
     others = [other for other in args.modes if other != mode and MODES[other][0] == MODES[mode][0]]
-    found += [Pair(f"stock, {other}", one, replace(one, mode=other), is_own=True) for other in others]
-    if args.tp == 1:
+    found = [Pair(f"stock, {other}", one, replace(one, mode=other), is_own=True) for other in others]
+    if tp == 1 or not others:
+        found.insert(0, Pair("stock by decode, by prefill", one, replace(one, by_decode=False), is_own=True))
+    if tp == 1:
         found.append(Pair(WITHOUT, lut, one))
     found.append(Pair(OURS, ours, lut))
     if args.damaged:
@@ -274,12 +286,12 @@ def _decode_pairs(args: argparse.Namespace, mode: str) -> list[Pair]:
     return found
 
 
-def is_met(args: argparse.Namespace, mode: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the rows of one mode, as `pairs` orders them, are what they must be."""
-    demanded = MODES[mode][0] in args.arithmetics and args.tp == 1
+def is_met(args: argparse.Namespace, mode: str, tp: int, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the rows of one mode and size, as `pairs` orders them, are what they must be."""
+    demanded = MODES[mode][0] in args.arithmetics and tp == 1
     gaps = [float(row["mean_gap"]) for row in rows]
     if not args.decode:
-        return gaps[-1] <= SLACK * gaps[0] if args.tp > 1 else not demanded or bool(rows[0]["identical"])
+        return gaps[-1] <= SLACK * gaps[0] if tp > 1 else not demanded or bool(rows[0]["identical"])
     own = [row for row in rows if row["own"]]
     named = {row["what"]: row for row in rows}
     same = True
@@ -290,7 +302,7 @@ def is_met(args: argparse.Namespace, mode: str, rows: Sequence[Mapping[str, Any]
     seen = DAMAGED not in named or not is_within(named[DAMAGED], own)
     verdicts = {"decode kernel": is_within(named[OURS], own)} | ({"without decode kernel": same} if demanded else {})
     for what, verdict in verdicts.items():
-        print(f"{mode}: {what}: {'as it must be' if verdict else 'NOT as it must be'}", flush=True)
+        print(f"{mode}, TP {tp}: {what}: {'as it must be' if verdict else 'NOT as it must be'}", flush=True)
     if DAMAGED in named:
         print(f"{mode}: damage is {'seen' if seen else 'NOT SEEN: this check could not fail'}", flush=True)
     return same and is_within(named[OURS], own) and seen
@@ -314,13 +326,42 @@ def damage(lut: Path, damaged: Path) -> None:
             save_file(tensors, path, metadata)
 
 
-def run_all(args: argparse.Namespace, prompts: list[list[int]], engines: Sequence[Engine]) -> dict[Engine, Any]:
-    """Run engines, those on several GPUs one at a time: their ranks wait for each other on the GPU."""
-    with ThreadPoolExecutor(args.jobs) as single, ThreadPoolExecutor(1) as several:
+def run_all(
+    args: argparse.Namespace, prompts: list[list[int]], engines: Sequence[Engine]
+) -> Iterator[tuple[Engine, Any]]:
+    """Run engines, and yield each with its outputs when it is done."""
+    with ThreadPoolExecutor(args.jobs) as single, ThreadPoolExecutor(args.jobs) as several:
         runs = {
-            engine: (single if engine.tp == 1 else several).submit(serve, args, prompts, engine) for engine in engines
+            (single if engine.tp == 1 else several).submit(serve, args, prompts, engine): engine for engine in engines
         }
-    return {engine: future.result() for engine, future in runs.items()}
+        for run in as_completed(runs):
+            yield runs[run], run.result()
+
+
+def rows_of(
+    model: str,
+    compared: Mapping[tuple[str, int], Sequence[Pair]],
+    outputs: Mapping[Engine, Any],
+) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Return a row for each pair of which there are both outputs, by mode and size."""
+    return {
+        (mode, tp): [
+            {"model": model, "tp": pair.a.tp, "mode": mode, "what": pair.what, "own": pair.is_own}
+            | compare(outputs[pair.a], outputs[pair.b])
+            for pair in several
+            if outputs.get(pair.a) and outputs.get(pair.b)
+        ]
+        for (mode, tp), several in compared.items()
+    }
+
+
+def without_repeats(found: Mapping[tuple[str, int], Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return all rows, those that several sizes share once."""
+    rows: list[dict[str, Any]] = []
+    for row in (row for several in found.values() for row in several):
+        if row not in rows:
+            rows.append(row)
+    return rows
 
 
 def main() -> int:
@@ -328,34 +369,42 @@ def main() -> int:
     args = parse()
     prompts = make_prompts(args)
     model = json.loads((args.stock / "config.json").read_text())["architectures"][0]
-    with tempfile.TemporaryDirectory(prefix="w4a8-damaged-") as root:
+    question = "Does the plugin compute what vLLM computes from the stock checkpoint?"
+    if args.decode:
+        question = "Is the decode kernel as near to CUTLASS as stock W4A8 is to itself?"
+    outputs: dict[Engine, Any] = {}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="w4a8-equivalence-") as root:
+        args.turn = Path(root) / "turn"
         args.damaged = Path(root) / "damaged" if args.decode and not args.no_damage else None
         if args.damaged:
             damage(args.lut, args.damaged)
         compared = pairs(args)
         engines = {engine for several in compared.values() for pair in several for engine in (pair.a, pair.b)}
         # Those that take longest first.
-        outputs = run_all(args, prompts, sorted(engines, key=lambda engine: (-engine.tp, engine.mode, engine)))
-        rows: list[dict[str, Any]] = []
+        for engine, output in run_all(
+            args, prompts, sorted(engines, key=lambda engine: (-engine.tp, engine.mode, engine))
+        ):
+            outputs[engine] = output
+            found = rows_of(model, compared, outputs)
+            if any(found.values()) and not args.extend:
+                save(args, question, without_repeats(found), packages=VLLM_PACKAGES)
         met = True
-        for mode, several in compared.items():
-            about = {"model": model, "tp": args.tp, "mode": mode}
-            new = [
-                about | {"what": pair.what, "own": pair.is_own} | compare(outputs[pair.a], outputs[pair.b])
-                for pair in several
-                if outputs[pair.a] and outputs[pair.b]
-            ]
+        for (mode, tp), several in compared.items():
+            new = found[mode, tp]
             whole = len(new) == len(several)
-            if not (whole and is_met(args, mode, new)):
-                met = False
-                if whole and args.tp == 1 and not args.decode:
-                    stock = several[0].b
-                    again = serve(args, prompts, replace(stock, run=2))
-                    if again:
-                        new.append(about | {"what": "stock, stock again", "own": True} | compare(again, outputs[stock]))
-            rows += new
+            if whole and is_met(args, mode, tp, new):
+                continue
+            met = False
+            if whole and tp == 1 and not args.decode:
+                stock = several[0].b
+                if again := serve(args, prompts, replace(stock, run=2)):
+                    about = {"model": model, "tp": 1, "mode": mode, "what": "stock, stock again", "own": True}
+                    new.append(about | compare(again, outputs[stock]))
+    rows = without_repeats(found)
     header = (
         "mode",
+        "TP",
         "compared",
         "log-probs equal",
         "mean gap",
@@ -367,6 +416,7 @@ def main() -> int:
     cells = [
         (
             row["mode"],
+            row["tp"],
             row["what"],
             f"{row['prompt_logprobs_equal']} of {row['prompt_logprobs']}",
             f"{row['mean_gap']:.2e}",
@@ -379,9 +429,6 @@ def main() -> int:
     ]
     text = vllm_engine.table(header, cells)
     text += f"\n{'demands met' if met else 'DEMANDS NOT MET'}"
-    question = "Does the plugin compute what vLLM computes from the stock checkpoint?"
-    if args.decode:
-        question = "Is the decode kernel as near to CUTLASS as stock W4A8 is to itself?"
     settings: dict[str, Any] = {"scales": sorted(args.arithmetics), "met": met, "environment": dict(args.env)}
     vllm_engine.finish(args, question, rows, text, extend=args.extend, **settings)
     return 0 if met else 1
