@@ -17,6 +17,11 @@ def takes(pairs: int, experts: int) -> bool:
     return pairs <= _FEW_PAIRS * experts
 
 
+def most_tokens(choices: int, experts: int) -> int:
+    """Return the most tokens, of so many choices each, for which `takes` says yes."""
+    return _FEW_PAIRS * experts // choices
+
+
 def experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,

@@ -110,6 +110,18 @@ def _cutlass_can(n: int, k: int) -> bool:
     return compat.why_not_cutlass(Partition(k, (n,))) is None
 
 
+def our_kernel(m: int, n: int, k: int, device: torch.device) -> Any:
+    """Return the module whose `gemm` multiplies [m, k] activations by a layer; None where CUTLASS does."""
+    if _cutlass_can(n, k) and not (takes(m, n) and decode_kernel(device)):
+        return None
+    hopper = _hopper(device)
+    if hopper is not None and hopper.suits(m, n, k):
+        return hopper
+    from convert_w4a8.kernels.gemm import gpu  # noqa: PLC0415
+
+    return gpu
+
+
 def gemm(
     tokens: torch.Tensor,
     token_scale: torch.Tensor,
@@ -124,15 +136,12 @@ def gemm(
     float32 [N].
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1]
-    if not _cutlass_can(n, k) or (takes(m, n) and decode_kernel(tokens.device)):
+    if (kernel := our_kernel(m, n, k, tokens.device)) is not None:
+        if kernel is not _hopper(tokens.device):
+            tokens = tokens[:m]  # the first terms alone are activations in FP8
         weights = (packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel_scale)
-        hopper = _hopper(tokens.device)
-        if hopper is not None and hopper.suits(m, n, k):
-            product: torch.Tensor = hopper.gemm(tokens, token_scale, *weights)
-            return product
-        from convert_w4a8.kernels.gemm import gpu  # noqa: PLC0415
-
-        return gpu.gemm(tokens[:m], token_scale, *weights)  # the first terms alone are activations in FP8
+        product: torch.Tensor = kernel.gemm(tokens, token_scale, *weights)
+        return product
     from vllm import _custom_ops as ops  # noqa: PLC0415
 
     output: torch.Tensor = ops.cutlass_w4a8_mm(

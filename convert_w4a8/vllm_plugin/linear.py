@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import (
 from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
-from convert_w4a8.vllm_plugin import compat, fusion, partition
+from convert_w4a8.vllm_plugin import compat, fusion, partition, warm_up
 from convert_w4a8.vllm_plugin.activations import quantize
 from convert_w4a8.vllm_plugin.gemm import (
     TWO_TERMS_TOKENS,
@@ -99,7 +99,6 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         compat.require_op_dtypes(packed, table, channel)
         if self.tables is TableForm.SCALE:
             table = multiply_tables(table)
-        decode_kernel(packed.device)  # prepares it, before CUDA graphs are captured
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
         shown = {
             "weight_packed": packed.view(-1, packed.shape[1] // 4),
@@ -108,6 +107,8 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         }
         for name, data in shown.items():  # vLLM's replace_parameter takes twice as long
             setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
+        if decode_kernel(packed.device):  # which prepares it, before CUDA graphs are captured
+            warm_up.linear(*shown.values())
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N], activations quantized as stock W4A8 does it."""

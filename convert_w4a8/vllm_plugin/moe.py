@@ -17,8 +17,8 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
-from convert_w4a8.vllm_plugin import compat, partition
-from convert_w4a8.vllm_plugin.experts import lut_experts, takes
+from convert_w4a8.vllm_plugin import compat, partition, warm_up
+from convert_w4a8.vllm_plugin.experts import lut_experts, most_tokens, takes
 from convert_w4a8.vllm_plugin.gemm import decode_kernel, require_ours
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
 
@@ -123,6 +123,11 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if self.cutlass:
                 layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
                 layouts.append(layout.to(packed.device, non_blocking=True))
+        if self.ours:
+            choices = self.moe.experts_per_token
+            most = most_tokens(choices, layer.global_num_experts) if self.cutlass else None
+            activation = compat.activation_name(layer.activation)
+            warm_up.experts(choices, self._weights(layer), layer.expert_map, activation, most)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         if not self.cutlass:
             return
@@ -158,13 +163,8 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             # Here, since vLLM's W4A8 experts multiply by the weights again when they add up an expert's results.
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if not self.cutlass or (self.ours and takes(topk_ids.numel(), layer.global_num_experts)):
-            weights = (
-                getattr(layer, f"{w}_{name}")
-                for w in _PROJECTIONS
-                for name in ("weight_packed", self.table_name, "weight_chan_scale")
-            )
             activation = compat.activation_name(layer.activation)
-            return lut_experts(x, topk_weights, topk_ids, *weights, layer.expert_map, activation)
+            return lut_experts(x, topk_weights, topk_ids, *self._weights(layer), layer.expert_map, activation)
         return self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight_packed,
@@ -178,6 +178,11 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,
         )
+
+    def _weights(self, layer: RoutedExperts) -> list[torch.Tensor]:
+        """Return the loaded weights as `lut_experts` takes them."""
+        names = ("weight_packed", self.table_name, "weight_chan_scale")
+        return [getattr(layer, f"{w}_{name}") for w in _PROJECTIONS for name in names]
 
     @property
     def supports_eplb(self) -> bool:

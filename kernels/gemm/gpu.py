@@ -13,7 +13,8 @@ of K: the same bytes whatever the order of blocks.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -90,6 +91,16 @@ def _copied(block_m: int) -> int:
     return GROUP * block_m + BLOCK_N * (GROUP // 2 + 8)
 
 
+def compiled_for(m: int, n: int, k: int, device: torch.device) -> Hashable:
+    """Return what the kernel for an [m, n, k] product is compiled for: products for which it is the same share one."""
+    launch = _launch(m, n, k, device)
+    return replace(launch, splits=min(launch.splits, 2)), m > launch.block_m, n % launch.block_n == 0
+
+
+def _launch(m: int, n: int, k: int, device: torch.device) -> Launch:
+    return choose_launch(m, n, k, workspace.multiprocessors(device), _shared_memory(device))
+
+
 def gemm(
     tokens: torch.Tensor,
     token_scale: torch.Tensor,
@@ -99,7 +110,7 @@ def gemm(
 ) -> torch.Tensor:
     """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`."""
     (m, k), n = tokens.shape, packed.shape[1] // 4
-    launch = choose_launch(m, n, k, workspace.multiprocessors(tokens.device), _shared_memory(tokens.device))
+    launch = _launch(m, n, k, tokens.device)
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)
 
 

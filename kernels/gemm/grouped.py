@@ -11,7 +11,8 @@ Sums have a fixed order, so results do not depend on which block comes first. No
 blocks there are at most is known from the number of tokens, and those without pairs end at once.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -31,6 +32,8 @@ _SPLITS, _LEAST_PART = 8, 512
 """The most parts of K, and the least of their length."""
 _SHORT_K = 1024
 """Up to here fewer copies in flight, and more blocks side by side, are the faster ones."""
+_BLOCKS = ((16, 9), (32, 24), (64, 64))
+"""Pairs of a block, by how many an expert has at most, if all have as many; 128 where they have more."""
 _CHUNK = 1024
 """The most pairs that the sort looks at at once."""
 
@@ -59,7 +62,7 @@ class Launch:
 def block_of_pairs(pairs: int, experts: int) -> int:
     """Return how many pairs a block takes: about as many as an expert has, if all have as many."""
     mean = pairs / experts
-    for size, most in ((16, 9), (32, 24), (64, 64)):
+    for size, most in _BLOCKS:
         if mean <= most:
             return size
     return 128
@@ -85,6 +88,34 @@ def choose_launch(pairs: int, experts: int, n: int, k: int, multiprocessors: int
     while 2 * splits <= min(_SPLITS, k // _LEAST_PART) and blocks * (n // block_n) * splits < 4 * multiprocessors:
         splits *= 2
     return Launch(block_m, splits, block_n, stages=3 if k <= _SHORT_K else 4)
+
+
+def most_pairs(experts: int) -> int:
+    """Return the pairs of tokens and experts up to which what is launched depends on their number."""
+    return max(_BLOCKS[-1][1] * experts, _CHUNK) + 1
+
+
+def compiled_for(pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device) -> set[Hashable]:
+    """Return what the kernels for these pairs are compiled for, each with its name: those that are the same are one.
+
+    Left out is what does not depend on the number of pairs; it is in `sizes` of each.
+    """
+    sizes = experts, hidden, intermediate
+    launches = _launches(pairs, *sizes, device)
+    multiply = {("multiply", replace(launch, splits=min(launch.splits, 2), columns=None)) for launch in launches}
+    return {("prepare", sizes, launches[0].block_m, _chunk(pairs), pairs <= _CHUNK), *multiply}
+
+
+def _launches(pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device) -> tuple[Launch, Launch]:
+    sms = workspace.multiprocessors(device)
+    return (
+        choose_launch(pairs, experts, 2 * intermediate, hidden, sms),
+        choose_launch(pairs, experts, hidden, intermediate, sms),
+    )
+
+
+def _chunk(pairs: int) -> int:
+    return min(_CHUNK, max(128, int(triton.next_power_of_2(pairs))))
 
 
 def experts(
@@ -116,11 +147,7 @@ def experts(
     if m == 0:
         return output
     if launches is None:
-        sms = workspace.multiprocessors(x.device)
-        launches = (
-            choose_launch(pairs, count, 2 * intermediate, hidden, sms),
-            choose_launch(pairs, count, hidden, intermediate, sms),
-        )
+        launches = _launches(pairs, count, hidden, intermediate, x.device)
     block_m = launches[0].block_m
     blocks = most_blocks(pairs, count, block_m)
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
@@ -130,7 +157,7 @@ def experts(
     both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
-    chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
+    chunk = _chunk(pairs)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _prepare_kernel[(count + m,)](

@@ -179,7 +179,8 @@ def test_two_terms_reach_the_gemm(plugin: Any, monkeypatch: pytest.MonkeyPatch) 
         seen.append((len(tokens), m))
         return reference.gemm(tokens[:m], scale, packed, tables, channel)
 
-    monkeypatch.setattr(plugin.gemm, "_hopper", lambda _device: SimpleNamespace(suits=lambda *_: True, gemm=gemm))
+    hopper = SimpleNamespace(suits=lambda *_: True, gemm=gemm)
+    monkeypatch.setattr(plugin.gemm, "_hopper", lambda _device: hopper)
     rewritten(plugin, Block(), few=True, terms=2)
     assert seen[:4] == [(6, 3)] * 4
 
