@@ -53,7 +53,7 @@ def experts(
     packed, *_ = weights
     count, hidden, intermediate, device = packed.shape[0], packed.shape[2] * 8, packed.shape[1] // 2, packed.device
     size = (count, hidden, intermediate, choices, activation, expert_map is None, device)
-    if size in _seen or device.type != "cuda":
+    if size in _seen:
         return
     _seen.add(size)
     from convert_w4a8.kernels.gemm import grouped  # noqa: PLC0415 - Triton may be absent

@@ -14,6 +14,7 @@ gemm: Any = importlib.import_module("convert_w4a8.vllm_plugin.gemm")
 warm_up: Any = importlib.import_module("convert_w4a8.vllm_plugin.warm_up")
 gpu: Any = importlib.import_module("convert_w4a8.kernels.gemm.gpu")
 grouped: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped")
+most_tokens: Any = importlib.import_module("convert_w4a8.vllm_plugin.experts").most_tokens
 SMS = 132
 try:
     hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.hopper")
@@ -106,30 +107,27 @@ def test_no_mixture_needs_another_kernel(
     """With all experts on this rank and with half of them: up to what is ours, and beyond."""
     local = count // here
     expert_map = None if here == 1 else torch.zeros(count, dtype=torch.int32)
-    layers = [
-        (
-            torch.empty(local, k // 32, 4 * n, dtype=torch.int32, device="meta"),
-            torch.empty(local, k // 128, n, 8, dtype=torch.float8_e4m3fn, device="meta"),
-            torch.empty(local, n, device="meta"),
-        )
-        for n, k in ((2 * intermediate, hidden), (hidden, intermediate))
-    ]
+    weights: list[torch.Tensor] = []
+    for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+        weights.append(torch.empty(local, n, k // 8, dtype=torch.int32))
+        weights.append(torch.empty(local * k // 128 * n * 8, dtype=torch.float8_e4m3fn))
+        weights.append(torch.empty(local, n))
 
     def run(m: int) -> None:
-        x = torch.empty(m, hidden, dtype=torch.bfloat16, device="meta")
-        ids = torch.empty(m, choices, dtype=torch.int32, device="meta")
-        grouped.experts(x, torch.empty(m, choices, device="meta"), ids, *layers, expert_map, "silu")
+        x = torch.empty(m, hidden, dtype=torch.bfloat16)
+        ids = torch.empty(m, choices, dtype=torch.int32)
+        warm_up.lut_experts(x, torch.empty(m, choices), ids, *weights, expert_map, "silu")
 
-    def needed(m: int) -> Any:
-        return grouped.compiled_for(m * choices, local, hidden, intermediate, torch.device("meta"))
-
-    most = grouped.most_pairs(local) // choices + 1
-    for m in warm_up.representatives(needed, most, set()):
-        run(m)
-    warm = set(launched)
-    for m in [*range(1, most + 50), 20000]:
-        run(m)
-    assert launched == warm
+    for most in (most_tokens(choices, count), None):
+        launched.clear()
+        warm_up._seen.clear()
+        warm_up.experts(choices, weights, expert_map, "silu", most)
+        warm = set(launched)
+        assert warm
+        differ = grouped.most_pairs(local) // choices
+        for m in range(1, most + 1) if most else [*range(1, differ + 50), 4 * differ]:
+            run(m)
+        assert launched == warm
 
 
 def test_what_is_compiled_already_is_left_out() -> None:
