@@ -54,6 +54,8 @@ def test_no_steps_to_be_seen() -> None:
         ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<>>>", "attention"),
         ("void vllm::reshape_and_cache_flash_kernel<>", "cache"),
         ("_gemm_kernel", "gemms"),
+        ("_grouped_kernel", "experts"),
+        ("void vllm::moe::moe_align_block_size_kernel<int>", "experts"),
         ("void cutlass::device_kernel<machete::MacheteKernel>", "gemms"),
         ("nvjet_tst_64x8_64x16_2x1_v_bz_TNT", "lm_head"),
         ("_quantize_kernel", "activations"),

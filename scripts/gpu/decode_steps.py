@@ -13,6 +13,7 @@ from heapq import heappop, heappush
 from itertools import pairwise
 
 CLASSES = {
+    "experts": r"^_(prepare|grouped|activate|combine)_kernel|moe|Moe|expert|Expert|GroupProblemShape",
     "cache": r"reshape_and_cache|rotary|rope|triton_\w*(cat|split_with|cos|index_select_\d+)",
     "attention": r"flash|fmha|attention|attn",
     "gemms": r"^_gemm_kernel|humming|machete|marlin|GemmUniversal",
@@ -20,8 +21,9 @@ CLASSES = {
     "activations": r"_quantize_kernel|quant|rsqrt|norm|silu|fp8|triton_\w*(mul|sigmoid)",
     "sampling": r"argmax|ArgMax|softmax|sampl|topk|reduce_kernel|logits",
 }
-"""Class → names of kernels, of which the first class that fits counts: rotary embedding and cache, attention, GEMMs of
-layers, lm_head, norms with SwiGLU and quantization, sampling."""
+"""Class → names of kernels, of which the first class that fits counts: routed experts and what sorts and adds up their
+tokens, rotary embedding and cache, attention, GEMMs of layers, lm_head, norms with SwiGLU and quantization, sampling.
+"""
 REST, GAP = "rest", "gap"
 MORE_STEPS = 8
 """Steps beyond those that a run needs: requests may begin one after the other."""
