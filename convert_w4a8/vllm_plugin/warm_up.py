@@ -24,12 +24,13 @@ _seen: set[Hashable] = set()
 """Sizes of layers that have been warmed up."""
 
 
-def linear(packed: torch.Tensor, tables: torch.Tensor, channel_scale: torch.Tensor) -> None:
+def linear(packed: torch.Tensor, *weights: torch.Tensor) -> None:
     """Compile what a linear layer needs; its weights as `gemm.gemm` takes them."""
     k, n, device = packed.shape[0] * 8, packed.shape[1], packed.device
-    if (n, k, device) in _seen:
+    size = (n, k, len(weights), device)
+    if size in _seen:
         return
-    _seen.add((n, k, device))
+    _seen.add(size)
     few_terms = gemm.terms(device)
     if few_terms > 1:
         activations.quantize(torch.zeros(1, k, dtype=torch.bfloat16, device=device), few_terms)
@@ -38,12 +39,12 @@ def linear(packed: torch.Tensor, tables: torch.Tensor, channel_scale: torch.Tens
         return few_terms if m <= gemm.TWO_TERMS_TOKENS else 1
 
     def needed(m: int) -> set[Hashable]:
-        return products(m, n, k, terms(m), device)
+        return {(len(weights), key) for key in products(m, n, k, terms(m), device)}
 
     for m in representatives(needed, _MOST_TOKENS, _compiled.setdefault(device, set())):
         tokens = torch.zeros(terms(m) * m, k, device=device).to(torch.float8_e4m3fn)
         scale = torch.zeros(m, 1, dtype=torch.float32, device=device)  # vLLM loads with another default
-        gemm.gemm(tokens, scale, packed, tables, channel_scale)
+        gemm.gemm(tokens, scale, packed, *weights)
 
 
 def experts(
