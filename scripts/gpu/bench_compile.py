@@ -10,6 +10,9 @@ time is that of all first calls, without starting Python. What is not the decode
 all), compiled and with CUDA graphs, with empty caches of Triton's and vLLM's and then with those that are left. The
 plugin with and without its kernels start side by side.
 
+--serve: eager engines of such models, with an empty cache, and how many of our kernels they compile while they start,
+and later, for prompts of many lengths: none.
+
 --no-compiler: an eager engine of such a model is started where there is no C compiler: whether it serves, and what it
 warns of.
 """
@@ -19,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,9 @@ SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 KINDS = {"plugin": {}, "plugin without its kernels": {"W4A8_LUT_DECODE": "cutlass"}}
 """How an engine is started, and the environment variables of it."""
+OURS = tuple(f"_{name}_kernel" for name in ("gemm", "prepare", "grouped", "activate", "combine"))
+PROMPTS = (1, 2, 3, 9, 17, 33, 65, 100, 129, 144, 200, 257, 300, 385, 449, 511, 513, 700, 1025)
+"""Lengths of prompts, each of which is a step."""
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++")
 
 
@@ -60,9 +66,18 @@ def start_engine(payload: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(**payload["llm"])
     seconds = time.perf_counter() - start
     settings = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], settings, use_tqdm=False)
+    compiled = ours_in(Path(os.environ["TRITON_CACHE_DIR"]))
+    for length in payload["prompts"]:
+        (output,) = llm.generate([{"prompt_token_ids": [7] * length}], settings, use_tqdm=False)
     heard = [text for text in warnings if "w4a8" in text.lower()]
-    return {"start_s": seconds, "tokens": len(output.outputs[0].token_ids), "warnings": heard}
+    found = {"start_s": seconds, "tokens": len(output.outputs[0].token_ids), "warnings": heard}
+    later = ours_in(Path(os.environ["TRITON_CACHE_DIR"])) - compiled
+    return found | {"compiled": compiled, "compiled_later": later}
+
+
+def ours_in(cache: Path) -> int:
+    """Return how many of this package's decode kernels there are in a cache of Triton's."""
+    return sum(len(list(cache.rglob(f"{name}.cubin"))) for name in OURS)
 
 
 def call_operators(payload: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +104,15 @@ def call_operators(payload: dict[str, Any]) -> dict[str, Any]:
     return {"first_s": seconds[0], "second_s": seconds[1]}
 
 
-def engine(directory: Path, caches: Path, kind: str, *, eager: bool = False, **environment: str) -> dict[str, Any]:
+def engine(
+    directory: Path,
+    caches: Path,
+    kind: str,
+    *,
+    eager: bool = False,
+    prompts: Sequence[int] = (3,),
+    **environment: str,
+) -> dict[str, Any]:
     """Start an engine with caches of its own and return what it found, or the end of its log."""
     llm = {
         "model": str(directory),
@@ -108,7 +131,8 @@ def engine(directory: Path, caches: Path, kind: str, *, eager: bool = False, **e
     places = {"TRITON_CACHE_DIR": str(own / "triton"), "VLLM_CACHE_ROOT": str(own / "vllm")}
     places["TORCHINDUCTOR_CACHE_DIR"] = str(own / "inductor")
     try:
-        return vllm_engine.run_worker(__file__, {"llm": llm}, environment=places | KINDS[kind] | environment)
+        payload = {"llm": llm, "prompts": prompts}
+        return vllm_engine.run_worker(__file__, payload, environment=places | KINDS[kind] | environment)
     except RuntimeError as error:  # the others are worth having
         print(error, flush=True)
         return {"failed": str(error)[-3000:]}
@@ -142,13 +166,22 @@ def start_without_compiler(name: str, root: Path, caches: Path) -> dict[str, Any
     return {"what": f"{name}, eager, without a C compiler", **found}
 
 
+def serve(name: str, root: Path, caches: Path) -> dict[str, Any]:
+    """Return a row for an eager engine that serves prompts of many lengths."""
+    directory = ensure(name, root, 4)["lut"]
+    return {"what": f"{name}, eager", **engine(directory, caches / name, "plugin", eager=True, prompts=PROMPTS)}
+
+
 def main() -> int:
     """Run the processes, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="(default: %(default)s)")
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS, help="(default: %(default)s; or none)")
     parser.add_argument("--engines", choices=MODELS, help="start engines with such a model too")
     parser.add_argument("--no-compiler", choices=MODELS, help="start one with such a model without a C compiler too")
+    parser.add_argument(
+        "--serve", nargs="+", choices=MODELS, default=[], help="serve prompts of many lengths with such"
+    )
     parser.add_argument("--dir", type=Path, help="where the checkpoints are made, or were made before")
     add_options(parser)
     args = parser.parse_args()
@@ -165,11 +198,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="w4a8-triton-") as directory:
         cache = Path(directory) / "operators"
         root = args.dir or Path(directory) / "checkpoints"
-        for what in ("the operators, an empty cache", "the operators, the cache that it has left"):
+        for what in (
+            ("the operators, an empty cache", "the operators, the cache that it has left") if args.tokens else ()
+        ):
             found = vllm_engine.run_worker(__file__, payload, environment={"TRITON_CACHE_DIR": str(cache)})
             size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
             seconds = found["first_s"] - found["second_s"]
-            keep({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "compiled": count(cache)})
+            keep({"what": what, "compile_s": seconds, "cache_mb": size / 1e6, "compiled": ours_in(cache)})
+        for name in args.serve:
+            keep(serve(name, root, Path(directory)))
         if args.no_compiler:
             keep(start_without_compiler(args.no_compiler, root, Path(directory)))
         if args.engines:
@@ -181,20 +218,16 @@ def main() -> int:
             f"{row['compile_s']:.1f}" if "compile_s" in row else "",
             f"{row['start_s']:.1f}" if "start_s" in row else "",
             row.get("compiled", ""),
+            row.get("compiled_later", ""),
             "failed" if "failed" in row else "; ".join(row.get("warnings", [])),
         )
         for row in rows
     ]
     text = vllm_engine.table(
-        ("first calls with", "compiling, s", "engine start, s", "kernels in it", "warnings"), cells
+        ("first calls with", "compiling, s", "engine start, s", "kernels in it", "compiled later", "warnings"), cells
     )
     vllm_engine.finish(args, question, rows, text, cores=len(os.sched_getaffinity(0)))
     return 0
-
-
-def count(cache: Path) -> int:
-    """Return the number of kernels in a cache of Triton's."""
-    return len(list(cache.rglob("*.cubin")))
 
 
 if __name__ == "__main__":
