@@ -110,7 +110,8 @@ class LLM:
         self.worker = SimpleNamespace()
 
     def generate(self, prompts, params, use_tqdm):
-        pass
+        times = {"scheduled_ts": 0.0, "first_token_latency": 1.0, "first_token_ts": 1.0, "last_token_ts": 2.0}
+        return [SimpleNamespace(metrics=SimpleNamespace(**times)) for _ in prompts]
 
     def collective_rpc(self, function):
         return [function(self.worker)]
@@ -123,8 +124,9 @@ def test_engines_are_traced(tmp_path: Path) -> None:
     site = tmp_path / "site" / "vllm"
     site.mkdir(parents=True)
     (site / "__init__.py").write_text(ENGINE)
-    command = [sys.executable, str(ROOT / "scripts" / "gpu" / "profile_decode.py"), "--model", "tiny", "--wait", "20"]
-    command += ["--kinds", "lut", "stock", "--batch", "1", "4", "--dir", str(tmp_path), "--json", str(tmp_path / "out")]
+    command = [sys.executable, str(ROOT / "scripts" / "gpu" / "bench_serving.py"), "--model", "tiny", "--together"]
+    command += ["--kinds", "lut", "stock", "--seconds", "0", "--cases", "2x8", "--dir", str(tmp_path)]
+    command += ["--trace", "1", "4", "--trace-json", str(tmp_path / "out")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
