@@ -183,7 +183,11 @@ def marlin(mixture: Mixture) -> Experts:
 
 
 def humming(mixture: Mixture, activations: str) -> Experts:
-    """Return humming as vLLM runs experts with it; activations "bfloat16", or "float8e4m3" for W4A8."""
+    """Return humming as vLLM runs experts with it; activations "bfloat16", or "float8e4m3" for W4A8.
+
+    vLLM sorts tokens once, in blocks as the first layer's configuration has them. Where the second layer's has others,
+    which humming 0.1.19 chooses for some sizes, that would leave out experts: then tokens are sorted for each.
+    """
     from humming.layer import HummingLayer, HummingMethod
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
@@ -218,27 +222,28 @@ def humming(mixture: Mixture, activations: str) -> Experts:
 
     def call(layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         rows = topk_ids.numel()
-        block = tuning(0, rows)[0][2]["block_shape"][0]
-        ids, experts, padded = moe_align_block_size(
-            topk_ids=topk_ids, block_size=block, num_experts=mixture.experts, ignore_invalid_experts=True
-        )
-        common = {
-            "sorted_ids": ids,
-            "expert_ids": experts,
-            "num_tokens_padded": padded,
-            "compute_config": compute,
-            "valid_shape_m": rows,
+        blocks = [tuning(place, rows)[0][2]["block_shape"][0] for place in (0, 1)]
+        is_sorted = {
+            size: moe_align_block_size(
+                topk_ids=topk_ids, block_size=size, num_experts=mixture.experts, ignore_invalid_experts=True
+            )
+            for size in dict.fromkeys(blocks)
         }
+        names = ("sorted_ids", "expert_ids", "num_tokens_padded")
+        common = [
+            dict(zip(names, is_sorted[size], strict=True)) | {"compute_config": compute, "valid_shape_m": rows}
+            for size in blocks
+        ]
         first, second = made[layer]
         both, active, results = (
             x.new_empty(rows, n) for n in (2 * mixture.intermediate, mixture.intermediate, mixture.hidden)
         )
         tokens, scale = HummingMethod.may_quant_input(layer=first, inputs=x)
         settings = json.dumps(tuning(0, rows))
-        first(tokens, both, scale, top_k=mixture.choices, tuning_config=settings, **common)
+        first(tokens, both, scale, top_k=mixture.choices, tuning_config=settings, **common[0])
         apply_moe_activation(MoEActivation.SILU, active, both)
         tokens, scale = HummingMethod.may_quant_input(layer=second, inputs=active)
-        second(tokens, results, scale, top_k=1, tuning_config=json.dumps(tuning(1, rows)), **common)
+        second(tokens, results, scale, top_k=1, tuning_config=json.dumps(tuning(1, rows)), **common[1])
         output = torch.empty_like(x)
         moe_fused_mul_sum(
             inputs=results.view(*topk_ids.shape, -1),
