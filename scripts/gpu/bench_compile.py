@@ -13,8 +13,8 @@ plugin with and without its kernels start side by side.
 --serve: eager engines of such models, with an empty cache, and how many of our kernels they compile while they start,
 and later, for prompts of many lengths: none.
 
---no-compiler: an eager engine of such a model is started where there is no C compiler: whether it serves, and what it
-warns of.
+--no-compiler: the operators where there is no C compiler: whether they do as CUTLASS does, and what they warn of. Not a
+whole engine: vLLM 0.25.1 does not start without one, since its sampler is Triton's.
 """
 
 import argparse
@@ -48,20 +48,53 @@ COMPILERS = ("cc", "gcc", "clang", "c++", "g++")
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Start an engine, or call the operators, in this process."""
-    return start_engine(payload) if "llm" in payload else call_operators(payload)
+    if "llm" in payload:
+        return start_engine(payload)
+    return compare_with_cutlass(payload) if payload.get("no_compiler") else call_operators(payload)
+
+
+def hear() -> list[str]:
+    """Return a list that gets what the plugin warns of."""
+    import logging
+
+    heard: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: "w4a8" in record.getMessage().lower())
+    logging.getLogger("vllm").addHandler(handler)
+    return heard
+
+
+def compare_with_cutlass(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return whether the plugin's operators give CUTLASS's bytes for each size, and what the plugin warned of."""
+    import torch
+    from contestants import vllm_quantize
+    from random_layers import Layers
+    from vllm import _custom_ops as ops
+
+    from convert_w4a8.vllm_plugin import gemm as plugin
+
+    heard = hear()
+    same = []
+    for n, k in payload["shapes"]:
+        layers = Layers(n, k, 1)
+        weights = (layers.packed[0].view(k // 8, n), layers.tables[0].flatten(), layers.channel)
+        for m in payload["tokens"]:
+            tokens, scale = vllm_quantize(torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
+            names = ("a", "a_token_scales", "b_q", "b_group_scales", "b_channel_scales")
+            given = dict(zip(names, (tokens, scale, *weights), strict=True))
+            same.append(
+                torch.equal(plugin.gemm(tokens, scale, *weights), ops.cutlass_w4a8_mm(b_group_size=128, **given))
+            )
+    return {"same": all(same), "warnings": heard}
 
 
 def start_engine(payload: dict[str, Any]) -> dict[str, Any]:
     """Return how long an engine takes to start, how many of eight tokens it makes, and what the plugin warned of."""
-    import logging
-
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that warnings are heard here
     from vllm import LLM, SamplingParams
 
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm").addHandler(handler)
+    heard = hear()
     start = time.perf_counter()
     llm = LLM(**payload["llm"])
     seconds = time.perf_counter() - start
@@ -69,7 +102,6 @@ def start_engine(payload: dict[str, Any]) -> dict[str, Any]:
     compiled = ours_in(Path(os.environ["TRITON_CACHE_DIR"]))
     for length in payload["prompts"]:
         (output,) = llm.generate([{"prompt_token_ids": [7] * length}], settings, use_tqdm=False)
-    heard = [text for text in warnings if "w4a8" in text.lower()]
     found = {"start_s": seconds, "tokens": len(output.outputs[0].token_ids), "warnings": heard}
     later = ours_in(Path(os.environ["TRITON_CACHE_DIR"])) - compiled
     return found | {"compiled": compiled, "compiled_later": later}
@@ -158,12 +190,13 @@ def starts(name: str, root: Path, caches: Path) -> Iterator[dict[str, Any]]:
             yield {"what": f"{name}, {kind}, {what}", **result}
 
 
-def start_without_compiler(name: str, root: Path, caches: Path) -> dict[str, Any]:
-    """Return a row for an engine that finds no C compiler."""
-    directory = ensure(name, root, 4)["lut"]
+def call_without_compiler(payload: dict[str, Any], caches: Path) -> dict[str, Any]:
+    """Return a row for the operators in a process that finds no C compiler."""
     path = without_compiler(Path(tempfile.mkdtemp(prefix="path-", dir=caches)))
-    found = engine(directory, caches / "no-compiler", "plugin", eager=True, PATH=path)
-    return {"what": f"{name}, eager, without a C compiler", **found}
+    environment = {"PATH": path, "TRITON_CACHE_DIR": str(caches / "no-compiler")}
+    found = vllm_engine.run_worker(__file__, payload | {"no_compiler": True}, environment=environment)
+    same = "the bytes of CUTLASS" if found["same"] else "other bytes than CUTLASS"
+    return {"what": f"the operators, without a C compiler: {same}", "warnings": found["warnings"]}
 
 
 def serve(name: str, root: Path, caches: Path) -> dict[str, Any]:
@@ -178,7 +211,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS, help="(default: %(default)s; or none)")
     parser.add_argument("--engines", choices=MODELS, help="start engines with such a model too")
-    parser.add_argument("--no-compiler", choices=MODELS, help="start one with such a model without a C compiler too")
+    parser.add_argument("--no-compiler", action="store_true", help="call the operators without a C compiler too")
     parser.add_argument(
         "--serve", nargs="+", choices=MODELS, default=[], help="serve prompts of many lengths with such"
     )
@@ -208,7 +241,7 @@ def main() -> int:
         for name in args.serve:
             keep(serve(name, root, Path(directory)))
         if args.no_compiler:
-            keep(start_without_compiler(args.no_compiler, root, Path(directory)))
+            keep(call_without_compiler(payload, Path(directory)))
         if args.engines:
             for row in starts(args.engines, root, Path(directory)):
                 keep(row)
