@@ -55,6 +55,20 @@ SERVING: Columns = (
     ("step", "{step_gain:+.0%}"),
     ("tokens/s", "{throughput_gain:+.0%}"),
 )
+STEPS: Columns = (
+    ("requests", "{batch:d}"),
+    ("served as", "{kind}"),
+    ("step µs", "{step_us:.0f}"),
+    ("experts", "{experts_us:.0f}"),
+    ("dense GEMMs", "{gemms_us:.0f}"),
+    ("norms, SwiGLU, quantization", "{activations_us:.0f}"),
+    ("attention", "{attention_us:.0f}"),
+    ("rotary, cache", "{cache_us:.0f}"),
+    ("lm_head, router", "{lm_head_us:.0f}"),
+    ("sampling", "{sampling_us:.0f}"),
+    ("rest", "{rest_us:.0f}"),
+    ("nothing", "{gap_us:.0f}"),
+)
 GAPS: Columns = (
     ("model", "{model}"),
     ("mode", "`{mode}`"),
@@ -271,6 +285,8 @@ COLUMNS: dict[str, Columns] = {
     "serving": SERVING,
     "serving-decode": (SERVING[0], SERVING[1], *SERVING[6:9], ("TPOT: more than W4A16", SERVING[10][1]), *SERVING[11:]),
     "serving-h200": SERVING,
+    "serving-moe": SERVING,
+    "steps-moe": STEPS,
     "load-time": (
         ("model", "{model}"),
         ("what", "{what}"),
