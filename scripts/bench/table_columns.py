@@ -58,7 +58,7 @@ SERVING: Columns = (
 STEPS: Columns = (
     ("requests", "{batch:d}"),
     ("served as", "{kind}"),
-    ("step µs", "{step_us:.0f}"),
+    ("GPU µs", "{busy_us:.0f}"),
     ("experts", "{experts_us:.0f}"),
     ("dense GEMMs", "{gemms_us:.0f}"),
     ("norms, SwiGLU, quantization", "{activations_us:.0f}"),
@@ -67,7 +67,6 @@ STEPS: Columns = (
     ("lm_head, router", "{lm_head_us:.0f}"),
     ("sampling", "{sampling_us:.0f}"),
     ("rest", "{rest_us:.0f}"),
-    ("nothing", "{gap_us:.0f}"),
 )
 GAPS: Columns = (
     ("model", "{model}"),

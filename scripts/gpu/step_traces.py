@@ -1,11 +1,10 @@
 """Decode steps of an engine, traced by torch.profiler in the engine's process, and told by class of kernels.
 
 decode_steps.py says what is whose time. The engine needs `VLLM_ALLOW_INSECURE_SERIALIZATION=1` in its environment:
-functions of this module run in its process. The profiler makes steps slower: `step_us` is the time of one without it.
+functions of this module run in its process. The profiler makes steps slower, by more and longer gaps between kernels.
 """
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,29 +39,27 @@ def end_trace(worker: Any) -> str:
 
 
 def traced(llm: Any, batch: int) -> dict[str, Any]:
-    """Return the batch, its `step_us`, and `kernels`: microseconds and launches a step of each kernel."""
+    """Return the batch and `kernels`: microseconds and launches a step of each kernel."""
     from vllm import SamplingParams
 
-    def run(tokens: int) -> float:
+    def run(tokens: int) -> None:
         prompts = [{"prompt_token_ids": [(7919 * i + 31 * j) % 30000 + 5 for j in range(PROMPT)]} for i in range(batch)]
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        begin = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - begin
 
     run(STEPS)
-    step_us = (run(5 * STEPS) - run(STEPS)) / (4 * STEPS) * 1e6
     llm.collective_rpc(begin_trace)
     run(2 * STEPS)
     (events,) = llm.collective_rpc(end_trace)
     steps = decode_steps.last_steps([decode_steps.Event(*event) for event in json.loads(events)], STEPS, 2 * STEPS)
-    return {"batch": batch, "step_us": step_us, "kernels": decode_steps.times(steps, STEPS)}
+    return {"batch": batch, "kernels": decode_steps.times(steps, STEPS)}
 
 
 def row_of(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an engine's row for one batch: microseconds a step of each class of kernels."""
+    """Return an engine's row for one batch: microseconds a step of each class of kernels, and of all but the gaps."""
     classes = decode_steps.by_class({name: tuple(each) for name, each in found["kernels"].items()})
-    row = {"batch": found["batch"], "kind": kind, "step_us": found["step_us"], "traced_us": sum(classes.values())}
+    busy = sum(classes.values()) - classes[decode_steps.GAP]
+    row = {"batch": found["batch"], "kind": kind, "busy_us": busy}
     return row | {f"{name}_us": us for name, us in classes.items()}
 
 
