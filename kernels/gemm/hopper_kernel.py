@@ -2,7 +2,7 @@
 
 # Arguments of Triton functions have no Python types.
 # ruff: noqa: ANN001, ANN202
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -128,7 +128,9 @@ def _gemm_kernel(
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)  # the same, of words [4, 4·BLOCK_N]
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
-    BOTH: gl.constexpr = _tables_layout(BLOCK_N, WARPS)  # the tables of a thread, of rows n % 16 < 8 and of those 8 further
+    BOTH: gl.constexpr = _tables_layout(
+        BLOCK_N, WARPS
+    )  # the tables of a thread, of rows n % 16 < 8 and of those 8 further
     TABLES_COPY: gl.constexpr = gl.BlockedLayout([1 if INDEXED else 2], [32], [WARPS], [0])
     INDEX_COPY: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])

@@ -106,5 +106,5 @@ LAUNCHES: dict[tuple[int, int, int, int], tuple[int, int, int, int, bool]] = {
     (1536, 2048, 8, 2): (6, 4, 64, 4, False),
     (1536, 2048, 16, 2): (6, 6, 64, 4, False),
 }
-"""Parts of K, copies in flight, channels and warps of a block, and whether it reads indices of tables; by N, K, tokens of a block
-and terms."""
+"""Parts of K, copies in flight, channels and warps of a block, and whether it reads indices of tables; by N, K, tokens
+of a block and terms."""

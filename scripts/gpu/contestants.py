@@ -1,8 +1,8 @@
 """The kernels that bench_decode.py compares, each as something that prepares a layer's weights for it.
 
-CONTESTANTS is the table: a name, and a function from the layers of one shape to a `Prepared`. A kernel that is not
-here raises, and the reason is kept beside the figures. Ours and CUTLASS multiply by tables of random group scales, the kernels of W4A16
-checkpoints (Machete, Marlin, humming) by random codes and BF16 scales of groups of 128.
+CONTESTANTS is the table: a name, and a function from the layers of one shape to a `Prepared`. A kernel that is not here
+raises, and the reason is kept beside the figures. Ours and CUTLASS multiply by tables of random group scales, the
+kernels of W4A16 checkpoints (Machete, Marlin, humming) by random codes and BF16 scales of groups of 128.
 """
 
 import importlib

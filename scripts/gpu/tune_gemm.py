@@ -104,7 +104,13 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
     again = [(time(launch), launch) for launch in chosen]
     best_us, best = min(again, key=lambda found: found[0])
     row = {"n": layers.n, "k": layers.k, "m": block_m, "terms": terms, "us": best_us}
-    row |= {"splits": best.splits, "stages": best.stages, "block_n": best.block_n, "indexed": best.indexed, "warps": best.warps}
+    row |= {
+        "splits": best.splits,
+        "stages": best.stages,
+        "block_n": best.block_n,
+        "indexed": best.indexed,
+        "warps": best.warps,
+    }
     row |= {
         f"us_{width}": min(us for us, by in tried if by.block_n == width) for width in {by.block_n for _, by in tried}
     }
