@@ -31,8 +31,6 @@ _STAGES = {8: 6, 16: 6, 32: 4, 64: 4, 128: 3}
 _SPLITS = 12
 ALWAYS = 32
 """Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
-_LARGE = 1 << 25
-"""Weights from which on bytes count more than the time in which a block waits for its first indices."""
 _MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
 
@@ -69,7 +67,7 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
         return Launch(block_m, splits, stages, block_n, warps, chain, indexed)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
-    return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain, indexed=n * k >= _LARGE)
+    return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
 
 
 def _block_m(m: int) -> int:

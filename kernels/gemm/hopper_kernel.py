@@ -171,13 +171,15 @@ def _gemm_kernel(
     for stage in gl.static_range(STAGES - 1):
         if stage < groups:
             async_copy.async_copy_global_to_shared(words_ring.index(stage), packed_at + stage * 16 * N)
-    for stage in gl.static_range(STAGES - 1):
-        if stage < groups:
-            source = tables + firsts[stage] if INDEXED else tables_at + stage * N
-            async_copy.async_copy_global_to_shared(tables_ring.index(stage), source)
+            if not INDEXED:
+                async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables_at + stage * N)
         if INDEXED and stage + STAGES - 1 < groups:
             later = index_ring.index((stage + STAGES - 1) % STAGES)
             async_copy.async_copy_global_to_shared(later, index_at + (stage + STAGES - 1) * N)
+    if INDEXED:
+        for stage in gl.static_range(STAGES - 1):
+            if stage < groups:
+                async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables + firsts[stage])
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
     inside = (m < M) & (n < BLOCK_N)
@@ -204,6 +206,16 @@ def _gemm_kernel(
         product = warpgroup_mma_init(done)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
+        # Copies first: the compiler may move no lookup before them, since what it reads comes after.
+        fill = (slot + STAGES - 1) % STAGES
+        if group + STAGES - 1 < groups:
+            source = tables + index_ring.index(fill).load(TABLES_COPY) if INDEXED else tables_at
+            async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
+            async_copy.async_copy_global_to_shared(tables_ring.index(fill), source)
+            async_copy.async_copy_global_to_shared(token_ring.index(fill), tokens_at, mask=is_token)
+        packed_at += 16 * N
+        tables_at += N
+        tokens_at += 128
         words = gl.convert_layout(
             words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
         )
@@ -211,23 +223,10 @@ def _gemm_kernel(
         first, second = gl.split(both)
         first = gl.convert_layout(first, TABLES, assert_trivial=True)
         second = gl.convert_layout(second, TABLES, assert_trivial=True)
-        fill = (slot + STAGES - 1) % STAGES
-        if INDEXED:
-            which = index_ring.index(fill).load(TABLES_COPY)
-        if group + STAGES - 1 < groups:
-            async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
-            if INDEXED:
-                async_copy.async_copy_global_to_shared(tables_ring.index(fill), tables + which)
-                if group + 2 * STAGES - 2 < groups:
-                    async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
-            else:
-                async_copy.async_copy_global_to_shared(tables_ring.index(fill), tables_at)
-            async_copy.async_copy_global_to_shared(token_ring.index(fill), tokens_at, mask=is_token)
+        if INDEXED and group + 2 * STAGES - 2 < groups:
+            async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
         async_copy.commit_group()
-        packed_at += 16 * N
-        tables_at += N
         index_at += N
-        tokens_at += 128
         weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
         x = token_ring.index(slot).permute((1, 0))
         product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)

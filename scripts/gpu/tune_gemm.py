@@ -39,12 +39,10 @@ SHAPES = (
 )
 BLOCKS = ((8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (8, 2), (16, 2))
 """Tokens of a block, and terms of an activation."""
-PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 8)
+PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
 STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
-WIDTHS = (64, 128)
-"""Output channels of a block."""
-WIDE_ROWS = 32
-"""From here on more than 64 may be the faster ones."""
+WARPS = {64: (4,), 128: (4, 8)}
+"""By the output channels of a block."""
 FINALISTS = 4
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
@@ -62,26 +60,17 @@ def pairs(layers: Layers, x: torch.Tensor, terms: int, gemm: Gemm) -> list[Call]
     return [partial(pair, *weights) for weights in zip(layers.packed, layers.tables, layers.index, strict=True)]
 
 
-WARPS = {64: (4,), 128: (4, 8)}
-"""By the output channels of a block."""
-
-
-def widths(block_m: int, terms: int) -> tuple[int, ...]:
-    """Return the output channels of a block that are worth a try."""
-    return WIDTHS if block_m * terms >= WIDE_ROWS else WIDTHS[:1]
-
-
 def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     """Return the ways of cutting that are worth a try."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
     found = []
-    for width in widths(block_m, terms):
+    for width, choices in WARPS.items():
         splits = sorted({max(1, min(round(per * sms * width / n), k // gpu.GROUP, 16)) for per in PER_SM})
         found += [
             hopper.Launch(block_m, s, stages, width, warps, chain)
             for s in splits
-            for warps in WARPS[width]
+            for warps in choices
             for stages in STAGES[block_m * terms]
             if n % width == 0
         ]
@@ -156,8 +145,8 @@ def warm(shard: int, shards: int) -> None:
         (*block, stages, n, warps, indexed, splits)
         for block in BLOCKS
         for stages in STAGES[block[0] * block[1]]
-        for n in widths(*block)
-        for warps in WARPS[n]
+        for n, choices in WARPS.items()
+        for warps in choices
         for indexed in (True, False)
         for splits in (1, 2)
     ]
