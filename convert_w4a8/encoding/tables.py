@@ -12,6 +12,8 @@ _CHUNK_WEIGHTS = 1 << 18
 """Weights decoded at a time: their int64 indices are 2 MiB, and stay in the cache."""
 
 
+DISTINCT = 256
+"""Tables that a byte tells apart."""
 _GROUPS_AT_ONCE = 1 << 24
 """Groups whose tables are multiplied at a time: 256 MiB of products on a GPU, whatever the number of experts."""
 
@@ -39,6 +41,28 @@ def multiply_tables(group_scale: torch.Tensor) -> torch.Tensor:
         part = slice(start, start + _GROUPS_AT_ONCE)
         tables[part] = scales[part].bfloat16() * codes
     return tables.view(*group_scale.shape, 8)
+
+
+def index_scales(group_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `multiply_tables` gives as indices, uint8 [G, N], into distinct tables, float8_e4m3fn [256, 8].
+
+    The indices are the bytes of the scales, in their memory.
+    """
+    every = torch.arange(DISTINCT, dtype=torch.uint8, device="cpu").to(group_scale.device, non_blocking=True)
+    return group_scale.view(torch.uint8), multiply_tables(every.view(torch.float8_e4m3fn))
+
+
+def index_tables(tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return tables [G, N, 8] as indices, uint8 [G, N], into distinct ones, float8_e4m3fn [256, 8].
+
+    None where more than 256 are distinct.
+    """
+    values, index = torch.unique(tables.contiguous().view(torch.int64), return_inverse=True)
+    if len(values) > DISTINCT:
+        return None
+    distinct = torch.zeros(DISTINCT, dtype=torch.int64, device=tables.device)
+    distinct[: len(values)] = values
+    return index.to(torch.uint8).view(tables.shape[:2]), distinct.view(-1, 1).view(torch.float8_e4m3fn)
 
 
 def table_entries(w: W4A8Linear) -> torch.Tensor:

@@ -89,6 +89,11 @@ def _hopper(device: torch.device) -> Any:
     return hopper
 
 
+def reads_indices(device: torch.device) -> bool:
+    """Whether a kernel that a device has can read indices of tables."""
+    return _hopper(device) is not None
+
+
 def require_kernel(name: str, part: Partition) -> None:
     """Raise ValueError, in one line, where neither CUTLASS nor our kernel can run a rank's part of the layer `name`."""
     if why_not_cutlass := compat.why_not_cutlass(part):
@@ -128,19 +133,22 @@ def gemm(
     packed: torch.Tensor,
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
+    index: torch.Tensor | None = None,
+    distinct: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply float8_e4m3fn [M, K] activations by a layer; bfloat16 [M, N].
 
     tokens: or [2·M, K], activations of two terms, for at most `TWO_TERMS_TOKENS`. token_scale: float32 [M, 1]. packed:
     int32 [K/8, N], the memory of [K/32, 4·N] in the LUT layout. tables: float8_e4m3fn [K/128·N·8]. channel_scale:
-    float32 [N].
+    float32 [N]. index, distinct: uint8 [K/128, N] and float8_e4m3fn [256, 8], the same tables as indices into few.
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1]
     if (kernel := our_kernel(m, n, k, tokens.device)) is not None:
-        if kernel is not _hopper(tokens.device):
-            tokens = tokens[:m]  # the first terms alone are activations in FP8
         weights = (packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel_scale)
-        product: torch.Tensor = kernel.gemm(tokens, token_scale, *weights)
+        if kernel is _hopper(tokens.device):
+            product: torch.Tensor = kernel.gemm(tokens, token_scale, *weights, index, distinct)
+        else:
+            product = kernel.gemm(tokens[:m], token_scale, *weights)  # the first terms are activations in FP8
         return product
     from vllm import _custom_ops as ops  # noqa: PLC0415
 
@@ -162,9 +170,11 @@ def linear(
     packed: torch.Tensor,
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
+    index: torch.Tensor | None = None,
+    distinct: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do what `gemm` does. x: what was quantized, bfloat16 [M, K]; a compiled graph may use it instead (`fusion`)."""
-    return gemm(tokens, token_scale, packed, tables, channel_scale)
+    return gemm(tokens, token_scale, packed, tables, channel_scale, index, distinct)
 
 
 def _fake(
@@ -173,6 +183,8 @@ def _fake(
     packed: torch.Tensor,
     tables: torch.Tensor,  # noqa: ARG001
     channel_scale: torch.Tensor,  # noqa: ARG001
+    index: torch.Tensor | None = None,  # noqa: ARG001
+    distinct: torch.Tensor | None = None,  # noqa: ARG001
 ) -> torch.Tensor:
     return tokens.new_empty((token_scale.shape[0], packed.shape[1]), dtype=torch.bfloat16)
 
@@ -184,12 +196,14 @@ def _fake_linear(
     packed: torch.Tensor,
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
+    index: torch.Tensor | None = None,
+    distinct: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _fake(tokens, token_scale, packed, tables, channel_scale)
+    return _fake(tokens, token_scale, packed, tables, channel_scale, index, distinct)
 
 
 _library = torch.library.Library("w4a8_lut", "DEF")  # type: ignore[no-untyped-call]
-_WEIGHTS = "Tensor packed, Tensor tables, Tensor channel_scale"
+_WEIGHTS = "Tensor packed, Tensor tables, Tensor channel_scale, Tensor? index=None, Tensor? distinct=None"
 for _schema, _run, _shape in (
     (f"gemm(Tensor tokens, Tensor token_scale, {_WEIGHTS}) -> Tensor", gemm, _fake),
     (f"linear(Tensor x, Tensor tokens, Tensor token_scale, {_WEIGHTS}) -> Tensor", linear, _fake_linear),

@@ -23,7 +23,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from convert_w4a8.encoding.tables import multiply_tables
+from convert_w4a8.encoding.tables import index_scales, index_tables, multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, fusion, partition, warm_up
@@ -33,6 +33,7 @@ from convert_w4a8.vllm_plugin.gemm import (
     decode_kernel,
     lut_gemm,
     lut_linear,
+    reads_indices,
     require_kernel,
     terms,
 )
@@ -41,6 +42,9 @@ from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 
 class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads and runs one linear layer of a `w4a8_lut` checkpoint."""
+
+    indexed: bool | None = None
+    """Whether the layer has indices of few tables beside its tables; None until it is loaded."""
 
     def __init__(self, tables: TableForm) -> None:
         compat.require_gpu()
@@ -97,6 +101,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if not is_filled(layer.weight_chan_scale, self.shards) and channel.isnan().any():
             raise not_loaded(layer.prefix)
         compat.require_op_dtypes(packed, table, channel)
+        indices = self._indices(layer, table) if decode_kernel(packed.device) else None  # and prepares the kernel
         if self.tables is TableForm.SCALE:
             table = multiply_tables(table)
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
@@ -105,15 +110,30 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             self.table_name: table.flatten(),
             "weight_chan_scale": channel,
         }
+        if indices is not None:
+            shown |= dict(zip(_INDICES, indices, strict=True))
         for name, data in shown.items():  # vLLM's replace_parameter takes twice as long
             setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
         if decode_kernel(packed.device):  # which prepares it, before CUDA graphs are captured
             warm_up.linear(*shown.values())
 
+    def _indices(self, layer: LinearBase, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the tables as indices into few, where they are few; as at the first loading, which graphs remember."""
+        if self.indexed is False or not reads_indices(table.device):
+            return None
+        is_scale = self.tables is TableForm.SCALE
+        found = index_scales(table) if is_scale else index_tables(table.view(table.shape[0], -1, 8))
+        if self.indexed and found is None:
+            raise refusal(layer.prefix, "it had few distinct tables, and has many now", "start vLLM with these weights")
+        self.indexed = found is not None
+        return found
+
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N], activations quantized as stock W4A8 does it."""
         flat = x.reshape(-1, x.shape[-1])
-        weights = (layer.weight_packed, getattr(layer, self.table_name), layer.weight_chan_scale)
+        weights = [layer.weight_packed, getattr(layer, self.table_name), layer.weight_chan_scale]
+        if self.indexed:
+            weights += [getattr(layer, name) for name in _INDICES]
         output: torch.Tensor
         if self.is_rewritten and torch.compiler.is_compiling():
             output = lut_linear(flat, *self.quant_fp8(flat), *weights)
@@ -132,6 +152,8 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 register_weight_loader_v2_supported_method(W4A8LutLinearMethod)
+_INDICES = ("weight_table_index", "weight_distinct_tables")
+"""What a layer with few tables has besides, for the decode kernel."""
 
 
 def _packed(data: torch.Tensor, columns_per_channel: int, loader: Callable[..., None]) -> PackedvLLMParameter:

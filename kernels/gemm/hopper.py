@@ -5,6 +5,9 @@ copies with weights, which no kernel writes, and only then waits for that kernel
 words go from shared memory to registers: in the order of the tensor core's operand, which `assert_trivial` checks when
 the kernel is compiled.
 
+Where a layer has few tables, as one of scales has, each group brings an index into them instead of its own: a byte in
+place of eight.
+
 Activations are one or two FP8 terms. Two, x = hi + lo / 16, hold a bfloat16 value to the last bit over 13 binades
 below the largest of its token (`kernels.activations`).
 """
@@ -37,9 +40,10 @@ class Launch:
     """How one GEMM is cut: tokens of a block (a power of two from 8), parts of K, copies in flight.
 
     block_n: output channels of a block, 64 or 128: with many tokens, reading these again and again takes longer than
-        reading the weights.
+        reading the weights. warps: four for each 64 of them, or half of that.
     chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits, instead of adding up
         groups of 128 in float32.
+    indexed: read indices of tables, where the layer has them, not the tables of all groups.
     early: start before the kernel ahead of it has ended.
     """
 
@@ -47,7 +51,9 @@ class Launch:
     splits: int
     stages: int = 4
     block_n: int = BLOCK_N
+    warps: int = 4
     chain: bool = False
+    indexed: bool = True
     early: bool = True
 
 
@@ -57,7 +63,8 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     rows = block_m * terms
     chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
-        return Launch(block_m, *measured, chain=chain)
+        splits, stages, block_n, warps, indexed = measured
+        return Launch(block_m, splits, stages, block_n, warps, chain, indexed)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
     return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
@@ -92,14 +99,18 @@ def gemm(
     packed: torch.Tensor,
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
+    index: torch.Tensor | None = None,
+    distinct: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`. N is a multiple of 64.
+
+    index, distinct: the same tables as indices, uint8 [K/128, N], into distinct ones, float8_e4m3fn [256, 8].
 
     ValueError for M > `MAX_TOKENS`, and for M > `MAX_TOKENS_OF_TWO_TERMS` where the tokens have two terms.
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1] // 4
     launch = choose_launch(m, n, k, workspace.multiprocessors(tokens.device), tokens.shape[0] // max(1, m))
-    return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)
+    return gemm_by(tokens, token_scale, packed, tables, channel_scale, index, distinct, launch=launch)
 
 
 def gemm_by(
@@ -108,6 +119,9 @@ def gemm_by(
     packed: torch.Tensor,
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
+    index: torch.Tensor | None = None,
+    distinct: torch.Tensor | None = None,
+    *,
     launch: Launch,
 ) -> torch.Tensor:
     """Do what `gemm` does, cut as `launch` says."""
@@ -122,11 +136,13 @@ def gemm_by(
         raise ValueError(f"N = {n} is not a multiple of {launch.block_n}")
     blocks = n // launch.block_n
     splits, sums, counters = workspace.split(output, blocks, launch.block_n * launch.block_m, launch.splits)
+    few = distinct if launch.indexed and index is not None else None
     with torch.cuda.device(tokens.device):
         _gemm_kernel[(blocks * splits,)](
             tokens,
             packed,
-            tables.view(torch.int64),
+            (tables if few is None else few).view(torch.int64),
+            packed if few is None else index,
             token_scale,
             channel_scale,
             output,
@@ -143,7 +159,8 @@ def gemm_by(
             CHAIN=launch.chain,
             SPLIT=splits > 1,
             EARLY=launch.early,
-            num_warps=4,
+            INDEXED=few is not None,
+            num_warps=launch.warps,
             launch_pdl=launch.early,
         )
     return output

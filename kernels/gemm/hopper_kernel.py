@@ -2,12 +2,17 @@
 
 # Arguments of Triton functions have no Python types.
 # ruff: noqa: ANN001, ANN202
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.activations.reference import LOW_TERM
@@ -19,15 +24,30 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.constexpr_function
-def _words_layout(block_n):
+def _words_layout(block_n, warps):
     """Return the layout in which a thread reads words [4, 4·block_n]: those that its warp's tiles give it."""
-    tiles = [[0, 256 << i] for i in range(block_n.bit_length() - 7)]
+    tiles = [[0, 64 << i] for i in range((block_n // 16).bit_length() - 1)]
+    own = warps.bit_length() - 1
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [1, 0], [2, 0], *tiles],
+        reg_bases=[[0, 1], [1, 0], [2, 0], *tiles[own:]],
         lane_bases=[[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]],
-        warp_bases=[[0, 64], [0, 128]],
+        warp_bases=tiles[:own],
         block_bases=[],
         shape=[4, 4 * block_n],
+    )
+
+
+@gluon.constexpr_function
+def _tables_layout(block_n, warps):
+    """Return the layout in which a thread reads tables [block_n]: those of the rows whose words it has."""
+    tiles = [[16 << i] for i in range((block_n // 16).bit_length() - 1)]
+    own = warps.bit_length() - 1
+    return gl.DistributedLinearLayout(
+        reg_bases=[[8], *tiles[own:]],
+        lane_bases=[[0], [0], [1], [2], [4]],
+        warp_bases=tiles[:own],
+        block_bases=[],
+        shape=[block_n],
     )
 
 
@@ -78,6 +98,7 @@ def _gemm_kernel(
     tokens,
     packed,
     tables,
+    index,
     token_scale,
     channel_scale,
     output,
@@ -94,24 +115,32 @@ def _gemm_kernel(
     CHAIN: gl.constexpr,
     SPLIT: gl.constexpr,
     EARLY: gl.constexpr,
+    INDEXED: gl.constexpr,
 ):
+    """Multiply. INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has."""
+    WARPS: gl.constexpr = gl.num_warps()
     TILES: gl.constexpr = BLOCK_N // 16
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
     AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)  # sums of other parts that are read at a time
     ROWS: gl.constexpr = TERMS * BLOCK_M  # of tokens: all first terms, then all second ones
     # words as [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]: a warp a tile of 16 channels, a thread a word of it
-    FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, 4, 1, 1, 1], [4, 3, 2, 0, 1])
-    WORDS: gl.constexpr = _words_layout(BLOCK_N)  # the same, of words [4, 4·BLOCK_N]
-    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
+    WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)  # the same, of words [4, 4·BLOCK_N]
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
-    TABLES_COPY: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
-    TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 32])
+    BOTH: gl.constexpr = _tables_layout(
+        BLOCK_N, WARPS
+    )  # the tables of a thread, of rows n % 16 < 8 and of those 8 further
+    TABLES_COPY: gl.constexpr = gl.BlockedLayout([1 if INDEXED else 2], [32], [WARPS], [0])
+    INDEX_COPY: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
+    TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
-    OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
+    OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
     words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    first_ring = gl.allocate_shared_memory(gl.int64, [STAGES, TILES, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    second_ring = gl.allocate_shared_memory(gl.int64, [STAGES, TILES, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if INDEXED:
+        index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     token_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], gl.NVMMASharedLayout(128, 8, rank=2))
 
     blocks = N // BLOCK_N
@@ -123,9 +152,10 @@ def _gemm_kernel(
     tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
     column = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
     packed_at = packed + (begin * 4 + tile).to(gl.int64) * (4 * N) + (block * (4 * BLOCK_N) + column)
-    table_tile = gl.arange(0, TILES, gl.SliceLayout(1, TABLES_COPY))[:, None]
-    table_row = gl.arange(0, 8, gl.SliceLayout(0, TABLES_COPY))[None, :]
-    tables_at = tables + begin.to(gl.int64) * N + (block * BLOCK_N + table_tile * 16 + table_row)
+    of_tables = begin.to(gl.int64) * N + block * BLOCK_N
+    channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
+    tables_at = tables + of_tables + channels_of_tables
+    index_at = index + of_tables + gl.arange(0, BLOCK_N, INDEX_COPY)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, TOKENS_COPY))[:, None]
     inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
     token = row % BLOCK_M
@@ -134,11 +164,22 @@ def _gemm_kernel(
 
     if EARLY:
         gdc_launch_dependents()
+    firsts = ()
+    if INDEXED:
+        for stage in gl.static_range(STAGES - 1):
+            firsts += (gl.load(index + of_tables + min(stage, groups - 1) * N + channels_of_tables),)
     for stage in gl.static_range(STAGES - 1):
         if stage < groups:
             async_copy.async_copy_global_to_shared(words_ring.index(stage), packed_at + stage * 16 * N)
-            async_copy.async_copy_global_to_shared(first_ring.index(stage), tables_at + stage * N)
-            async_copy.async_copy_global_to_shared(second_ring.index(stage), tables_at + (stage * N + 8))
+            if not INDEXED:
+                async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables_at + stage * N)
+        if INDEXED and stage + STAGES - 1 < groups:
+            later = index_ring.index((stage + STAGES - 1) % STAGES)
+            async_copy.async_copy_global_to_shared(later, index_at + (stage + STAGES - 1) * N)
+    if INDEXED:
+        for stage in gl.static_range(STAGES - 1):
+            if stage < groups:
+                async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables + firsts[stage])
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
     inside = (m < M) & (n < BLOCK_N)
@@ -152,6 +193,7 @@ def _gemm_kernel(
         async_copy.commit_group()
     packed_at += (STAGES - 1) * 16 * N
     tables_at += (STAGES - 1) * N
+    index_at += (2 * STAGES - 2) * N
     tokens_at += (STAGES - 1) * 128
 
     total = gl.zeros((BLOCK_N, ROWS), gl.float32, PRODUCT)
@@ -163,21 +205,28 @@ def _gemm_kernel(
             total += done
         product = warpgroup_mma_init(done)
         async_copy.wait_group(STAGES - 2)
-        words = gl.convert_layout(
-            words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
-        )
-        first = first_ring.index(slot).load(TABLES)
-        second = second_ring.index(slot).load(TABLES)
+        fence_async_shared()
+        # Copies first: the compiler may move no lookup before them, since what it reads comes after.
         fill = (slot + STAGES - 1) % STAGES
         if group + STAGES - 1 < groups:
+            source = tables + index_ring.index(fill).load(TABLES_COPY) if INDEXED else tables_at
             async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
-            async_copy.async_copy_global_to_shared(first_ring.index(fill), tables_at)
-            async_copy.async_copy_global_to_shared(second_ring.index(fill), tables_at + 8)
+            async_copy.async_copy_global_to_shared(tables_ring.index(fill), source)
             async_copy.async_copy_global_to_shared(token_ring.index(fill), tokens_at, mask=is_token)
-        async_copy.commit_group()
         packed_at += 16 * N
         tables_at += N
         tokens_at += 128
+        words = gl.convert_layout(
+            words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
+        )
+        both = tables_ring.index(slot).load(BOTH).reshape((TILES, 2, 8)).permute((0, 2, 1))
+        first, second = gl.split(both)
+        first = gl.convert_layout(first, TABLES, assert_trivial=True)
+        second = gl.convert_layout(second, TABLES, assert_trivial=True)
+        if INDEXED and group + 2 * STAGES - 2 < groups:
+            async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
+        async_copy.commit_group()
+        index_at += N
         weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
         x = token_ring.index(slot).permute((1, 0))
         product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)

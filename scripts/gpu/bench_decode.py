@@ -3,11 +3,11 @@
     python scripts/gpu/bench_decode.py [--shapes 6144x4096 ...] [--tokens 1 16 64 ...] [--only ours cutlass ...]
         [--vllm-ops _C_stable_libtorch.abi3.so] [--json FILE]
 
-Every time is one call in a CUDA graph of calls with different weights, which exceed the L2 several times; launches
-are included. `NAME_us` is all that a layer needs with BF16 activations, `NAME_before_us` the same without quantizing
-them, where the kernel wants FP8. The floor is the layer's bytes (codes and tables) at the rate of a reduction of 2 GiB.
-contestants.py is the table of kernels; one that cannot be loaded, fails or is wrong (compared with float64) has no
-time, and `settings` says why.
+Every time is one call in a CUDA graph of calls with different weights, which exceed the L2 several times; launches are
+included. `NAME_us` is all that a layer needs with BF16 activations, `NAME_before_us` the same without quantizing them,
+where the kernel wants FP8. The floor is the layer's bytes (codes, and one for each group) at the rate of a reduction of
+2 GiB. contestants.py is the table of kernels; one that cannot be loaded, fails or is wrong (compared with float64) has
+no time, and `settings` says why.
 """
 
 import argparse

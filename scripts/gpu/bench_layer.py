@@ -40,7 +40,8 @@ def products(count: int) -> dict[str, Gemm]:
     def product(layers: Layers) -> Gemm:
         words = [packed.view(layers.k // 8, layers.n) for packed in layers.packed]
         tables, channel = [each.flatten() for each in layers.tables], layers.channel / 16
-        return lambda x, scale, i: plugin.gemm(x, scale, words[i], tables[i], channel)
+        index, distinct = layers.index, layers.distinct
+        return lambda x, scale, i: plugin.gemm(x, scale, words[i], tables[i], channel, index[i], distinct)
 
     return {name: product(Layers(n, k, count)) for name, (n, k) in SHAPES.items()}
 

@@ -4,8 +4,8 @@ Needs this checkout on PYTHONPATH, torch and Triton. Products of random activati
 tables of entries of either sign are held against float64 of the same numbers: an output may differ by its rounding to
 bfloat16, and by 2⁻¹⁰ of the sum of its terms' magnitudes, since Hopper's tensor core adds FP8 products in about 14
 bits, and for many tokens all of K there, as CUTLASS does. Every product is computed several times and must come out
-with the same bytes; so must 1,000 replays of a CUDA graph, one alone and two on two streams at once, each with its own
-layer.
+with the same bytes, also by indices of tables where the kernel can read these; so must 1,000 replays of a CUDA graph,
+one alone and two on two streams at once, each with its own layer.
 
 --sanitizer is small enough for `compute-sanitizer --tool memcheck python scripts/gpu/check_gemm.py --sanitizer`.
 --kernel names another module with a function `gemm` of the same arguments; --terms 2 gives it the two FP8 terms of an
@@ -17,7 +17,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from results import add_options, line, save
 
-from convert_w4a8.encoding.tables import multiply_tables
+from convert_w4a8.encoding.tables import index_tables, multiply_tables
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import reference
 
@@ -91,10 +91,10 @@ class Tokens:
         weights = torch.tensor([1.0, 1 / 16], dtype=torch.float64, device="cuda")[: len(self.terms)]
         return (self.terms.double() * weights.view(-1, 1, 1)).sum(0)
 
-    def call(self, gemm: Gemm, layer: Layer) -> torch.Tensor:
-        """Multiply."""
+    def call(self, gemm: Gemm, layer: Layer, *indices: torch.Tensor) -> torch.Tensor:
+        """Multiply. indices: of the layer's tables, and the distinct ones."""
         rows = self.terms.reshape(-1, self.terms.shape[-1]).contiguous()  # of one token, they would be a view
-        return gemm(rows, self.scale, layer.packed, layer.tables, layer.channel)
+        return gemm(rows, self.scale, layer.packed, layer.tables, layer.channel, *indices)
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,19 @@ def replay(graphs: Sequence[Replayed]) -> Iterator[Row]:
         yield {"streams": len(several), "replays": REPLAYS, "wrong": wrong, "again": wrong == 0}
 
 
+def check_indices(kernel: Any, sizes: Sequence[tuple[int, int]], tokens: Sequence[int], terms: int) -> Iterator[Row]:
+    """Compare products by indices of tables with those by the tables of all groups, to the byte."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for (n, k), m in product(sizes, tokens):
+        layer, some = Layer.random(n, k, "scale"), Tokens.random(m, k, terms)
+        indices = index_tables(layer.tables)
+        launch = kernel.choose_launch(m, n, k, sms, terms)
+        ways = [partial(kernel.gemm_by, launch=replace(launch, indexed=indexed)) for indexed in (True, False)]
+        found = [some.call(way, layer, *(indices or ())) for way in ways]
+        same = indices is not None and torch.equal(*found)
+        yield {"check": "indices", "m": m, "n": n, "k": k, "again": same}
+
+
 def is_right(row: Row) -> bool:
     """Whether a row of any of the checks is as it has to be."""
     return bool(row["again"] and row.get("right", True))
@@ -210,12 +223,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
     torch.manual_seed(0)
-    gemm: Gemm = importlib.import_module(args.kernel).gemm
+    kernel = importlib.import_module(args.kernel)
+    gemm: Gemm = kernel.gemm
     small = args.quick or args.sanitizer
     widths = [n for n in ((16, 48, 208) if small else args.widths) if n % args.multiple == 0] or [args.multiple]
     lengths = (128, 1024) if args.sanitizer else LENGTHS[:3] if args.quick else LENGTHS
     tokens = [m for m in ((1, 7, 17, 33, 65, 129, 300) if args.sanitizer else TOKENS) if m <= args.most]
     checks = [check_products(gemm, list(product(widths, lengths)), tokens, args.terms)]
+    if hasattr(kernel.Launch, "indexed"):
+        checks.append(check_indices(kernel, list(product(widths, lengths)), tokens, args.terms))
     if not args.sanitizer:
         replayed = [(n, 4096) for n in (widths[-1], 4 * widths[-1])]
         checks.append(check_replays(gemm, replayed, [m for m in (1, 16, 65, 300) if m <= args.most], args.terms))

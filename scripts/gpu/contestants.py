@@ -1,8 +1,8 @@
 """The kernels that bench_decode.py compares, each as something that prepares a layer's weights for it.
 
-CONTESTANTS is the table: a name, and a function from the layers of one shape to a `Prepared`. A kernel that is not
-here raises, and the reason is kept beside the figures. Ours and CUTLASS multiply by random tables, the kernels of W4A16
-checkpoints (Machete, Marlin, humming) by random codes and BF16 scales of groups of 128.
+CONTESTANTS is the table: a name, and a function from the layers of one shape to a `Prepared`. A kernel that is not here
+raises, and the reason is kept beside the figures. Ours and CUTLASS multiply by tables of random group scales, the
+kernels of W4A16 checkpoints (Machete, Marlin, humming) by random codes and BF16 scales of groups of 128.
 """
 
 import importlib
@@ -89,9 +89,11 @@ def _lut(
 def ours(layers: Layers) -> Prepared:
     """Return the plugin's operator: our kernel, or CUTLASS where that is the faster one."""
     words = [packed.view(layers.k // 8, layers.n) for packed in layers.packed]
-    flat, channel = [tables.flatten() for tables in layers.tables], layers.channel
+    flat, channel, index, distinct = [t.flatten() for t in layers.tables], layers.channel, layers.index, layers.distinct
     return _lut(
-        layers, partial(plugin_quantize, terms=1), lambda x, s, i: plugin.gemm(x, s, words[i], flat[i], channel)
+        layers,
+        partial(plugin_quantize, terms=1),
+        lambda x, s, i: plugin.gemm(x, s, words[i], flat[i], channel, index[i], distinct),
     )
 
 
@@ -100,14 +102,14 @@ def ours_bf16(layers: Layers) -> Prepared:
     most = getattr(plugin, "TWO_TERMS_TOKENS", 0)
     prepared = ours(layers)
     words = [packed.view(layers.k // 8, layers.n) for packed in layers.packed]
-    flat, channel = [tables.flatten() for tables in layers.tables], layers.channel
+    flat, channel, index, distinct = [t.flatten() for t in layers.tables], layers.channel, layers.index, layers.distinct
 
     def whole(x: torch.Tensor) -> list[Call]:
         if x.shape[0] > most:
             raise NotHereError(f"more than {most} tokens")
 
         def call(i: int) -> torch.Tensor:
-            return plugin.gemm(*plugin_quantize(x, 2), words[i], flat[i], channel)
+            return plugin.gemm(*plugin_quantize(x, 2), words[i], flat[i], channel, index[i], distinct)
 
         return [partial(call, i) for i in range(layers.count)]
 

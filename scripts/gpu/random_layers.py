@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from convert_w4a8.encoding.tables import index_scales, multiply_tables
 from convert_w4a8.kernels.gemm import reference
 
 GROUP = 128
@@ -15,7 +16,8 @@ class Layers:
 
     def __init__(self, n: int, k: int, count: int | None = None, *, device: str = "cuda") -> None:
         self.n, self.k, self.device = n, k, device
-        self.nbytes = n * k // 2 + n * k // 16
+        self.nbytes = n * k // 2 + n * k // GROUP
+        """Of the codes, and of a byte for each group: an index, or a scale of FP8."""
         self.count = count or max(3, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / self.nbytes))
 
     @cached_property
@@ -25,10 +27,20 @@ class Layers:
 
     @cached_property
     def tables(self) -> list[torch.Tensor]:
-        """Return tables float8_e4m3fn [K/128, N, 8] of entries of either sign."""
-        size = (self.k // GROUP, self.n, 8)
+        """Return tables float8_e4m3fn [K/128, N, 8], multiples of group scales of either sign."""
+        return [multiply_tables(index.view(torch.float8_e4m3fn)) for index in self.index]
+
+    @cached_property
+    def index(self) -> list[torch.Tensor]:
+        """Return the same as indices into `distinct`, uint8 [K/128, N]: the bytes of the scales."""
+        size = (self.k // GROUP, self.n)
         random = (torch.randn(size, device=self.device).mul(8).clamp(-56, 56) for _ in range(self.count))
-        return [entries.to(torch.float8_e4m3fn) for entries in random]
+        return [scales.to(torch.float8_e4m3fn).view(torch.uint8) for scales in random]
+
+    @cached_property
+    def distinct(self) -> torch.Tensor:
+        """Return the tables that a byte can stand for, float8_e4m3fn [256, 8]."""
+        return index_scales(self.index[0].view(torch.float8_e4m3fn))[1]
 
     @cached_property
     def channel(self) -> torch.Tensor:

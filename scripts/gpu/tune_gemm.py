@@ -4,13 +4,16 @@
 
 A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
 which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
-cutting is tried shortly, the best few again. The Triton kernel for every GPU is measured beside it.
+cutting is tried shortly, the best few again, with indices of tables and with the tables of all groups. The Triton
+kernel for every GPU is measured beside it.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +39,10 @@ SHAPES = (
 )
 BLOCKS = ((8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (8, 2), (16, 2))
 """Tokens of a block, and terms of an activation."""
-PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 8)
+PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
 STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
-WIDTHS = (64, 128)
-"""Output channels of a block."""
-WIDE_ROWS = 32
-"""From here on more than 64 may be the faster ones."""
+WARPS = {64: (4,), 128: (4, 8)}
+"""By the output channels of a block."""
 FINALISTS = 4
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
@@ -53,10 +54,10 @@ Gemm = Callable[..., torch.Tensor]
 def pairs(layers: Layers, x: torch.Tensor, terms: int, gemm: Gemm) -> list[Call]:
     """Return quantization and GEMM with each of the layers."""
 
-    def pair(packed: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        return gemm(*activations.quantize(x, terms), packed, tables, layers.channel)
+    def pair(packed: torch.Tensor, tables: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return gemm(*activations.quantize(x, terms), packed, tables, layers.channel, index, layers.distinct)
 
-    return [partial(pair, packed, tables) for packed, tables in zip(layers.packed, layers.tables, strict=True)]
+    return [partial(pair, *weights) for weights in zip(layers.packed, layers.tables, layers.index, strict=True)]
 
 
 def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
@@ -64,13 +65,14 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
     found = []
-    for width in WIDTHS:
+    for width, choices in WARPS.items():
         splits = sorted({max(1, min(round(per * sms * width / n), k // gpu.GROUP, 16)) for per in PER_SM})
         found += [
-            hopper.Launch(block_m, s, stages, width, chain)
+            hopper.Launch(block_m, s, stages, width, warps, chain)
             for s in splits
+            for warps in choices
             for stages in STAGES[block_m * terms]
-            if n % width == 0 and (width == hopper.BLOCK_N or block_m * terms >= WIDE_ROWS)
+            if n % width == 0
         ]
     return found
 
@@ -79,47 +81,80 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
     """Return the best way of cutting one size, and the times of it, of the rule's choice and of the Triton kernel."""
     x = torch.randn(block_m, layers.k, device="cuda", dtype=torch.bfloat16)
 
-    def time(gemm: Gemm, replays: int = 8) -> float:
-        return microseconds(pairs(layers, x, terms, gemm), 12, replays)
+    def time(launch: hopper.Launch, replays: int = 31) -> float:
+        return microseconds(pairs(layers, x, terms, partial(hopper.gemm_by, launch=launch)), 12, replays)
 
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     tuned.LAUNCHES.clear()
     rule = hopper.choose_launch(block_m, layers.n, layers.k, sms, terms)
-    tried = sorted(
-        (time(partial(hopper.gemm_by, launch=launch)), launch.splits, launch.stages, launch.block_n)
-        for launch in candidates(block_m, terms, layers.n, layers.k)
-    )
-    chosen = [hopper.Launch(block_m, s, stages, width, rule.chain) for _, s, stages, width in tried[:FINALISTS]]
-    again = [(time(partial(hopper.gemm_by, launch=launch), 31), launch) for launch in chosen]
+    tried = [(time(launch, 8), launch) for launch in candidates(block_m, terms, layers.n, layers.k)]
+    tried.sort(key=lambda found: found[0])
+    chosen = [replace(launch, indexed=indexed) for _, launch in tried[:FINALISTS] for indexed in (True, False)]
+    again = [(time(launch), launch) for launch in chosen]
     best_us, best = min(again, key=lambda found: found[0])
     row = {"n": layers.n, "k": layers.k, "m": block_m, "terms": terms, "us": best_us}
-    row |= {"splits": best.splits, "stages": best.stages, "block_n": best.block_n}
-    row |= {f"us_{width}": min(us for us, *_, n in tried if n == width) for width in {n for *_, n in tried}}
-    row |= {"rule_us": time(partial(hopper.gemm_by, launch=rule), 31)}
-    return row | ({"triton_us": time(gpu.gemm, 31)} if terms == 1 else {})
+    row |= {
+        "splits": best.splits,
+        "stages": best.stages,
+        "block_n": best.block_n,
+        "indexed": best.indexed,
+        "warps": best.warps,
+    }
+    row |= {
+        f"us_{width}": min(us for us, by in tried if by.block_n == width) for width in {by.block_n for _, by in tried}
+    }
+    row |= {
+        f"{name}_us": min(us for us, by in again if by.indexed == (name == "index")) for name in ("index", "tables")
+    }
+    row |= {"rule_us": time(rule)}
+    if terms == 1:
+        row["triton_us"] = microseconds(pairs(layers, x, terms, triton_gemm), 12, 31)
+    return row
+
+
+def triton_gemm(*arguments: torch.Tensor) -> torch.Tensor:
+    """Multiply by the kernel for every GPU, which reads the tables of all groups."""
+    return gpu.gemm(*arguments[:5])
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Write the table: sizes where the rule's choice is slower, and, of many tokens, those where Triton is."""
-    text = TABLE.read_text(encoding="utf-8").partition("LAUNCHES: ")[0]
-    text += "LAUNCHES: dict[tuple[int, int, int, int], tuple[int, int, int]] = {\n"
+    """Write the table: sizes where the rule's choice is slower, and, of many tokens, those where Triton is.
+
+    Lines of sizes that were not measured stay.
+    """
+    head, _, old = TABLE.read_text(encoding="utf-8").partition("LAUNCHES: ")
+    measured = {(row["n"], row["k"], row["m"], row["terms"]) for row in rows}
+    lines = re.findall(r"    \((\d+), (\d+), (\d+), (\d+)\): (\(.*\)),\n", old)
+    kept = {tuple(map(int, key)): launch for *key, launch in lines if tuple(map(int, key)) not in measured}
     for row in rows:
         other = row["triton_us"] if row["m"] > hopper.ALWAYS else GAIN * row["rule_us"]
         if row["us"] < other:
-            text += "    ({n}, {k}, {m}, {terms}): ({splits}, {stages}, {block_n}),\n".format(**row)
-    text += '}\n"""Parts of K, copies in flight and channels of a block; by N, K, tokens of a block and terms."""\n'
-    TABLE.write_text(text, encoding="utf-8")
+            key = (row["n"], row["k"], row["m"], row["terms"])
+            kept[key] = "({splits}, {stages}, {block_n}, {warps}, {indexed})".format(**row)
+    shapes = list(dict.fromkeys([tuple(map(int, shape.split("x"))) for shape in SHAPES] + [key[:2] for key in kept]))
+    text = "".join(
+        f"    {key}: {kept[key]},\n" for key in sorted(kept, key=lambda key: (shapes.index(key[:2]), key[3], key[2]))
+    )
+    TABLE.write_text(head + "LAUNCHES: " + old.partition("{\n")[0] + "{\n" + text + "}" + old.partition("\n}")[2])
 
 
 def warm(shard: int, shards: int) -> None:
     """Compile a share of the variants, so that several processes fill Triton's cache together."""
     layers = Layers(128, 512, 1)
-    variants = [(*block, stages, n) for block in BLOCKS for stages in STAGES[block[0] * block[1]] for n in WIDTHS]
-    for block_m, terms, stages, width in variants[shard::shards]:
+    variants = [
+        (*block, stages, n, warps, indexed, splits)
+        for block in BLOCKS
+        for stages in STAGES[block[0] * block[1]]
+        for n, choices in WARPS.items()
+        for warps in choices
+        for indexed in (True, False)
+        for splits in (1, 2)
+    ]
+    for block_m, terms, stages, width, warps, indexed, splits in variants[shard::shards]:
         tokens = activations.quantize(torch.ones(block_m, 512, device="cuda", dtype=torch.bfloat16), terms)
-        for splits in (1, 2):
-            launch = hopper.Launch(block_m, splits, stages, width, chain=block_m * terms >= 64)
-            hopper.gemm_by(*tokens, layers.packed[0], layers.tables[0], layers.channel, launch)
+        launch = hopper.Launch(block_m, splits, stages, width, warps, block_m * terms >= 64, indexed)
+        weights = (layers.packed[0], layers.tables[0], layers.channel, layers.index[0], layers.distinct)
+        hopper.gemm_by(*tokens, *weights, launch=launch)
 
 
 def main() -> None:

@@ -137,6 +137,24 @@ def test_multiplied_tables_are_the_same(groups_at_once: int, monkeypatch: pytest
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
+def test_indices_stand_for_the_same_tables() -> None:
+    """Bytes of scales for multiplied tables; of any other tables too, where 256 of them are distinct, and no more."""
+    scale = ALL_BYTES.view(torch.float8_e4m3fn)[torch.randint(256, (5, 48))]
+    index, distinct = tables.index_scales(scale)
+    assert index.data_ptr() == scale.data_ptr()
+    assert torch.equal(distinct.view(torch.uint8)[index.long()], tables.multiply_tables(scale).view(torch.uint8))
+    every = torch.randint(256, (257, 8)).to(torch.uint8).view(torch.float8_e4m3fn)
+    for distinct_ones, fits in ((1, True), (256, True), (257, False)):
+        which = torch.cat((torch.arange(distinct_ones), torch.randint(distinct_ones, (63,))))[:320]
+        some = every[which].view(1, -1, 8)
+        found = tables.index_tables(some)
+        assert (found is not None) == fits
+        if found is not None:
+            index, distinct = found
+            assert (index.dtype, index.shape, distinct.shape) == (torch.uint8, some.shape[:2], (256, 8))
+            assert torch.equal(distinct.view(torch.uint8)[index.long()], some.view(torch.uint8))
+
+
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 22])
 @pytest.mark.parametrize("direct", [False, True], ids=["scale", "entries"])
 def test_decode_looks_each_code_up(direct: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

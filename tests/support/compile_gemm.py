@@ -36,7 +36,11 @@ def compiled(capability: int, tokens: int) -> tuple[str, int]:
     names = gpu._gemm_kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
-    sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
+    sixteen = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name in TYPES
+        if name in names and name not in ("M", "SPLITS")
+    }
     source = ASTSource(gpu._gemm_kernel, signature, places, sixteen)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
     return machine_code(found), found.metadata.shared

@@ -11,6 +11,7 @@ TYPES = {
     "tokens": "*fp8e4nv",
     "packed": "*i32",
     "tables": "*i64",
+    "index": "*u8",
     "output": "*bf16",
     "counters": "*i32",
     **dict.fromkeys(("token_scale", "channel_scale", "sums"), "*fp32"),

@@ -1,7 +1,7 @@
 """Compile the kernels of a decode step for Hopper, without a GPU; prints what is in their machine code.
 
 `TRITON_INTERPRET` must not be set. A line for each form of the GEMM: NAME=COUNT of instructions, and the tokens, FP8
-terms and channels it is for.
+terms and tiles of a warp it is for.
 """
 
 import re
@@ -14,16 +14,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from convert_w4a8.kernels.gemm import hopper, hopper_kernel
 
-INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT")
-"""The last two: wait for the kernel before, let the one behind begin."""
+INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FENCE")
+"""The last three: wait for the kernel before, let the one behind begin, show copies to the tensor core."""
 
 FORMS = (
-    *((1, 1, 64), (8, 1, 128), (16, 1, 64), (32, 1, 64), (32, 1, 128), (64, 1, 64), (64, 1, 128), (128, 1, 128)),
-    *((8, 2, 64), (32, 2, 64)),
+    *((1, 1, 64, 4, True), (8, 1, 64, 4, False), (16, 1, 64, 4, True), (32, 1, 64, 4, True), (32, 1, 128, 4, False)),
+    *((64, 1, 64, 4, False), (64, 1, 128, 8, True), (64, 1, 128, 4, True), (128, 1, 128, 8, False)),
+    *((8, 2, 64, 4, True), (32, 2, 64, 4, False)),
 )
-"""Tokens, FP8 terms of an activation, channels of a block."""
+"""Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables."""
 
-for tokens, terms, width in FORMS:
+for tokens, terms, width, warps, indexed in FORMS:
     launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
     constants = {
         "BLOCK_M": launch.block_m,
@@ -33,12 +34,18 @@ for tokens, terms, width in FORMS:
         "CHAIN": launch.chain,
         "SPLIT": True,
         "EARLY": True,
+        "INDEXED": indexed,
     }
     names = hopper_kernel._gemm_kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
-    sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in TYPES if name not in ("M", "SPLITS")}
+    sixteen = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name in TYPES
+        if name in names and name not in ("M", "SPLITS")
+    }
     source = GluonASTSource(hopper_kernel._gemm_kernel, signature, places, sixteen)
-    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
     words = Counter(re.findall(r"\w+", machine_code(found)))
-    print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"tokens={tokens} terms={terms} width={width}")  # noqa: T201
+    counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
+    print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps}")  # noqa: T201

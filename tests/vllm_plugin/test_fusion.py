@@ -174,7 +174,7 @@ def test_two_terms_reach_the_gemm(plugin: Any, monkeypatch: pytest.MonkeyPatch) 
     """Rows of both terms, and one scale a token."""
     seen: list[tuple[int, int]] = []
 
-    def gemm(tokens: Any, scale: Any, packed: Any, tables: Any, channel: Any) -> torch.Tensor:
+    def gemm(tokens: Any, scale: Any, packed: Any, tables: Any, channel: Any, *_: Any) -> torch.Tensor:
         m = len(scale)
         seen.append((len(tokens), m))
         return reference.gemm(tokens[:m], scale, packed, tables, channel)

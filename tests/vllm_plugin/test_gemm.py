@@ -65,6 +65,29 @@ def test_where_cutlass_cannot_go(
     assert kernels == ["decode"] * 3
 
 
+def test_indices_reach_the_kernel_that_reads_them(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that for Hopper takes them; the others are given tables alone."""
+    tokens, scale, packed, tables, channel = random_case(3)
+    index, distinct = torch.zeros(2, 128, dtype=torch.uint8), tables[: 256 * 8].view(256, 8)
+    seen: list[Any] = []
+
+    def multiply(tokens: Any, scale: Any, packed: Any, tables: Any, channel: Any, *more: Any) -> torch.Tensor:
+        seen.extend(more)
+        return reference.gemm(tokens, scale, packed, tables, channel)
+
+    plain = gemm.lut_gemm(tokens, scale, packed, tables, channel, index, distinct)
+    assert kernels == ["decode"]
+    hopper = SimpleNamespace(suits=lambda *_: True, gemm=multiply)
+    monkeypatch.setattr(gemm, "_hopper", lambda _device: hopper)
+    found = gemm.lut_gemm(tokens, scale, packed, tables, channel, index, distinct)
+    assert torch.equal(found, plain)
+    assert [given.data_ptr() for given in seen] == [index.data_ptr(), distinct.data_ptr()]
+    assert gemm.reads_indices(torch.device("cuda"))
+    x = torch.zeros(3, tokens.shape[1]).bfloat16()
+    assert torch.equal(gemm.lut_linear(x, tokens, scale, packed, tables, channel, index, distinct), plain)
+    assert len(seen) == 4
+
+
 def test_wide_layers_change_earlier() -> None:
     """N = 28672: CUTLASS from 65 tokens on; N = 6144: from 129."""
     assert gemm.takes(64, 28672)
@@ -98,6 +121,8 @@ def test_torch_knows_the_result_without_running_it(kernels: list[str]) -> None:
     """Shape and dtype, as torch compares them with a run."""
     case = random_case(3)
     torch.library.opcheck(gemm.lut_gemm, tuple(case), test_utils="test_faketensor")
+    indices = (torch.zeros(2, 128, dtype=torch.uint8), case[3][: 256 * 8].view(256, 8))
+    torch.library.opcheck(gemm.lut_gemm, (*case, *indices), test_utils="test_faketensor")
     assert kernels
 
 

@@ -23,6 +23,7 @@ from vllm_layers import (
     make_moe_config,
 )
 
+from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.lut_format import TableForm
 from convert_w4a8.vllm_plugin.loading import noting_experts, noting_shards
 
@@ -297,6 +298,51 @@ def test_weights_can_be_reloaded(vllm: vllm_sources.Ranks, kind: str, silent: Ca
         layerwise.finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
         for name, parameter in layer.named_parameters():
             assert torch.equal(parameter.view(torch.uint8), loaded[name].view(torch.uint8)), name
+
+
+@ON_BOTH
+@BOTH_TABLES
+def test_layers_with_few_tables_have_indices(
+    vllm: vllm_sources.Ranks,  # noqa: ARG001
+    tables: TableForm,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the kernel reads them; reloaded in place, since graphs point there, and refused if they no longer fit."""
+    module = importlib.import_module("convert_w4a8.vllm_plugin.linear")
+    monkeypatch.setattr(module, "decode_kernel", lambda _device: True)
+    monkeypatch.setattr(module, "reads_indices", lambda _device: True)
+    layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
+    layer = linear_classes().ReplicatedLinear(
+        256, 512, bias=False, prefix="m", quant_config=make_config(tables), params_dtype=torch.bfloat16
+    )
+    layerwise.record_metadata_for_reloading(layer)
+    load(layer, Weight(512, 256, tables, 1))
+    layer.quant_method.process_weights_after_loading(layer)
+    places = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+    assert {"weight_table_index", "weight_distinct_tables"} < places.keys()
+    for seed in (1, 2):
+        if seed > 1:
+            layerwise.initialize_layerwise_reload(layer)
+            load(layer, Weight(512, 256, tables, seed))
+            layerwise.finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
+        expected = expand_tables(Weight(512, 256, tables, seed).scale).view(torch.uint8)
+        found = layer.weight_distinct_tables.data.view(torch.uint8)[layer.weight_table_index.data.long()]
+        assert torch.equal(found, expected)
+        assert torch.equal(getattr(layer, layer.quant_method.table_name).data.view(torch.uint8), expected.flatten())
+        assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == places
+    if tables is TableForm.ENTRIES:
+        other = Weight(512, 256, tables, 3)
+        many = other.tensors() | {"weight_lut": torch.randn(2, 512 * 8).to(torch.float8_e4m3fn)}
+        monkeypatch.setattr(other, "tensors", lambda: many)
+        layerwise.initialize_layerwise_reload(layer)
+        with pytest.raises(ValueError, match="m: it had few distinct tables, and has many now"):
+            load(layer, other)
+        fresh = linear_classes().ReplicatedLinear(
+            256, 512, bias=False, prefix="m", quant_config=make_config(tables), params_dtype=torch.bfloat16
+        )
+        load(fresh, other)
+        fresh.quant_method.process_weights_after_loading(fresh)
+        assert not hasattr(fresh, "weight_table_index")
 
 
 @ON_BOTH
