@@ -74,7 +74,10 @@ def same_recipe(out: Path, options: QuantizeOptions, samples: SampleSet | None) 
 
 
 def _agrees(said: Any, wanted: Any) -> bool:
-    """Whether a record is the wanted one. That inputs were scaled follows from the rest; older records do not say it."""
+    """Whether a record is the wanted one.
+
+    Older ones do not say whether inputs were scaled, which follows from the rest.
+    """
     if isinstance(said, dict) and isinstance(wanted, dict):
         return {"awq_scaling": wanted.get("awq_scaling"), **said} == wanted
     return bool(said == wanted)
