@@ -115,10 +115,11 @@ def result_text(result: Result, source: str, out: Path) -> str:
     routed = [layer for layer in result.layers if "routed_tokens" in layer.notes]
     if routed:
         few = [layer for layer in routed if layer.notes["routed_tokens"] < layer.notes["tokens"]]
-        never = sum(layer.notes["routed_tokens"] == 0 for layer in routed)
+        counts = sorted(layer.notes["routed_tokens"] for layer in routed)
         lines.append(
             f"experts    {counted(len(routed), 'layer')}: {len(few)} with fewer tokens than inputs, which borrowed"
-            f" others; {never} without any"
+            f" others; {counts.count(0)} without any; {counts[0]:,} to {counts[-1]:,} tokens were routed to one,"
+            f" {counts[len(counts) // 2]:,} to half of them or more"
         )
     lines.append(f"verify     {verify_command(out, source)}")
     lines.append(f"serve      {plan.target.serve_command(shlex.quote(str(out)))}")

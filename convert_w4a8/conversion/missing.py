@@ -45,8 +45,8 @@ def missing_warnings(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iter
     for part, leaves in _incomplete(parts):
         if leaves <= _SHARED and not _says(checkpoint.config, _SHARES):
             found.setdefault(_listed(leaves), []).append(part)
-    for leaves, names in found.items():
-        yield f"no {leaves} in {shortened(names)}, which others have: wrong, unless the model shares keys and values"
+    for missing, names in found.items():
+        yield f"no {missing} in {shortened(names)}, which others have: wrong, unless the model shares keys and values"
     experts = _experts(parts)
     most: dict[str, int] = {}
     for name, numbers in experts.items():

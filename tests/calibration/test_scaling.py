@@ -202,7 +202,8 @@ def test_a_block_has_one_scaling(
     arguments: Any = {"samples": samples_of(SAMPLES), "device": "cpu"}
     scale_by_chance(monkeypatch)
     with monkeypatch.context() as patch:
-        finish, begun = CheckpointWriter.finish, []
+        finish = CheckpointWriter.finish
+        begun: list[str] = []
 
         def interrupt(self: CheckpointWriter, writer: Any, *rest: Any) -> None:
             begun.extend(spec.name for spec in writer._plan.specs[:1] if ".layers." in spec.name)
@@ -225,7 +226,7 @@ def test_a_block_has_one_scaling(
 def test_a_scale_is_tried_with_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the longest sample is."""
     model = write_llama(tmp_path / "in", layers=1)
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(walk, "BATCH_TOKENS", 32)
 
     def scale(*args: Any) -> Any:

@@ -59,9 +59,8 @@ def test_experts(write: Callable[..., Path], up: str, tmp_path: Path) -> None:
     (found,) = problems(without(write(tmp_path / "half", layers=2), [f"0.{end}.experts.2.{up}" for end in MIXTURES]))
     assert f".experts.2: has no {up}, which" in found
     leaves = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-    middle = without(
-        write(tmp_path / "middle", layers=2), [f"1.{end}.experts.1.{x}" for end in MIXTURES for x in leaves]
-    )
+    names = [f"1.{end}.experts.1.{leaf}" for end in MIXTURES for leaf in leaves]
+    middle = without(write(tmp_path / "middle", layers=2), names)
     (found,) = problems(middle)
     assert ".experts: has no 1, but a 3; download" in found
     last = without(write(tmp_path / "last", layers=2), [name.replace("experts.1", "experts.3") for name in names])
