@@ -119,7 +119,7 @@ def result_text(result: Result, source: str, out: Path) -> str:
         lines.append(
             f"experts    {counted(len(routed), 'layer')}: {len(few)} with fewer tokens than inputs, which borrowed"
             f" others; {counts.count(0)} without any; {counts[0]:,} to {counts[-1]:,} tokens were routed to one,"
-            f" {counts[len(counts) // 2]:,} to half of them or more"
+            f" {counts[len(counts) // 2]:,} or more to half of them"
         )
     lines.append(f"verify     {verify_command(out, source)}")
     lines.append(f"serve      {plan.target.serve_command(shlex.quote(str(out)))}")
