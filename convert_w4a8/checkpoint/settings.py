@@ -104,9 +104,8 @@ def contradictions(root: Path, settings: Settings) -> Iterator[str]:
         except ConvertError:  # nobody reads it
             continue
         pairs = [(key, settings.block.get(key), other.get(key)) for key in _DECISIVE]
-        if settings.block.get("quant_method") == "gptq":  # without any it is version 1
-            ours, theirs = (next(filter(None, map(block.get, _FORMATS)), None) for block in (settings.block, other))
-            pairs.append((_FORMATS[0], ours or "gptq", theirs))
+        ours, theirs = (next(filter(None, map(block.get, _FORMATS)), None) for block in (settings.block, other))
+        pairs.append((_FORMATS[0], ours or settings.block.get("quant_method"), theirs))  # gptq: version 1 of it
         for key, ours, theirs in pairs:
             if None not in (ours, theirs) and str(ours).lower() != str(theirs).lower():
                 yield f"{name} says {key} {theirs}, and {settings.place} {ours}, which counts"
