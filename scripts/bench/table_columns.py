@@ -176,6 +176,7 @@ COLUMNS: dict[str, Columns] = {
     "kl-vllm": DIVERGENCE,
     "kl-w4a16": DIVERGENCE,
     "kl-w4a16-vllm": DIVERGENCE,
+    "kl-gptq": DIVERGENCE,
     "kl-moe": DIVERGENCE,
     "kl-vllm-moe": DIVERGENCE,
     "kl-presets": (
