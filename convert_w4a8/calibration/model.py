@@ -17,10 +17,10 @@ from convert_w4a8.calibration.attention import linear_memory
 from convert_w4a8.calibration.names import find_tensor, is_stack, tensor_of
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CONFIG
+from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.version import install_command
 
 WITHOUT_DATA = "quantize it without --data"
 _BESIDE = frozenset({
@@ -171,25 +171,13 @@ def _not_walked(checkpoint: Checkpoint, why: str) -> ConvertError:
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """Make the model without weights."""
-    try:
-        import transformers  # noqa: PLC0415  (an extra; it takes seconds)
-    except ImportError as error:
-        raise ConvertError(
-            "--data", "needs transformers, which is not installed", install_command("quantize")
-        ) from error
-    subject = f"{CONFIG}: model_type {checkpoint.config.get('model_type')!r}"
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
+    with transformers_for(checkpoint, "--data", WITHOUT_DATA) as (transformers, config):
         names = config.architectures or []
-        automatic: Any = transformers.AutoModelForCausalLM
         made = next((cls._from_config for name in names if (cls := getattr(transformers, name, None))), None)
         with _parameters_on_meta():
-            model: nn.Module = (made or automatic.from_config)(config, dtype=dtype, attn_implementation="sdpa")
+            build = made or transformers.AutoModelForCausalLM.from_config
+            model: nn.Module = build(config, dtype=dtype, attn_implementation="sdpa")
         return model.eval()
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
-        line = str(error).partition("\n")[0][:200]
-        reason = f"cannot be built by transformers {transformers.__version__} ({line})"
-        raise ConvertError(subject, reason, f"install another transformers, or {WITHOUT_DATA}") from error
 
 
 @contextmanager

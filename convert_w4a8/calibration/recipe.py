@@ -38,6 +38,7 @@ def recipe(options: QuantizeOptions, samples: SampleSet | None) -> Recipe:
             "preset": str(options.preset),
             "alpha": options.alpha,
             "damping": options.damping,
+            "awq_scaling": options.scales_inputs,
             "samples": len(samples.samples),
             "tokens": samples.tokens,
             "tokens_kept": samples.kept,

@@ -104,6 +104,7 @@ class _Run:
                 by_block.setdefault(place[1], []).append(task)
             else:
                 others.append(task)
+        self._redo_half_blocks(by_block.values())
         write_shards(others, self._writer, self._device, self._progress, quantizer(self._options))
         unfinished = set(self._writer.unfinished)
         last = max((n for n, ours in by_block.items() if any(_file(task) in unfinished for task in ours)), default=-1)
@@ -119,25 +120,30 @@ class _Run:
                 self._progress(sum(layer.spec.nbytes for layer in _layers(ours).values()))
         self._writer.wait()
 
-    def _block(self, walk: Walk, number: int, tasks: Sequence[ShardTask], *, is_last: bool) -> None:
-        """Write the unfinished files of a block."""
+    def _redo_half_blocks(self, blocks: Iterable[Sequence[ShardTask]]) -> None:
+        """Let all files of a block be written in one run: what another device chose does not go with the rest."""
         unfinished = set(self._writer.unfinished)
-        wanted = [task for task in tasks if _file(task) in unfinished]
+        for tasks in blocks:
+            files = {_file(task) for task in tasks}
+            if files & unfinished:
+                self._writer.redo(files - unfinished)
+
+    def _block(self, walk: Walk, number: int, tasks: Sequence[ShardTask], *, is_last: bool) -> None:
+        """Write the files of a block, or go through it where they are written."""
         layers = _layers(tasks)
         converted = [layer for layer in layers.values() if layer.dequantize is None]
-        if not wanted:
+        if not {_file(task) for task in tasks} & set(self._writer.unfinished):
             written = self._written(tasks)
             walk.pass_by(number, self._finished(written, converted), written)
             return
-        writers = {_file(task): self._writer.shard_writer(_file(task)) for task in wanted}
-        files = {spec.name: _file(task) for task in wanted for spec in task.shard.specs}
+        writers = {_file(task): self._writer.shard_writer(_file(task)) for task in tasks}
+        files = {spec.name: _file(task) for task in tasks for spec in task.shard.specs}
         notes: dict[str, Any] = {}
         infinities: dict[str, int] = {}
 
         def write(tensors: Mapping[str, Iterable[torch.Tensor]]) -> None:
             for name, parts in tensors.items():
-                if name in files:
-                    writers[files[name]].write(name, parts)
+                writers[files[name]].write(name, parts)
 
         for done in walk.quantize(number, converted, is_last=is_last):
             notes[done.layer.module] = {**asdict(done.stats), **done.notes}
@@ -148,7 +154,7 @@ class _Run:
                 tensors, stats = convert_layer(layer, read_tensor, self._options, self._device, made)
                 notes[layer.module] = None if stats is None else {**asdict(stats), "tokens": 0}
                 write(walk.scaled(number, layer.spec.name, tensors) if stats is None else tensors)
-        for task in wanted:
+        for task in tasks:
             for tensor in task.tensors:
                 name = tensor.output.name
                 parts = copy_tensor(tensor, read_into, partial(infinities.__setitem__, name))

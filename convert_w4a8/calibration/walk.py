@@ -17,7 +17,7 @@ from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.names import in_transformers
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.scaling import Scaling, scale_block
-from convert_w4a8.calibration.states import Batch, States
+from convert_w4a8.calibration.states import BATCH_TOKENS, Batch, States
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.tables import decode
@@ -144,11 +144,13 @@ class Walk:
         return found
 
     def _scale(self, number: int, block: Block, energies: Mapping[Stage, Moments]) -> Scaling:
-        """Scale input channels of a block."""
+        """Scale input channels of a block. What is scaled is tried with the beginning of the longest sample."""
         modules = {self._inside(number, name) for name in self._model.modules(number)}
         longest = max(range(len(self._batches)), key=lambda i: self._batches[i].shape[1])
-        call = self._model.call(number, self._batches[longest].shape)
-        return scale_block(block, modules, energies, self._states(self._original, longest), call, self._options)
+        count, length = self._batches[longest].shape
+        tried = self._states(self._original, longest)[:, :BATCH_TOKENS]
+        call = self._model.call(number, (count, min(length, BATCH_TOKENS)))
+        return scale_block(block, modules, energies, tried, call, self._options)
 
     def _scaled(self, name: str) -> dict[str, Any]:
         """Return what is noted of the scaling of a layer's inputs."""

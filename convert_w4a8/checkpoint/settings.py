@@ -27,6 +27,9 @@ _DEFAULT_METHODS = {
     "hf_quant_config.json": "modelopt",
 }
 """The method of settings that name none, by the key or the file that holds them."""
+_DECISIVE = ("bits", "w_bit", "group_size", "q_group_size", "sym", "zero_point", "desc_act", "version")
+"""Settings by which tensors are read one way or another."""
+_FORMATS = ("checkpoint_format", "format")
 _SETTINGS_SUFFIXES = (".json", ".yaml", ".yml")
 _LISTED = 4
 
@@ -89,6 +92,23 @@ def _settings(block: Mapping[str, Any], place: str, method: str | None) -> Setti
 def _meaning(block: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what counts of settings: what is null is not said."""
     return {key: value for key, value in block.items() if value is not None}
+
+
+def contradictions(root: Path, settings: Settings) -> Iterator[str]:
+    """Yield what a file beside config.json says of how tensors are to be read, and the settings that count do not."""
+    for name in SETTINGS_FILES:
+        if settings.place == name or not (root / name).is_file():
+            continue
+        try:
+            other = _of_file(root / name).block
+        except ConvertError:  # nobody reads it
+            continue
+        pairs = [(key, settings.block.get(key), other.get(key)) for key in _DECISIVE]
+        ours, theirs = (next(filter(None, map(block.get, _FORMATS)), None) for block in (settings.block, other))
+        pairs.append((_FORMATS[0], ours or settings.block.get("quant_method"), theirs))  # gptq: version 1 of it
+        for key, ours, theirs in pairs:
+            if None not in (ours, theirs) and str(ours).lower() != str(theirs).lower():
+                yield f"{name} says {key} {theirs}, and {settings.place} {ours}, which counts"
 
 
 def without_settings(value: Any) -> Any:

@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -123,6 +123,14 @@ class CheckpointWriter:
     def unfinished(self) -> list[str]:
         """The files that are still to be written, in the order of the plan."""
         return [name for name in self._plans if name not in self._work.files]
+
+    def redo(self, names: Collection[str]) -> None:
+        """Remove finished files of an interrupted conversion: they are to be written anew."""
+        for name in names:
+            path = self.directory / name
+            with disk_errors(path):
+                path.unlink()
+            del self._work.files[name]
 
     @contextmanager
     def states(self) -> Iterator[Path]:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.data import read_data
 from convert_w4a8.cli.files import check_writable, write_files
+from convert_w4a8.cli.options import data_options
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import training_progress
-from convert_w4a8.cli.quantize import Mask, read_data
 
 if TYPE_CHECKING:
     from convert_w4a8.checkpoint.directory import Checkpoint
@@ -32,13 +33,9 @@ _DROP, _UNIFORM = "drop", "uniform"
 @click.option(
     "--teacher", required=True, metavar="MODEL", type=CHECKPOINT, help="The model in 16 bits: a directory or a Hub id."
 )
-@click.option(
-    "--data",
-    type=LocalPath(path_type=Path),
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="Text to train on, as for w4a8 quantize. Can be given more than once; each file is a domain.",
+@data_options(
+    data="Text to train on, as for w4a8 quantize. Can be given more than once; each file is a domain.",
+    masked="Tokens whose prediction does not count",
 )
 @click.option(
     "--held-out",
@@ -61,13 +58,6 @@ _DROP, _UNIFORM = "drop", "uniform"
     metavar="drop|uniform|FILE",
     help="How much of each domain is trained on. drop: as much as quantization hurt it, measured before the training."
     " uniform: as much of each. FILE: JSON with the drop of each domain.",
-)
-@click.option(
-    "--mask",
-    type=Mask(),
-    metavar="MASK",
-    help="Tokens whose prediction does not count: template, system, tools, repeated, with commas between."
-    " [default: none]",
 )
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N", help="Cut samples to so many tokens.")
 @click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Steps of training.")

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from convert_w4a8.cli.paths import LocalPath
 from convert_w4a8.options import DEFAULT_SHARD_SIZE, PATTERN, Options, Policy, ScalesMode, Unsupported
 from convert_w4a8.targets import target_names
 
@@ -49,6 +51,21 @@ class _Layers(click.ParamType):  # type: ignore[type-arg]
             if value.startswith(PATTERN):
                 self.fail(f"{value[:40]!r} is not a regular expression ({error})", param, ctx)
         return str(value)
+
+
+class _Mask(click.ParamType):  # type: ignore[type-arg]
+    """What `parse_mask` reads."""
+
+    name = "mask"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the mask; a usage error if the value is none."""
+        from convert_w4a8.samples.masks import parse_mask
+
+        try:
+            return parse_mask(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 SIZE = _Size()
@@ -133,6 +150,45 @@ def conversion_options(command: _Command) -> _Command:
     for option in reversed(_CONVERSION_OPTIONS):
         command = option(command)
     return command
+
+
+def data_options(
+    more: str = "",
+    *,
+    data: str = "Calibration data: JSON lines of messages (and tools), text or input_ids. Can be given more than once.",
+    masked: str = "Tokens that count in no statistic",
+    required: bool = True,
+) -> Callable[[_Command], _Command]:
+    """Return what adds --data and --mask. data, more: what the help says of the data. masked: of what is masked."""
+    options = (
+        click.option(
+            "--data",
+            type=LocalPath(path_type=Path),
+            multiple=True,
+            required=required,
+            metavar="FILE",
+            help=f"{data} {more}".strip(),
+        ),
+        click.option(
+            "--mask",
+            type=_Mask(),
+            metavar="MASK",
+            help=f"{masked}: template, system, tools, repeated, with commas between. [default: none]",
+        ),
+    )
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def max_tokens_option(command: _Command) -> _Command:
+    """Add --max-tokens."""
+    help_ = "Use so many tokens of the data at most."
+    return click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help=help_)(command)
 
 
 def read_options(choices: Mapping[str, Any], max_shard_size: int = DEFAULT_SHARD_SIZE) -> Options:

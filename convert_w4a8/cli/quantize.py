@@ -1,7 +1,6 @@
 """`w4a8 quantize`: from a model in 16 bits to W4A8."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,8 @@ import click
 
 from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
 from convert_w4a8.cli.base import W4A8Command
-from convert_w4a8.cli.options import LAYERS, SIZE
+from convert_w4a8.cli.data import page_of, read_data
+from convert_w4a8.cli.options import LAYERS, SIZE, data_options, max_tokens_option
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
@@ -17,45 +17,15 @@ from convert_w4a8.targets import W4A16, target_names
 
 if TYPE_CHECKING:
     from convert_w4a8.calibration.prediction import Cost
-    from convert_w4a8.checkpoint.directory import Checkpoint
     from convert_w4a8.conversion.plan import Plan
     from convert_w4a8.samples.masks import MaskOptions
-    from convert_w4a8.samples.sample import SampleSet
-
-
-class Mask(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
-    """What `parse_mask` reads."""
-
-    name = "mask"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the mask; a usage error if the value is none."""
-        from convert_w4a8.samples.masks import parse_mask
-
-        try:
-            return parse_mask(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @click.command("quantize", cls=W4A8Command)
 @click.argument("model", metavar="MODEL", type=CHECKPOINT)
 @click.argument("out", metavar="OUT", type=LocalPath(path_type=Path, directory=True))
-@click.option(
-    "--data",
-    type=LocalPath(path_type=Path),
-    multiple=True,
-    metavar="FILE",
-    help="Calibration data: JSON lines of messages (and tools), text or input_ids. Can be given more than once."
-    " [default: none: codes and tables from the weights alone]",
-)
-@click.option(
-    "--mask",
-    type=Mask(),
-    metavar="MASK",
-    help="Tokens that count in no statistic: template, system, tools, repeated, with commas between. [default: none]",
-)
-@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Use so many tokens of the data at most.")
+@data_options("[default: none: codes and tables from the weights alone]", required=False)
+@max_tokens_option
 @click.option(
     "--preset",
     type=click.Choice(list(map(str, Preset))),
@@ -237,64 +207,3 @@ def _options(choices: dict[str, Any]) -> QuantizeOptions:
         keep=choices["keep"],
         max_shard_size=choices["max_shard_size"],
     )
-
-
-class _Tokenizer:
-    """The tokenizer of a checkpoint, opened when something asks for it: data of input_ids need none."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    @cached_property
-    def _opened(self) -> Any:
-        from convert_w4a8.samples.tokenizer import open_tokenizer
-
-        return open_tokenizer(self._root)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._opened, name)
-
-    def __call__(self, *args: Any, **more: Any) -> Any:
-        return self._opened(*args, **more)
-
-    def __len__(self) -> int:
-        return len(self._opened)
-
-
-def read_data(
-    checkpoint: "Checkpoint",
-    data: tuple[Path, ...],
-    mask: "MaskOptions | None",
-    max_tokens: int | None = None,
-    max_length: int | None = None,
-) -> "SampleSet":
-    """Read data with the tokenizer of a checkpoint. max_tokens, max_length: as for `read_samples`."""
-    from convert_w4a8.samples.masks import NO_MASK
-    from convert_w4a8.samples.read import read_samples
-
-    return read_samples(
-        data,
-        _Tokenizer(checkpoint.root),
-        mask or NO_MASK,
-        max_tokens=max_tokens,
-        max_length=max_length,
-        vocab_size=_vocabulary(checkpoint),
-    )
-
-
-def page_of(samples: "SampleSet", checkpoint: "Checkpoint") -> bytes:
-    """Return an HTML page of the counts of tokens and one sample, coloured. It needs the tokenizer to show text."""
-    from convert_w4a8.report import tokens
-    from convert_w4a8.samples.tokenizer import open_tokenizer
-
-    return tokens.page(samples, open_tokenizer(checkpoint.root)).encode(errors="backslashreplace")
-
-
-def _vocabulary(checkpoint: "Checkpoint") -> int | None:
-    """Return how many tokens the model has embeddings of, if its configuration says so."""
-    text = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
-        size = config.get("vocab_size")
-        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-            return size
-    return None

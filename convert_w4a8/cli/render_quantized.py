@@ -65,12 +65,22 @@ def same_recipe(out: Path, options: QuantizeOptions, samples: SampleSet | None) 
         return False
     wanted = recipe(options, samples)
     if isinstance(said, dict):
-        return all(said.get(key) == value for key, value in wanted.record.items())
+        return all(_agrees(said.get(key), value) for key, value in wanted.record.items())
     try:  # compressed-tensors has no place for it in its settings
         card = (out / CARD).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     return wanted.sentence in card and all(table_row(*row) in card for row in wanted.rows)
+
+
+def _agrees(said: Any, wanted: Any) -> bool:
+    """Whether a record is the wanted one.
+
+    Older ones do not say whether inputs were scaled, which follows from the rest.
+    """
+    if isinstance(said, dict) and isinstance(wanted, dict):
+        return {"awq_scaling": wanted.get("awq_scaling"), **said} == wanted
+    return bool(said == wanted)
 
 
 def result_text(result: Result, source: str, out: Path) -> str:
@@ -105,10 +115,11 @@ def result_text(result: Result, source: str, out: Path) -> str:
     routed = [layer for layer in result.layers if "routed_tokens" in layer.notes]
     if routed:
         few = [layer for layer in routed if layer.notes["routed_tokens"] < layer.notes["tokens"]]
-        never = sum(layer.notes["routed_tokens"] == 0 for layer in routed)
+        counts = sorted(layer.notes["routed_tokens"] for layer in routed)
         lines.append(
             f"experts    {counted(len(routed), 'layer')}: {len(few)} with fewer tokens than inputs, which borrowed"
-            f" others; {never} without any"
+            f" others; {counts.count(0)} without any; {counts[0]:,} to {counts[-1]:,} tokens were routed to one,"
+            f" {counts[len(counts) // 2]:,} or more to half of them"
         )
     lines.append(f"verify     {verify_command(out, source)}")
     lines.append(f"serve      {plan.target.serve_command(shlex.quote(str(out)))}")

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import click
 
 from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.data import page_of, read_data
 from convert_w4a8.cli.files import check_writable, write_files
+from convert_w4a8.cli.options import data_options, max_tokens_option
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
-from convert_w4a8.cli.quantize import Mask, page_of, read_data
 
 if TYPE_CHECKING:
     from convert_w4a8.samples.masks import MaskOptions
@@ -17,21 +18,8 @@ if TYPE_CHECKING:
 
 @click.command("samples", cls=W4A8Command)
 @click.argument("model", metavar="MODEL", type=CHECKPOINT)
-@click.option(
-    "--data",
-    type=LocalPath(path_type=Path),
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="Calibration data: JSON lines of messages (and tools), text or input_ids. Can be given more than once.",
-)
-@click.option(
-    "--mask",
-    type=Mask(),
-    metavar="MASK",
-    help="Tokens that count in no statistic: template, system, tools, repeated, with commas between. [default: none]",
-)
-@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Use so many tokens of the data at most.")
+@data_options()
+@max_tokens_option
 @click.option(
     "--html", type=LocalPath(path_type=Path), metavar="FILE", help="Write a page with the text of one sample, coloured."
 )

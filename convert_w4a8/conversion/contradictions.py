@@ -11,6 +11,7 @@ from typing import Any
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import merged_name
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.checkpoint.settings import Settings, contradictions
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO
 from convert_w4a8.sources import LayerSpec, Source
@@ -31,8 +32,9 @@ _LLAMAS = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3
 
 
 def setting_warnings(checkpoint: Checkpoint, specs: Sequence[LayerSpec]) -> Iterable[str]:
-    """Yield what config.json says and the shapes of the tensors do not: widths, blocks and experts."""
+    """Yield what config.json says and others do not: files beside it, and shapes; widths, blocks and experts."""
     config = checkpoint.config
+    yield from contradictions(checkpoint.root, Settings(checkpoint.quantization_config, checkpoint.settings_place))
     wrong: dict[str, list[str]] = {}
     right: Counter[str] = Counter()
     if str(config.get("model_type")) in _LLAMAS:

@@ -6,7 +6,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import fusion_key, is_expert, linear_modules
 from convert_w4a8.errors import Problem
 from convert_w4a8.sources import LayerSpec
-from convert_w4a8.sources.carried import CarriedLayer, grouped
+from convert_w4a8.sources.carried import CarriedLayer, one_a_kind
 
 
 def mixed_problems(
@@ -31,7 +31,7 @@ def mixed_problems(
             said = "; ".join(f"{_leaves(names)}: {kind}" for kind, names in sorted(found.items()))
             reason = f"vLLM serves this as one layer, but its parts are of different kinds ({said})"
             mixed.setdefault((reason, "quantize them alike"), []).append(key)
-    yield from grouped(mixed)
+    yield from one_a_kind(mixed)
 
 
 def _leaves(names: Sequence[str]) -> str:

@@ -9,17 +9,16 @@ import torch
 from torch import nn
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.files import CONFIG
+from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.targets import find_target
-from convert_w4a8.version import install_command
 
 _ROLES = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
 """What the tensors of a quantized layer are called."""
-_ANOTHER = "install another transformers, or distill a model that it has"
+_ANOTHER = "distill a model that it has"
 
 
 @dataclass(frozen=True)
@@ -146,15 +145,7 @@ def _without_bars(logging: Any) -> Iterator[None]:
 
 def _build(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> nn.Module:
     """Make transformers' model of a checkpoint's configuration, in BF16, with these tensors."""
-    try:
-        import transformers  # noqa: PLC0415  (an extra; it takes seconds)
-    except ImportError as error:
-        raise ConvertError(
-            "w4a8 distill", "needs transformers, which is not installed", install_command("quantize")
-        ) from error
-    subject = f"{CONFIG}: model_type {checkpoint.config.get('model_type')!r}"
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
+    with transformers_for(checkpoint, "w4a8 distill", _ANOTHER) as (transformers, config):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         automatic: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -162,15 +153,12 @@ def _build(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> nn.Module:
             model, info = automatic[type(config)].from_pretrained(
                 None, config=config, state_dict=state, dtype=torch.bfloat16, output_loading_info=True
             )
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError) as error:
-        line = str(error).partition("\n")[0][:200]
-        raise ConvertError(subject, f"cannot be built by transformers ({line})", _ANOTHER) from error
     wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in sorted(info[key])]
     if wrong:
         raise ConvertError(
             str(checkpoint.root),
             f"has tensors other than those of transformers' {type(model).__name__} (first: {wrong[0]})",
-            _ANOTHER,
+            f"install another transformers, or {_ANOTHER}",
         )
     found: nn.Module = model
     return found.eval()

@@ -17,10 +17,10 @@ from convert_w4a8.linear import DenseLinear, W4A8Linear
 from convert_w4a8.report.layers import LABELS, SCHEMES, Distributions, LayerReport, measure_layer
 from convert_w4a8.report.memory import KV_BYTES, KvCache, WeightMemory, kv_cache, weight_memory
 from convert_w4a8.report.values import value_warnings
-from convert_w4a8.sources import find_origin, unquantized_source
+from convert_w4a8.sources import find_origin
 from convert_w4a8.targets import find_target
 from convert_w4a8.text import human_bytes, printable, table
-from convert_w4a8.verification.scaling import Scaling
+from convert_w4a8.verification.scaling import find_scaling
 from convert_w4a8.version import __version__
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
@@ -70,7 +70,7 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
     converted = set(target.find_layers(out))
     consumed = {part.name for spec in specs.values() for part in spec.parts.values()}
     copies = {output_name(name, source.config): info for name, info in source.tensors.items() if name not in consumed}
-    scaling = Scaling(out, reader, target, read_tensor, specs, copies)
+    scaling = find_scaling(out, reader, target, read_tensor, specs, copies)
     distributions = Distributions()
     layers, dequantized = [], []
     stored_tables = False
@@ -80,11 +80,8 @@ def collect(out: Checkpoint, source: Checkpoint, *, progress: Callable[[int], No
             assert isinstance(w4a8, W4A8Linear)
             stored_tables |= w4a8.entries is not None
             w = reader.read_layer(spec, read_tensor)
-            w = (
-                scaling.layer(module, w)
-                if isinstance(w, DenseLinear) and spec.source == unquantized_source().NAME
-                else w
-            )
+            if scaling is not None and isinstance(w, DenseLinear):
+                w = scaling.layer(module, w)
             if w4a8.shape_nk != w.shape_nk:
                 raise _foreign(module, f"is {w4a8.shape_nk} in OUT, but {w.shape_nk} in the source")
             layers.append(measure_layer(module, w, w4a8, distributions))

@@ -106,7 +106,7 @@ def find_carried(source: Source, checkpoint: Checkpoint, problems: list[Problem]
                 refused.setdefault((error.problem.reason, error.problem.remedy), []).append(error.problem.subject)
         elif finder is None or f"{module}.weight_scale" not in checkpoint.tensors:
             refused.setdefault((_UNKNOWN, _REQUANTIZE), []).append(name)
-    problems.extend(grouped(refused))
+    problems.extend(one_a_kind(refused))
     return tuple(found)
 
 
@@ -147,7 +147,7 @@ def find_by_groups(
                     problems.append(problem)
                 else:
                     refused.setdefault((problem.reason, problem.remedy), []).append(module)
-    problems.extend(grouped(refused))
+    problems.extend(one_a_kind(refused))
 
 
 def is_int4(group: Mapping[str, Any]) -> bool:
@@ -157,7 +157,7 @@ def is_int4(group: Mapping[str, Any]) -> bool:
     return weights.get("num_bits") not in (4, 8) or (weights.get("num_bits") == 4 and not is_float)
 
 
-def grouped(refused: Mapping[tuple[str, str], list[str]]) -> Iterable[Problem]:
+def one_a_kind(refused: Mapping[tuple[str, str], list[str]]) -> Iterable[Problem]:
     """Yield a problem for each (reason, remedy), which names the first of its layers and counts the others."""
     for (reason, remedy), names in refused.items():
         first = min(names, key=natural_key)

@@ -10,6 +10,7 @@ from convert_w4a8.checkpoint.safetensors_file import TensorInfo
 from convert_w4a8.errors import ConvertError, Problem
 from convert_w4a8.linear import GROUP_SIZE, W4Linear
 from convert_w4a8.sources.base import LayerSpec
+from convert_w4a8.sources.fused_experts import REMEDY
 
 _LARGEST_SCALE = 65504.0
 """FP16's largest number. No weight of a model is as large; a BF16 scale with a wrong bit may be."""
@@ -123,6 +124,9 @@ def check_rank_two(info: TensorInfo, dtype: str) -> tuple[int, int]:
         ConvertError: the tensor is not a non-empty matrix of this dtype.
 
     """
+    if len(info.shape) == 3 and ".experts" in info.name:
+        reason = f"is {info.dtype} {list(info.shape)}, experts in one tensor, of which {dtype} codes are not read"
+        raise ConvertError(info.name, reason, REMEDY)
     if info.dtype != dtype or len(info.shape) != 2 or 0 in info.shape:
         raise ConvertError(
             info.name, f"is {info.dtype} {list(info.shape)}, not a {dtype} matrix", "check the checkpoint"

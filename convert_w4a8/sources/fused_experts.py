@@ -24,7 +24,7 @@ _STACK = re.compile(rf"^(?P<stack>.+\.experts\.(?:{'|'.join(_LEAVES)}))(?:\.weig
 _DENSE_STACK = re.compile(rf"^(?P<stack>.+\.experts\.(?:{'|'.join(_LEAVES)}))(?:\.weight)?$")
 _OTHER_LAYOUTS = frozenset({"gpt_oss", "llama4", "llama4_text"})
 """Models that hold the transposed weights, [E, H, 2·I], or the rows of gate and up by turns."""
-_REMEDY = "save the model with each expert's projections as layers of their own"
+REMEDY = "save the model with each expert's projections as layers of their own"
 
 
 def stacks(checkpoint: Checkpoint, roles: tuple[str, ...]) -> dict[str, dict[str, TensorInfo]]:
@@ -53,12 +53,12 @@ def split_experts(
     _check_layout(packed, leaf, 8, "[E, N, K/8]", config)
     count = packed.shape[0]
     if "weight_g_idx" in parts:
-        raise ConvertError(parts["weight_g_idx"].name, "reorders the input channels of experts in one tensor", _REMEDY)
+        raise ConvertError(parts["weight_g_idx"].name, "reorders the input channels of experts in one tensor", REMEDY)
     leaves = _LEAVES[leaf]
     for role, info in parts.items():
         # The rows of a tensor are output channels, of packed zero-points eight in one.
         if role != "weight_shape" and (len(info.shape) < 2 or info.shape[0] != count or info.shape[1] % len(leaves)):
-            raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, beside {list(packed.shape)}", _REMEDY)
+            raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, beside {list(packed.shape)}", REMEDY)
     for expert in range(count):
         for half, name in enumerate(leaves):
             yield (
@@ -89,7 +89,7 @@ def split_dense(info: TensorInfo, config: Mapping[str, Any]) -> Iterator[tuple[s
     _check_layout(info, leaf, 1, "[E, N, K]", config)
     leaves = _LEAVES[leaf]
     if info.shape[1] % len(leaves):
-        raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, whose rows are no two halves", _REMEDY)
+        raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, whose rows are no two halves", REMEDY)
     for expert in range(info.shape[0]):
         for half, name in enumerate(leaves):
             yield f"{parent}.{expert}.{name}", _rows(info.part(expert), half, len(leaves))
@@ -100,12 +100,12 @@ def _check_layout(info: TensorInfo, leaf: str, per_word: int, formula: str, conf
     text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
     hidden = text.get("hidden_size", config.get("hidden_size"))
     if len(info.shape) != 3 or 0 in info.shape:
-        raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, not {formula}", _REMEDY)
+        raise ConvertError(info.name, f"is {info.dtype} {list(info.shape)}, not {formula}", REMEDY)
     _, rows, words = info.shape
     types = {str(config.get("model_type")), str(text.get("model_type"))}
     if types & _OTHER_LAYOUTS or (rows if leaf == "down_proj" else words * per_word) != hidden:
         reason = f"is {list(info.shape)}, which is not laid out as the experts of a block with hidden_size {hidden}"
-        raise ConvertError(info.name, reason, _REMEDY)
+        raise ConvertError(info.name, reason, REMEDY)
 
 
 def _rows(info: TensorInfo, half: int, halves: int) -> TensorInfo:

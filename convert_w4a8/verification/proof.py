@@ -20,7 +20,7 @@ from convert_w4a8.verification.accounting import Accounts, account
 from convert_w4a8.verification.files import check_config, check_copy, problem
 from convert_w4a8.verification.layers import LayerCheck, check_layer, judge
 from convert_w4a8.verification.reading import LibraryReader
-from convert_w4a8.verification.scaling import Scaling
+from convert_w4a8.verification.scaling import Scaling, find_scaling
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def verify(
         specs = {module: spec for module, spec in specs.items() if module in only}
     converted = set(target.find_layers(out))
     others = {output_name(name, source.config): info for name, info in source.tensors.items() if name not in consumed}
-    scaling = Scaling(out, reader, target, read, specs, others) if calibrated else None
+    scaling = find_scaling(out, reader, target, read, specs, others)
     expected: set[str] = set()
     checks = []
     for module, spec in sorted(specs.items(), key=lambda item: natural_key(item[0])):

@@ -19,7 +19,7 @@ from convert_w4a8.encoding.dequantize import dequantize
 from convert_w4a8.encoding.tables import decode
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import DenseLinear
-from convert_w4a8.sources import LayerSpec, Source
+from convert_w4a8.sources import LayerSpec, Source, unquantized_source
 from convert_w4a8.targets.base import Target
 
 
@@ -147,6 +147,28 @@ class Scaling:
         gain = (theirs * ours).sum(1) / theirs.square().sum(1)
         rows = torch.where(torch.isfinite(gain) & (gain > 0), gain, 1.0).log2().round().exp2()
         return torch.where((rows >= LEAST) & (rows <= MOST), rows, 1.0)
+
+
+def find_scaling(
+    out: Checkpoint,
+    reader: Source,
+    target: Target,
+    read: Reader,
+    specs: Mapping[str, LayerSpec],
+    copies: Mapping[str, TensorInfo],
+) -> Scaling | None:
+    """Return what a tensor of the output is of the source's; None where all are what they were.
+
+    Only calibration scales, and an output of the format `lut` says whether it did. What it says saves reading weights
+    twice, and is not trusted: what is scaled all the same then differs from the source.
+    """
+    conversion = out.quantization_config.get("conversion")
+    made = conversion if isinstance(conversion, Mapping) else {}
+    calibration = made.get("calibration", {})
+    is_unscaled = calibration is None or (isinstance(calibration, Mapping) and calibration.get("awq_scaling") is False)
+    if reader.NAME != unquantized_source().NAME or is_unscaled:
+        return None
+    return Scaling(out, reader, target, read, specs, copies)
 
 
 def _head_dim(config: Mapping[str, object]) -> int | None:

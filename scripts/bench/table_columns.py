@@ -189,7 +189,9 @@ COLUMNS: dict[str, Columns] = {
     "kl-vllm": DIVERGENCE,
     "kl-w4a16": DIVERGENCE,
     "kl-w4a16-vllm": DIVERGENCE,
+    "kl-gptq": DIVERGENCE,
     "kl-moe": DIVERGENCE,
+    "kl-vllm-moe": DIVERGENCE,
     "kl-presets": (
         ("preset", "{weights}"),
         ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),

@@ -19,7 +19,7 @@ import torch
 
 from convert_w4a8 import api
 from convert_w4a8.calibration.options import QuantizeOptions
-from convert_w4a8.cli.quantize import read_data
+from convert_w4a8.cli.data import read_data
 
 _KINDS: Mapping[str, Mapping[str, Any]] = {
     "w4a16": {"format": "w4a16"},

@@ -1,20 +1,23 @@
 """AWQ scaling: every place a scale goes to, that the model in 16 bits stays the same, and what `verify` makes of it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_edits import edit_tensors, snapshot
+from checkpoint_edits import REMOVE, edit_json, edit_tensors, snapshot
 from interruptions import interrupted_walk
 from safetensors.torch import load_file, save_file
 from tiny_models import samples_of, transformers, write_gemma, write_llama, write_mixtral, write_qwen3_moe
 
 from convert_w4a8 import api
-from convert_w4a8.calibration import matrix, mixture, scaling
+from convert_w4a8.calibration import matrix, mixture, scaling, walk
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.checkpoint.folds import find_folds, origin_channels, powers_of_two
+from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.targets import lut
 
 SAMPLES = [100, 60]
 
@@ -48,18 +51,22 @@ def write_shared_expert(directory: Path) -> Path:
     return directory
 
 
-@pytest.fixture
-def _any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def scale_by_chance(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
     """Let scales be powers of two that have nothing to do with the inputs: everything is scaled, and differently."""
 
     def choose(weights: Any, energies: torch.Tensor, _method: Any, tie: torch.Tensor | None = None) -> Any:
         k = len(energies) if tie is None else int(tie.max()) + 1
-        generator = torch.Generator().manual_seed(k + len(weights))
+        generator = torch.Generator().manual_seed(seed + k + len(weights))
         s = torch.randint(-1, 2, (k,), generator=generator).float().exp2()
         return (s if tie is None else s[tie]), 0.5
 
     monkeypatch.setattr(scaling, "awq_exponent", choose)
     monkeypatch.setattr(mixture, "awq_exponent", choose)
+
+
+@pytest.fixture
+def _any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_by_chance(monkeypatch)
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -185,6 +192,54 @@ def test_resumed_is_the_same(write: Callable[[Path], Path], tmp_path: Path, monk
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("write", [write_gqa, write_qwen3_moe])
+def test_a_block_has_one_scaling(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the files of a block, and resumed where other scales are chosen, as on another device."""
+    model = write(tmp_path / "in")
+    options = QuantizeOptions(tables="scale", preset="fast", max_shard_size=200_000)  # type: ignore[arg-type]
+    arguments: Any = {"samples": samples_of(SAMPLES), "device": "cpu"}
+    scale_by_chance(monkeypatch)
+    with monkeypatch.context() as patch:
+        finish = CheckpointWriter.finish
+        begun: list[str] = []
+
+        def interrupt(self: CheckpointWriter, writer: Any, *rest: Any) -> None:
+            begun.extend(spec.name for spec in writer._plan.specs[:1] if ".layers." in spec.name)
+            if len(begun) == 2:
+                raise KeyboardInterrupt
+            finish(self, writer, *rest)
+
+        patch.setattr(CheckpointWriter, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            api.quantize(model, tmp_path / "out", options, **arguments)
+    left = set(snapshot(tmp_path / ".out.w4a8-partial" / "checkpoint"))
+    scale_by_chance(monkeypatch, seed=1)
+    api.quantize(model, tmp_path / "whole", options, **arguments)
+    assert left < set(snapshot(tmp_path / "whole"))
+    api.quantize(model, tmp_path / "out", options, **arguments, resume=True)
+    assert api.verify(tmp_path / "out", model).problems == ()
+
+
+@pytest.mark.usefixtures("_any_scale")
+def test_a_scale_is_tried_with_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the longest sample is."""
+    model = write_llama(tmp_path / "in", layers=1)
+    seen: list[Any] = []
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 32)
+
+    def scale(*args: Any) -> Any:
+        seen.append(args[3].shape[:2])
+        return scaling.scale_block(*args)
+
+    monkeypatch.setattr(walk, "scale_block", scale)
+    options = QuantizeOptions(tables="scale", preset="fast")  # type: ignore[arg-type]
+    api.quantize(model, tmp_path / "out", options, samples=samples_of(SAMPLES), device="cpu")
+    assert seen == [(1, 32)]
+    assert api.verify(tmp_path / "out", model).problems == ()
+
+
 @pytest.mark.usefixtures("_any_scale")
 def test_nothing_is_scaled_beside_an_adapter(tmp_path: Path) -> None:
     """It gets the inputs of the layers that it changes."""
@@ -227,6 +282,34 @@ def test_damage_is_found(tmp_path: Path) -> None:
         assert api.verify(tmp_path / "out", model).problems, what
         files[name].write_bytes(good)
     assert api.verify(tmp_path / "out", model).problems == ()
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_a_record_says_whether_inputs_were_scaled(
+    is_scaled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saves decoding v and up twice; outputs without it verify too, and a wrong one hides nothing."""
+    model, out = write_gqa(tmp_path / "in"), tmp_path / "out"
+    scale_by_chance(monkeypatch)
+    options = QuantizeOptions(preset="fast", awq_scaling=is_scaled)  # type: ignore[arg-type]
+    api.quantize(model, out, options, samples=samples_of(SAMPLES), device="cpu")
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["conversion"]["calibration"]["awq_scaling"] is is_scaled
+    decoded: list[str] = []
+    decode = lut.decode
+
+    def noted(checkpoint: Any, module: str, read: Any) -> Any:
+        decoded.append(module)
+        return decode(checkpoint, module, read)
+
+    monkeypatch.setattr(lut, "decode", noted)
+    before_v_and_up = {f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.v_proj", "mlp.up_proj")}
+    for said, expected in ((True, before_v_and_up), (REMOVE, before_v_and_up), (False, set())):
+        edit_json(out / "config.json", "quantization_config", "conversion", "calibration", awq_scaling=said)
+        decoded.clear()
+        problems = api.verify(out, model).problems
+        assert {module for module in decoded if decoded.count(module) > 1} == expected
+        assert bool(problems) == (is_scaled and said is False)
 
 
 def test_what_is_chosen_is_better(tmp_path: Path) -> None:

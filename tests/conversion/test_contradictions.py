@@ -1,5 +1,6 @@
 """Settings that contradict the tensors: a plan warns of them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,34 @@ def test_widths_and_blocks_of_another_config(name: str, values: dict[str, Any], 
     write_case(name, tmp_path / "in")
     edit_json(tmp_path / "in" / "config.json", **values)
     assert any(said in warning for warning in warnings(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "values", "said"),
+    [
+        (
+            "gptq-v1",
+            "quantize_config.json",
+            {"group_size": 64},
+            "group_size 64, and config.json: quantization_config 128",
+        ),
+        ("gptq-v1", "quantize_config.json", {"checkpoint_format": "gptq_v2"}, "checkpoint_format gptq_v2, and config"),
+        ("gptq-v2", "quantize_config.json", {"checkpoint_format": "gptq"}, "checkpoint_format gptq, and config"),
+        ("gptq-v2", "quantize_config.json", {"bits": 4}, ""),
+        ("awq-zero-points", "quant_config.json", {"w_bit": 4, "zero_point": False}, "zero_point False, and config"),
+        ("awq-zero-points", "quant_config.json", {"w_bit": 4, "version": "gemm"}, ""),
+        ("gptq-v1", "quantize_config.json", {"damp_percent": 0.5, "bits": 4}, ""),
+    ],
+)
+def test_a_file_beside_config_json_that_says_otherwise(
+    name: str, file: str, values: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """What it says of how tensors are read; config.json counts, as for vLLM."""
+    write_case(name, tmp_path / "in")
+    (tmp_path / "in" / file).write_text(json.dumps(values))
+    found = [warning for warning in warnings(tmp_path / "in") if warning.startswith(f"{file} says")]
+    assert len(found) == bool(said)
+    assert all(said in warning and warning.endswith(", which counts") for warning in found)
 
 
 @pytest.mark.parametrize("value", [10**30, -1, 0, "256", [256], {}, None, True, 0.5, float("inf"), REMOVE])

@@ -131,3 +131,21 @@ def test_stacked_experts_of_another_format_are_refused(name: str, tmp_path: Path
         api.make_plan(source)
     (problem,) = caught.value.problems
     assert problem.subject == name
+
+
+def test_stacked_experts_of_gptq_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    """Not as a matrix of the wrong shape."""
+    source = write_case("gptq-mixtral", tmp_path / "in").path
+
+    def stack(tensors: Tensors) -> None:
+        for experts in {name.split(".experts.")[0] for name in tensors if ".experts." in name}:
+            for name in [name for name in tensors if name.startswith(f"{experts}.experts.0.")]:
+                parts = [tensors.pop(name.replace(".experts.0.", f".experts.{i}.")) for i in range(4)]
+                tensors[name.replace(".experts.0.", ".experts.")] = torch.stack(parts)
+
+    edit_tensors(source, stack)
+    with pytest.raises(PlanError) as caught:
+        api.make_plan(source)
+    wanted = [problem for problem in caught.value.problems if problem.subject.endswith(".qweight")]
+    assert wanted
+    assert all("experts in one tensor" in problem.reason and "each expert" in problem.remedy for problem in wanted)
