@@ -294,6 +294,16 @@ COLUMNS: dict[str, Columns] = {
         ("without its decode kernel ms", "{without_ms:~}"),
         ("plugin / stock", "{ratio:~%}"),
     ),
+    "kernel-checks": (
+        ("kernels", "{what}"),
+        ("results", "{results:d}"),
+        ("wrong", "{wrong:d}"),
+        ("farthest, as a share of what is allowed", "{beyond_rounding:.0%}"),
+        ("replays", "{replays:d}"),
+        ("with other bytes", "{other_bytes:d}"),
+        ("hazards (racecheck)", "{racecheck:d}"),
+        ("errors (memcheck)", "{memcheck:d}"),
+    ),
     "equality": (
         ("model", "{model}"),
         ("mode", "`{mode}`"),
