@@ -137,9 +137,9 @@ def gemm(
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1]
     if (kernel := our_kernel(m, n, k, tokens.device)) is not None:
+        weights = (packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel_scale)
         if kernel is not _hopper(tokens.device):
             tokens = tokens[:m]  # the first terms alone are activations in FP8
-        weights = (packed.view(k // 32, 4 * n), tables.view(-1, n, 8), channel_scale)
         product: torch.Tensor = kernel.gemm(tokens, token_scale, *weights)
         return product
     from vllm import _custom_ops as ops  # noqa: PLC0415
