@@ -269,8 +269,9 @@ COLUMNS: dict[str, Columns] = {
         ("memory µs", "{floor_us:.1f}"),
         ("ours µs", "{ours_us:.1f}"),
         ("CUTLASS W4A8", "{cutlass_us:.1f}"),
+        ("humming W4A8", "{humming_w4a8_us:.1f}"),
+        ("humming W4A16", "{humming_w4a16_us:.1f}"),
         ("Marlin W4A16", "{marlin_us:.1f}"),
-        ("BF16", "{bf16_us:.1f}"),
         ("ours does more than the best", "{faster:+.0%}"),
     ),
     "perplexity-decode": (
@@ -303,6 +304,14 @@ COLUMNS: dict[str, Columns] = {
         ("with other bytes", "{other_bytes:d}"),
         ("hazards (racecheck)", "{racecheck:d}"),
         ("errors (memcheck)", "{memcheck:d}"),
+    ),
+    "compile": (
+        ("first calls with", "{what}"),
+        ("compiling s", "{compile_s:.1f}"),
+        ("kernels", "{compiled:d}"),
+        ("engine start s", "{start_s:.1f}"),
+        ("compiled later", "{compiled_later:d}"),
+        ("warnings", "{warned}"),
     ),
     "equality": (
         ("model", "{model}"),
