@@ -309,9 +309,6 @@ COLUMNS: dict[str, Columns] = {
         ("first calls with", "{what}"),
         ("compiling s", "{compile_s:.1f}"),
         ("kernels", "{compiled:.0f}"),
-        ("engine start s", "{start_s:.1f}"),
-        ("compiled later", "{compiled_later:.0f}"),
-        ("warnings", "{warned}"),
     ),
     "equality": (
         ("model", "{model}"),
