@@ -309,6 +309,7 @@ COLUMNS: dict[str, Columns] = {
         ("first calls with", "{what}"),
         ("compiling s", "{compile_s:.1f}"),
         ("kernels", "{compiled:.0f}"),
+        ("compiled later", "{compiled_later:.0f}"),
     ),
     "equality": (
         ("model", "{model}"),
