@@ -271,8 +271,9 @@ COLUMNS: dict[str, Columns] = {
         ("memory µs", "{floor_us:.1f}"),
         ("ours µs", "{ours_us:.1f}"),
         ("CUTLASS W4A8", "{cutlass_us:.1f}"),
+        ("humming W4A8", "{humming_w4a8_us:.1f}"),
+        ("humming W4A16", "{humming_w4a16_us:.1f}"),
         ("Marlin W4A16", "{marlin_us:.1f}"),
-        ("BF16", "{bf16_us:.1f}"),
         ("ours does more than the best", "{faster:+.0%}"),
     ),
     "perplexity-decode": (
@@ -295,6 +296,22 @@ COLUMNS: dict[str, Columns] = {
         ("plugin ms", "{plugin_ms:~}"),
         ("without its decode kernel ms", "{without_ms:~}"),
         ("plugin / stock", "{ratio:~%}"),
+    ),
+    "kernel-checks": (
+        ("kernels", "{what}"),
+        ("results", "{results:.0f}"),
+        ("wrong", "{wrong:.0f}"),
+        ("farthest, as a share of what is allowed", "{beyond_rounding:.0%}"),
+        ("replays", "{replays:.0f}"),
+        ("with other bytes", "{other_bytes:.0f}"),
+        ("hazards (racecheck)", "{racecheck:.0f}"),
+        ("errors (memcheck)", "{memcheck:.0f}"),
+    ),
+    "compile": (
+        ("first calls with", "{what}"),
+        ("compiling s", "{compile_s:.1f}"),
+        ("kernels", "{compiled:.0f}"),
+        ("compiled later", "{compiled_later:.0f}"),
     ),
     "equality": (
         ("model", "{model}"),

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,6 @@ WITHOUT = "lut:cutlass"
 """The plugin without its decode kernel."""
 KINDS = ("stock", "lut", WITHOUT)
 ORDER = (*KINDS, *reversed(KINDS))
-UNCOUNTED = "lut:uncounted"
-"""The engine that starts first with --together."""
 COLUMNS = {"stock": "stock", "lut": "plugin", WITHOUT: "without"}
 QUESTION = "How long does vLLM take to load a W4A8 model, with the plugin and without?"
 LLM_OPTIONS = {
@@ -116,17 +115,27 @@ def run(directory: Path, kind: str = "stock", turn: Path | None = None) -> dict[
 
 
 def engines(
-    directories: Mapping[str, Path], order: Sequence[str], together: bool
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Yield each kind of the order with a function that runs its engine; together: all import what they need first."""
+    directories: Mapping[str, Mapping[str, Path]], order: Sequence[str], together: bool
+) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """Yield each model and each kind of the order with a function that runs its engine.
 
-    def start(kind: str, turn: Path | None = None) -> dict[str, Any]:
-        return run(directories[kind.partition(":")[0]], kind, turn)
+    together: all import what they need at the same time, while one engine of each model, not counted, fills caches.
+    """
 
-    if together:
-        yield from turns.by_turns(order, start)
-    else:
-        yield from ((kind, partial(start, kind)) for kind in order)
+    def start(name: str, turn: Path | None = None) -> dict[str, Any]:
+        model, kind = name.split(" ")
+        return run(directories[model][kind.partition(":")[0]], kind, turn)
+
+    def fill_caches() -> None:
+        with ThreadPoolExecutor() as pool:
+            for result in [pool.submit(start, f"{model} lut") for model in directories]:
+                result.exception()  # those that are counted say it again
+
+    names = [f"{model} {kind}" for model in directories for kind in order]
+    in_turn = ((name, partial(start, name)) for name in names)
+    for name, result in turns.by_turns(names, start, before=fill_caches) if together else in_turn:
+        model, kind = name.split(" ")
+        yield model, kind, result
 
 
 def read_files(directory: Path) -> None:
@@ -181,46 +190,38 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="four layers of each model, each kind once, none uncounted"
     )
-    parser.add_argument(
-        "--together", action="store_true", help="processes import side by side, then take turns, one uncounted first"
-    )
+    parser.add_argument("--together", action="store_true", help="processes import side by side, then take turns")
     add_options(parser)
     args = parser.parse_args()
     if args.together and not args.quick:
         parser.error("--together goes with --quick: each kind once")
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
-    order = (*([UNCOUNTED] if args.together else []), *KINDS) if args.quick else ORDER
-    results: dict[str, Any] = {}
+    order = KINDS if args.quick else ORDER
     rows: list[dict[str, Any]] = []
-    kept = rows
     failed = 0
     try:
         if not args.quick:
             print(f"not counted: {run(ensure('tiny', root)['stock'])['wall_s']} s", flush=True)
-        for name in args.shapes:
-            directories = ensure(name, root, args.layers or (4 if args.quick else None))
+        layers = args.layers or (4 if args.quick else None)
+        directories = {name: ensure(name, root, layers) for name in args.shapes}
+        for made in directories.values():
             for kind in ("stock", "lut"):
-                read_files(directories[kind])
-            results[name] = {kind: [] for kind in KINDS}
-            for kind, result in engines(directories, order, args.together):
-                try:
-                    found = result()
-                except RuntimeError as error:  # the others are worth having
-                    print(f"{name} {kind}: {error}", flush=True)
-                    failed = 1
-                    continue
-                if kind == UNCOUNTED:
-                    continue
-                results[name][kind].append(found)
-                times = ", ".join(
-                    f"{what} {found[f'{what}_ms'] / 1e3:.2f} s" for what in ("processing", "load_model", "engine_start")
-                )
-                print(f"{name} {kind}: {times}; {', '.join(found['kernels'])}", flush=True)
-                done = {kind: runs for kind, runs in results[name].items() if runs}
-                if "stock" in done:
-                    kept = rows + rows_of(name, done)
-                    save(args, QUESTION, kept, packages=VLLM_PACKAGES, settings={"order": order})
-            rows = kept
+                read_files(made[kind])
+        results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for name, kind, result in engines(directories, order, args.together):
+            try:
+                found = result()
+            except RuntimeError as error:  # the others are worth having
+                print(f"{name} {kind}: {error}", flush=True)
+                failed = 1
+                continue
+            results.setdefault(name, {}).setdefault(kind, []).append(found)
+            times = ", ".join(
+                f"{what} {found[f'{what}_ms'] / 1e3:.2f} s" for what in ("processing", "load_model", "engine_start")
+            )
+            print(f"{name} {kind}: {times}; {', '.join(found['kernels'])}", flush=True)
+            rows = [row for model, runs in results.items() if "stock" in runs for row in rows_of(model, runs)]
+            save(args, QUESTION, rows, packages=VLLM_PACKAGES, settings={"order": order})
     finally:
         if args.dir is None:
             shutil.rmtree(root)

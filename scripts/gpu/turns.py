@@ -20,17 +20,22 @@ def _ready(turn: Path) -> Path:
 
 
 def by_turns(
-    names: Sequence[str], run: Callable[[str, Path], Any], patience: float = 3600
+    names: Sequence[str],
+    run: Callable[[str, Path], Any],
+    patience: float = 3600,
+    before: Callable[[], Any] = lambda: None,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield each name with a function that returns what its engine found, or raises.
 
     run: starts an engine in a process of its own, which waits for the file it is given, and returns what that found.
     patience: seconds; engines that are not ready then go on starting while others are measured, and come last.
+    before: is called, and waited for, before the first has its turn, while they start.
     """
     deadline = time.monotonic() + patience
     with tempfile.TemporaryDirectory(prefix="w4a8-turns-") as directory, ThreadPoolExecutor(len(names)) as pool:
         turns = {name: Path(directory) / f"{number}.turn" for number, name in enumerate(names)}
         running: dict[str, Future[Any]] = {name: pool.submit(run, name, turn) for name, turn in turns.items()}
+        before()
 
         def missing() -> list[str]:
             return [name for name, turn in turns.items() if not (running[name].done() or _ready(turn).exists())]
