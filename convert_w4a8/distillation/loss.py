@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-_LOGITS_AT_ONCE = 1 << 25
+LOGITS_AT_ONCE = 1 << 25
 """Logits in float32 at a time: 128 MiB, and some times that for what is computed from them."""
 
 
@@ -21,7 +21,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        step = max(1, _LOGITS_AT_ONCE // student.shape[-1])
+        step = max(1, LOGITS_AT_ONCE // student.shape[-1])
         values = []
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for start in range(0, len(student), step):

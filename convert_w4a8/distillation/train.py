@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
-from convert_w4a8.distillation.loss import divergence
+from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
 from convert_w4a8.distillation.options import RATES, DistillOptions, Rates
 from convert_w4a8.distillation.student import Student, logits_of
+from convert_w4a8.distillation.teacher import Teacher
 from convert_w4a8.samples.sample import Sample
 
 _BETAS = (0.9, 0.99)
@@ -45,7 +46,7 @@ class Trainer:
     def __init__(
         self,
         student: Student,
-        teacher: nn.Module,
+        teacher: Teacher,
         options: DistillOptions,
         device: torch.device,
         rates: Rates | None = None,
@@ -55,28 +56,39 @@ class Trainer:
         self._device = device
         self._rates = rates or RATES[options.preset]
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
-        self._teacher_device = next(teacher.parameters()).device
         self.step = 0
         if options.recompute:
             _recompute_blocks(student.model)
 
     def divergences(self, batch: Batch) -> torch.Tensor:
         """Return the divergence at each token of a batch that counts, float32 [kept]."""
-        with torch.no_grad():
-            theirs = logits_of(self.teacher, batch.ids.to(self._teacher_device)).to(self._device)
+        target = self.teacher.target(batch, self._device)
         batch = batch.to(self._device)
-        ours = logits_of(self.student.model, batch.ids)
-        return divergence(ours.flatten(0, 1), theirs.flatten(0, 1))[batch.counts.flatten()]
+        return target.divergence(logits_of(self.student.model, batch.ids)[batch.counts])
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a batch, and its mean divergence alone."""
+        weight = self.options.hidden_weight
+        if not weight:
+            found = self.divergences(batch).mean()
+            return found, found
+        target = self.teacher.target(batch, self._device, hidden=True)
+        batch = batch.to(self._device)
+        with block_outputs(self.student.model) as outputs:
+            logits = logits_of(self.student.model, batch.ids)
+        found = target.divergence(logits[batch.counts]).mean()
+        ours = [output[batch.counts] for output in outputs]
+        return found + weight * difference_of_hidden(ours, target.hidden), found
 
     def train(self, batch: Batch) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
         for one in self.trained.values():
             one.parameter.grad = None
-        loss = self.divergences(batch).mean()
+        loss, found = self._losses(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         self._update(self.factor(self.step))
         self.step += 1
-        return float(loss.detach())
+        return float(found.detach())
 
     def factor(self, step: int) -> float:
         """Return what the rates are multiplied by at a step: a linear rise, and half a cosine down to nothing."""
@@ -176,8 +188,7 @@ def _trained(name: str, parameter: nn.Parameter) -> Trained:
 
 def _recompute_blocks(model: nn.Module) -> None:
     """Let the backward pass compute decoder blocks again."""
-    part: Any = model
-    for block in part.get_decoder().layers:
+    for block in blocks_of(model):
         block.forward = _checkpointed(block.forward)
 
 

@@ -31,10 +31,11 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.data import Batch
 from convert_w4a8.distillation.linear import LutLinear, Preset
-from convert_w4a8.distillation.mix import hold_out
+from convert_w4a8.distillation.mix import TrainingData, hold_out
 from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.run import TrainingData, distill
+from convert_w4a8.distillation.run import distill
 from convert_w4a8.distillation.student import Student
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer
 from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes
@@ -160,7 +161,8 @@ def measure(blocks: int, preset: Preset, options: DistillOptions, length: int) -
     """Return seconds of a step, bytes that stay, and the most bytes of a step."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(*random_student(blocks, preset), options, DEVICE)
+    student, teacher = random_student(blocks, preset)
+    trainer = Trainer(student, LiveTeacher(teacher), options, DEVICE)
     rows = options.batch_tokens // length
     ids = torch.randint(0, 8192, (rows, length))
     batch = Batch(ids, torch.ones(rows, length, dtype=torch.bool), tuple(range(rows)))

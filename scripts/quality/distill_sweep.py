@@ -21,6 +21,7 @@ from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.mix import by_tag, mixed
 from convert_w4a8.distillation.options import DistillOptions, Rates
 from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.samples.read import read_samples
 from convert_w4a8.samples.tokenizer import open_tokenizer
@@ -66,7 +67,7 @@ def main() -> int:
     need = args.steps * args.batch_tokens
     samples = read_samples(args.data, tokenizer, max_tokens=need, max_length=args.window).samples
     held_out = read_samples(args.held_out, tokenizer, max_tokens=args.held_out_tokens, max_length=args.window).samples
-    teacher = load_teacher(source, device)
+    teacher = LiveTeacher(load_teacher(source, device))
     tags = by_tag(samples)
     shares = {tag: 1 / len(tags) for tag in tags}
     rows: list[dict[str, Any]] = []

@@ -18,6 +18,7 @@ from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.mix import apart, check_domains, hold_out
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, mean
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.read import read_samples
@@ -114,7 +115,7 @@ def test_the_written_weights_are_the_trained_ones(
     _, held_out = hold_out(read_samples(data, None, vocab_size=VOCABULARY).samples)
     options = DistillOptions(batch_tokens=256)
     student = load_student(api.open_checkpoint(tmp_path / "out"), source, Preset.TABLES, cpu)
-    measured = Trainer(student, load_teacher(source, cpu), options, cpu).measure(held_out)
+    measured = Trainer(student, LiveTeacher(load_teacher(source, cpu)), options, cpu).measure(held_out)
     assert mean(measured) == json.loads(result.stdout)["after"]
 
 
