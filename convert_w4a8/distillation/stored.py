@@ -154,7 +154,7 @@ class StoredTeacher:
                 raise ConvertError(str(directory / name), reason, "remove the directory, and begin it again") from error
 
     def _open(self, path: Path) -> None:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")
         keys, ends = file.get_tensor("samples"), file.get_tensor("ends").tolist()
         width = min(self.top_k or self.vocabulary, self.vocabulary)
         rows = ends[-1] if ends else 0
