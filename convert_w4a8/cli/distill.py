@@ -117,6 +117,7 @@ if TYPE_CHECKING:
 @click.option("--png", type=LocalPath(path_type=Path), metavar="FILE", help="Draw the curve of the training.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT2 if it exists.")
 @click.option("--resume", is_flag=True, help="Continue a training to OUT2 that was interrupted, if there is one.")
+@click.option("--dry-run", is_flag=True, help="Print what would be trained and what it takes, and stop.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
 def distill_command(
@@ -133,6 +134,7 @@ def distill_command(
     teacher_logits: Path | None,
     top_k: int | None,
     png: Path | None,
+    dry_run: bool,
     overwrite: bool,
     resume: bool,
     quiet: bool,
@@ -152,7 +154,9 @@ def distill_command(
     from convert_w4a8.distillation.linear import Preset
     from convert_w4a8.distillation.options import TOP_K, DistillOptions
     from convert_w4a8.distillation.paths import check_paths
+    from convert_w4a8.distillation.prediction import predict
     from convert_w4a8.distillation.run import distill
+    from convert_w4a8.distillation.student import check_models
     from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.report import training
     from convert_w4a8.report.drawing import require_matplotlib
@@ -169,9 +173,17 @@ def distill_command(
     top_k = TOP_K if top_k is None else top_k
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
+    check_models(trained, source)
     found = _read(source, data, held_out, mix, mask, max_length)
+    stored = None if teacher_logits is None else top_k
+    cost = predict(trained, source, found, options, together=on == teacher_on, top_k=stored)
     if not (quiet or as_json):
-        echo(render.plan_text(options, found))
+        echo(render.plan_text(options, found, cost))
+    if dry_run:
+        if as_json:
+            echo_json(render.plan_dict(options, found, cost))
+        return
+    if not (quiet or as_json):
         echo_error("distill    begins; Ctrl-C keeps the last measurement for --resume")
     with training_progress(options.steps, quiet=quiet or as_json) as update:
         result = distill(

@@ -52,3 +52,7 @@ class DistillOptions:
     recompute: bool = False
     seed: int = 0
     hidden_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Take the preset as a string too. Raises ValueError for one that there is not."""
+        object.__setattr__(self, "preset", Preset(self.preset))

@@ -27,7 +27,7 @@ from convert_w4a8.distillation.recipe import record, section
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
 from convert_w4a8.distillation.state import StateDirectory
 from convert_w4a8.distillation.stored import StoredTeacher
-from convert_w4a8.distillation.student import load_student, load_teacher, vocabulary
+from convert_w4a8.distillation.student import check_models, load_student, load_teacher, vocabulary
 from convert_w4a8.distillation.teacher import LiveTeacher, Teacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.errors import ConvertError, DiskError
@@ -67,6 +67,7 @@ def distill(
 
     """
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
+    check_models(start, teacher)
     stored: StoredTeacher | None = None
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)

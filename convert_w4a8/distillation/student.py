@@ -44,15 +44,29 @@ class Student:
         yield from self.others.items()
 
 
+def check_models(start: Checkpoint, teacher: Checkpoint) -> None:
+    """Check by their headers that two checkpoints can be a student and a teacher.
+
+    Raises:
+        ConvertError: the teacher is quantized, or the student is not of the format `lut` with stored tables.
+
+    """
+    if teacher.quantization_config:
+        raise ConvertError(str(teacher.root), "is quantized", "give the model in 16 bits as --teacher")
+    names = find_target(start).find_layers(start)
+    if any(f"{name}.weight_lut" not in start.tensors for name in names):
+        raise ConvertError(
+            str(start.root), "has no tables of its own to train", "make it with w4a8 quantize --tables free"
+        )
+
+
 def load_teacher(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     """Return a model in BF16 with the weights of a checkpoint that is not quantized.
 
     Raises:
-        ConvertError: it is quantized, or transformers has no place for its tensors.
+        ConvertError: transformers has no place for its tensors.
 
     """
-    if checkpoint.quantization_config:
-        raise ConvertError(str(checkpoint.root), "is quantized", "give the model in 16 bits as --teacher")
     state = {name: _in_bfloat16(read_tensor(info)) for name, info in checkpoint.tensors.items()}
     return _build(checkpoint, state).to(device).requires_grad_(requires_grad=False)
 
@@ -63,15 +77,12 @@ def load_student(
     """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`.
 
     Raises:
-        ConvertError: it is not of the format `lut` with stored tables, or transformers has no place for its tensors.
+        ConvertError: transformers has no place for its tensors.
 
     """
+    check_models(checkpoint, teacher)
     target = find_target(checkpoint)
     names = target.find_layers(checkpoint)
-    if any(f"{name}.weight_lut" not in checkpoint.tensors for name in names):
-        raise ConvertError(
-            str(checkpoint.root), "has no tables of its own to train", "make it with w4a8 quantize --tables free"
-        )
     used = {f"{name}.{role}" for name in names for role in _ROLES}
     state = {name: _in_bfloat16(read_tensor(info)) for name, info in checkpoint.tensors.items() if name not in used}
     layers: dict[str, LutLinear] = {}

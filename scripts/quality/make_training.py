@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from make_calibration import CHARACTERS_PER_TOKEN, HubTokenizer, ngrams, print_overlap, unlike
+from make_calibration import CHARACTERS_PER_TOKEN, LEAST_LINES, HubTokenizer, ngrams, print_overlap, unlike
 
 NGRAM = 12
 """Tokens of the n-grams that are looked for in evaluation text."""
@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--skip", nargs="*", default=[], help="folders to leave out, by name")
     parser.add_argument("--unlike", type=Path, nargs="*", default=[], help="texts not to train on")
     parser.add_argument("--share", type=float, default=0.02, help="of a file's longer lines that may stand in these")
+    parser.add_argument("--least-lines", type=int, default=LEAST_LINES, help="longer lines that a file has to have")
     parser.add_argument("--overlap", type=float, default=0.02, help="of a window's n-grams that may occur in these")
     parser.add_argument("--parts", type=int, nargs="*", help="of --of, of the shuffled files (default: all)")
     parser.add_argument("--of", type=int, default=16)
@@ -72,7 +73,7 @@ def main() -> int:
     windows: list[list[int]] = []
     files = 0
     texts = (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
-    for text in dict.fromkeys(unlike(texts, others, args.share)):
+    for text in dict.fromkeys(unlike(texts, others, args.share, args.least_lines)):
         if len(windows) >= args.windows:
             break
         characters = CHARACTERS_PER_TOKEN * args.window
