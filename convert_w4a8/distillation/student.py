@@ -11,6 +11,7 @@ from torch import nn
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CONFIG
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.distillation.experts import place_experts
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import W4A8Linear
@@ -97,13 +98,13 @@ def load_student(
             weight = read_tensor(original) if wanted and original is not None else None
             layers[name] = LutLinear(w, state.get(f"{name}.bias"), preset, weight, towards)
     model = _build(checkpoint, state).requires_grad_(requires_grad=False)
+    experts = place_experts(model, layers)
     for name, layer in layers.items():
+        if name in experts:
+            continue
         if not isinstance(_find(model, name), nn.Linear):
-            raise ConvertError(
-                name,
-                f"is no linear layer of transformers' {type(model).__name__} (experts in one tensor are not trained)",
-                "leave this model as it is",
-            )
+            reason = f"is no linear layer of transformers' {type(model).__name__}"
+            raise ConvertError(name, reason, "leave this model as it is")
         above, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(above), leaf, layer)
     others = {}
