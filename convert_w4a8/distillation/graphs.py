@@ -14,7 +14,7 @@ from torch import nn
 
 from convert_w4a8.distillation.student import logits_of
 
-_MOST_WEIGHTS = 1 << 30
+MOST_WEIGHTS = 1 << 30
 """Of a model whose passes are captured."""
 _MOST_SHAPES = 4
 """That are captured; each keeps its logits and gradients."""
@@ -33,7 +33,7 @@ class Passes:
 
     def __init__(self, model: nn.Module, parameters: Sequence[torch.Tensor], device: torch.device) -> None:
         self._model, self._parameters = model, parameters
-        small = sum(parameter.numel() for parameter in model.parameters()) <= _MOST_WEIGHTS
+        small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_WEIGHTS
         self._most = _MOST_SHAPES if small and device.type == "cuda" else 0
         self._seen: Counter[torch.Size] = Counter()
         self._captured: dict[torch.Size, _Captured] = {}

@@ -140,4 +140,4 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype = torch.float3
     """Multiply bfloat16 matrices, which hold E4M3 numbers exactly, with sums in float32."""
     if a.device.type == "cpu":
         return (a.float() @ b.float()).to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b) if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)

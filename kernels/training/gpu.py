@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from convert_w4a8.fp8 import MIN_TOKEN_SCALE, E4M3_MAX
+from convert_w4a8.fp8 import E4M3_MAX, MIN_TOKEN_SCALE
 from convert_w4a8.kernels.fp8 import OPTIONS, to_e4m3
 from convert_w4a8.kernels.training.reference import by_code
 from convert_w4a8.linear import GROUP_SIZE
