@@ -9,15 +9,13 @@ from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.files import check_writable, write_files
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
-from convert_w4a8.cli.progress import training_progress
+from convert_w4a8.cli.progress import storing_progress, training_progress
 from convert_w4a8.cli.quantize import Mask, read_data
 
 if TYPE_CHECKING:
     from convert_w4a8.checkpoint.directory import Checkpoint
-    from convert_w4a8.distillation.run import TrainingData
+    from convert_w4a8.distillation.mix import TrainingData
     from convert_w4a8.samples.masks import MaskOptions
-
-_DROP, _UNIFORM = "drop", "uniform"
 
 
 @click.command("distill", cls=W4A8Command)
@@ -56,7 +54,7 @@ _DROP, _UNIFORM = "drop", "uniform"
 )
 @click.option(
     "--mix",
-    default=_DROP,
+    default="drop",
     show_default=True,
     metavar="drop|uniform|FILE",
     help="How much of each domain is trained on. drop: as much as quantization hurt it, measured before the training."
@@ -97,6 +95,25 @@ _DROP, _UNIFORM = "drop", "uniform"
 @click.option(
     "--teacher-device", metavar="cpu|cuda[:N]", help="Where the teacher runs. [default: where the model is trained]"
 )
+@click.option(
+    "--teacher-logits",
+    type=LocalPath(path_type=Path, directory=True),
+    metavar="DIR",
+    help="Read the teacher's logits from DIR; write them there first, if they are not there yet.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    metavar="K",
+    help="Of each token, the highest logits that --teacher-logits holds; 0: all. [default: 64]",
+)
+@click.option(
+    "--hidden-weight",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Weight in the loss of how far the blocks' outputs are from the teacher's.",
+)
 @click.option("--png", type=LocalPath(path_type=Path), metavar="FILE", help="Draw the curve of the training.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT2 if it exists.")
 @click.option("--resume", is_flag=True, help="Continue a training to OUT2 that was interrupted, if there is one.")
@@ -113,6 +130,8 @@ def distill_command(
     max_length: int | None,
     device: str,
     teacher_device: str | None,
+    teacher_logits: Path | None,
+    top_k: int | None,
     png: Path | None,
     overwrite: bool,
     resume: bool,
@@ -129,20 +148,27 @@ def distill_command(
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render_distilled as render
     from convert_w4a8.devices import resolve_device
+    from convert_w4a8.distillation.first_pass import check_stored
     from convert_w4a8.distillation.linear import Preset
-    from convert_w4a8.distillation.options import DistillOptions
-    from convert_w4a8.distillation.run import check_paths, distill
+    from convert_w4a8.distillation.options import TOP_K, DistillOptions
+    from convert_w4a8.distillation.paths import check_paths
+    from convert_w4a8.distillation.run import distill
     from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.report import training
     from convert_w4a8.report.drawing import require_matplotlib
 
+    if top_k is not None and teacher_logits is None:
+        raise click.UsageError("--top-k goes with --teacher-logits")
     if png is not None:
         require_matplotlib()
         check_writable(png)
     options = DistillOptions(**{**choices, "preset": Preset(choices["preset"])})
     trained, source = open_checkpoint(resolve_input(start)), open_checkpoint(resolve_input(teacher))
     on, teacher_on = resolve_device(device), resolve_device(teacher_device or device)
-    check_paths(trained, source, out, overwrite=overwrite, resume=resume)
+    check_paths(trained, source, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
+    top_k = TOP_K if top_k is None else top_k
+    if teacher_logits is not None:
+        check_stored(teacher_logits, top_k, options)
     found = _read(source, data, held_out, mix, mask, max_length)
     if not (quiet or as_json):
         echo(render.plan_text(options, found))
@@ -156,9 +182,12 @@ def distill_command(
             options,
             device=on,
             teacher_device=teacher_on,
+            teacher_logits=teacher_logits,
+            top_k=top_k,
             overwrite=overwrite,
             resume=resume,
             progress=update,
+            storing=storing_progress(quiet=quiet or as_json),
         )
     if png is not None:
         write_files({png: training.draw(result)})
@@ -177,15 +206,9 @@ def _read(
     max_length: int | None,
 ) -> "TrainingData":
     """Read samples and drops."""
-    from convert_w4a8.distillation.mix import apart, by_tag, check_domains, hold_out, read_drops
-    from convert_w4a8.distillation.run import TrainingData
+    from convert_w4a8.distillation.mix import check_domains, training_data
 
     check_domains(data)
-    samples: Any = read_data(source, data, mask, max_length=max_length).samples
-    if held_out:
-        measured: Any = read_data(source, held_out, mask, max_length=max_length).samples
-    else:
-        samples, measured = hold_out(samples)
-    samples = apart(samples, measured)
-    drops = None if mix in (_DROP, _UNIFORM) else read_drops(Path(mix), list(by_tag(samples)))
-    return TrainingData(tuple(samples), tuple(measured), drops, uniform=mix == _UNIFORM)
+    samples = read_data(source, data, mask, max_length=max_length).samples
+    measured = read_data(source, held_out, mask, max_length=max_length).samples if held_out else None
+    return training_data(samples, measured, mix)

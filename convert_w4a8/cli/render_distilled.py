@@ -5,10 +5,9 @@ from pathlib import Path
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli.render import verify_command
-from convert_w4a8.distillation.mix import by_tag
+from convert_w4a8.distillation.mix import TrainingData, by_tag
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.result import DistillResult
-from convert_w4a8.distillation.run import TrainingData
 from convert_w4a8.targets import find_target
 from convert_w4a8.text import counted, human_seconds, printable, table
 

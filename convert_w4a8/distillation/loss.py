@@ -19,7 +19,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def counted(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Return the logits [C, V] of those tokens of [B, T, V] that count, bool [B, T] on the CPU.
+    """Return the logits [C, V], or other outputs, of those tokens of [B, T, V] that count, bool [B, T] on the CPU.
 
     Where the counts are known on the host nothing waits for the device, and the gradient is gathered, not scattered:
     the same bytes from run to run.

@@ -26,6 +26,10 @@ RATES = {
 """Near what was best in the sweep in docs/explanation/distillation.md."""
 
 
+TOP_K = 64
+"""Logits of each token that are stored of a teacher, if nothing else is said."""
+
+
 @dataclass(frozen=True)
 class DistillOptions:
     """steps: of training, at most. batch_tokens: tokens of a step, with padding. rate: a factor of `RATES`.
@@ -33,7 +37,8 @@ class DistillOptions:
     warmup: the part of all steps in which the rates rise; then they fall to zero as a cosine does.
     every: steps between two measurements on held-out samples. patience: how many of these in a row may be no better
     before the training ends; 0: any number. recompute: compute blocks a second time in the backward pass instead of
-    keeping what they computed. towards: where latent weights begin (`LutLinear`).
+    keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
+    the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
     """
 
     preset: Preset = Preset.TABLES
@@ -46,3 +51,4 @@ class DistillOptions:
     towards: float = 0.0
     recompute: bool = False
     seed: int = 0
+    hidden_weight: float = 0.0

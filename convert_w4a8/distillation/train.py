@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from convert_w4a8.devices import training
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
 from convert_w4a8.distillation.graphs import Passes
-from convert_w4a8.distillation.loss import counted, divergence
+from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
+from convert_w4a8.distillation.loss import counted
 from convert_w4a8.distillation.machine import upload
 from convert_w4a8.distillation.options import RATES, DistillOptions, Rates
 from convert_w4a8.distillation.student import Student, logits_of
+from convert_w4a8.distillation.teacher import Teacher
 from convert_w4a8.samples.sample import Sample
 
 _BETAS = (0.9, 0.99)
@@ -48,7 +50,7 @@ class Trainer:
     def __init__(
         self,
         student: Student,
-        teacher: nn.Module,
+        teacher: Teacher,
         options: DistillOptions,
         device: torch.device,
         rates: Rates | None = None,
@@ -58,37 +60,40 @@ class Trainer:
         self._device = device
         self._rates = rates or RATES[options.preset]
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
-        self._teacher_device = next(teacher.parameters()).device
-        self._theirs = Passes(teacher, (), self._teacher_device)
-        self._ours = Passes(student.model, [one.parameter for one in self.trained.values()], device)
+        self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0
         if options.recompute:
             _recompute_blocks(student.model)
 
     @torch.no_grad()
-    def target(self, batch: Batch) -> torch.Tensor:
-        """Return the teacher's logits [C, V] of the tokens of a batch that count."""
-        theirs = self._theirs.forward(upload(batch.ids, self._teacher_device))
-        return counted(theirs, batch.counts).to(self._device)
-
-    @torch.no_grad()
     def divergences(self, batch: Batch) -> torch.Tensor:
         """Return the divergence at each token of a batch that counts, float32 [C]."""
-        ours = logits_of(self.student.model, upload(batch.ids, self._device))
-        return divergence(counted(ours, batch.counts), self.target(batch))
+        target = self.teacher.target(batch, self._device)
+        return target.divergence(counted(logits_of(self.student.model, upload(batch.ids, self._device)), batch.counts))
 
     def train(self, batch: Batch) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
         for one in self.trained.values():
             one.parameter.grad = None
-        theirs = self.target(batch)
-        ours = self._ours.forward(upload(batch.ids, self._device))
-        loss = divergence(counted(ours, batch.counts), theirs).mean()
+        loss, found = self._losses(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._ours.backward()
+        self._passes.backward()
         self._update(self.factor(self.step))
         self.step += 1
-        return float(loss.detach())
+        return float(found.detach())
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a batch, and its mean divergence alone."""
+        weight, ids = self.options.hidden_weight, upload(batch.ids, self._device)
+        target = self.teacher.target(batch, self._device, hidden=weight > 0)
+        if not weight:
+            found = target.divergence(counted(self._passes.forward(ids), batch.counts)).mean()
+            return found, found
+        with block_outputs(self.student.model) as outputs:
+            logits = logits_of(self.student.model, ids)
+        found = target.divergence(counted(logits, batch.counts)).mean()
+        ours = [counted(output, batch.counts) for output in outputs]
+        return found + weight * difference_of_hidden(ours, target.hidden), found
 
     def factor(self, step: int) -> float:
         """Return what the rates are multiplied by at a step: a linear rise, and half a cosine down to nothing."""
@@ -185,8 +190,7 @@ def _trained(name: str, parameter: nn.Parameter) -> Trained:
 
 def _recompute_blocks(model: nn.Module) -> None:
     """Let the backward pass compute decoder blocks again."""
-    part: Any = model
-    for block in part.get_decoder().layers:
+    for block in blocks_of(model):
         block.forward = _checkpointed(block.forward)
 
 

@@ -10,7 +10,7 @@ from convert_w4a8.linear import GROUP_SIZE
 
 _ZERO = 8
 """The code that is 0."""
-_LOGITS_AT_ONCE = 1 << 25
+LOGITS_AT_ONCE = 1 << 25
 """Logits in float32 at a time: 128 MiB, and some times that for what is computed from them."""
 
 
@@ -78,7 +78,7 @@ def divergence(
     The gradient, q − p, is in the student's dtype; it is computed some tokens at a time, so that no copies of all
     logits in float32 are.
     """
-    step = max(1, _LOGITS_AT_ONCE // student.shape[-1])
+    step = max(1, LOGITS_AT_ONCE // student.shape[-1])
     values = [student.new_zeros(0, dtype=torch.float32)]
     gradient = torch.empty_like(student) if with_gradient else None
     for start in range(0, len(student), step):

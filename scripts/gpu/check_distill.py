@@ -37,6 +37,7 @@ from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import by_tag, mixed
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import Student, load_student, load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer
 from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes
@@ -103,7 +104,7 @@ def check_resume(args: argparse.Namespace) -> Iterator[Row]:
     """Train whole, again, and stopped half-way and continued in a new trainer: the same values and moments."""
     start, source = open_checkpoint(args.start), open_checkpoint(args.teacher)
     samples = read_samples(args.data, open_tokenizer(source.root), max_tokens=200_000, max_length=512).samples
-    teacher = load_teacher(source, DEVICE)
+    teacher = LiveTeacher(load_teacher(source, DEVICE))
     shares = dict.fromkeys(by_tag(samples), 1.0)
     for preset in Preset:
         options = DistillOptions(preset=preset, steps=args.steps, batch_tokens=4096)
@@ -136,7 +137,7 @@ def check_passes(args: argparse.Namespace) -> Iterator[Row]:
     """Train with and without CUDA graphs: the same values, and how fast."""
     start, source = open_checkpoint(args.start), open_checkpoint(args.teacher)
     samples = read_samples(args.data, open_tokenizer(source.root), max_tokens=500_000, max_length=512).samples
-    teacher = load_teacher(source, DEVICE)
+    teacher = LiveTeacher(load_teacher(source, DEVICE))
     shares = dict.fromkeys(by_tag(samples), 1.0)
     for preset in Preset:
         for tokens in (8192, 16384, 32768):
@@ -192,7 +193,8 @@ def measure(blocks: int, preset: Preset, options: DistillOptions, length: int) -
     """Return seconds of a step, bytes that stay, and the most bytes of a step."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(*random_student(blocks, preset), options, DEVICE)
+    student, teacher = random_student(blocks, preset)
+    trainer = Trainer(student, LiveTeacher(teacher), options, DEVICE)
     rows = options.batch_tokens // length
     ids = torch.randint(0, 8192, (rows, length))
     batch = Batch(ids, torch.ones(rows, length, dtype=torch.bool), tuple(range(rows)))

@@ -26,6 +26,7 @@ from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import by_tag, mixed
 from convert_w4a8.distillation.options import DistillOptions, Rates
 from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.samples.read import read_samples
 from convert_w4a8.samples.sample import Sample
@@ -122,7 +123,7 @@ def main() -> int:
     tokenizer = open_tokenizer(source.root)
     held_out = read(args.held_out, tokenizer, args.held_out_tokens, args.window)
     evaluation = read(args.evaluation, tokenizer, args.evaluation_tokens, args.window)
-    teacher = load_teacher(source, device)
+    teacher = LiveTeacher(load_teacher(source, device))
     rows: list[dict[str, Any]] = []
     with deterministic(device):
         for preset, rates, given in args.rates:
