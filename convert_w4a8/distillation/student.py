@@ -20,6 +20,7 @@ from convert_w4a8.version import install_command
 
 _ROLES = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
 """What the tensors of a quantized layer are called."""
+_FINDER = "find_packed_sequence_indices"
 _ANOTHER = "install another transformers, or distill a model that it has"
 
 
@@ -123,8 +124,29 @@ def load_student(
 
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits bfloat16 [B, T, V] of token ids [B, T], padded on the right where samples are shorter."""
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    with _one_sample_a_row():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
+
+
+@contextmanager
+def _one_sample_a_row() -> Iterator[None]:
+    """Keep transformers from looking for several samples in a row.
+
+    It looks at the positions, which makes the host wait for the device, and while a CUDA graph is captured, where it
+    cannot look, it takes for granted that there are: then attention has a mask, and is slow.
+    """
+    import transformers.masking_utils as masks  # noqa: PLC0415
+
+    find = getattr(masks, _FINDER, None)
+    if find is None:  # another transformers
+        yield
+        return
+    setattr(masks, _FINDER, lambda *_args, **_options: None)
+    try:
+        yield
+    finally:
+        setattr(masks, _FINDER, find)
 
 
 def vocabulary(model: nn.Module) -> int:

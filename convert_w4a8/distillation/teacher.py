@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.hidden import block_outputs
-from convert_w4a8.distillation.loss import divergence
+from convert_w4a8.distillation.loss import counted, divergence
+from convert_w4a8.distillation.machine import upload
 from convert_w4a8.distillation.student import logits_of, vocabulary
 
 
@@ -62,13 +64,15 @@ class LiveTeacher:
         self.model = model
         self.vocabulary = vocabulary(model)
         self._device = next(model.parameters()).device
+        self._passes = Passes(model, (), self._device)
 
     @torch.no_grad()
     def target(self, batch: Batch, device: torch.device, *, hidden: bool = False) -> Logits:
         """Return all logits."""
-        counts = batch.counts.to(self._device)
+        ids = upload(batch.ids, self._device)
         if not hidden:
-            return Logits(logits_of(self.model, batch.ids.to(self._device))[counts].to(device))
+            return Logits(counted(self._passes.forward(ids), batch.counts).to(device))
         with block_outputs(self.model) as outputs:
-            logits = logits_of(self.model, batch.ids.to(self._device))
-        return Logits(logits[counts].to(device), tuple(each[counts].to(device) for each in outputs))
+            logits = logits_of(self.model, ids)
+        first, *rest = (counted(each, batch.counts).to(device) for each in (logits, *outputs))
+        return Logits(first, tuple(rest))

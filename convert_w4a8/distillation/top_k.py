@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from convert_w4a8.distillation.loss import LOGITS_AT_ONCE
+from convert_w4a8.kernels.training.reference import LOGITS_AT_ONCE
 
 
 @dataclass(frozen=True)

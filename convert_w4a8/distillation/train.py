@@ -9,8 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from convert_w4a8.devices import training
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
+from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
+from convert_w4a8.distillation.loss import counted
+from convert_w4a8.distillation.machine import upload
 from convert_w4a8.distillation.options import RATES, DistillOptions, Rates
 from convert_w4a8.distillation.student import Student, logits_of
 from convert_w4a8.distillation.teacher import Teacher
@@ -56,29 +60,16 @@ class Trainer:
         self._device = device
         self._rates = rates or RATES[options.preset]
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
+        self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0
         if options.recompute:
             _recompute_blocks(student.model)
 
+    @torch.no_grad()
     def divergences(self, batch: Batch) -> torch.Tensor:
-        """Return the divergence at each token of a batch that counts, float32 [kept]."""
+        """Return the divergence at each token of a batch that counts, float32 [C]."""
         target = self.teacher.target(batch, self._device)
-        batch = batch.to(self._device)
-        return target.divergence(logits_of(self.student.model, batch.ids)[batch.counts])
-
-    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of a batch, and its mean divergence alone."""
-        weight = self.options.hidden_weight
-        if not weight:
-            found = self.divergences(batch).mean()
-            return found, found
-        target = self.teacher.target(batch, self._device, hidden=True)
-        batch = batch.to(self._device)
-        with block_outputs(self.student.model) as outputs:
-            logits = logits_of(self.student.model, batch.ids)
-        found = target.divergence(logits[batch.counts]).mean()
-        ours = [output[batch.counts] for output in outputs]
-        return found + weight * difference_of_hidden(ours, target.hidden), found
+        return target.divergence(counted(logits_of(self.student.model, upload(batch.ids, self._device)), batch.counts))
 
     def train(self, batch: Batch) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
@@ -86,9 +77,23 @@ class Trainer:
             one.parameter.grad = None
         loss, found = self._losses(batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._passes.backward()
         self._update(self.factor(self.step))
         self.step += 1
         return float(found.detach())
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a batch, and its mean divergence alone."""
+        weight, ids = self.options.hidden_weight, upload(batch.ids, self._device)
+        target = self.teacher.target(batch, self._device, hidden=weight > 0)
+        if not weight:
+            found = target.divergence(counted(self._passes.forward(ids), batch.counts)).mean()
+            return found, found
+        with block_outputs(self.student.model) as outputs:
+            logits = logits_of(self.student.model, ids)
+        found = target.divergence(counted(logits, batch.counts)).mean()
+        ours = [counted(output, batch.counts) for output in outputs]
+        return found + weight * difference_of_hidden(ours, target.hidden), found
 
     def factor(self, step: int) -> float:
         """Return what the rates are multiplied by at a step: a linear rise, and half a cosine down to nothing."""
@@ -97,20 +102,17 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, factor: float) -> None:
-        """Take one step of Adam (Kingma and Ba, 2015)."""
-        count = self.step + 1
-        for one in self.trained.values():
+        """Take one step of Adam."""
+        first, second = (1 - beta ** (self.step + 1) for beta in _BETAS)
+        ones = [one for one in self.trained.values() if one.parameter.grad is not None]
+        sizes = [factor * getattr(self._rates, one.kind) * one.unit / first for one in ones]
+        rest = [1 - _BETAS[0], 1 - _BETAS[1], second**-0.5, _EPSILON]
+        numbers = upload(torch.tensor([[size, *rest] for size in sizes]), self._device)
+        operations = training(self._device)
+        for one, own in zip(ones, numbers, strict=True):
             gradient = one.parameter.grad
-            if gradient is None:
-                continue
-            gradient = gradient.float()
-            one.first.lerp_(gradient, 1 - _BETAS[0])
-            one.second.lerp_(gradient.square_(), 1 - _BETAS[1])
-            size = (one.second / (1 - _BETAS[1] ** count)).sqrt_().add_(_EPSILON)
-            rate = factor * getattr(self._rates, one.kind) * one.unit / (1 - _BETAS[0] ** count)
-            one.value.addcdiv_(one.first, size, value=-rate)
-            if one.rounded is not None:
-                one.rounded.copy_(one.value)
+            assert gradient is not None
+            operations.adam(one.value, gradient, one.first, one.second, one.rounded, own)
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> torch.Tensor:
@@ -194,6 +196,6 @@ def _recompute_blocks(model: nn.Module) -> None:
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run
