@@ -1,7 +1,8 @@
 """A model's passes as CUDA graphs: thousands of small kernels, launched at once.
 
 The kernels are those that would be launched one by one, so results are the same. Large models, whose kernels take
-longer than launching them, are left as they are.
+longer than launching them, are left as they are, and so are mixtures of experts, where the host looks at what the
+router chose.
 """
 
 import logging
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from convert_w4a8.distillation.experts import LutExperts
 from convert_w4a8.distillation.student import logits_of
+from convert_w4a8.experts import is_experts
 
 MOST_WEIGHTS = 1 << 30
 """Of a model whose passes are captured."""
@@ -34,7 +37,8 @@ class Passes:
     def __init__(self, model: nn.Module, parameters: Sequence[torch.Tensor], device: torch.device) -> None:
         self._model, self._parameters = model, parameters
         small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_WEIGHTS
-        self._most = _MOST_SHAPES if small and device.type == "cuda" else 0
+        has_experts = any(isinstance(module, LutExperts) or is_experts(module) for module in model.modules())
+        self._most = _MOST_SHAPES if small and device.type == "cuda" and not has_experts else 0
         self._seen: Counter[torch.Size] = Counter()
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool: Any = None

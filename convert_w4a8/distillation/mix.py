@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class TrainingData:
 
 
 def training_data(
-    samples: Sequence[Sample], held_out: Sequence[Sample] | None, mix: str | Path | Mapping[str, float]
+    samples: Sequence[Sample], held_out: Sequence[Sample] | None, mix: str | PathLike[str] | Mapping[str, float]
 ) -> TrainingData:
     """Return the data of a training.
 

@@ -166,7 +166,7 @@ def test_a_pass_goes_on_where_it_was_interrupted(model: Path, tmp_path: Path, mo
 
 def test_a_disk_that_is_too_small(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is said before the pass."""
-    monkeypatch.setattr(first_pass.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ConvertError, match="the disk has 1 free"):
         stored_teacher(
             api.open_checkpoint(model), samples_of([20]).samples, tmp_path / "l", 4, device=CPU, batch_tokens=64
