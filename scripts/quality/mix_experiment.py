@@ -11,6 +11,7 @@ which see the same samples of a domain in the same order, one mix more of them t
 """
 
 import argparse
+import gc
 import gzip
 import json
 import math
@@ -84,6 +85,10 @@ def train(args: argparse.Namespace) -> Iterator[Row]:
                     seen[sample.origin.partition(".")[0]] += len(sample)
             seconds = time.monotonic() - at
             after = trainer.measure(test)
+            del trainer
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             yield {
                 "preset": preset,
                 "seed": seed,
