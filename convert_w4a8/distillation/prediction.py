@@ -23,7 +23,8 @@ from convert_w4a8.targets import find_target
 OPERATIONS = 450e12
 """Of matrix products in BF16 that an H100 does in a second."""
 PER_WEIGHT = {Preset.TABLES: 0.20e-9, Preset.WEIGHTS: 0.36e-9}
-"""Seconds a step of all that is done once a weight, however many tokens there are: looking up, sums, Adam."""
+"""Seconds a step of all that is done once a weight, however many tokens there are: looking up, sums, Adam. Most of it
+every GPU does for all weights, where several have a model together."""
 PER_WEIGHT_AGAIN = 0.05e-9
 """The same of looking up a second time, where blocks are computed twice."""
 PER_LOGIT = 15e-12
@@ -181,8 +182,8 @@ def predict_cost(
     passes = (1 if stored_rows is not None else 2) + 2 + (1 if options.recompute else 0)
     seconds = 2 * passes * tokens * sizes.active / OPERATIONS
     seconds += 2 * (passes - 1) * tokens * sizes.hidden * sizes.vocabulary / OPERATIONS
-    seconds += PER_WEIGHT[preset] * sizes.weights / gpus + PER_LOGIT * tokens * sizes.vocabulary
-    seconds += PER_WEIGHT_AGAIN * sizes.weights / gpus if options.recompute else 0.0
+    seconds += PER_WEIGHT[preset] * sizes.weights + PER_LOGIT * tokens * sizes.vocabulary
+    seconds += PER_WEIGHT_AGAIN * sizes.weights if options.recompute else 0.0
     if gpus > 1:  # gathered for each pass, and not hidden behind computing
         moved = (2 + options.recompute) * _GATHERED[preset] + _REDUCED[preset] + 2
         seconds += moved * sizes.weights * (gpus - 1) / gpus / LINK
