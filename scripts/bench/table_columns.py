@@ -227,7 +227,7 @@ COLUMNS: dict[str, Columns] = {
         *(("share by drop", "{share:.0%}"), ("by drop", "{drop:.5f}"), ("uniform", "{uniform:.5f}")),
         ("by drop less before", "{change:+.5f} ± {change_standard_error:.5f}"),
         ("by drop less uniform", "{difference:+.5f} ± {difference_standard_error:.5f}"),
-        ("each seed", "{difference_by_seed}"),
+        ("seeds", "{seeds}"),
     ),
     "distill-stored": (
         *(("teacher", "{teacher}"), ("logits of a token", "{top_k}"), ("hidden states", "{hidden:g}")),

@@ -2,8 +2,8 @@
 
     predict_distill.py [--json FILE | --keep distill-paper]
 
-One H100's times and bytes are those that `w4a8 distill --dry-run` predicts. Over several, each GPU holds its part of both
-models and has a batch of its own, as torch's FSDP2 does it: blocks are brought together for each pass, and their
+One H100's times and bytes are those that `w4a8 distill --dry-run` predicts. Over several, each GPU holds its part of
+both models and has a batch of its own, as torch's FSDP2 does it: blocks are brought together for each pass, and their
 gradients summed, without computing meanwhile, as if NVLink connected all.
 """
 
