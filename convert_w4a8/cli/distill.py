@@ -68,14 +68,14 @@ if TYPE_CHECKING:
     " [default: none]",
 )
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N", help="Cut samples to so many tokens.")
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Steps of training.")
+@click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps of training.")
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each step."
+    "--batch-tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="Tokens of each step."
 )
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Factor of all rates."
 )
-@click.option("--every", type=click.IntRange(min=1), default=25, show_default=True, help="Steps between measurements.")
+@click.option("--every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between measurements.")
 @click.option(
     "--patience",
     type=click.IntRange(min=0),

@@ -20,7 +20,7 @@ from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
 from convert_w4a8.distillation.hidden import check_blocks
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import TrainingData, by_tag, mixed, shares
-from convert_w4a8.distillation.options import RATES, TOP_K, DistillOptions
+from convert_w4a8.distillation.options import TOP_K, DistillOptions, rates_for
 from convert_w4a8.distillation.output import plan_files, write_output
 from convert_w4a8.distillation.paths import check_paths
 from convert_w4a8.distillation.recipe import record, section
@@ -256,4 +256,4 @@ def _fingerprint(
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
     found |= {"--teacher-logits": stored.digest} if stored is not None else {}
-    return found | {"rates": asdict(RATES[options.preset]), "data": data.digest()}
+    return found | {"rates": asdict(rates_for(options.preset, options.steps)), "data": data.digest()}

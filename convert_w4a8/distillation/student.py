@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from convert_w4a8.version import install_command
 
 _ROLES = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
 """What the tensors of a quantized layer are called."""
-_FINDER = "find_packed_sequence_indices"
 _ANOTHER = "install another transformers, or distill a model that it has"
 
 
@@ -131,22 +131,26 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _one_sample_a_row() -> Iterator[None]:
-    """Keep transformers from looking for several samples in a row.
+    """Keep transformers from making masks where causal attention needs none.
 
-    It looks at the positions, which makes the host wait for the device, and while a CUDA graph is captured, where it
-    cannot look, it takes for granted that there are: then attention has a mask, and is slow.
+    It looks for several samples in a row by their positions, for which the host waits for the device; while a CUDA
+    graph is captured it cannot look, and makes masks, with which attention takes the slow way.
     """
     import transformers.masking_utils as masks  # noqa: PLC0415
 
-    find = getattr(masks, _FINDER, None)
-    if find is None:  # another transformers
-        yield
-        return
-    setattr(masks, _FINDER, lambda *_args, **_options: None)
+    answers = {"find_packed_sequence_indices": None, "is_tracing": False}
+    before = {name: getattr(masks, name) for name in answers if hasattr(masks, name)}
+    for name in before:
+        setattr(masks, name, partial(_answer, answers[name]))
     try:
         yield
     finally:
-        setattr(masks, _FINDER, find)
+        for name, function in before.items():
+            setattr(masks, name, function)
+
+
+def _answer(answer: bool | None, *_arguments: Any, **_options: Any) -> bool | None:
+    return answer
 
 
 def vocabulary(model: nn.Module) -> int:

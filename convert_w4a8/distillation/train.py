@@ -15,7 +15,7 @@ from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
 from convert_w4a8.distillation.loss import counted
 from convert_w4a8.distillation.machine import upload
-from convert_w4a8.distillation.options import RATES, DistillOptions, Rates
+from convert_w4a8.distillation.options import DistillOptions, Rates, rates_for
 from convert_w4a8.distillation.student import Student, logits_of
 from convert_w4a8.distillation.teacher import Teacher
 from convert_w4a8.samples.sample import Sample
@@ -55,10 +55,10 @@ class Trainer:
         device: torch.device,
         rates: Rates | None = None,
     ) -> None:
-        """Begin. rates: instead of `RATES` of the preset."""
+        """Begin. rates: instead of those for the preset and the steps."""
         self.student, self.teacher, self.options = student, teacher, options
         self._device = device
-        self._rates = rates or RATES[options.preset]
+        self._rates = rates or rates_for(options.preset, options.steps)
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
         self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0

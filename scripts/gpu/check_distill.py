@@ -140,23 +140,22 @@ def check_passes(args: argparse.Namespace) -> Iterator[Row]:
     teacher = LiveTeacher(load_teacher(source, DEVICE))
     shares = dict.fromkeys(by_tag(samples), 1.0)
     for preset in Preset:
-        for tokens in (8192, 16384, 32768):
-            options = DistillOptions(preset=preset, steps=args.steps, batch_tokens=tokens)
-            batch = mixed(samples, shares, options)
-            row: Row = {"preset": str(preset), "batch_tokens": tokens}
-            digests = []
-            with deterministic(DEVICE):
-                for name, most in (("graphs", graphs.MOST_WEIGHTS), ("launches", 0)):
-                    with patch.object(graphs, "MOST_WEIGHTS", most):
-                        trainer = Trainer(load_student(start, source, preset, DEVICE), teacher, options, DEVICE)
-                    for step in range(args.steps):
-                        if step == args.steps // 2:
-                            began = time.perf_counter()
-                        trainer.train(batch(step))
-                    seconds = (time.perf_counter() - began) / (args.steps - args.steps // 2)
-                    row |= {f"tokens_per_second_with_{name}": round(tokens / seconds)}
-                    digests.append(digest(trainer))
-            yield row | {"same_again": digests[0] == digests[1]}
+        options = DistillOptions(preset=preset, steps=args.steps, batch_tokens=args.tokens)
+        batch = mixed(samples, shares, options)
+        row: Row = {"preset": str(preset), "batch_tokens": args.tokens}
+        digests = []
+        with deterministic(DEVICE):
+            for name, most in (("graphs", graphs.MOST_WEIGHTS), ("launches", 0)):
+                with patch.object(graphs, "MOST_WEIGHTS", most):
+                    trainer = Trainer(load_student(start, source, preset, DEVICE), teacher, options, DEVICE)
+                for step in range(args.steps):
+                    if step == args.steps // 2:
+                        began = time.perf_counter()
+                    trainer.train(batch(step))
+                seconds = (time.perf_counter() - began) / (args.steps - args.steps // 2)
+                row |= {f"tokens_per_second_with_{name}": round(args.tokens / seconds)}
+                digests.append(digest(trainer))
+        yield row | {"same_again": digests[0] == digests[1]}
 
 
 def random_linear(n: int, k: int) -> W4A8Linear:
@@ -237,7 +236,7 @@ def main() -> int:
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--data", type=Path, nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=8192, help="of a step (block)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step (block, passes)")
     parser.add_argument("--length", type=int, default=2048, help="of a sample (block)")
     add_options(parser)
     args = parser.parse_args()
