@@ -31,7 +31,7 @@ def test_it_brings_hidden_states_nearer(model: Path, start: Path, data: list[Pat
     assert target.hidden[0].shape == (int(batch.counts.sum()), 128)
     found = {}
     for name, weight, recompute in (("without", 0.0, False), ("with", 30.0, False), ("again", 30.0, True)):
-        options = DistillOptions(rate=4, steps=12, hidden_weight=weight, recompute=recompute)
+        options = DistillOptions(rate=10, steps=12, hidden_weight=weight, recompute=recompute)
         student = load_student(api.open_checkpoint(start), source, Preset.TABLES, CPU)
         trainer = Trainer(student, teacher, options, CPU)
 
@@ -63,8 +63,8 @@ def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
     """The same bytes as the command's, with drops given; what cannot be done is a ConvertError."""
     files = [write_data(tmp_path / f"{name}.jsonl", seed, count=40) for seed, name in enumerate(("one", "two"))]
     samples = read_samples(files, None, vocab_size=VOCABULARY)
-    options = DistillOptions("weights", steps=8, every=2, batch_tokens=256, rate=4)  # type: ignore[arg-type]
-    assert options.preset is Preset.WEIGHTS
+    options = DistillOptions("tables", steps=8, every=2, batch_tokens=256, rate=10)  # type: ignore[arg-type]
+    assert options.preset is Preset.TABLES
     steps: list[int] = []
     result = distill_from_python(
         start,
@@ -84,7 +84,7 @@ def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
     assert not api.verify(tmp_path / "python", start).problems
     drops = tmp_path / "drops.json"
     drops.write_text('{"one": 3, "two": 1}')
-    more = ("--rate", "4", "--preset", "weights", "--mix", drops, "--teacher-logits", tmp_path / "logits", "--top-k", 0)
+    more = ("--rate", "10", "--mix", drops, "--teacher-logits", tmp_path / "logits", "--top-k", 0)
     shown = distill(start, model, files, tmp_path / "command", *more)
     assert shown.exit_code == 0, shown.output
     ours, theirs = (
