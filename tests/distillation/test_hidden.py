@@ -63,7 +63,7 @@ def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
     """The same bytes as the command's, with drops given; what cannot be done is a ConvertError."""
     files = [write_data(tmp_path / f"{name}.jsonl", seed, count=40) for seed, name in enumerate(("one", "two"))]
     samples = read_samples(files, None, vocab_size=VOCABULARY)
-    options = DistillOptions("tables", steps=8, every=2, batch_tokens=256, rate=10)  # type: ignore[arg-type]
+    options = DistillOptions("tables", steps=8, every=2, batch_tokens=256, rate=4)  # type: ignore[arg-type]
     assert options.preset is Preset.TABLES
     steps: list[int] = []
     result = distill_from_python(
@@ -84,7 +84,7 @@ def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
     assert not api.verify(tmp_path / "python", start).problems
     drops = tmp_path / "drops.json"
     drops.write_text('{"one": 3, "two": 1}')
-    more = ("--rate", "10", "--mix", drops, "--teacher-logits", tmp_path / "logits", "--top-k", 0)
+    more = ("--rate", "4", "--mix", drops, "--teacher-logits", tmp_path / "logits", "--top-k", 0)
     shown = distill(start, model, files, tmp_path / "command", *more)
     assert shown.exit_code == 0, shown.output
     ours, theirs = (
