@@ -22,11 +22,13 @@ from convert_w4a8.targets import find_target
 
 OPERATIONS = 450e12
 """Of matrix products in BF16 that an H100 does in a second."""
-PER_WEIGHT = {Preset.TABLES: 0.20e-9, Preset.WEIGHTS: 0.36e-9}
+PER_WEIGHT = {Preset.TABLES: 0.045e-9, Preset.WEIGHTS: 0.20e-9}
 """Seconds a step of all that is done once a weight, however many tokens there are: looking up, sums, Adam. Most of it
 every GPU does for all weights, where several have a model together."""
-PER_WEIGHT_AGAIN = 0.05e-9
-"""The same of looking up a second time, where blocks are computed twice."""
+PER_CHANNEL = 50e-12
+"""Seconds of all that is done with activations, a token and an input or output channel of a layer, …"""
+PER_CHANNEL_AGAIN = 15e-12
+"""… and of doing its forward part a second time, where blocks are computed twice."""
 PER_LOGIT = 15e-12
 """Seconds of the loss, for each token and each of the vocabulary."""
 ACTIVATIONS = 2.4
@@ -183,12 +185,13 @@ def predict_cost(
     seconds = 2 * passes * tokens * sizes.active / OPERATIONS
     seconds += 2 * (passes - 1) * tokens * sizes.hidden * sizes.vocabulary / OPERATIONS
     seconds += PER_WEIGHT[preset] * sizes.weights + PER_LOGIT * tokens * sizes.vocabulary
-    seconds += PER_WEIGHT_AGAIN * sizes.weights if options.recompute else 0.0
+    seconds += (PER_CHANNEL + (PER_CHANNEL_AGAIN if options.recompute else 0.0)) * tokens * sizes.width
     if gpus > 1:  # gathered for each pass, and not hidden behind computing
         moved = (2 + options.recompute) * _GATHERED[preset] + _REDUCED[preset] + 2
         seconds += moved * sizes.weights * (gpus - 1) / gpus / LINK
     measured = (options.steps // options.every + 2) * held_out_tokens / gpus
     forward = 4 * (sizes.active + sizes.hidden * sizes.vocabulary) / OPERATIONS + PER_LOGIT * sizes.vocabulary
+    forward += 2 * PER_CHANNEL_AGAIN * sizes.width
     return Cost(
         trained=trained,
         gpu_memory=int(memory),
