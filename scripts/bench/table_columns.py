@@ -232,19 +232,6 @@ COLUMNS: dict[str, Columns] = {
         *(("tokens of a step on each", "{tokens_a_gpu:,}"), ("GiB on each", "{gib:.0f}")),
         *(("s a step", "{seconds_per_step:.1f}"), ("h for 50 million tokens", "{hours:.1f}")),
     ),
-    "distill-mix": (
-        *(("preset", "{preset}"), ("domain", "{domain}"), ("before", "{before:.5f}")),
-        *(("share by drop", "{share:.0%}"), ("by drop", "{drop:.5f}"), ("uniform", "{uniform:.5f}")),
-        ("by drop less before", "{change:+.5f} ± {change_standard_error:.5f}"),
-        ("by drop less uniform", "{difference:+.5f} ± {difference_standard_error:.5f}"),
-        ("seeds", "{seeds}"),
-    ),
-    "distill-stored": (
-        *(("teacher", "{teacher}"), ("logits of a token", "{top_k}"), ("hidden states", "{hidden:g}")),
-        *(("bytes a token", "{bytes_per_token:,.0f}"), ("s of the pass", "{pass_seconds:.0f}"), ("s", "{seconds:.0f}")),
-        *(("divergence it sees before", "{bound:.5f}"), ("after, by all logits", "{after:.5f}")),
-        ("more than the first", "{over_live:+.5f} ± {over_live_standard_error:.5f}"),
-    ),
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),
