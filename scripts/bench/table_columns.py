@@ -213,16 +213,6 @@ COLUMNS: dict[str, Columns] = {
         *(("s", "{seconds:.0f}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
         *(("perplexity", "{perplexity:.3f}"), ("same next token", "{agreement:.2%}")),
     ),
-    "distill-kl-vllm": (
-        *(("checkpoint", "{weights}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
-        *(("perplexity", "{perplexity:.3f}"), ("nats a token more", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}")),
-        ("same next token", "{agreement:.2%}"),
-    ),
-    "distill-passes": (
-        *(("preset", "{preset}"), ("tokens a step", "{batch_tokens:,}")),
-        ("tokens a second with CUDA graphs", "{tokens_per_second_with_graphs:,}"),
-        *(("without", "{tokens_per_second_with_launches:,}"), ("the same values", "{same_again}")),
-    ),
     "distill-block": (
         *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("s a block", "{seconds_per_block:.3f}")),
         *(("bytes kept", "{bytes_kept_per_block:,}"), ("bytes at most", "{peak_bytes_per_block:,}")),
