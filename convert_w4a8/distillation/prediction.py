@@ -20,14 +20,14 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TILE_K
 from convert_w4a8.targets import find_target
 
-OPERATIONS = 450e12
+OPERATIONS = 600e12
 """Of matrix products in BF16 that an H100 does in a second."""
-PER_WEIGHT = {Preset.TABLES: 0.045e-9, Preset.WEIGHTS: 0.20e-9}
+PER_WEIGHT = {Preset.TABLES: 0.012e-9, Preset.WEIGHTS: 0.055e-9}
 """Seconds a step of all that is done once a weight, however many tokens there are: looking up, sums, Adam. Most of it
 every GPU does for all weights, where several have a model together."""
-PER_CHANNEL = 50e-12
+PER_CHANNEL = 12e-12
 """Seconds of all that is done with activations, a token and an input or output channel of a layer, …"""
-PER_CHANNEL_AGAIN = 15e-12
+PER_CHANNEL_AGAIN = 5e-12
 """… and of doing its forward part a second time, where blocks are computed twice."""
 PER_LOGIT = 15e-12
 """Seconds of the loss, for each token and each of the vocabulary."""
