@@ -5,7 +5,7 @@ Paths are strings or `Path`s; a source may also be a Hub id, `org/name[@revision
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.devices import resolve_device
+from convert_w4a8.distillation import run as distillation
+from convert_w4a8.distillation.mix import DROP, training_data
+from convert_w4a8.distillation.options import TOP_K, DistillOptions
+from convert_w4a8.distillation.result import DistillResult
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.hub.repository import resolve_input
 from convert_w4a8.options import Options
@@ -29,15 +33,30 @@ from convert_w4a8.report import collect, inspection
 from convert_w4a8.samples.sample import SampleSet
 from convert_w4a8.verification import either, proof
 
-__all__ = ["check", "convert", "inspect", "make_plan", "make_report", "open_checkpoint", "quantize", "verify"]
+__all__ = [
+    "check",
+    "convert",
+    "distill",
+    "inspect",
+    "make_plan",
+    "make_report",
+    "open_checkpoint",
+    "quantize",
+    "verify",
+]
 
 PathOrId = str | PathLike[str]
 _DEFAULTS = Options()
 _DEFAULTS_OF_QUANTIZE = QuantizeOptions()
+_DEFAULTS_OF_DISTILL = DistillOptions()
 
 
 def _ignore(_nbytes: int) -> None:
     """Take no notice of progress."""
+
+
+def _ignore_step(_step: int, _divergence: float) -> None:
+    """Take no notice of a step."""
 
 
 def local_path(path: PathOrId) -> Path:
@@ -139,6 +158,52 @@ def quantize(
         local_path(out),
         samples,
         device=resolve_device(device),
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def distill(
+    start: PathOrId,
+    teacher: PathOrId,
+    out: PathOrId,
+    samples: SampleSet,
+    options: DistillOptions = _DEFAULTS_OF_DISTILL,
+    *,
+    held_out: SampleSet | None = None,
+    mix: str | PathLike[str] | Mapping[str, float] = DROP,
+    device: str = "auto",
+    teacher_device: str | None = None,
+    teacher_logits: PathOrId | None = None,
+    top_k: int = TOP_K,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, float], None] = _ignore_step,
+) -> DistillResult:
+    """Train a W4A8 checkpoint to predict as the model in 16 bits does; `out` appears whole, at the end, or not at all.
+
+    samples, held_out: from `convert_w4a8.samples`; a domain is what a file's name is without endings. held_out: to
+    measure on; None: one of 16 samples of each domain. mix: "drop", "uniform", the drop of each domain, or a JSON file
+    that has them. teacher_logits: directory of the teacher's logits, which are written there if they are not there yet,
+    the `top_k` highest of each token, or all with 0. progress: called with each step and its divergence in nats per
+    token. The other parameters are those of `convert`.
+
+    Raises:
+        ConvertError: the models, the output path, the data or the device do not allow it, or training did not help.
+
+    """
+    on = resolve_device(device)
+    return distillation.distill(
+        open_checkpoint(start),
+        open_checkpoint(teacher),
+        training_data(samples.samples, None if held_out is None else held_out.samples, mix),
+        local_path(out),
+        options,
+        device=on,
+        teacher_device=on if teacher_device is None else resolve_device(teacher_device),
+        teacher_logits=None if teacher_logits is None else local_path(teacher_logits),
+        top_k=top_k,
         overwrite=overwrite,
         resume=resume,
         progress=progress,

@@ -2,8 +2,8 @@
 
 Each operation is a folder of `kernels/` with a file for each kind of device: `gpu.py` (Triton), `cpu.py` (numba) and
 `reference.py` (plain torch, on any device, many times slower). All of them give the same bytes, but for
-`codebooks` on a GPU, which are as good. Where Triton or numba cannot work, the reference does the work. Either
-compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
+`codebooks` and `training` on a GPU, which are as good. Where Triton or numba cannot work, the reference does the work.
+Either compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
 """
 
 import logging
@@ -32,6 +32,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "gemm": {"cuda": "gpu"},
     "codebooks": {"cuda": "gpu", "cpu": "cpu"},
     "activations": {"cuda": "gpu"},
+    "training": {"cuda": "gpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
 _COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}
@@ -213,6 +214,48 @@ class Activations(Protocol):
         """Quantize the RMS norm of x + residual; the third result is that sum, bfloat16 [M, K]."""
 
 
+class Training(Protocol):
+    """What training a layer computes beside matrix products; `kernels/training/reference.py` describes these."""
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantize bfloat16 [M, K] by token: float8_e4m3fn, the same in bfloat16, scales float32 [M, 1]."""
+
+    def scale_outputs(self, sums: torch.Tensor, token_scale: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
+        """Return bf16(s·(C·sums)), bfloat16 [M, N], of float32 [M, N]; scales float32 [M, 1] and [N]."""
+
+    def scale_gradients(
+        self, gradient: torch.Tensor, token_scale: torch.Tensor, channel_scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return bf16(gradient·C) and bf16(gradient·s) of bfloat16 [M, N]."""
+
+    def look_up(self, entries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Return entries float32 [N, G, 8] by codes uint8 [N, K]: bfloat16 [N, K]."""
+
+    def choose(
+        self, weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the codes uint8 [N, K] of the values nearest to weights·factor, and these, bfloat16 [N, K]."""
+
+    def sum_by_entry(self, gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of entries, float32 [N, G, 8], from that of weights, float32 [N, K]."""
+
+    def divergence(
+        self, student: torch.Tensor, teacher: torch.Tensor, *, with_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return KL(teacher ‖ student) of each token, float32 [T], of logits [T, V], and its gradient."""
+
+    def adam(
+        self,
+        value: torch.Tensor,
+        gradient: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        rounded: torch.Tensor | None,
+        numbers: torch.Tensor,
+    ) -> None:
+        """Take a step of Adam, in place."""
+
+
 def activations(device: torch.device) -> Activations:
     """Return what quantizes activations on a device."""
     operations: Activations = _kernels("activations", device)
@@ -246,6 +289,12 @@ def tables(device: torch.device) -> Tables:
 def gemm(device: torch.device) -> Gemm:
     """Return what multiplies by layers on a device."""
     operations: Gemm = _kernels("gemm", device)
+    return operations
+
+
+def training(device: torch.device) -> Training:
+    """Return what trains layers on a device."""
+    operations: Training = _kernels("training", device)
     return operations
 
 

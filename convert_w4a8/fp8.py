@@ -25,7 +25,7 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-_MIN_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
+MIN_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
 """vLLM's floor for dynamic FP8 activation scales (csrc/quantization/w8a8/fp8, `min_scaling_factor`)."""
 
 
@@ -33,5 +33,5 @@ def quantize_tokens(act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations [M, K] per token as vLLM does: (float8_e4m3fn [M, K], float32 [M, 1])."""
     x = act.float()
     # Division by a tensor is a division; by a number, CUDA's torch multiplies by the reciprocal.
-    scale = (x.abs().amax(dim=1, keepdim=True) / x.new_full((), E4M3_MAX)).clamp(min=_MIN_TOKEN_SCALE)
+    scale = (x.abs().amax(dim=1, keepdim=True) / x.new_full((), E4M3_MAX)).clamp(min=MIN_TOKEN_SCALE)
     return to_e4m3(x / scale), scale

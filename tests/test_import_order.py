@@ -6,7 +6,7 @@ from paths import ROOT
 
 ORDER = (
     ("fp8", "linear", "options", "text", "threads", "version"),
-    ("errors",),
+    ("errors", "experts"),
     ("lut_format",),
     ("kernels",),
     ("devices",),

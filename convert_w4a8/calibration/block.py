@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from convert_w4a8.calibration.attention import linear_memory
-from convert_w4a8.calibration.experts import Rounding, Weights, check_experts, is_experts, run_experts, stored_weights
+from convert_w4a8.calibration.experts import Rounding, Weights, check_experts, run_experts, stored_weights
 from convert_w4a8.calibration.model import BlockCall, hidden_states
 from convert_w4a8.calibration.moments import ROWS
 from convert_w4a8.calibration.names import STACKS
 from convert_w4a8.encoding.tables import decode
+from convert_w4a8.experts import is_experts
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import ServedLinear
 

@@ -4,7 +4,6 @@ transformers 5 holds the experts of a block in one tensor; checkpoints have a te
 expert, or that same tensor. Mixtral's checkpoints have names of their own.
 """
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -13,22 +12,9 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, read_tensor
 from convert_w4a8.encoding.dequantize import dequantize_fp8
 
-_MISTRAL = (
-    (re.compile(r"(^|\.)block_sparse_moe\."), r"\1mlp."),
-    (re.compile(r"(\.experts\.\d+)\.w1(?=\.|$)"), r"\1.gate_proj"),
-    (re.compile(r"(\.experts\.\d+)\.w2(?=\.|$)"), r"\1.down_proj"),
-    (re.compile(r"(\.experts\.\d+)\.w3(?=\.|$)"), r"\1.up_proj"),
-)
 FP8 = "F8_E4M3"
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters of transformers' experts → the projections whose rows they hold, one below the other."""
-
-
-def in_transformers(name: str) -> str:
-    """Return what transformers calls a module or tensor within a block: Mixtral's experts by Llama's names."""
-    for pattern, replacement in _MISTRAL:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def is_stack(name: str) -> bool:

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from convert_w4a8.calibration.block import Block, Stage
-from convert_w4a8.calibration.experts import is_experts
 from convert_w4a8.calibration.matrix import method_of
 from convert_w4a8.calibration.model import BlockCall
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.checkpoint.folds import Fold, find_folds, origin_channels
 from convert_w4a8.codebooks import awq_exponent
+from convert_w4a8.experts import is_experts
 
 _EXPERTS = 8
 """Of all experts, so many choose the scale of the inputs that they share."""

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from convert_w4a8.calibration.block import Block, Stage, as_is, round_tokens
-from convert_w4a8.calibration.experts import is_experts
 from convert_w4a8.calibration.matrix import inputs_of, quantize_weight
 from convert_w4a8.calibration.mixture import quantize_experts
 from convert_w4a8.calibration.model import Model
 from convert_w4a8.calibration.moments import Moments
-from convert_w4a8.calibration.names import in_transformers
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.scaling import Scaling, scale_block
 from convert_w4a8.calibration.states import BATCH_TOKENS, Batch, States
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.names import in_transformers
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.tables import decode
+from convert_w4a8.experts import is_experts
 from convert_w4a8.linear import ServedLinear
 from convert_w4a8.quantization.layer import LayerStats
 

@@ -51,6 +51,21 @@ _MIXTRAL_RENAMES = (
 )
 
 
+_LLAMA_NAMES = (
+    (re.compile(r"(^|\.)block_sparse_moe\."), r"\1mlp."),
+    (re.compile(r"(\.experts\.\d+)\.w1(?=\.|$)"), r"\1.gate_proj"),
+    (re.compile(r"(\.experts\.\d+)\.w2(?=\.|$)"), r"\1.down_proj"),
+    (re.compile(r"(\.experts\.\d+)\.w3(?=\.|$)"), r"\1.up_proj"),
+)
+
+
+def in_transformers(name: str) -> str:
+    """Return what transformers calls a module or tensor: Mixtral's experts by Llama's names."""
+    for pattern, replacement in _LLAMA_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
 def block_of(name: str) -> tuple[str, int] | None:
     """Return where the decoder block lies that a tensor or module belongs to: (`model.layers`, 3); None for others.
 

@@ -11,14 +11,12 @@ from convert_w4a8.cli.files import check_writable, write_files
 from convert_w4a8.cli.options import data_options
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
-from convert_w4a8.cli.progress import training_progress
+from convert_w4a8.cli.progress import storing_progress, training_progress
 
 if TYPE_CHECKING:
     from convert_w4a8.checkpoint.directory import Checkpoint
-    from convert_w4a8.distillation.run import TrainingData
+    from convert_w4a8.distillation.mix import TrainingData
     from convert_w4a8.samples.masks import MaskOptions
-
-_DROP, _UNIFORM = "drop", "uniform"
 
 
 @click.command("distill", cls=W4A8Command)
@@ -53,21 +51,21 @@ _DROP, _UNIFORM = "drop", "uniform"
 )
 @click.option(
     "--mix",
-    default=_DROP,
+    default="drop",
     show_default=True,
     metavar="drop|uniform|FILE",
     help="How much of each domain is trained on. drop: as much as quantization hurt it, measured before the training."
     " uniform: as much of each. FILE: JSON with the drop of each domain.",
 )
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N", help="Cut samples to so many tokens.")
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Steps of training.")
+@click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps of training.")
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of each step."
+    "--batch-tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="Tokens of each step."
 )
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Factor of all rates."
 )
-@click.option("--every", type=click.IntRange(min=1), default=25, show_default=True, help="Steps between measurements.")
+@click.option("--every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between measurements.")
 @click.option(
     "--patience",
     type=click.IntRange(min=0),
@@ -87,9 +85,29 @@ _DROP, _UNIFORM = "drop", "uniform"
 @click.option(
     "--teacher-device", metavar="cpu|cuda[:N]", help="Where the teacher runs. [default: where the model is trained]"
 )
+@click.option(
+    "--teacher-logits",
+    type=LocalPath(path_type=Path, directory=True),
+    metavar="DIR",
+    help="Read the teacher's logits from DIR; write them there first, if they are not there yet.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    metavar="K",
+    help="Of each token, the highest logits that --teacher-logits holds; 0: all. [default: 64]",
+)
+@click.option(
+    "--hidden-weight",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Weight in the loss of how far the blocks' outputs are from the teacher's.",
+)
 @click.option("--png", type=LocalPath(path_type=Path), metavar="FILE", help="Draw the curve of the training.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT2 if it exists.")
 @click.option("--resume", is_flag=True, help="Continue a training to OUT2 that was interrupted, if there is one.")
+@click.option("--dry-run", is_flag=True, help="Print what would be trained and what it takes, and stop.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
 def distill_command(
@@ -103,7 +121,10 @@ def distill_command(
     max_length: int | None,
     device: str,
     teacher_device: str | None,
+    teacher_logits: Path | None,
+    top_k: int | None,
     png: Path | None,
+    dry_run: bool,
     overwrite: bool,
     resume: bool,
     quiet: bool,
@@ -119,23 +140,40 @@ def distill_command(
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render_distilled as render
     from convert_w4a8.devices import resolve_device
+    from convert_w4a8.distillation.first_pass import check_stored
     from convert_w4a8.distillation.linear import Preset
-    from convert_w4a8.distillation.options import DistillOptions
-    from convert_w4a8.distillation.run import check_paths, distill
+    from convert_w4a8.distillation.options import TOP_K, DistillOptions
+    from convert_w4a8.distillation.paths import check_paths
+    from convert_w4a8.distillation.prediction import predict
+    from convert_w4a8.distillation.run import distill
+    from convert_w4a8.distillation.student import check_models
     from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.report import training
     from convert_w4a8.report.drawing import require_matplotlib
 
+    if top_k is not None and teacher_logits is None:
+        raise click.UsageError("--top-k goes with --teacher-logits")
     if png is not None:
         require_matplotlib()
         check_writable(png)
     options = DistillOptions(**{**choices, "preset": Preset(choices["preset"])})
     trained, source = open_checkpoint(resolve_input(start)), open_checkpoint(resolve_input(teacher))
     on, teacher_on = resolve_device(device), resolve_device(teacher_device or device)
-    check_paths(trained, source, out, overwrite=overwrite, resume=resume)
+    check_paths(trained, source, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
+    top_k = TOP_K if top_k is None else top_k
+    if teacher_logits is not None:
+        check_stored(teacher_logits, top_k, options)
+    check_models(trained, source)
     found = _read(source, data, held_out, mix, mask, max_length)
+    stored = None if teacher_logits is None else top_k
+    cost = predict(trained, source, found, options, together=on == teacher_on, top_k=stored)
     if not (quiet or as_json):
-        echo(render.plan_text(options, found))
+        echo(render.plan_text(options, found, cost))
+    if dry_run:
+        if as_json:
+            echo_json(render.plan_dict(options, found, cost))
+        return
+    if not (quiet or as_json):
         echo_error("distill    begins; Ctrl-C keeps the last measurement for --resume")
     with training_progress(options.steps, quiet=quiet or as_json) as update:
         result = distill(
@@ -146,9 +184,12 @@ def distill_command(
             options,
             device=on,
             teacher_device=teacher_on,
+            teacher_logits=teacher_logits,
+            top_k=top_k,
             overwrite=overwrite,
             resume=resume,
             progress=update,
+            storing=storing_progress(quiet=quiet or as_json),
         )
     if png is not None:
         write_files({png: training.draw(result)})
@@ -167,15 +208,9 @@ def _read(
     max_length: int | None,
 ) -> "TrainingData":
     """Read samples and drops."""
-    from convert_w4a8.distillation.mix import apart, by_tag, check_domains, hold_out, read_drops
-    from convert_w4a8.distillation.run import TrainingData
+    from convert_w4a8.distillation.mix import check_domains, training_data
 
     check_domains(data)
-    samples: Any = read_data(source, data, mask, max_length=max_length).samples
-    if held_out:
-        measured: Any = read_data(source, held_out, mask, max_length=max_length).samples
-    else:
-        samples, measured = hold_out(samples)
-    samples = apart(samples, measured)
-    drops = None if mix in (_DROP, _UNIFORM) else read_drops(Path(mix), list(by_tag(samples)))
-    return TrainingData(tuple(samples), tuple(measured), drops, uniform=mix == _UNIFORM)
+    samples = read_data(source, data, mask, max_length=max_length).samples
+    measured = read_data(source, held_out, mask, max_length=max_length).samples if held_out else None
+    return training_data(samples, measured, mix)

@@ -68,6 +68,20 @@ def training_progress(steps: int, *, quiet: bool) -> Iterator[Callable[[int, flo
         yield line
 
 
+def storing_progress(*, quiet: bool) -> Callable[[int, int], None]:
+    """Return what shows on stderr how far the pass over a teacher is; it is called with tokens done and all tokens."""
+    if quiet:
+        return lambda _done, _of: None
+    last = [time.monotonic()]
+
+    def line(done: int, of: int) -> None:
+        if done == of or time.monotonic() - last[0] >= _SECONDS:
+            last[0] = time.monotonic()
+            echo_error(f"teacher    {done:,} of {of:,} tokens written")
+
+    return line
+
+
 class ProgressLines:
     """Prints a line every 30 s or 10 %."""
 

@@ -2,18 +2,19 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli.render import verify_command
-from convert_w4a8.distillation.mix import by_tag
+from convert_w4a8.distillation.mix import TrainingData, by_tag
 from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.distillation.prediction import Cost
 from convert_w4a8.distillation.result import DistillResult
-from convert_w4a8.distillation.run import TrainingData
 from convert_w4a8.targets import find_target
-from convert_w4a8.text import counted, human_seconds, printable, table
+from convert_w4a8.text import counted, human_bytes, human_seconds, printable, table
 
 
-def plan_text(options: DistillOptions, data: TrainingData) -> str:
+def plan_text(options: DistillOptions, data: TrainingData, cost: Cost) -> str:
     """Render what is going to be done."""
     tags = by_tag(data.samples)
     tokens = sum(map(len, data.samples))
@@ -23,8 +24,24 @@ def plan_text(options: DistillOptions, data: TrainingData) -> str:
         f"train      {options.preset}: up to {options.steps:,} steps of {options.batch_tokens:,} tokens\n"
         f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
         f" ({names})\n"
-        f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens"
+        f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens\n"
+        f"predicted  {cost.trained:,} numbers are trained; {human_seconds(cost.seconds)} on an H100,"
+        f" {human_bytes(cost.gpu_memory)} of its memory"
+        + (f", {human_bytes(cost.logits)} of the teacher's logits on the disk" if cost.logits else "")
     )
+
+
+def plan_dict(options: DistillOptions, data: TrainingData, cost: Cost) -> dict[str, Any]:
+    """Return what is going to be done for programs."""
+    return {
+        "preset": str(options.preset),
+        "steps": options.steps,
+        "batch_tokens": options.batch_tokens,
+        "domains": list(by_tag(data.samples)),
+        "tokens": sum(map(len, data.samples)),
+        "held_out_tokens": sum(map(len, data.held_out)),
+        **cost.as_dict(),
+    }
 
 
 def result_text(result: DistillResult, start: str, out: Path) -> str:

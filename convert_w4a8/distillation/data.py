@@ -1,7 +1,7 @@
 """Samples as batches for training: whole samples, right-padded, of some tokens together."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,16 +14,17 @@ class Batch:
     """Some samples.
 
     ids: int64 [B, T], zeros behind the end of a sample. counts: bool [B, T], whether the prediction made at a token
-    counts: that of a next token which is there and is not masked. samples: their numbers [B].
+    counts: that of a next token which is there and is not masked. samples: their numbers [B]. members: themselves.
     """
 
     ids: torch.Tensor
     counts: torch.Tensor
     samples: tuple[int, ...]
+    members: tuple[Sample, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        return Batch(self.ids.to(device), self.counts.to(device), self.samples)
+        return replace(self, ids=self.ids.to(device), counts=self.counts.to(device))
 
 
 def make_batch(samples: Sequence[Sample], numbers: Sequence[int]) -> Batch:
@@ -35,7 +36,7 @@ def make_batch(samples: Sequence[Sample], numbers: Sequence[int]) -> Batch:
         sample = samples[number]
         ids[row, : len(sample)] = torch.from_numpy(sample.tokens.astype(np.int64))
         counts[row, : len(sample) - 1] = torch.from_numpy(sample.kept[1:])
-    return Batch(ids, counts, tuple(numbers))
+    return Batch(ids, counts, tuple(numbers), tuple(samples[number] for number in numbers))
 
 
 def in_batches(samples: Sequence[Sample], order: Iterable[int], tokens: int) -> Iterator[list[int]]:

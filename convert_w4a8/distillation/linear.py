@@ -6,17 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from convert_w4a8.distillation.tables import (
-    look_up,
-    nearest_codes,
-    nearest_within_cells,
-    round_to_e4m3,
-    spacing,
-    sum_by_entry,
-)
+from convert_w4a8.devices import training
+from convert_w4a8.distillation.tables import nearest_within_cells, round_to_e4m3, spacing
 from convert_w4a8.encoding.packing import to_pack_quantized, unpack_codes
 from convert_w4a8.encoding.tables import table_entries
-from convert_w4a8.fp8 import quantize_tokens
+from convert_w4a8.kernels.training.reference import look_up
 from convert_w4a8.linear import Packing, W4A8Linear
 
 
@@ -72,7 +66,7 @@ class LutLinear(nn.Module):
         self.weight: nn.Parameter | None = None
         self.unit = 1.0
         if preset is Preset.WEIGHTS:
-            values = look_up(start, self.codes)
+            values = look_up(start, self.codes).float()
             latent = values.clone()
             if original is not None and towards:
                 near = nearest_within_cells(original.float() / self.channel_scale[:, None], start, self.codes)
@@ -80,15 +74,21 @@ class LutLinear(nn.Module):
             self.unit = float(values.square().mean().sqrt().clamp(min=2.0**-9))
             self.weight = nn.Parameter(latent.div_(self.unit))
 
+    @torch.no_grad()
     def current(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what the layer multiplies by: entries float32 [N, G, 8] on the E4M3 grid, channel scales, codes."""
-        with torch.no_grad():
-            entries = round_to_e4m3(self.start + self.entries * self.step)
-            scale = self.channel_scale * self.scale.exp()
-            codes = self.codes
-            if self.weight is not None:
-                codes = nearest_codes(self.weight * (self.unit * self.channel_scale / scale)[:, None], entries)
-        return entries, scale, codes
+        return self.operand()[:3]
+
+    @torch.no_grad()
+    def operand(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what `current` does, and the entries by the codes, bfloat16 [N, K]."""
+        entries = round_to_e4m3(self.start + self.entries * self.step)
+        scale = self.channel_scale * self.scale.exp()
+        operations = training(entries.device)
+        if self.weight is None:
+            return entries, scale, self.codes, operations.look_up(entries, self.codes)
+        codes, values = operations.choose(self.weight, self.unit * self.channel_scale / scale, entries)
+        return entries, scale, codes, values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply activations bfloat16 [..., K]; bfloat16 [..., N]."""
@@ -107,36 +107,37 @@ class _Multiply(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        entries: torch.Tensor,  # noqa: ARG004  (`layer.current` reads it; here it is for its gradient)
+        entries: torch.Tensor,  # noqa: ARG004  (`layer.operand` reads it; here it is for its gradient)
         scale: torch.Tensor,  # noqa: ARG004
         weight: torch.Tensor | None,
         layer: LutLinear,
     ) -> torch.Tensor:
-        rounded, channel, codes = layer.current()
-        tokens, token_scale = quantize_tokens(x)
-        accumulated = _product(tokens, look_up(rounded, codes).t())
+        operations = training(x.device)
+        rounded, channel, codes, values = layer.operand()
+        tokens, wide, token_scale = operations.quantize(x)
         ctx.save_for_backward(tokens, token_scale, rounded, channel, codes)
         ctx.step, ctx.unit, ctx.base = layer.step, layer.unit, layer.channel_scale
         ctx.has_weight = weight is not None
-        return (token_scale * (channel * accumulated)).bfloat16()
+        return operations.scale_outputs(_product(wide, values.t()), token_scale, channel)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, token_scale, rounded, channel, codes = ctx.saved_tensors
-        weights = look_up(rounded, codes)
+        operations = training(gradient.device)
+        by_channel, by_token = operations.scale_gradients(gradient, token_scale, channel)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _product((gradient * channel).bfloat16(), weights).to(gradient.dtype)
-        of_weights = _product(gradient.t(), (tokens.float() * token_scale).bfloat16())
-        d_scale = (of_weights * weights).sum(1) * channel
-        d_weight = of_weights * (ctx.unit * ctx.base)[:, None] if ctx.has_weight else None
-        of_weights *= channel[:, None]
-        d_entries = sum_by_entry(of_weights, codes) * ctx.step
+            dx = _product(by_channel, operations.look_up(rounded, codes), gradient.dtype)
+        of_values = _product(by_token.t(), tokens.bfloat16())
+        sums = operations.sum_by_entry(of_values, codes)
+        d_scale = (sums * rounded).sum((1, 2)) * channel
+        d_entries = sums.mul_(channel[:, None, None]).mul_(ctx.step)
+        d_weight = of_values.mul_((ctx.unit * ctx.base)[:, None]) if ctx.has_weight else None
         return dx, d_entries, d_scale, d_weight, None
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Multiply matrices of bfloat16 or E4M3 numbers, whatever dtype they are in, with sums in float32."""
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Multiply bfloat16 matrices, which hold E4M3 numbers exactly, with sums in float32."""
     if a.device.type == "cpu":
-        return a.float() @ b.float()
-    return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+        return (a.float() @ b.float()).to(dtype)
+    return torch.mm(a, b) if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)

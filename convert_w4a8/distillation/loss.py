@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-_LOGITS_AT_ONCE = 1 << 25
-"""Logits in float32 at a time: 128 MiB, and some times that for what is computed from them."""
+from convert_w4a8.devices import training
+from convert_w4a8.distillation.machine import upload
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -18,24 +18,43 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def counted(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Return the logits [C, V], or other outputs, of those tokens of [B, T, V] that count, bool [B, T] on the CPU.
+
+    Where the counts are known on the host nothing waits for the device, and the gradient is gathered, not scattered:
+    the same bytes from run to run.
+    """
+    rows = counts.flatten().nonzero()[:, 0]
+    back = torch.full((counts.numel(),), -1)
+    back[rows] = torch.arange(len(rows))
+    found: torch.Tensor = _Counted.apply(  # type: ignore[no-untyped-call]
+        logits.flatten(0, 1), upload(rows, logits.device), upload(back, logits.device)
+    )
+    return found
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        step = max(1, _LOGITS_AT_ONCE // student.shape[-1])
-        values = []
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(student), step):
-            part = slice(start, start + step)
-            ours, theirs = student[part].float().log_softmax(-1), teacher[part].float().log_softmax(-1)
-            p = theirs.exp()
-            values.append((p * (theirs - ours)).sum(-1))
-            if gradient is not None:
-                gradient[part] = ours.exp_().sub_(p)
+        values, gradient = training(student.device).divergence(student, teacher, with_gradient=ctx.needs_input_grad[0])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return torch.cat(values) if values else student.new_zeros(0, dtype=torch.float32)
+        return values
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, rows: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return logits.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        found = upstream.index_select(0, back.clamp(min=0))
+        return found.mul_((back >= 0)[:, None].to(found.dtype)), None, None

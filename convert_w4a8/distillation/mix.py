@@ -1,11 +1,14 @@
-"""Which samples are trained on: more of those domains that quantization hurt more.
+"""Which samples are trained and measured on: more of those domains that quantization hurt more.
 
 The domain of a sample, its tag, is the name of its file without endings.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.sample import Sample
 
+DROP, UNIFORM = "drop", "uniform"
+"""Mixes that have names."""
 FLOOR = 0.25
 """The part of all tokens that is shared evenly, so that no domain is forgotten."""
 _EVERY = 16
@@ -24,6 +29,52 @@ _EVERY = 16
 _HELD_OUT_TOKENS = 32_768
 """… while these are no more tokens."""
 _REMEDY = "name one number for each file of --data, by its name without endings"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples to train on and to measure on. drops: of each domain, for the mix; None: those that are measured.
+
+    uniform: as much of each domain, whatever the drops.
+    """
+
+    samples: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
+    drops: Mapping[str, float] | None = None
+    uniform: bool = False
+
+    def digest(self) -> str:
+        """Return a SHA-256 of all that a training can depend on."""
+        found = hashlib.sha256(repr((self.uniform, self.drops and sorted(self.drops.items()))).encode())
+        for sample in (*self.samples, *self.held_out):
+            found.update(repr((len(sample), tag_of(sample))).encode())
+            found.update(sample.tokens.astype("<i4").tobytes())
+            found.update(sample.kept.tobytes())
+        return found.hexdigest()
+
+
+def training_data(
+    samples: Sequence[Sample], held_out: Sequence[Sample] | None, mix: str | PathLike[str] | Mapping[str, float]
+) -> TrainingData:
+    """Return the data of a training.
+
+    held_out: samples to measure on; None: some of each domain. mix: `DROP`, `UNIFORM`, the drop of each domain, or the
+    JSON file that has them.
+
+    Raises:
+        ConvertError: too few samples are left to train or to measure on, or a domain has no drop.
+
+    """
+    if held_out is None:
+        samples, held_out = hold_out(samples)
+    samples = apart(samples, held_out)
+    tags = list(by_tag(samples))
+    drops = None
+    if isinstance(mix, Mapping):
+        drops = _drops_of(mix, tags, "the drops")
+    elif mix not in (DROP, UNIFORM):
+        drops = read_drops(Path(mix), tags)
+    return TrainingData(tuple(samples), tuple(held_out), drops, uniform=mix == UNIFORM)
 
 
 def tag_of(sample: Sample) -> str:
@@ -99,12 +150,15 @@ def read_drops(path: Path, tags: Sequence[str]) -> dict[str, float]:
 
     """
     found: Any = read_json(path)
-    found = found.get("drops", found)
+    return _drops_of(found.get("drops", found), tags, str(path))
+
+
+def _drops_of(found: Any, tags: Sequence[str], subject: str) -> dict[str, float]:
     drops = {}
     for tag in tags:
         value = found.get(tag) if isinstance(found, Mapping) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConvertError(f"{path}: {tag}", "is absent, or not a number", _REMEDY)
+            raise ConvertError(f"{subject}: {tag}", "is absent, or not a number", _REMEDY)
         drops[tag] = float(value)
     return drops
 

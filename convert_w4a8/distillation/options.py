@@ -1,6 +1,6 @@
 """What can be chosen about a training."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from convert_w4a8.distillation.linear import Preset
 
@@ -20,29 +20,51 @@ class Rates:
 
 
 RATES = {
-    Preset.TABLES: Rates(entries=0.03, scale=3e-4, other=1e-3),
-    Preset.WEIGHTS: Rates(entries=0.02, scale=3e-4, other=1e-3, weight=3e-3),
+    Preset.TABLES: Rates(entries=0.011, scale=1e-4, other=2e-4),
+    Preset.WEIGHTS: Rates(entries=0.007, scale=1e-4, other=2e-4, weight=2.5e-3),
 }
-"""Near what was best in the sweep in docs/explanation/distillation.md."""
+"""Of a training of `_STEPS` steps; docs/explanation/distillation.md has what others do."""
+_STEPS = 1000
+_MOST = 2.0
+"""Times `RATES` that a step may be, in a short training."""
+
+
+def rates_for(preset: Preset, steps: int) -> Rates:
+    """Return the rates for so many steps.
+
+    What gradients have of noise moves a value by rate·√steps; how far it may go by that does not depend on the steps.
+    """
+    factor = min((_STEPS / steps) ** 0.5, _MOST)
+    return Rates(**{name: rate * factor for name, rate in asdict(RATES[preset]).items()})
+
+
+TOP_K = 64
+"""Logits of each token that are stored of a teacher, if nothing else is said."""
 
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """steps: of training, at most. batch_tokens: tokens of a step, with padding. rate: a factor of `RATES`.
+    """steps: of training, at most. batch_tokens: tokens of a step, with padding. rate: a factor of `rates_for`.
 
     warmup: the part of all steps in which the rates rise; then they fall to zero as a cosine does.
     every: steps between two measurements on held-out samples. patience: how many of these in a row may be no better
     before the training ends; 0: any number. recompute: compute blocks a second time in the backward pass instead of
-    keeping what they computed. towards: where latent weights begin (`LutLinear`).
+    keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
+    the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
     """
 
     preset: Preset = Preset.TABLES
-    steps: int = 300
-    batch_tokens: int = 8192
+    steps: int = 1000
+    batch_tokens: int = 16384
     rate: float = 1.0
     warmup: float = 0.05
-    every: int = 25
+    every: int = 50
     patience: int = 0
     towards: float = 0.0
     recompute: bool = False
     seed: int = 0
+    hidden_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Take the preset as a string too. Raises ValueError for one that there is not."""
+        object.__setattr__(self, "preset", Preset(self.preset))

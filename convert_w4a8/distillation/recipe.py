@@ -21,7 +21,7 @@ def record(options: DistillOptions, digest: str, result: DistillResult) -> dict[
         "tokens": result.tokens,
         "held_out_kl": [round(result.before, 6), round(result.after, 6)],
         "data_sha256": digest,
-    }
+    } | ({"top_k": result.top_k} if result.top_k else {})
 
 
 def section(options: DistillOptions, result: DistillResult) -> str:
@@ -30,7 +30,8 @@ def section(options: DistillOptions, result: DistillResult) -> str:
         ("trained", _TRAINED[options.preset]),
         ("tokens", f"{result.tokens:,}; the best of {options.steps} steps was {result.best_step}"),
         (
-            "KL of held-out samples, nats per token",
+            "KL of held-out samples, nats per token"
+            + (f", of the {result.top_k:,} likeliest tokens and the rest" if result.top_k else ""),
             f"{result.before:.5f} before, {result.after:.5f} now ({result.change:+.5f} ± {result.change_error:.5f})",
         ),
     ]

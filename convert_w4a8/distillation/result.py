@@ -31,6 +31,7 @@ class DistillResult:
     """A finished training. Divergences are of the held-out samples, in nats per token; `after` is at `best_step`.
 
     change, change_error: after − before and its standard error, paired by sample. tokens: trained on, without padding.
+    top_k: the divergences are over so many of the teacher's likeliest tokens and the rest as one; 0: over all tokens.
     """
 
     curve: tuple[Point, ...]
@@ -42,6 +43,7 @@ class DistillResult:
     domains: tuple[Domain, ...]
     tokens: int
     seconds: float
+    top_k: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

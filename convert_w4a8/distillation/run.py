@@ -1,86 +1,42 @@
 """Distilling a checkpoint: mix, training with held-out measurements, and the output."""
 
-import hashlib
 import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.disk import check_destination, real_path
-from convert_w4a8.checkpoint.places import check_name
+from convert_w4a8.checkpoint.disk import real_path
 from convert_w4a8.checkpoint.writer import CheckpointWriter
-from convert_w4a8.conversion.destination import check_replaceable, privacy
+from convert_w4a8.conversion.destination import privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
+from convert_w4a8.distillation.hidden import check_blocks
 from convert_w4a8.distillation.machine import deterministic
-from convert_w4a8.distillation.mix import by_tag, mixed, shares, tag_of
-from convert_w4a8.distillation.options import RATES, DistillOptions
+from convert_w4a8.distillation.mix import TrainingData, by_tag, mixed, shares
+from convert_w4a8.distillation.options import TOP_K, DistillOptions, rates_for
 from convert_w4a8.distillation.output import plan_files, write_output
+from convert_w4a8.distillation.paths import check_paths
 from convert_w4a8.distillation.recipe import record, section
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
 from convert_w4a8.distillation.state import StateDirectory
-from convert_w4a8.distillation.student import load_student, load_teacher, vocabulary
+from convert_w4a8.distillation.stored import StoredTeacher
+from convert_w4a8.distillation.student import check_models, load_student, load_teacher, vocabulary
+from convert_w4a8.distillation.teacher import LiveTeacher, Teacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.errors import ConvertError, DiskError
-from convert_w4a8.samples.sample import Sample
 
 _SURE = 2.0
 """Standard errors by which the divergence of held-out samples has to fall, or nothing is written."""
 _PARTS = "the models, their gradients and moments, and a batch"
+_LESS_OF_TEACHER = "give fewer --batch-tokens or --max-length, or a --teacher-device of its own"
 _LESS = "give fewer --batch-tokens, --max-length, --recompute, or a --teacher-device of its own"
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Samples to train on and to measure on. drops: of each domain, for the mix; None: those that are measured.
-
-    uniform: as much of each domain, whatever the drops.
-    """
-
-    samples: tuple[Sample, ...]
-    held_out: tuple[Sample, ...]
-    drops: Mapping[str, float] | None = None
-    uniform: bool = False
-
-    def digest(self) -> str:
-        """Return a SHA-256 of all that a training can depend on."""
-        found = hashlib.sha256(repr((self.uniform, self.drops and sorted(self.drops.items()))).encode())
-        for sample in (*self.samples, *self.held_out):
-            found.update(repr((len(sample), tag_of(sample))).encode())
-            found.update(sample.tokens.astype("<i4").tobytes())
-            found.update(sample.kept.tobytes())
-        return found.hexdigest()
-
-
-def check_paths(start: Checkpoint, teacher: Checkpoint, out: Path, *, overwrite: bool, resume: bool) -> None:
-    """Check that the output can be written at `out`, without touching anything.
-
-    Raises:
-        ConvertError: `out` is taken, or overlaps one of the inputs or the working directory.
-
-    """
-    try:
-        target = real_path(out)
-    except OSError as error:
-        raise ConvertError(str(out), "is or lies behind a link that leads nowhere", "choose another path") from error
-    for checkpoint in (start, teacher):
-        check_name(checkpoint.root.absolute())
-        source = checkpoint.root.resolve()
-        if source == target or source in target.parents or target in source.parents:
-            raise ConvertError(str(out), f"overlaps {checkpoint.root}", "choose another output path")
-    check_name(out.absolute())
-    if target == Path.cwd() or target in Path.cwd().parents:
-        raise ConvertError(str(out), "is the working directory or above it", "choose another output path")
-    check_destination(out, overwrite=overwrite or resume)
-    if overwrite:
-        check_replaceable(out, start)
-    StateDirectory(target).check(resume=resume, overwrite=overwrite)
 
 
 def distill(
@@ -92,20 +48,36 @@ def distill(
     *,
     device: torch.device,
     teacher_device: torch.device | None = None,
+    teacher_logits: Path | None = None,
+    top_k: int = TOP_K,
     overwrite: bool = False,
     resume: bool = False,
     progress: Callable[[int, float], None] = lambda _step, _loss: None,
+    storing: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> DistillResult:
     """Train the W4A8 checkpoint `start` to predict as `teacher` does. `out` appears whole, at the end, or not at all.
 
-    progress: called with the number of each step and its divergence in nats per token.
+    teacher_logits: directory of the teacher's logits, the `top_k` highest of each token and the sum of the others, or
+    all with 0. They are written there if they are not there yet; the teacher does not run beside the student then.
+    progress: called with the number of each step and its divergence in nats per token. storing: called while logits are
+    written, with how many tokens are done and of how many.
 
     Raises:
         ConvertError: the inputs, the output path or the memory do not allow it, or training did not help.
 
     """
-    check_paths(start, teacher, out, overwrite=overwrite, resume=resume)
-    before = _fingerprint(start, teacher, options, data)
+    check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
+    check_models(start, teacher)
+    stored: StoredTeacher | None = None
+    if teacher_logits is not None:
+        check_stored(teacher_logits, top_k, options)
+        on = teacher_device or device
+        with memory_errors("the teacher", remedy=_LESS_OF_TEACHER, of_gpu=True), deterministic(on):
+            samples = (*data.samples, *data.held_out)
+            stored = stored_teacher(
+                teacher, samples, teacher_logits, top_k, device=on, batch_tokens=options.batch_tokens, progress=storing
+            )
+    before = _fingerprint(start, teacher, options, data, stored)
     state = StateDirectory(real_path(out))
     plan = plan_files(start)
     with CheckpointWriter(
@@ -121,7 +93,7 @@ def distill(
         if not resume:
             state.remove()
         with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device):
-            run = _Run(start, teacher, data, options, device, teacher_device or device, state, before)
+            run = _Run(start, teacher, data, options, device, stored or teacher_device or device, state, before)
             try:
                 result = run.train(progress)
             except KeyboardInterrupt as error:
@@ -134,7 +106,7 @@ def distill(
                 state.remove()
                 raise
         write_output(writer, start, run.student, record(options, data.digest(), result), section(options, result))
-        check_unchanged(before, _fingerprint(start, teacher, options, data))
+        check_unchanged(before, _fingerprint(start, teacher, options, data, stored))
         writer.commit()
     state.remove()
     return result
@@ -150,19 +122,27 @@ class _Run:
         data: TrainingData,
         options: DistillOptions,
         device: torch.device,
-        teacher_device: torch.device,
+        predictions: StoredTeacher | torch.device,
         state: StateDirectory,
         fingerprint_: Mapping[str, Any],
     ) -> None:
+        """Begin or continue. predictions: those of the teacher that are stored, or where it runs."""
         self._data, self._options, self._state, self._fingerprint = data, options, state, fingerprint_
         self.kept: int | None = None
         saved = state.load(fingerprint_)
         self.student = load_student(start, teacher, options.preset, device, options.towards)
-        model = load_teacher(teacher, teacher_device)
-        if vocabulary(model) != vocabulary(self.student.model):
-            reason = f"predicts {vocabulary(model)} tokens, and OUT_W4A8 {vocabulary(self.student.model)}"
+        self._top_k = 0
+        if isinstance(predictions, StoredTeacher):
+            target: Teacher = predictions
+            self._top_k = predictions.top_k
+        else:
+            target = live = LiveTeacher(load_teacher(teacher, predictions))
+            if options.hidden_weight:
+                check_blocks(self.student.model, live.model)
+        if target.vocabulary != vocabulary(self.student.model):
+            reason = f"predicts {target.vocabulary} tokens, and OUT_W4A8 {vocabulary(self.student.model)}"
             raise ConvertError(str(teacher.root), reason, "give a teacher of the same vocabulary")
-        self._trainer = Trainer(self.student, model, options, device)
+        self._trainer = Trainer(self.student, target, options, device)
         self._spent, self._tokens = 0.0, 0
         if saved is None:
             self._before = self._trainer.measure(data.held_out)
@@ -242,6 +222,7 @@ class _Run:
             domains=domains,
             tokens=self._tokens,
             seconds=seconds,
+            top_k=self._top_k,
         )
 
     def _measure(self, losses: list[float], seconds: float) -> None:
@@ -268,8 +249,11 @@ class _Run:
         self.kept = step
 
 
-def _fingerprint(start: Checkpoint, teacher: Checkpoint, options: DistillOptions, data: TrainingData) -> dict[str, Any]:
+def _fingerprint(
+    start: Checkpoint, teacher: Checkpoint, options: DistillOptions, data: TrainingData, stored: StoredTeacher | None
+) -> dict[str, Any]:
     """Describe a training by all that its output depends on, as JSON."""
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
-    return found | {"rates": asdict(RATES[options.preset]), "data": data.digest()}
+    found |= {"--teacher-logits": stored.digest} if stored is not None else {}
+    return found | {"rates": asdict(rates_for(options.preset, options.steps)), "data": data.digest()}

@@ -84,7 +84,7 @@ class StateDirectory:
         with disk_errors(self.path):
             self.path.mkdir(mode=0o700, exist_ok=True)
             file = self.path / f"state-{step}.safetensors"
-            _write(tensors, file)
+            save_tensors(tensors, file)
             fsync(file)
             new = self.path / f"{_NOTES}.new"
             new.write_text(json.dumps({**notes, "step": step}), encoding="utf-8")
@@ -100,7 +100,8 @@ class StateDirectory:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write tensors to a file; raises DiskError where the system fails."""
     try:
         save_file(dict(tensors), file)
     except SafetensorError as error:  # the library's own word for what the system says

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.distillation.experts import place_experts
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import W4A8Linear
@@ -43,15 +45,29 @@ class Student:
         yield from self.others.items()
 
 
+def check_models(start: Checkpoint, teacher: Checkpoint) -> None:
+    """Check by their headers that two checkpoints can be a student and a teacher.
+
+    Raises:
+        ConvertError: the teacher is quantized, or the student is not of the format `lut` with stored tables.
+
+    """
+    if teacher.quantization_config:
+        raise ConvertError(str(teacher.root), "is quantized", "give the model in 16 bits as --teacher")
+    names = find_target(start).find_layers(start)
+    if any(f"{name}.weight_lut" not in start.tensors for name in names):
+        raise ConvertError(
+            str(start.root), "has no tables of its own to train", "make it with w4a8 quantize --tables free"
+        )
+
+
 def load_teacher(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     """Return a model in BF16 with the weights of a checkpoint that is not quantized.
 
     Raises:
-        ConvertError: it is quantized, or transformers has no place for its tensors.
+        ConvertError: transformers has no place for its tensors.
 
     """
-    if checkpoint.quantization_config:
-        raise ConvertError(str(checkpoint.root), "is quantized", "give the model in 16 bits as --teacher")
     state = {name: _in_bfloat16(read_tensor(info)) for name, info in checkpoint.tensors.items()}
     return _build(checkpoint, state).to(device).requires_grad_(requires_grad=False)
 
@@ -62,15 +78,12 @@ def load_student(
     """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`.
 
     Raises:
-        ConvertError: it is not of the format `lut` with stored tables, or transformers has no place for its tensors.
+        ConvertError: transformers has no place for its tensors.
 
     """
+    check_models(checkpoint, teacher)
     target = find_target(checkpoint)
     names = target.find_layers(checkpoint)
-    if any(f"{name}.weight_lut" not in checkpoint.tensors for name in names):
-        raise ConvertError(
-            str(checkpoint.root), "has no tables of its own to train", "make it with w4a8 quantize --tables free"
-        )
     used = {f"{name}.{role}" for name in names for role in _ROLES}
     state = {name: _in_bfloat16(read_tensor(info)) for name, info in checkpoint.tensors.items() if name not in used}
     layers: dict[str, LutLinear] = {}
@@ -85,13 +98,13 @@ def load_student(
             weight = read_tensor(original) if wanted and original is not None else None
             layers[name] = LutLinear(w, state.get(f"{name}.bias"), preset, weight, towards)
     model = _build(checkpoint, state).requires_grad_(requires_grad=False)
+    experts = place_experts(model, layers)
     for name, layer in layers.items():
+        if name in experts:
+            continue
         if not isinstance(_find(model, name), nn.Linear):
-            raise ConvertError(
-                name,
-                f"is no linear layer of transformers' {type(model).__name__} (experts in one tensor are not trained)",
-                "leave this model as it is",
-            )
+            reason = f"is no linear layer of transformers' {type(model).__name__}"
+            raise ConvertError(name, reason, "leave this model as it is")
         above, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(above), leaf, layer)
     others = {}
@@ -110,8 +123,33 @@ def load_student(
 
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits bfloat16 [B, T, V] of token ids [B, T], padded on the right where samples are shorter."""
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    with _one_sample_a_row():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
+
+
+@contextmanager
+def _one_sample_a_row() -> Iterator[None]:
+    """Keep transformers from making masks where causal attention needs none.
+
+    It looks for several samples in a row by their positions, for which the host waits for the device; while a CUDA
+    graph is captured it cannot look, and makes masks, with which attention takes the slow way.
+    """
+    import transformers.masking_utils as masks  # noqa: PLC0415
+
+    answers = {"find_packed_sequence_indices": None, "is_tracing": False}
+    before = {name: getattr(masks, name) for name in answers if hasattr(masks, name)}
+    for name in before:
+        setattr(masks, name, partial(_answer, answers[name]))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(masks, name, function)
+
+
+def _answer(answer: bool | None, *_arguments: Any, **_options: Any) -> bool | None:
+    return answer
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -9,10 +9,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from convert_w4a8.devices import training
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
-from convert_w4a8.distillation.loss import divergence
-from convert_w4a8.distillation.options import RATES, DistillOptions, Rates
+from convert_w4a8.distillation.graphs import Passes
+from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
+from convert_w4a8.distillation.loss import counted
+from convert_w4a8.distillation.machine import upload
+from convert_w4a8.distillation.options import DistillOptions, Rates, rates_for
 from convert_w4a8.distillation.student import Student, logits_of
+from convert_w4a8.distillation.teacher import Teacher
 from convert_w4a8.samples.sample import Sample
 
 _BETAS = (0.9, 0.99)
@@ -45,38 +50,50 @@ class Trainer:
     def __init__(
         self,
         student: Student,
-        teacher: nn.Module,
+        teacher: Teacher,
         options: DistillOptions,
         device: torch.device,
         rates: Rates | None = None,
     ) -> None:
-        """Begin. rates: instead of `RATES` of the preset."""
+        """Begin. rates: instead of those for the preset and the steps."""
         self.student, self.teacher, self.options = student, teacher, options
         self._device = device
-        self._rates = rates or RATES[options.preset]
+        self._rates = rates or rates_for(options.preset, options.steps)
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
-        self._teacher_device = next(teacher.parameters()).device
+        self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0
         if options.recompute:
             _recompute_blocks(student.model)
 
+    @torch.no_grad()
     def divergences(self, batch: Batch) -> torch.Tensor:
-        """Return the divergence at each token of a batch that counts, float32 [kept]."""
-        with torch.no_grad():
-            theirs = logits_of(self.teacher, batch.ids.to(self._teacher_device)).to(self._device)
-        batch = batch.to(self._device)
-        ours = logits_of(self.student.model, batch.ids)
-        return divergence(ours.flatten(0, 1), theirs.flatten(0, 1))[batch.counts.flatten()]
+        """Return the divergence at each token of a batch that counts, float32 [C]."""
+        target = self.teacher.target(batch, self._device)
+        return target.divergence(counted(logits_of(self.student.model, upload(batch.ids, self._device)), batch.counts))
 
     def train(self, batch: Batch) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
         for one in self.trained.values():
             one.parameter.grad = None
-        loss = self.divergences(batch).mean()
+        loss, found = self._losses(batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._passes.backward()
         self._update(self.factor(self.step))
         self.step += 1
-        return float(loss.detach())
+        return float(found.detach())
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a batch, and its mean divergence alone."""
+        weight, ids = self.options.hidden_weight, upload(batch.ids, self._device)
+        target = self.teacher.target(batch, self._device, hidden=weight > 0)
+        if not weight:
+            found = target.divergence(counted(self._passes.forward(ids), batch.counts)).mean()
+            return found, found
+        with block_outputs(self.student.model) as outputs:
+            logits = logits_of(self.student.model, ids)
+        found = target.divergence(counted(logits, batch.counts)).mean()
+        ours = [counted(output, batch.counts) for output in outputs]
+        return found + weight * difference_of_hidden(ours, target.hidden), found
 
     def factor(self, step: int) -> float:
         """Return what the rates are multiplied by at a step: a linear rise, and half a cosine down to nothing."""
@@ -85,20 +102,17 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, factor: float) -> None:
-        """Take one step of Adam (Kingma and Ba, 2015)."""
-        count = self.step + 1
-        for one in self.trained.values():
+        """Take one step of Adam."""
+        first, second = (1 - beta ** (self.step + 1) for beta in _BETAS)
+        ones = [one for one in self.trained.values() if one.parameter.grad is not None]
+        sizes = [factor * getattr(self._rates, one.kind) * one.unit / first for one in ones]
+        rest = [1 - _BETAS[0], 1 - _BETAS[1], second**-0.5, _EPSILON]
+        numbers = upload(torch.tensor([[size, *rest] for size in sizes]), self._device)
+        operations = training(self._device)
+        for one, own in zip(ones, numbers, strict=True):
             gradient = one.parameter.grad
-            if gradient is None:
-                continue
-            gradient = gradient.float()
-            one.first.lerp_(gradient, 1 - _BETAS[0])
-            one.second.lerp_(gradient.square_(), 1 - _BETAS[1])
-            size = (one.second / (1 - _BETAS[1] ** count)).sqrt_().add_(_EPSILON)
-            rate = factor * getattr(self._rates, one.kind) * one.unit / (1 - _BETAS[0] ** count)
-            one.value.addcdiv_(one.first, size, value=-rate)
-            if one.rounded is not None:
-                one.rounded.copy_(one.value)
+            assert gradient is not None
+            operations.adam(one.value, gradient, one.first, one.second, one.rounded, own)
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> torch.Tensor:
@@ -176,13 +190,12 @@ def _trained(name: str, parameter: nn.Parameter) -> Trained:
 
 def _recompute_blocks(model: nn.Module) -> None:
     """Let the backward pass compute decoder blocks again."""
-    part: Any = model
-    for block in part.get_decoder().layers:
+    for block in blocks_of(model):
         block.forward = _checkpointed(block.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run

@@ -232,6 +232,11 @@ COLUMNS: dict[str, Columns] = {
         *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("s a block", "{seconds_per_block:.3f}")),
         *(("bytes kept", "{bytes_kept_per_block:,}"), ("bytes at most", "{peak_bytes_per_block:,}")),
     ),
+    "distill-paper": (
+        *(("model", "{model}"), ("preset", "{preset}"), ("GPUs", "{gpus}"), ("teacher", "{teacher}")),
+        *(("tokens of a step on each", "{tokens_a_gpu:,}"), ("GiB on each", "{gib:.0f}")),
+        *(("s a step", "{seconds_per_step:.1f}"), ("h for 50 million tokens", "{hours:.1f}")),
+    ),
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),

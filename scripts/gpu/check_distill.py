@@ -1,8 +1,10 @@
-"""Check and measure distillation on a GPU: `check_distill.py op|resume|block ...`.
+"""Check and measure distillation on a GPU: `check_distill.py op|resume|passes|block ...`.
 
     op OUT_W4A8              every layer of a checkpoint, as the student computes it, against vLLM's `cutlass_w4a8_mm`
     resume OUT_W4A8 --teacher MODEL --data FILE...
                              a training that is stopped half-way and continued, against a whole one
+    passes OUT_W4A8 --teacher MODEL --data FILE...
+                             tokens a second, and whether CUDA graphs compute what single launches do
     block                    memory and time of a step for each block of Llama 8B's shape
 
 Products may differ by BF16's last bit, and by 2⁻¹³ of the sum of their terms' magnitudes for each of the tensor core's
@@ -14,12 +16,11 @@ import argparse
 import hashlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -29,12 +30,14 @@ from results import PACKAGES, add_options, line, save
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.distillation import graphs
 from convert_w4a8.distillation.data import Batch
 from convert_w4a8.distillation.linear import LutLinear, Preset
-from convert_w4a8.distillation.mix import hold_out
+from convert_w4a8.distillation.machine import deterministic
+from convert_w4a8.distillation.mix import by_tag, mixed
 from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.run import TrainingData, distill
-from convert_w4a8.distillation.student import Student
+from convert_w4a8.distillation.student import Student, load_student, load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer
 from convert_w4a8.encoding.lut_layout import reorder
 from convert_w4a8.encoding.packing import pack_codes
@@ -89,41 +92,70 @@ def check_op(args: argparse.Namespace) -> Iterator[Row]:
             }
 
 
-class _Stopped(KeyboardInterrupt):
-    """What a person's Ctrl-C would raise."""
+def digest(trainer: Trainer) -> str:
+    """Return a SHA-256 of all that a training has changed."""
+    found = hashlib.sha256()
+    for name, tensor in trainer.state().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def check_resume(args: argparse.Namespace) -> Iterator[Row]:
-    """Train whole, again, and stopped half-way and continued: the same bytes."""
-    start, teacher = open_checkpoint(args.start), open_checkpoint(args.teacher)
-    samples = read_samples(args.data, open_tokenizer(teacher.root), max_tokens=200_000, max_length=512).samples
-    trained, held_out = hold_out(samples)
-    data = TrainingData(tuple(trained), tuple(held_out))
-
-    def stop(step: int, _loss: float) -> None:
-        if step == args.steps // 2 + 1:
-            raise _Stopped
-
+    """Train whole, again, and stopped half-way and continued in a new trainer: the same values and moments."""
+    start, source = open_checkpoint(args.start), open_checkpoint(args.teacher)
+    samples = read_samples(args.data, open_tokenizer(source.root), max_tokens=200_000, max_length=512).samples
+    teacher = LiveTeacher(load_teacher(source, DEVICE))
+    shares = dict.fromkeys(by_tag(samples), 1.0)
     for preset in Preset:
-        options = DistillOptions(preset=preset, steps=args.steps, every=args.steps // 4, batch_tokens=4096)
-        with tempfile.TemporaryDirectory() as directory:
-            digests = []
-            for name in ("whole", "again", "stopped"):
-                out = Path(directory, name)
-                if name == "stopped":
-                    with suppress(_Stopped):
-                        distill(start, teacher, data, out, options, device=DEVICE, progress=stop)
-                distill(start, teacher, data, out, options, device=DEVICE, resume=name == "stopped")
-                found = hashlib.sha256()
-                for path in sorted(out.glob("*.safetensors")):
-                    found.update(path.read_bytes())
-                digests.append(found.hexdigest())
-            yield {
-                "preset": str(preset),
-                "steps": args.steps,
-                "same_again": digests[0] == digests[1],
-                "same_resumed": digests[0] == digests[2],
-            }
+        options = DistillOptions(preset=preset, steps=args.steps, batch_tokens=4096)
+        batch = mixed(samples, shares, options)
+
+        def train(trainer: Trainer, steps: int) -> Trainer:
+            while trainer.step < steps:
+                trainer.train(batch(trainer.step))  # noqa: B023
+            return trainer
+
+        def new() -> Trainer:
+            return Trainer(load_student(start, source, preset, DEVICE), teacher, options, DEVICE)  # noqa: B023
+
+        with deterministic(DEVICE):
+            whole, again = (digest(train(new(), args.steps)) for _ in range(2))
+            stopped = train(new(), args.steps // 2)
+            continued = new()
+            continued.restore(stopped.state(), stopped.step)
+            resumed = digest(train(continued, args.steps))
+        yield {
+            "preset": str(preset),
+            "steps": args.steps,
+            "trained": whole != digest(new()),
+            "same_again": whole == again,
+            "same_resumed": whole == resumed,
+        }
+
+
+def check_passes(args: argparse.Namespace) -> Iterator[Row]:
+    """Train with and without CUDA graphs: the same values, and how fast."""
+    start, source = open_checkpoint(args.start), open_checkpoint(args.teacher)
+    samples = read_samples(args.data, open_tokenizer(source.root), max_tokens=500_000, max_length=512).samples
+    teacher = LiveTeacher(load_teacher(source, DEVICE))
+    shares = dict.fromkeys(by_tag(samples), 1.0)
+    for preset in Preset:
+        options = DistillOptions(preset=preset, steps=args.steps, batch_tokens=args.tokens)
+        batch = mixed(samples, shares, options)
+        row: Row = {"preset": str(preset), "batch_tokens": args.tokens}
+        digests = []
+        with deterministic(DEVICE):
+            for name, most in (("graphs", graphs.MOST_WEIGHTS), ("launches", 0)):
+                with patch.object(graphs, "MOST_WEIGHTS", most):
+                    trainer = Trainer(load_student(start, source, preset, DEVICE), teacher, options, DEVICE)
+                for step in range(args.steps):
+                    if step == args.steps // 2:
+                        began = time.perf_counter()
+                    trainer.train(batch(step))
+                seconds = (time.perf_counter() - began) / (args.steps - args.steps // 2)
+                row |= {f"tokens_per_second_with_{name}": round(args.tokens / seconds)}
+                digests.append(digest(trainer))
+        yield row | {"same_again": digests[0] == digests[1]}
 
 
 def random_linear(n: int, k: int) -> W4A8Linear:
@@ -160,7 +192,8 @@ def measure(blocks: int, preset: Preset, options: DistillOptions, length: int) -
     """Return seconds of a step, bytes that stay, and the most bytes of a step."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(*random_student(blocks, preset), options, DEVICE)
+    student, teacher = random_student(blocks, preset)
+    trainer = Trainer(student, LiveTeacher(teacher), options, DEVICE)
     rows = options.batch_tokens // length
     ids = torch.randint(0, 8192, (rows, length))
     batch = Batch(ids, torch.ones(rows, length, dtype=torch.bool), tuple(range(rows)))
@@ -198,16 +231,16 @@ def measure_block(args: argparse.Namespace) -> Iterator[Row]:
 def main() -> int:
     """Run one of the checks; return 1 if something that must agree does not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["op", "resume", "block"])
+    parser.add_argument("what", choices=["op", "resume", "passes", "block"])
     parser.add_argument("start", type=Path, nargs="?", metavar="OUT_W4A8")
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--data", type=Path, nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=8192, help="of a step (block)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step (block, passes)")
     parser.add_argument("--length", type=int, default=2048, help="of a sample (block)")
     add_options(parser)
     args = parser.parse_args()
-    run = {"op": check_op, "resume": check_resume, "block": measure_block}[args.what]
+    run = {"op": check_op, "resume": check_resume, "passes": check_passes, "block": measure_block}[args.what]
     rows = []
     for row in run(args):
         rows.append(row)

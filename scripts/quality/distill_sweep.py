@@ -1,43 +1,99 @@
 """How fast may tables and weights be trained? Trains from one checkpoint with many rates, and prints a JSON line each.
 
-    distill_sweep.py TEACHER OUT_W4A8 --data FILE ... --held-out TEXT --rates 'tables:entries=0.01,scale=3e-4'
+    distill_sweep.py TEACHER OUT_W4A8 --data FILE ... --held-out FILE --rates 'tables:entries=0.01,scale=3e-4'
 
---rates PRESET:NAME=VALUE,... is one run, in units of `Rates`; what is not named is 0, so that a run may train channel
-scales alone. Each line has the curve of the divergence on held-out samples.
+--rates PRESET:NAME=VALUE,... is one run, in units of `Rates`; a rate that is not named is 0, so that a run may train
+channel scales alone. Names of `DistillOptions` (steps, batch_tokens, ...) may be among them. FILE is text or JSON lines
+as for `w4a8 distill`, or a .npy of windows of tokens, uint16 [W, T]. Each line has the curve of the divergence on
+--held-out, and before and after training those on --evaluation.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.distillation.linear import Preset
+from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import by_tag, mixed
 from convert_w4a8.distillation.options import DistillOptions, Rates
 from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.samples.read import read_samples
-from convert_w4a8.samples.tokenizer import open_tokenizer
+from convert_w4a8.samples.sample import Sample
+from convert_w4a8.samples.tokenizer import Tokenizer, open_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from results import add_options, save
 
 
-def parse_rates(text: str) -> tuple[Preset, Rates, float]:
-    """Read PRESET:NAME=VALUE,...; `towards` may be among the names."""
+def parse_rates(text: str) -> tuple[Preset, Rates, dict[str, float]]:
+    """Read PRESET:NAME=VALUE,...; return the rates, and what else is named."""
     preset, _, rest = text.partition(":")
-    given = dict(part.split("=") for part in rest.split(",") if part)
-    towards = float(given.pop("towards", 0))
-    rates = Rates(**{f.name: float(given.pop(f.name, 0)) for f in fields(Rates)})
-    if given:
-        raise argparse.ArgumentTypeError(f"{text}: no such rate: {next(iter(given))}")
-    return Preset(preset), rates, towards
+    given = {name: float(value) for name, value in (part.split("=") for part in rest.split(",") if part)}
+    rates = Rates(**{f.name: given.pop(f.name, 0.0) for f in fields(Rates)})
+    kinds = {f.name: type(getattr(DistillOptions(), f.name)) for f in fields(DistillOptions)}
+    if wrong := next((name for name in given if kinds.get(name) not in (int, float)), None):
+        raise argparse.ArgumentTypeError(f"{text}: no such rate: {wrong}")
+    return Preset(preset), rates, {name: kinds[name](value) for name, value in given.items()}
+
+
+def batched(values: Sequence[float], count: int) -> Iterator[Sequence[float]]:
+    """Yield so many values at a time (itertools has it from Python 3.12 on)."""
+    return (values[i : i + count] for i in range(0, len(values), count))
+
+
+def read(paths: Sequence[Path], tokenizer: Tokenizer, tokens: int, window: int) -> list[Sample]:
+    """Return samples of files of any kind, up to so many tokens of each."""
+    found: list[Sample] = []
+    for path in paths:
+        if path.suffix == ".npy":
+            windows = np.load(path, mmap_mode="r")[: max(1, tokens // window)].astype(np.int32)
+            nothing = np.zeros(windows.shape[1], np.uint8)
+            found += [Sample(ids, nothing, nothing, f"{path} line {number}") for number, ids in enumerate(windows)]
+        else:
+            found += read_samples([path], tokenizer, max_tokens=tokens, max_length=window).samples
+    return found
+
+
+def run(
+    trainer: Trainer, samples: Sequence[Sample], held_out: Sequence[Sample], evaluation: Sequence[Sample]
+) -> dict[str, Any]:
+    """Train to the end, and return what is measured."""
+    options = trainer.options
+    tags = by_tag(samples)
+    batch = mixed(samples, {tag: 1 / len(tags) for tag in tags}, options)
+    before, first = trainer.measure(held_out), trainer.measure(evaluation)
+    began = time.monotonic()
+    curve, losses = [(0, mean(before))], []
+    while trainer.step < options.steps:
+        losses.append(trainer.train(batch(trainer.step)))
+        if trainer.step % options.every == 0:
+            curve.append((trainer.step, mean(trainer.measure(held_out))))
+            print(
+                f"step {trainer.step}: {curve[-1][1]:.5f}, {time.monotonic() - began:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    seconds = time.monotonic() - began
+    change, error = difference(trainer.measure(held_out), before)
+    means = [sum(part) / len(part) for part in batched(losses, options.every)]
+    row: dict[str, Any] = {"steps": options.steps, "tokens": options.steps * options.batch_tokens, "seconds": seconds}
+    row |= {"training": means[-1], "training_curve": means, "held_out": curve}
+    row |= {"change": change, "change_standard_error": error}
+    if evaluation:
+        last = trainer.measure(evaluation)
+        row |= {"evaluation": [mean(first), mean(last)], "evaluation_standard_error": difference(last, first)[1]}
+    return row
 
 
 def main() -> int:
@@ -47,7 +103,9 @@ def main() -> int:
     parser.add_argument("student", type=Path)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
-    parser.add_argument("--held-out-tokens", type=int, default=30_000)
+    parser.add_argument("--held-out-tokens", type=int, default=30_000, help="of each file")
+    parser.add_argument("--evaluation", type=Path, nargs="*", default=[])
+    parser.add_argument("--evaluation-tokens", type=int, default=61_440)
     parser.add_argument("--rates", type=parse_rates, nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-tokens", type=int, default=8192)
@@ -63,41 +121,21 @@ def main() -> int:
     device = torch.device(args.device)
     source, start = open_checkpoint(args.teacher), open_checkpoint(args.student)
     tokenizer = open_tokenizer(source.root)
-    need = args.steps * args.batch_tokens
-    samples = read_samples(args.data, tokenizer, max_tokens=need, max_length=args.window).samples
-    held_out = read_samples(args.held_out, tokenizer, max_tokens=args.held_out_tokens, max_length=args.window).samples
-    teacher = load_teacher(source, device)
-    tags = by_tag(samples)
-    shares = {tag: 1 / len(tags) for tag in tags}
+    held_out = read(args.held_out, tokenizer, args.held_out_tokens, args.window)
+    evaluation = read(args.evaluation, tokenizer, args.evaluation_tokens, args.window)
+    teacher = LiveTeacher(load_teacher(source, device))
     rows: list[dict[str, Any]] = []
-    for preset, rates, towards in args.rates:
-        options = DistillOptions(
-            preset=preset,
-            steps=args.steps,
-            batch_tokens=args.batch_tokens,
-            every=args.every,
-            recompute=args.recompute,
-            towards=towards,
-        )
-        student = load_student(start, source, preset, device, towards)
-        trainer = Trainer(student, teacher, options, device, rates)
-        batch = mixed(samples, shares, options)
-        before = trainer.measure(held_out)
-        began = time.monotonic()
-        curve, losses = [(0, mean(before))], []
-        while trainer.step < args.steps:
-            losses.append(trainer.train(batch(trainer.step)))
-            if trainer.step % args.every == 0:
-                curve.append((trainer.step, mean(trainer.measure(held_out))))
-        change, error = difference(trainer.measure(held_out), before)
-        means = [sum(losses[i : i + args.every]) / args.every for i in range(0, args.steps, args.every)]
-        row = {"preset": str(preset), **{name: rate for name, rate in asdict(rates).items() if rate}}
-        row |= {"towards": towards} if towards else {}
-        row |= {"steps": args.steps, "tokens": args.steps * args.batch_tokens, "seconds": time.monotonic() - began}
-        row |= {"training": means[-1], "training_curve": means, "held_out": curve}
-        row |= {"change": change, "change_standard_error": error}
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    with deterministic(device):
+        for preset, rates, given in args.rates:
+            defaults = {"steps": args.steps, "batch_tokens": args.batch_tokens, "every": args.every}
+            options = DistillOptions(preset=preset, recompute=args.recompute, **(defaults | given))
+            samples = read(args.data, tokenizer, options.steps * options.batch_tokens, args.window)
+            student = load_student(start, source, preset, device, options.towards)
+            row = run(Trainer(student, teacher, options, device, rates), samples, held_out, evaluation)
+            rows.append(
+                {"preset": str(preset), **{name: rate for name, rate in asdict(rates).items() if rate}} | given | row
+            )
+            print(json.dumps(rows[-1]), flush=True)
     save(args, "How fast may tables and weights be trained?", rows)
     return 0
 

@@ -65,13 +65,13 @@ def long_lines(text: str) -> list[str]:
     return [line for line in lines if len(line) >= LONG_LINE]
 
 
-def unlike(texts: Iterable[str], others: Iterable[str], share: float) -> list[str]:
-    """Return the texts of some size of whose longer lines at most a `share` stand in the others."""
+def unlike(texts: Iterable[str], others: Iterable[str], share: float, least: int = LEAST_LINES) -> list[str]:
+    """Return the texts of at least `least` longer lines, of which at most a `share` stand in the others."""
     known = {line for other in others for line in long_lines(other)}
     kept = []
     for text in texts:
         lines = long_lines(text)
-        if len(lines) >= LEAST_LINES and sum(line in known for line in lines) <= share * len(lines):
+        if len(lines) >= least and sum(line in known for line in lines) <= share * len(lines):
             kept.append(text)
     return kept
 

@@ -5,7 +5,9 @@
 MODEL is a directory with a tokenizer; FILE may end in .gz. Windows are taken from files below --root, shuffled by
 --seed, at most --per-file of each, from a random place on where it is longer. Files of which more than --share of the
 longer lines stand in a text of --unlike (evaluation text, or the JSONL of calibration) are left out, and so are files
-that hold the same text as an earlier one, and windows of which more than --overlap of the n-grams stand there.
+that hold the same text as an earlier one, and windows of which more than --overlap of the n-grams stand there. An
+--unlike file of `input_ids` is looked through for n-grams only. --parts takes every so many of the shuffled files: with
+one seed, text to train on and text to measure on come of different files.
 """
 
 import argparse
@@ -16,18 +18,26 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from make_calibration import CHARACTERS_PER_TOKEN, HubTokenizer, ngrams, print_overlap, unlike
+from make_calibration import CHARACTERS_PER_TOKEN, LEAST_LINES, HubTokenizer, ngrams, print_overlap, unlike
 
 NGRAM = 12
 """Tokens of the n-grams that are looked for in evaluation text."""
 
 
 def read_other(path: Path) -> str:
-    """Return what a text, or a JSONL file with a key `text`, holds."""
+    """Return what a text, or a JSONL file with a key `text`, holds; nothing of one of `input_ids`."""
     content = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        return "\n".join(json.loads(line)["text"] for line in content.splitlines())
+        return "\n".join(json.loads(line).get("text", "") for line in content.splitlines())
     return content
+
+
+def read_ids(path: Path) -> list[list[int]]:
+    """Return the windows of a JSONL file with a key `input_ids`; none of another file."""
+    if path.suffix != ".jsonl":
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [found for line in lines if (found := json.loads(line).get("input_ids"))]
 
 
 def main() -> int:
@@ -43,21 +53,27 @@ def main() -> int:
     parser.add_argument("--skip", nargs="*", default=[], help="folders to leave out, by name")
     parser.add_argument("--unlike", type=Path, nargs="*", default=[], help="texts not to train on")
     parser.add_argument("--share", type=float, default=0.02, help="of a file's longer lines that may stand in these")
+    parser.add_argument("--least-lines", type=int, default=LEAST_LINES, help="longer lines that a file has to have")
     parser.add_argument("--overlap", type=float, default=0.02, help="of a window's n-grams that may occur in these")
+    parser.add_argument("--parts", type=int, nargs="*", help="of --of, of the shuffled files (default: all)")
+    parser.add_argument("--of", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     tokenizer = HubTokenizer(args.model)
     others = [read_other(path) for path in args.unlike]
     known = {gram for text in others for gram in ngrams(tokenizer.encode(text.replace("\0", "\n")), NGRAM)}
+    known |= {gram for path in args.unlike for window in read_ids(path) for gram in ngrams(window, NGRAM)}
     generator = random.Random(args.seed)
     paths = sorted({path for root in args.root for suffix in args.suffix for path in root.rglob(f"*{suffix}")})
     paths = [path for path in paths if not set(args.skip) & set(path.parts)]
     generator.shuffle(paths)
+    if args.parts is not None:
+        paths = [path for place, path in enumerate(paths) if place % args.of in args.parts]
     windows: list[list[int]] = []
     files = 0
     texts = (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
-    for text in dict.fromkeys(unlike(texts, others, args.share)):
+    for text in dict.fromkeys(unlike(texts, others, args.share, args.least_lines)):
         if len(windows) >= args.windows:
             break
         characters = CHARACTERS_PER_TOKEN * args.window

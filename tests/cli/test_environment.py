@@ -77,6 +77,7 @@ def test_env_says_what_there_is() -> None:
         "gemm": "torch",
         "codebooks": "numba",
         "activations": "torch",
+        "training": "torch",
     }
     assert all(kernel["why_not"] is None for kernel in document["kernels"])
     assert document["caches"].keys() == {"hub", "numba", "triton", "temporary"}

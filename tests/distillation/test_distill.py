@@ -8,76 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, write_llama
+from small_training import distill, run, tensors
+from tiny_models import VOCABULARY
 
 from convert_w4a8 import api
-from convert_w4a8.cli.main import main
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.mix import apart, check_domains, hold_out
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, mean
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.read import read_samples
 from convert_w4a8.samples.sample import Sample
 
 pytest.importorskip("transformers")
-FEW = ("--steps", "8", "--every", "2", "--batch-tokens", "256", "--device", "cpu")
-
-
-def run(*arguments: object) -> Result:
-    """Run `w4a8`."""
-    return CliRunner().invoke(main, list(map(str, arguments)))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the teacher."""
-    return write_llama(tmp_path_factory.mktemp("model") / "teacher", layers=2, initializer_range=0.06)
-
-
-@pytest.fixture(scope="module")
-def start(model: Path) -> Path:
-    """Quantize it, without data, and make its norms a tenth smaller, so that there is something to learn."""
-    out = model.parent / "start"
-    result = run("quantize", model, out, "--device", "cpu", "--quiet")
-    assert result.exit_code == 0, result.output
-    for path in out.glob("*.safetensors"):
-        found = load_file(path)
-        save_file({k: v * 0.9 if "norm" in k else v for k, v in found.items()}, path, metadata={"format": "pt"})
-    return out
-
-
-def write_data(path: Path, seed: int, count: int = 24) -> Path:
-    """Write samples of random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lines = [
-        {"input_ids": torch.randint(VOCABULARY, (40 + i % 3,), generator=generator).tolist()} for i in range(count)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(model: Path) -> list[Path]:
-    """Two domains."""
-    return [write_data(model.parent / f"{name}.jsonl", seed) for seed, name in enumerate(("one", "two"))]
-
-
-def distill(start: Path, model: Path, data: list[Path], out: Path, *more: object) -> Result:
-    """Run `w4a8 distill` for a few steps."""
-    named = [part for path in data for part in ("--data", path)]
-    return run("distill", start, "--teacher", model, *named, "--out", out, *FEW, *more)
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint."""
-    found: dict[str, torch.Tensor] = {}
-    for path in out.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
 
 
 @pytest.mark.parametrize("preset", ["tables", "weights"])
@@ -114,7 +60,7 @@ def test_the_written_weights_are_the_trained_ones(
     _, held_out = hold_out(read_samples(data, None, vocab_size=VOCABULARY).samples)
     options = DistillOptions(batch_tokens=256)
     student = load_student(api.open_checkpoint(tmp_path / "out"), source, Preset.TABLES, cpu)
-    measured = Trainer(student, load_teacher(source, cpu), options, cpu).measure(held_out)
+    measured = Trainer(student, LiveTeacher(load_teacher(source, cpu)), options, cpu).measure(held_out)
     assert mean(measured) == json.loads(result.stdout)["after"]
 
 

@@ -9,19 +9,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from convert_w4a8.distillation.linear import LutLinear, Preset
-from convert_w4a8.distillation.loss import divergence
-from convert_w4a8.distillation.tables import (
-    by_code,
-    look_up,
-    nearest_codes,
-    nearest_within_cells,
-    round_to_e4m3,
-    spacing,
-    sum_by_entry,
-)
+from convert_w4a8.distillation.loss import counted, divergence
+from convert_w4a8.distillation.tables import nearest_within_cells, round_to_e4m3, spacing
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.encoding.tables import decode, expand_tables, gemm
+from convert_w4a8.kernels.training.reference import by_code, choose, look_up, sum_by_entry
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 
 N, GROUPS, TOKENS = 16, 3, 11
@@ -78,7 +71,7 @@ def test_gradients_are_those_without_rounding() -> None:
     layer = LutLinear(w, torch.zeros(N), Preset.WEIGHTS)
     layer.start.copy_(torch.arange(8.0, 0, -1) * 4)  # no two codes mean the same: a gradient has one entry to go to
     assert layer.weight is not None
-    layer.weight.data.copy_(look_up(layer.start, layer.codes) / layer.unit)
+    layer.weight.data.copy_(look_up(layer.start, layer.codes).float() / layer.unit)
     layer.step.copy_(spacing(layer.start))
     upstream = torch.randn(TOKENS, N, generator=torch.Generator().manual_seed(2)).bfloat16()
     (layer(x) * upstream).sum().backward()
@@ -87,7 +80,8 @@ def test_gradients_are_those_without_rounding() -> None:
     entries = layer.start.clone().requires_grad_()
     scale = layer.channel_scale.clone().requires_grad_()
     latent = torch.zeros(N, GROUPS * GROUP_SIZE, requires_grad=True)
-    weights = look_up(entries, layer.codes) * scale[:, None] + latent
+    grouped = layer.codes.view(N, GROUPS, GROUP_SIZE).long()
+    weights = by_code(entries).gather(-1, grouped).flatten(1) * scale[:, None] + latent
     ((plain @ weights.t()) * upstream.float()).sum().backward()  # type: ignore[no-untyped-call]
 
     def close(ours: torch.Tensor | None, theirs: torch.Tensor) -> None:
@@ -114,22 +108,24 @@ def test_spacing_of_all_e4m3_numbers() -> None:
 
 
 @given(st.integers(0, 1 << 30))
-def test_nearest_codes(seed: int) -> None:
+def test_nearest_values(seed: int) -> None:
     """No code's value is nearer, and entries' own values come back; also where entries are equal, or zero."""
     generator = torch.Generator().manual_seed(seed)
     entries = round_to_e4m3(torch.randn(4, 2, 8, generator=generator).mul(3))
     entries[0, 0, 3:5] = entries[0, 0, 2]
     entries[1, 1] = 0
     weights = torch.randn(4, 2 * GROUP_SIZE, generator=generator) * 3
-    codes = nearest_codes(weights, entries)
+    one = torch.ones(4)
+    codes, chosen = choose(weights, one, entries)
+    assert torch.equal(chosen, look_up(entries, codes))
     distances = (weights.view(4, 2, -1, 1) - by_code(entries)[:, :, None]).abs()
     ours = (weights - look_up(entries, codes)).abs().view(4, 2, -1)
     assert torch.allclose(ours, distances.amin(-1), rtol=0, atol=1e-6)
     own = torch.randint(0, 16, weights.shape, generator=generator).to(torch.uint8)
     values = look_up(entries, own)
-    assert torch.equal(look_up(entries, nearest_codes(values, entries)), values)
+    assert torch.equal(choose(values.float(), one, entries)[1], values)
     moved = nearest_within_cells(weights, entries, own)
-    assert torch.equal(look_up(entries, nearest_codes(moved, entries)), values)
+    assert torch.equal(choose(moved, one, entries)[1], values)
     inside = look_up(entries, codes) == values
     assert torch.equal(moved[inside & (ours.flatten(1) == 0)], weights[inside & (ours.flatten(1) == 0)])
 
@@ -140,7 +136,8 @@ def test_gradient_of_entries_is_exact() -> None:
     codes = torch.randint(0, 16, (5, 2 * GROUP_SIZE), generator=generator).to(torch.uint8)
     gradient = torch.randint(-9, 9, codes.shape, generator=generator).float()
     entries = torch.randn(5, 2, 8, generator=generator, requires_grad=True)
-    (look_up(entries, codes) * gradient).sum().backward()  # type: ignore[no-untyped-call]
+    grouped = codes.view(5, 2, GROUP_SIZE).long()
+    (by_code(entries).gather(-1, grouped).flatten(1) * gradient).sum().backward()  # type: ignore[no-untyped-call]
     assert entries.grad is not None
     assert torch.equal(sum_by_entry(gradient, codes), entries.grad)
 
@@ -160,3 +157,16 @@ def test_divergence() -> None:
     (expected * factors).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(divergence(ours, theirs), expected)
     torch.testing.assert_close(found, again.grad)
+
+
+def test_logits_that_count() -> None:
+    """Those of a boolean index, and its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator, requires_grad=True)
+    counts = torch.rand(3, 5, generator=generator) < 0.6
+    factors = torch.randn(int(counts.sum()), 7, generator=generator)
+    (expected,) = torch.autograd.grad((logits[counts] * factors).sum(), logits)
+    found = counted(logits, counts)
+    assert torch.equal(found, logits[counts])
+    (gradient,) = torch.autograd.grad((found * factors).sum(), logits)
+    assert torch.equal(gradient, expected)

@@ -23,6 +23,7 @@ from convert_w4a8.kernels.codes import reference as codes_reference
 from convert_w4a8.kernels.gemm import reference as gemm_reference
 from convert_w4a8.kernels.repack import reference as repack_reference
 from convert_w4a8.kernels.tables import reference as tables_reference
+from convert_w4a8.kernels.training import reference as training_reference
 from convert_w4a8.linear import Packing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -35,6 +36,7 @@ REFERENCES = {
     "gemm": gemm_reference,
     "codebooks": codebooks_reference,
     "activations": activations_reference,
+    "training": training_reference,
 }
 
 

@@ -1,0 +1,106 @@
+"""A model's passes as CUDA graphs: thousands of small kernels, launched at once.
+
+The kernels are those that would be launched one by one, so results are the same. Large models, whose kernels take
+longer than launching them, are left as they are, and so are mixtures of experts, where the host looks at what the
+router chose.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from convert_w4a8.distillation.experts import LutExperts
+from convert_w4a8.distillation.student import logits_of
+from convert_w4a8.experts import is_experts
+
+MOST_WEIGHTS = 1 << 30
+"""Of a model whose passes are captured."""
+_MOST_SHAPES = 4
+"""That are captured; each keeps its logits and gradients."""
+_OFTEN = 2
+"""How often a shape of batches comes before it is captured."""
+_WARM = 2
+"""Passes before one is captured: kernels are compiled, and libraries allocate what they keep."""
+_log = logging.getLogger(__name__)
+
+
+class Passes:
+    """The forward and backward passes of a model on one device, replayed where that is possible.
+
+    parameters: those that get gradients; none for a model that is not trained.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[torch.Tensor], device: torch.device) -> None:
+        self._model, self._parameters = model, parameters
+        small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_WEIGHTS
+        has_experts = any(isinstance(module, LutExperts) or is_experts(module) for module in model.modules())
+        self._most = _MOST_SHAPES if small and device.type == "cuda" and not has_experts else 0
+        self._seen: Counter[torch.Size] = Counter()
+        self._captured: dict[torch.Size, _Captured] = {}
+        self._pool: Any = None
+        self._last: _Captured | None = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits bfloat16 [B, T, V] of token ids [B, T]. The next call may overwrite them."""
+        self._last = self._find(ids)
+        if self._last is None:
+            return logits_of(self._model, ids)
+        return self._last.forward(ids)
+
+    def backward(self) -> None:
+        """Carry the gradient of the logits that `forward` returned on to the parameters, where autograd has not."""
+        if self._last is not None:
+            for parameter, gradient in zip(self._parameters, self._last.backward(), strict=True):
+                parameter.grad = gradient
+
+    def _find(self, ids: torch.Tensor) -> "_Captured | None":
+        shape = ids.shape
+        self._seen[shape] += 1
+        if shape not in self._captured and self._seen[shape] >= _OFTEN and len(self._captured) < self._most:
+            try:
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                self._captured[shape] = _Captured(self._model, self._parameters, ids, self._pool)
+            except RuntimeError as error:
+                self._most = 0
+                _log.warning("no CUDA graphs, so steps take longer: %s", str(error).partition("\n")[0])
+        return self._captured.get(shape)
+
+
+class _Captured:
+    def __init__(self, model: nn.Module, parameters: Sequence[torch.Tensor], ids: torch.Tensor, pool: Any) -> None:
+        self._ids = ids.clone()
+        self._gradients: tuple[torch.Tensor | None, ...] = ()
+        stream = torch.cuda.Stream(ids.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM):
+                logits = logits_of(model, self._ids)
+                if parameters:
+                    torch.autograd.grad(logits, parameters, torch.zeros_like(logits), allow_unused=True)
+                del logits
+        torch.cuda.current_stream(ids.device).wait_stream(stream)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward, pool=pool, stream=stream):
+            logits = logits_of(model, self._ids)
+        self._logits = logits.detach().requires_grad_(bool(parameters))
+        if parameters:
+            self._upstream = torch.zeros_like(logits)
+            with torch.cuda.graph(self._backward, pool=pool, stream=stream):
+                self._gradients = torch.autograd.grad(logits, parameters, self._upstream, allow_unused=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self._ids.copy_(ids, non_blocking=True)
+        self._logits.grad = None
+        self._forward.replay()
+        return self._logits
+
+    def backward(self) -> tuple[torch.Tensor | None, ...]:
+        assert self._logits.grad is not None
+        self._upstream.copy_(self._logits.grad)
+        self._logits.grad = None
+        self._backward.replay()
+        return self._gradients

@@ -1,0 +1,82 @@
+"""Predictions of a training against what was measured, whose file a table of the documents is made of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT
+from small_training import run
+
+from convert_w4a8 import api
+from convert_w4a8.distillation.linear import Preset
+from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.distillation.prediction import Sizes, predict_cost, sizes_of
+from convert_w4a8.distillation.student import load_student
+from convert_w4a8.distillation.train import Trainer
+
+ROWS: list[dict[str, Any]] = json.loads(
+    (ROOT / "docs" / "benchmarks" / "results" / "distill-block.json").read_text(encoding="utf-8")
+)["rows"]
+"""Of each way to train: seconds and bytes of one more block of Llama 8B."""
+H, I, KV = 4096, 14336, 1024
+LAYERS = ((H, H), (KV, H), (KV, H), (H, H), (I, H), (I, H), (H, I))
+BLOCK = sum(n * k for n, k in LAYERS)
+
+
+def llama(blocks: int) -> Sizes:
+    """Return the sizes of what was measured."""
+    return Sizes(
+        weights=blocks * BLOCK,
+        active=blocks * BLOCK,
+        channels=blocks * sum(n for n, _ in LAYERS),
+        width=blocks * sum(n + k for n, k in LAYERS),
+        block=BLOCK,
+        layer=H * I,
+        others=blocks * 2 * H + H,
+        fixed=8192 * H,
+        hidden=H,
+        blocks=blocks,
+        vocabulary=8192,
+    )
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=f"{row['preset']}-{row['recompute']}") for row in ROWS])
+def test_a_block_takes_what_is_predicted(row: dict[str, Any]) -> None:
+    """Time within a quarter; what is kept, which must not be too little, within a quarter."""
+    options = DistillOptions(Preset(row["preset"]), batch_tokens=row["tokens"], recompute=row["recompute"])
+    one, two = (predict_cost(llama(blocks), options, teacher_bytes=2 * blocks * BLOCK) for blocks in (1, 2))
+    assert two.seconds_per_step - one.seconds_per_step == pytest.approx(row["seconds_per_block"], rel=0.25)
+    more = two.gpu_memory - one.gpu_memory
+    assert 0.95 * row["bytes_kept_per_block"] < more + 0.25 * row["bytes_kept_per_block"]
+    assert more == pytest.approx(row["peak_bytes_per_block"], rel=0.25)
+
+
+@pytest.mark.parametrize("preset", list(Preset))
+def test_what_is_trained_is_counted(preset: Preset, model: Path, start: Path) -> None:
+    """From headers alone, what the trainer has; so is what it writes at every measurement."""
+    import torch
+
+    cpu = torch.device("cpu")
+    options = DistillOptions(preset)
+    checkpoint = api.open_checkpoint(start)
+    cost = predict_cost(sizes_of(checkpoint), options, teacher_bytes=0)
+    student = load_student(checkpoint, api.open_checkpoint(model), preset, cpu)
+    assert cost.trained == sum(parameter.numel() for _, parameter in student.trained())
+    trainer = Trainer(student, None, options, cpu)  # type: ignore[arg-type]
+    assert cost.state == sum(value.nbytes for value in (*trainer.state().values(), *trainer.values().values()))
+
+
+def test_dry_run(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """Says what is trained and what it takes, opens no weights, and leaves nothing."""
+    more = ("--teacher-logits", tmp_path / "logits", "--top-k", 8, "--dry-run", "--out", tmp_path / "out")
+    arguments = ("distill", start, "--teacher", model, "--data", data[0], "--data", data[1], *more)
+    shown = run(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "predicted" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+    found = json.loads(run(*arguments, "--json").stdout)
+    rows = sum(40 + i % 3 - 1 for i in range(24)) * 2
+    assert found["predicted_logits"] == rows * (8 * 6 + 4)
+    assert found["predicted_trained"] > 0
+    assert found["domains"] == ["one", "two"]

@@ -1,0 +1,173 @@
+"""A teacher's logits on the disk: what is read is what the teacher gave, and nothing of another teacher is used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_training import distill, run, tensors, write_data
+from tiny_models import VOCABULARY, samples_of
+
+from convert_w4a8 import api
+from convert_w4a8.distillation import first_pass
+from convert_w4a8.distillation.data import make_batch
+from convert_w4a8.distillation.first_pass import stored_teacher
+from convert_w4a8.distillation.student import load_teacher
+from convert_w4a8.distillation.teacher import LiveTeacher, Logits
+from convert_w4a8.distillation.top_k import TopK
+from convert_w4a8.errors import ConvertError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_what_is_stored_is_what_the_teacher_gives(
+    top_k: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For batches of any samples in any order, over several files; masked tokens have no rows."""
+    monkeypatch.setattr(first_pass, "_FILE_BYTES", 800)
+    source = api.open_checkpoint(model)
+    samples = samples_of([40, 9, 17, 33, 9, 2], masked=[0, 4, 16, 2, 0, 0]).samples
+    calls: list[tuple[int, int]] = []
+    stored = stored_teacher(
+        source,
+        samples,
+        tmp_path / "logits",
+        top_k,
+        device=CPU,
+        batch_tokens=1,
+        progress=lambda done, of: calls.append((done, of)),
+    )
+    assert calls[-1] == (110, 110)
+    assert len(list((tmp_path / "logits").glob("*.safetensors"))) > 1
+    assert stored.vocabulary == VOCABULARY
+    live = LiveTeacher(load_teacher(source, CPU))
+    for numbers in ([0, 1], [3], [5, 2, 4]):
+        found = stored.target(make_batch(samples, numbers), CPU)
+        alone = [live.target(make_batch(samples, [number]), CPU).logits for number in numbers]
+        expected = torch.cat(alone)
+        assert [len(each) for each in alone] == [int(samples[number].kept[1:].sum()) for number in numbers]
+        if top_k:
+            assert isinstance(found, TopK)
+            logits = torch.randn(len(expected), VOCABULARY, generator=torch.Generator().manual_seed(0))
+            assert torch.equal(found.tokens, expected.topk(5).indices)
+            assert torch.equal(found.divergence(logits), TopK.of(expected, 5).divergence(logits))
+        else:
+            assert isinstance(found, Logits)
+            assert torch.equal(found.logits, expected)
+
+
+def test_training_from_the_disk(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """All logits give what the teacher beside the student gives; with top-k the report is of that; no pass is twice."""
+    results = {}
+    for name, more in (
+        ("live", ()),
+        ("all", ("--teacher-logits", tmp_path / "a", "--top-k", 0)),
+        ("again", ("--teacher-logits", tmp_path / "a", "--top-k", 0)),
+        ("top", ("--teacher-logits", tmp_path / "t", "--top-k", 40)),
+    ):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("a/*")}
+        result = distill(start, model, data, tmp_path / name, "--rate", "4", "--json", *more)
+        assert result.exit_code == 0, result.output
+        results[name] = json.loads(result.stdout)
+        assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.glob("a/*")}.items()
+    assert results["all"]["after"] == pytest.approx(results["live"]["after"], rel=0.02)
+    assert results["again"]["after"] == results["all"]["after"]
+    again = tensors(tmp_path / "again")
+    assert all(torch.equal(value, again[name]) for name, value in tensors(tmp_path / "all").items())
+    assert results["top"]["top_k"] == 40
+    assert results["live"]["top_k"] == results["all"]["top_k"] == 0
+    assert results["top"]["before"] < results["live"]["before"]
+    conversion = json.loads((tmp_path / "top" / "config.json").read_text())["quantization_config"]["conversion"]
+    assert conversion["distillation"]["top_k"] == 40
+    assert "40 likeliest tokens" in (tmp_path / "top" / "README.md").read_text()
+    assert run("verify", tmp_path / "top", "--source", start).exit_code == 0
+
+
+@pytest.fixture
+def written(model: Path, start: Path, data: list[Path], tmp_path: Path) -> Path:
+    """Write logits."""
+    result = distill(start, model, data, tmp_path / "first", "--rate", "4", "--teacher-logits", tmp_path / "logits")
+    assert result.exit_code == 0, result.output
+    return tmp_path / "logits"
+
+
+def test_another_teacher_tokenizer_mask_or_data_is_one_line(
+    model: Path, start: Path, data: list[Path], written: Path, tmp_path: Path
+) -> None:
+    """Each is refused before anything is trained, and nothing is left."""
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    for path in other.glob("*.safetensors"):
+        found = load_file(path)
+        found["model.norm.weight"][0] += 1
+        save_file(found, path, metadata={"format": "pt"})
+    cut = tmp_path / "cut"
+    shutil.copytree(model, cut)
+    (cut / "tokenizer.json").write_text("{}")
+    fewer = tmp_path / "new" / "one.jsonl"
+    fewer.parent.mkdir()
+    write_data(fewer, seed=9)
+    with_logits = ("--teacher-logits", written)
+    for teacher, files, more, said in (
+        (other, data, (), "another --teacher"),
+        (cut, data, (), "another tokenizer"),
+        (model, [fewer, data[1]], (), "has no logits of"),
+        (model, data, ("--max-length", 20), "has no logits of"),
+        (model, data, ("--top-k", 3), "was written with --top-k 64, not 3"),
+        (model, data, ("--hidden-weight", 1), "leave out one of the two"),
+    ):
+        result = distill(start, teacher, files, tmp_path / "out", *with_logits, *more)
+        assert result.exit_code == 1
+        assert said in result.stderr
+        assert len(result.stderr.strip().splitlines()[-1].split("; ")) == 2
+        assert not (tmp_path / "out").exists()
+    part = distill(start, model, data[:1], tmp_path / "part", "--mix", "uniform", "--held-out", data[1], *with_logits)
+    assert "has no logits" not in part.stderr
+
+
+def test_wrong_directories(model: Path, start: Path, data: list[Path], written: Path, tmp_path: Path) -> None:
+    """What holds something else, overlaps, or is damaged is refused; --top-k alone is an error of usage."""
+    assert distill(start, model, data, tmp_path / "out", "--top-k", 3).exit_code == 2
+    for wrong, said in ((tmp_path / "first", "is not empty, and holds no logits"), (start, "overlaps")):
+        assert said in distill(start, model, data, tmp_path / "out", "--teacher-logits", wrong).stderr
+    out = tmp_path / "out"
+    assert "overlaps" in distill(start, model, data, out, "--teacher-logits", out / "logits").stderr
+    file = next(written.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    assert "cannot be read" in distill(start, model, data, out, "--teacher-logits", written).stderr
+    assert not out.exists()
+
+
+def test_a_pass_goes_on_where_it_was_interrupted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on the disk is not computed again; an interruption before the first file leaves a usable directory."""
+    monkeypatch.setattr(first_pass, "_FILE_BYTES", 1)
+    source, samples = api.open_checkpoint(model), samples_of([20, 30, 40, 50]).samples
+
+    def interrupt(done: int, _of: int) -> None:
+        if done == 50:
+            raise KeyboardInterrupt
+
+    directory = tmp_path / "logits"
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        stored_teacher(source, samples, directory, 4, device=CPU, batch_tokens=1, progress=interrupt)
+    notes = json.loads((directory / "teacher.json").read_text())
+    assert not notes["complete"]
+    assert len(notes["files"]) == 1
+    stored = stored_teacher(
+        source, samples, directory, 4, device=CPU, batch_tokens=1, progress=lambda done, of: seen.append((done, of))
+    )
+    assert seen[-1] == (120, 120)
+    assert not stored.missing(samples)
+
+
+def test_a_disk_that_is_too_small(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is said before the pass."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ConvertError, match="the disk has 1 free"):
+        stored_teacher(
+            api.open_checkpoint(model), samples_of([20]).samples, tmp_path / "l", 4, device=CPU, batch_tokens=64
+        )
