@@ -1,6 +1,9 @@
 """vLLM's `/metrics`: how many tokens fit in the KV cache, how full it was, and preemptions.
 
-The names are those of vLLM 0.25 and 0.33 (`vllm/v1/metrics/loggers.py`). Engines of one server are added up.
+The names are those of vLLM 0.25 and 0.33 (`vllm/v1/metrics/loggers.py`). A server with several engines (data parallel)
+has a line for each: `kv_cache_size_tokens` is what fits in one engine, which counts layers of different kinds (windows,
+Mamba) right; `num_gpu_blocks`, where there is no such label, are those of all engines in every line
+(`vllm/v1/engine/core_client.py`).
 """
 
 import asyncio
@@ -37,19 +40,25 @@ class Room:
 def parse(text: str) -> Room:
     """Read the Prometheus text format; `preemptions` are those since the server's start."""
     tokens: list[int] = []
+    blocks: list[int] = []
     usage: list[float] = []
     preemptions: list[float] = []
     for name, labels, value in _samples(text):
         if name == _CACHE:
             with suppress(KeyError, ValueError):
-                tokens.append(int(labels["num_gpu_blocks"]) * int(labels["block_size"]))
+                blocks.append(int(labels["num_gpu_blocks"]) * int(labels["block_size"]))
+            with suppress(KeyError, ValueError):
+                tokens.append(int(labels["kv_cache_size_tokens"]))
         elif name == _USAGE:
             usage.append(value)
         elif name == _PREEMPTIONS:
             preemptions.append(value)
-    missing = [name for name, found in ((_CACHE, tokens), (_USAGE, usage), (_PREEMPTIONS, preemptions)) if not found]
+    fit = sum(tokens) if tokens else max(blocks, default=None)
+    missing = [
+        name for name, found in ((_CACHE, blocks or tokens), (_USAGE, usage), (_PREEMPTIONS, preemptions)) if not found
+    ]
     return Room(
-        sum(tokens) if tokens else None,
+        fit,
         max(usage, default=None),
         int(sum(preemptions)) if preemptions else None,
         tuple(f"{name} is not in /metrics" for name in missing),
