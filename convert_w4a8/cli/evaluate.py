@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,18 +39,31 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 @click.command("evaluate", cls=W4A8Command)
 @click.option(
     "--baseline",
-    required=True,
     type=CHECKPOINT,
     metavar="URL|DIR",
     help="What serves now: an OpenAI-compatible server, or a checkpoint.",
 )
-@click.option("--candidate", required=True, type=CHECKPOINT, metavar="URL|DIR", help="What is to take its place.")
+@click.option("--candidate", type=CHECKPOINT, metavar="URL|DIR", help="What is to take its place.")
 @click.option(
     "--prompts",
-    required=True,
     type=LocalPath(path_type=Path),
     metavar="FILE",
     help="JSON lines: prompt or messages, and perhaps tools, reference, checks, tags, max_tokens, id.",
+)
+@click.option(
+    "--logs",
+    type=LocalPath(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Instead of prompts: requests of production, which the rollout kit logs. Can be given more than once. Without"
+    " --baseline and --candidate, those with both answers in them.",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    default=300,
+    show_default=True,
+    help="So many requests of the logs, drawn at random.",
 )
 @click.option(
     "--out",
@@ -113,6 +127,19 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
     help="Tokens of a sequence, for vLLM. [default: the model's]",
 )
 @click.option(
+    "--serve-options",
+    default="",
+    metavar="OPTIONS",
+    help="More options of what serves a DIR, the same for both, as in a shell.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Divide the prompts into so many parts, and have DIRs take turns: each is started more than once.",
+)
+@click.option(
     "--start-timeout",
     type=click.FloatRange(min=1),
     default=600.0,
@@ -133,9 +160,10 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def evaluate_command(
-    baseline: str,
-    candidate: str,
-    prompts: Path,
+    baseline: str | None,
+    candidate: str | None,
+    prompts: Path | None,
+    logs: tuple[Path, ...],
     out: Path | None,
     resume: bool,
     ratings: Path | None,
@@ -146,7 +174,7 @@ def evaluate_command(
     """Ask two servers the same prompts, compare quality, speed and room, and say whether the candidate may be shipped.
 
     Exit code 0: ship; 3: do not ship; 4: cannot tell. The extra `evaluate` brings what it needs. A DIR is served, one
-    after the other, and the server stopped again.
+    after the other, and the server stopped again. --baseline, --candidate, and --prompts or --logs are required.
     """
     from convert_w4a8.evaluation import run
     from convert_w4a8.evaluation.ratings import read_ratings
@@ -158,7 +186,13 @@ def evaluate_command(
         raise click.UsageError("--resume and --ratings need the --out of the run that they go on with")
     if settings["samples"] > 1 and settings["temperature"] == 0:
         raise click.UsageError("--samples needs a --temperature above 0: greedy answers are all the same")
-    plan, digest = _plan(baseline, candidate, prompts, settings)
+    if bool(prompts) == bool(logs):
+        raise click.UsageError("give either --prompts or --logs")
+    if not (baseline and candidate) and (baseline or candidate or prompts):
+        raise click.UsageError("give both --baseline and --candidate; --logs with both answers in them need neither")
+    if not baseline and settings["samples"] > 1:
+        raise click.UsageError("--samples needs servers: logs have one answer of each side")
+    plan, digest = _plan(baseline, candidate, prompts, logs, settings)
     tolerance = _tolerance(plan, settings["tolerance"], settings["tag_tolerance"])
     check_writable(*([drop_by_tag] if drop_by_tag else []))
     with Store(out, _identity(plan, digest), resume=resume or ratings is not None) as store:
@@ -179,33 +213,53 @@ def evaluate_command(
     click.get_current_context().exit(EXIT_CODES[found.verdict.decision])
 
 
-def _plan(baseline: str, candidate: str, prompts: Path, settings: dict[str, Any]) -> tuple[Any, str]:
+def _plan(
+    baseline: str | None, candidate: str | None, prompts: Path | None, logs: tuple[Path, ...], settings: dict[str, Any]
+) -> tuple[Any, str]:
     """Return what is to be done, and the digest of the prompts. Raises ConvertError for what cannot be."""
     from convert_w4a8.evaluation.checks import library
     from convert_w4a8.evaluation.client import Sampling
+    from convert_w4a8.evaluation.logs import read_logs
     from convert_w4a8.evaluation.prompts import read_prompts
     from convert_w4a8.evaluation.run import Plan
     from convert_w4a8.evaluation.servers import Caps, check_directory, check_url, find_server, is_url
 
     library("openai", "openai")
-    found = read_prompts(prompts)
-    places = {"baseline": baseline, "candidate": candidate}
-    local = [name for name, place in places.items() if not is_url(place)]
-    for name in places.keys() - set(local):
-        check_url(name, places[name])
-    for name in local:
-        check_directory(name, places[name])  # type: ignore[arg-type]
+    logged = read_logs(logs, settings["requests"], answered=baseline is None) if logs else None
+    found = logged.prompts if logged else read_prompts(prompts)  # type: ignore[arg-type]
+    local = False
+    for name, place in (("baseline", baseline), ("candidate", candidate)):
+        if place and is_url(place):
+            check_url(name, place)
+        elif place:
+            check_directory(name, place)  # type: ignore[arg-type]
+            local = True
+    of_logs = f"what {', '.join(path.name for path in logs)} has"
     plan = Plan(
         prompts=found.prompts,
         sampling=Sampling(settings["max_tokens"], settings["samples"], settings["temperature"]),
-        places=places,  # type: ignore[arg-type]
+        places={"baseline": baseline or of_logs, "candidate": candidate or of_logs},
         models={"baseline": settings["baseline_model"], "candidate": settings["candidate_model"]},
         server=find_server(settings["server"]) if local else "",
-        caps=Caps(settings["max_model_len"], settings["concurrency"], settings["start_timeout"]),
+        caps=Caps(
+            settings["max_model_len"],
+            settings["concurrency"],
+            settings["start_timeout"],
+            _words(settings["serve_options"]),
+        ),
         concurrency=settings["concurrency"],
         timeout=settings["timeout"],
+        rounds=settings["rounds"],
+        logs=logged,
     )
     return plan, found.digest
+
+
+def _words(options: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(options))
+    except ValueError as error:
+        raise click.UsageError(f"--serve-options {options}: {error}") from error
 
 
 def _tolerance(plan: Any, overall: float, given: tuple[tuple[str, float], ...]) -> Any:
@@ -229,6 +283,8 @@ def _identity(plan: Any, digest: str) -> dict[str, Any]:
         "samples": plan.sampling.samples,
         "temperature": plan.sampling.temperature,
         "concurrency": plan.concurrency,
+        "serve_options": list(plan.caps.options),
+        "rounds": plan.rounds,
     }
 
 
@@ -236,7 +292,7 @@ def _contents(place: str) -> list[Any]:
     """Return what tells a directory from one that replaced it: names, sizes and times of its files."""
     from convert_w4a8.evaluation.servers import is_url
 
-    if is_url(place):
+    if is_url(place) or not Path(place).is_dir():
         return []
     files = sorted(path for path in Path(place).iterdir() if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -10,7 +10,7 @@ import asyncio
 import http.client
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -135,4 +135,18 @@ def as_dict(room: Room) -> dict[str, Any]:
         "kv_usage": room.usage,
         "preemptions": room.preemptions,
         "missing": list(room.missing),
+    }
+
+
+def merged(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two looks at a side's servers saw, one after the other, as one."""
+    if before is None:
+        return dict(now)
+    usage = [found["kv_usage"] for found in (before, now) if found["kv_usage"] is not None]
+    preemptions = [found["preemptions"] for found in (before, now) if found["preemptions"] is not None]
+    return {
+        "kv_tokens": now["kv_tokens"] if now["kv_tokens"] is not None else before["kv_tokens"],
+        "kv_usage": max(usage, default=None),
+        "preemptions": sum(preemptions) if preemptions else None,
+        "missing": list(dict.fromkeys([*before["missing"], *now["missing"]])),
     }

@@ -7,7 +7,7 @@ from typing import Any
 from convert_w4a8.evaluation import divergence, verdict
 from convert_w4a8.evaluation.answer import SIDES, Side
 from convert_w4a8.evaluation.paired import CONFIDENCE
-from convert_w4a8.evaluation.results import Evaluation, Measure, losses_by_tag
+from convert_w4a8.evaluation.results import Evaluation, Measure, losses_by_tag, measure
 from convert_w4a8.evaluation.verdict import Group
 from convert_w4a8.text import counted, human_bytes, markdown_cell, markdown_table, shortened, table
 
@@ -36,6 +36,8 @@ def sections(evaluation: Evaluation) -> list[Section]:
         _agreement(evaluation),
         _divergences(evaluation),
         _speed(evaluation),
+        _length(evaluation),
+        _production(evaluation),
         _room(evaluation),
         _failures(evaluation),
     ]
@@ -86,6 +88,11 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
         "speed": {
             name: {side: _measured(measure) for side, measure in sides.items()}
             for name, sides in evaluation.speed.items()
+        },
+        "length": {side: _measured(evaluation.length[side]) | {"cut_off": evaluation.cut_off[side]} for side in SIDES},
+        "production": {
+            side: {"requests": found.requests, "failed": found.failed, "seconds": _measured(measure(found.seconds))}
+            for side, found in evaluation.production.items()
         },
         "room": {side: dict(evaluation.room.get(side, {})) for side in SIDES},
         "predicted": {side: dict(evaluation.predicted.get(side, {})) for side in SIDES},
@@ -207,6 +214,33 @@ def _speed(evaluation: Evaluation) -> Section:
         tuple(row for row in rows if row[1:3] != ("-", "-")),
         "p90 and p99: what 90 and 99 % of the answers do not exceed, or, of tokens/s, reach at least.",
     )
+
+
+def _length(evaluation: Evaluation) -> Section:
+    """Terse answers, and ones that do not end, are what quantization does to a model first."""
+    rows = [
+        (label, *("-" if (value := _at(evaluation.length[side], place)) is None else f"{value:,.0f}" for side in SIDES))
+        for place, label in enumerate(("tokens, median", "tokens, p90"))
+    ]
+    cut = (evaluation.cut_off[side] for side in SIDES)
+    rows.append(("cut off at max_tokens", *("-" if share is None else f"{share:.1%}" for share in cut)))
+    return Section("Length of answers", ("", *SIDES), tuple(row for row in rows if row[1:] != ("-", "-")))
+
+
+def _production(evaluation: Evaluation) -> Section:
+    if not evaluation.production:
+        return Section("In production", (), ())
+    found = [evaluation.production[side] for side in SIDES]
+    took = [measure(one.seconds) for one in found]
+    rows = [
+        ("requests", *(f"{one.requests:,}" for one in found)),
+        ("failed", *(f"{one.failed / one.requests:.2%}" if one.requests else "-" for one in found)),
+    ]
+    for place, share in enumerate(("median", "p90", "p99")):
+        values = [_at(one, place) for one in took]
+        rows.append((f"seconds, {share}", *("-" if value is None else f"{value:,.2f}" for value in values)))
+    note = "Of all lines of the logs. Failed: no answer, or status 5xx."
+    return Section("In production", ("", *SIDES), tuple(rows), note)
 
 
 def _at(measure: Measure, place: int) -> float | None:

@@ -54,6 +54,9 @@ def make(texts: list[tuple[str, str]]) -> Evaluation:
         tags={one.prompt.id: one.prompt.tags for one in compared},
         rated=0,
         digest=DIGEST,
+        length={"baseline": Measure((), None), "candidate": Measure((), None)},
+        cut_off={"baseline": None, "candidate": None},
+        production={},
     )
 
 
