@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any
 from convert_w4a8.version import __version__
 
 if TYPE_CHECKING:
-    from convert_w4a8.api import check, convert, inspect, make_plan, make_report, open_checkpoint, quantize, verify
+    from convert_w4a8.api import (
+        check,
+        convert,
+        evaluate,
+        inspect,
+        make_plan,
+        make_report,
+        open_checkpoint,
+        quantize,
+        verify,
+    )
     from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
     from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error
+    from convert_w4a8.evaluation.options import EvaluateOptions
     from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 
 __all__ = [
     "ConvertError",
+    "EvaluateOptions",
     "Options",
     "PlanError",
     "Policy",
@@ -29,6 +41,7 @@ __all__ = [
     "__version__",
     "check",
     "convert",
+    "evaluate",
     "inspect",
     "make_plan",
     "make_report",
@@ -41,6 +54,7 @@ _HOMES = {
     "convert_w4a8.api": (
         "check",
         "convert",
+        "evaluate",
         "inspect",
         "make_plan",
         "make_report",
@@ -50,6 +64,7 @@ _HOMES = {
     ),
     "convert_w4a8.calibration.options": ("Preset", "QuantizeOptions", "TableKind"),
     "convert_w4a8.errors": ("ConvertError", "PlanError", "Problem", "W4A8Error"),
+    "convert_w4a8.evaluation.options": ("EvaluateOptions",),
     "convert_w4a8.options": ("Options", "Policy", "ScalesMode", "Unsupported"),
 }
 

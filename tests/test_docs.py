@@ -137,7 +137,12 @@ def test_public_name_is_in_the_reference(name: str) -> None:
     section, value = PYTHON[name], getattr(convert_w4a8, name)
     assert section.partition("\n")[2].strip()
     if inspect.isfunction(value):
-        defaults = {"_DEFAULTS": "Options()", "_DEFAULTS_OF_QUANTIZE": "QuantizeOptions()", "_ignore": "..."}
+        defaults = {
+            "_DEFAULTS": "Options()",
+            "_DEFAULTS_OF_QUANTIZE": "QuantizeOptions()",
+            "_DEFAULTS_OF_EVALUATE": "EvaluateOptions()",
+            "_ignore": "...",
+        }
         assert parameters(code_blocks(section)[0]) == [
             (kind, argument, defaults.get(str(default), default))
             for kind, argument, default in parameters(inspect.getsource(value))

@@ -15,7 +15,6 @@ from convert_w4a8.cli.files import append_for_the_job, check_writable, write_fil
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import at_terminal
-from convert_w4a8.errors import ConvertError, W4A8Error
 
 if TYPE_CHECKING:
     from convert_w4a8.evaluation.results import Evaluation
@@ -176,126 +175,28 @@ def evaluate_command(
     Exit code 0: ship; 3: do not ship; 4: cannot tell. The extra `evaluate` brings what it needs. A DIR is served, one
     after the other, and the server stopped again. --baseline, --candidate, and --prompts or --logs are required.
     """
-    from convert_w4a8.evaluation import run
-    from convert_w4a8.evaluation.ratings import read_ratings
-    from convert_w4a8.evaluation.results import collect, drops
-    from convert_w4a8.evaluation.store import Store
+    from convert_w4a8.evaluation.evaluate import evaluate, prepare
+    from convert_w4a8.evaluation.options import EvaluateOptions
+    from convert_w4a8.evaluation.results import drops
     from convert_w4a8.evaluation.verdict import EXIT_CODES
 
     if out is None and (resume or ratings):
         raise click.UsageError("--resume and --ratings need the --out of the run that they go on with")
-    if settings["samples"] > 1 and settings["temperature"] == 0:
-        raise click.UsageError("--samples needs a --temperature above 0: greedy answers are all the same")
-    if bool(prompts) == bool(logs):
-        raise click.UsageError("give either --prompts or --logs")
-    if not (baseline and candidate) and (baseline or candidate or prompts):
-        raise click.UsageError("give both --baseline and --candidate; --logs with both answers in them need neither")
-    if not baseline and settings["samples"] > 1:
-        raise click.UsageError("--samples needs servers: logs have one answer of each side")
-    plan, digest = _plan(baseline, candidate, prompts, logs, settings)
-    tolerance = _tolerance(plan, settings["tolerance"], settings["tag_tolerance"])
+    settings["tag_tolerance"] = dict(settings["tag_tolerance"])
+    try:
+        settings["serve_options"] = tuple(shlex.split(settings["serve_options"]))
+        prepared = prepare(baseline, candidate, prompts, logs, EvaluateOptions(**settings))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     check_writable(*([drop_by_tag] if drop_by_tag else []))
-    with Store(out, _identity(plan, digest), resume=resume or ratings is not None) as store:
-        with _progress(2 * len(plan.jobs), quiet=as_json) as update:
-            try:
-                if ratings is None:
-                    run.carry_out(plan, store, progress=update, say=(lambda _line: None) if as_json else echo_error)
-            except (W4A8Error, KeyboardInterrupt) as error:
-                error.add_note("what was answered is kept, and --resume continues" if out else "no answers are kept")
-                raise
-        answers = store.digest()
-        rated = {} if ratings is None else read_ratings(ratings, answers)
-        found = collect(plan, store, tolerance, rated, answers)
+    with _progress(2 * len(prepared.plan.jobs), quiet=as_json) as update:
+        say = (lambda _line: None) if as_json else echo_error
+        found = evaluate(prepared, out, resume=resume, ratings=ratings, progress=update, say=say)
     _write(found, out)
     if drop_by_tag:
         write_files({drop_by_tag: (json.dumps(drops(found), indent=1) + "\n").encode()})
     _print(found, as_json=as_json)
     click.get_current_context().exit(EXIT_CODES[found.verdict.decision])
-
-
-def _plan(
-    baseline: str | None, candidate: str | None, prompts: Path | None, logs: tuple[Path, ...], settings: dict[str, Any]
-) -> tuple[Any, str]:
-    """Return what is to be done, and the digest of the prompts. Raises ConvertError for what cannot be."""
-    from convert_w4a8.evaluation.checks import library
-    from convert_w4a8.evaluation.client import Sampling
-    from convert_w4a8.evaluation.logs import read_logs
-    from convert_w4a8.evaluation.prompts import read_prompts
-    from convert_w4a8.evaluation.run import Plan
-    from convert_w4a8.evaluation.servers import Caps, check_directory, check_url, find_server, is_url
-
-    library("openai", "openai")
-    logged = read_logs(logs, settings["requests"], answered=baseline is None) if logs else None
-    found = logged.prompts if logged else read_prompts(prompts)  # type: ignore[arg-type]
-    local = False
-    for name, place in (("baseline", baseline), ("candidate", candidate)):
-        if place and is_url(place):
-            check_url(name, place)
-        elif place:
-            check_directory(name, place)  # type: ignore[arg-type]
-            local = True
-    of_logs = f"what {', '.join(path.name for path in logs)} has"
-    plan = Plan(
-        prompts=found.prompts,
-        sampling=Sampling(settings["max_tokens"], settings["samples"], settings["temperature"]),
-        places={"baseline": baseline or of_logs, "candidate": candidate or of_logs},
-        models={"baseline": settings["baseline_model"], "candidate": settings["candidate_model"]},
-        server=find_server(settings["server"]) if local else "",
-        caps=Caps(
-            settings["max_model_len"],
-            settings["concurrency"],
-            settings["start_timeout"],
-            _words(settings["serve_options"]),
-        ),
-        concurrency=settings["concurrency"],
-        timeout=settings["timeout"],
-        rounds=settings["rounds"],
-        logs=logged,
-    )
-    return plan, found.digest
-
-
-def _words(options: str) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(options))
-    except ValueError as error:
-        raise click.UsageError(f"--serve-options {options}: {error}") from error
-
-
-def _tolerance(plan: Any, overall: float, given: tuple[tuple[str, float], ...]) -> Any:
-    from convert_w4a8.evaluation.verdict import Tolerance
-
-    by_tag = dict(given)
-    of_all = by_tag.pop("", overall)
-    odd = sorted(by_tag.keys() - {tag for prompt in plan.prompts for tag in prompt.tags})
-    if odd:
-        raise ConvertError(f"--tag-tolerance {odd[0]}", "no prompt has this tag", "name a tag of the prompts")
-    return Tolerance(overall, of_all, by_tag)
-
-
-def _identity(plan: Any, digest: str) -> dict[str, Any]:
-    """Return what answers depend on."""
-    return {
-        "prompts": digest,
-        "baseline": [plan.places["baseline"], plan.models["baseline"], *_contents(plan.places["baseline"])],
-        "candidate": [plan.places["candidate"], plan.models["candidate"], *_contents(plan.places["candidate"])],
-        "max_tokens": plan.sampling.max_tokens,
-        "samples": plan.sampling.samples,
-        "temperature": plan.sampling.temperature,
-        "concurrency": plan.concurrency,
-        "serve_options": list(plan.caps.options),
-        "rounds": plan.rounds,
-    }
-
-
-def _contents(place: str) -> list[Any]:
-    """Return what tells a directory from one that replaced it: names, sizes and times of its files."""
-    from convert_w4a8.evaluation.servers import is_url
-
-    if is_url(place) or not Path(place).is_dir():
-        return []
-    files = sorted(path for path in Path(place).iterdir() if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _write(found: "Evaluation", out: Path | None) -> None:
