@@ -190,7 +190,8 @@ def read_logs(paths: Sequence[Path], number: int, *, answered: bool) -> Logs:
         if got and got[0].failure:
             reading.leave_out("production did not answer", f"{merged['origin']}: {got[0].failure}")
             continue
-        asked = json.dumps([merged["request"], merged.get("checks"), merged.get("reference")], sort_keys=True)
+        said = [prompt.prompt, prompt.messages, prompt.tools, prompt.extra, prompt.max_tokens]
+        asked = json.dumps([*said, merged.get("checks"), merged.get("reference")], sort_keys=True)
         if asked in prompts:
             reading.leave_out("ask what another one asks", merged["origin"])
             continue
