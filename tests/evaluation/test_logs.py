@@ -15,7 +15,7 @@ from convert_w4a8.evaluation.checks import score
 from convert_w4a8.evaluation.logs import read_logs
 from convert_w4a8.evaluation.recorded import recorded, seconds, status
 
-TOOLS = [
+TOOLS: list[Any] = [
     {
         "type": "function",
         "function": {
@@ -32,7 +32,13 @@ def chat(text: str, **more: Any) -> dict[str, Any]:
 
 def line(name: str, side: str, request: Any, **more: Any) -> dict[str, Any]:
     """Return a line as nginx writes it: the request as a string."""
-    found = {"id": name, "side": side, "path": "/v1/chat/completions", "status": "200", "seconds": "0.5"}
+    found: dict[str, Any] = {
+        "id": name,
+        "side": side,
+        "path": "/v1/chat/completions",
+        "status": "200",
+        "seconds": "0.5",
+    }
     return found | {"request": json.dumps(request) if isinstance(request, dict) else request} | more
 
 
@@ -49,7 +55,9 @@ def response(text: str, **more: Any) -> dict[str, Any]:
 
 
 def stream(*texts: str) -> str:
-    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts
+    ]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
 
