@@ -200,25 +200,25 @@ def evaluate_command(
 
 
 def _write(found: "Evaluation", out: Path | None) -> None:
-    from convert_w4a8.evaluation import page, text
+    from convert_w4a8.evaluation import document, page, text
 
     if out is None:
         return
-    document = json.loads(json.dumps(text.as_dict(found)), parse_constant=lambda _infinity_or_nan: None)
+    plain = json.loads(json.dumps(document.as_dict(found)), parse_constant=lambda _infinity_or_nan: None)
     write_files(
         {
             out / "evaluation.html": page.render(found).encode(errors="backslashreplace"),
             out / "evaluation.md": text.as_markdown(found).encode(errors="backslashreplace"),
-            out / "evaluation.json": (json.dumps(document, indent=1) + "\n").encode(),
+            out / "evaluation.json": (json.dumps(plain, indent=1) + "\n").encode(),
         }
     )
 
 
 def _print(found: "Evaluation", *, as_json: bool) -> None:
-    from convert_w4a8.evaluation import text
+    from convert_w4a8.evaluation import document, text
 
     if as_json:
-        echo_json(text.as_dict(found))
+        echo_json(document.as_dict(found))
     else:
         echo(text.as_text(found))
     append_for_the_job(text.as_markdown(found))

@@ -17,6 +17,8 @@ from convert_w4a8.evaluation.servers import Caps, is_url, serve
 from convert_w4a8.evaluation.store import Store
 
 _WARM_UP_TOKENS = 16
+_WARM_UPS = 8
+"""Prompts to warm up with, or as many as are asked at once."""
 _GIVE_UP = 5
 """So many answers in a row, or as many as are asked for at once, that a dead or hung server fails to give."""
 _GONE = ("dead", "hung")
@@ -182,14 +184,32 @@ def baseline_answers(store: Store) -> list[Answer]:
 
 
 async def _warm_up(endpoint: Endpoint, plan: Plan) -> None:
-    """Have a server compile and allocate what its first answers need. Raises ConvertError where it cannot answer."""
-    sampling = replace(plan.sampling, max_tokens=_WARM_UP_TOKENS)
-    prompt = replace(plan.prompts[0], max_tokens=None)
-    for answer in await asyncio.gather(*(endpoint.ask(prompt, 0, sampling) for _ in range(plan.concurrency))):
-        failure = answer.failure or ""
-        if failure.startswith(_GONE) or any(status in failure for status in _USELESS):
+    """Have a server compile and allocate what its first answers need. Raises ConvertError where it cannot answer.
+
+    It is asked some of the prompts, since kernels may be compiled for lengths; each with another beginning, so that the
+    prefix cache has nothing of what is asked later.
+    """
+    sampling, size = replace(plan.sampling, max_tokens=_WARM_UP_TOKENS), plan.concurrency
+    number = max(size, min(_WARM_UPS, len(plan.prompts)))
+    prompts = [_begun(plan.prompts[place * len(plan.prompts) // number], place) for place in range(number)]
+    for start in range(0, number, size):
+        answers = await asyncio.gather(*(endpoint.ask(prompt, 0, sampling) for prompt in prompts[start : start + size]))
+        failures = [answer.failure or "" for answer in answers]
+        useless = [failure for failure in failures if any(status in failure for status in _USELESS)]
+        gone = start == 0 and all(failure.startswith(_GONE) for failure in failures)
+        if gone or useless:
             remedy = f"look at the server, and at --{endpoint.side}-model and OPENAI_API_KEY"
-            raise ConvertError(f"{endpoint.side} {endpoint.base_url}", failure, remedy)
+            raise ConvertError(f"{endpoint.side} {endpoint.base_url}", (useless or failures)[0], remedy)
+
+
+def _begun(prompt: Prompt, number: int) -> Prompt:
+    """Return a prompt with another beginning, as far as that is text."""
+    if prompt.messages is None:
+        return replace(prompt, prompt=f"({number}) {prompt.prompt}", max_tokens=None)
+    first, *others = prompt.messages
+    if isinstance(first.get("content"), str):
+        first = first | {"content": f"({number}) {first['content']}"}
+    return replace(prompt, messages=[first, *others], max_tokens=None)
 
 
 async def _ask_all(

@@ -1,10 +1,10 @@
-"""An evaluation as tables, for a terminal, for a job's summary (Markdown) and as JSON."""
+"""An evaluation as tables, for a terminal and for a job's summary (Markdown)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert_w4a8.evaluation import divergence, verdict
+from convert_w4a8.evaluation import divergence
 from convert_w4a8.evaluation.answer import SIDES, Side
 from convert_w4a8.evaluation.paired import CONFIDENCE
 from convert_w4a8.evaluation.results import Evaluation, Measure, losses_by_tag, measure
@@ -12,6 +12,8 @@ from convert_w4a8.evaluation.verdict import Group
 from convert_w4a8.text import counted, human_bytes, markdown_cell, markdown_table, shortened, table
 
 _LISTED = 20
+_CACHED_ALIKE = 0.05
+"""How far the shares of prompts in prefix caches may be apart."""
 _SPEED = {
     "ttft": ("time to first token", "ms", 1000.0),
     "tpot": ("time per output token", "ms", 1000.0),
@@ -68,72 +70,6 @@ def as_markdown(evaluation: Evaluation) -> str:
     if evaluation.missing:
         parts += ["### Left out", "\n".join(f"* {markdown_cell(line)}" for line in evaluation.missing)]
     return "\n\n".join(parts) + "\n"
-
-
-def as_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """Return it for programs. Times are in seconds, rates in tokens per second."""
-    differ = [one.difference for one in evaluation.compared if one.difference is not None]
-    return {
-        "baseline": evaluation.places["baseline"],
-        "candidate": evaluation.places["candidate"],
-        "models": dict(evaluation.models),
-        "verdict": verdict.as_dict(evaluation.verdict),
-        "ratings": evaluation.rated,
-        "agreement": {
-            "answers": len(evaluation.compared),
-            "identical": evaluation.agreement,
-            "median_first_difference": sorted(differ)[len(differ) // 2] if differ else None,
-        },
-        "divergence": _divergence(evaluation),
-        "speed": {
-            name: {side: _measured(measure) for side, measure in sides.items()}
-            for name, sides in evaluation.speed.items()
-        },
-        "length": {side: _measured(evaluation.length[side]) | {"cut_off": evaluation.cut_off[side]} for side in SIDES},
-        "production": {
-            side: {"requests": found.requests, "failed": found.failed, "seconds": _measured(measure(found.seconds))}
-            for side, found in evaluation.production.items()
-        },
-        "room": {side: dict(evaluation.room.get(side, {})) for side in SIDES},
-        "predicted": {side: dict(evaluation.predicted.get(side, {})) for side in SIDES},
-        "failures": [
-            {"side": answer.side, "prompt": answer.prompt, "sample": answer.sample, "failure": answer.failure}
-            for answer in evaluation.failures
-        ],
-        "missing": list(evaluation.missing),
-        "prompts": [
-            {
-                "prompt": one.prompt.id,
-                "sample": one.sample,
-                "tags": list(one.prompt.tags),
-                "first_difference": one.difference,
-                "checks": [
-                    {"type": before.type, "baseline": before.value, "candidate": after.value}
-                    for before, after in zip(one.scores["baseline"], one.scores["candidate"], strict=True)
-                ],
-            }
-            for one in evaluation.compared
-        ],
-    }
-
-
-def _divergence(evaluation: Evaluation) -> dict[str, Any] | None:
-    if not evaluation.losses:
-        return None
-    by_tag = losses_by_tag(evaluation)
-    surprise, kl = by_tag.pop(verdict.ALL)
-    return {
-        "answers": len(evaluation.losses),
-        "tokens": sum(loss.tokens for loss in evaluation.losses),
-        "surprise": surprise,
-        "kl": kl,
-        "tags": [{"tag": tag, "surprise": found[0], "kl": found[1]} for tag, found in by_tag.items()],
-    }
-
-
-def _measured(measure: Measure) -> dict[str, Any]:
-    median, p90, p99 = measure.percentiles or (None, None, None)
-    return {"answers": len(measure.values), "median": median, "p90": p90, "p99": p99}
 
 
 def _quality(evaluation: Evaluation) -> Section:
@@ -212,7 +148,8 @@ def _speed(evaluation: Evaluation) -> Section:
         "Speed",
         ("", *SIDES, "candidate is"),
         tuple(row for row in rows if row[1:3] != ("-", "-")),
-        "p90 and p99: what 90 and 99 % of the answers do not exceed, or, of tokens/s, reach at least.",
+        "p90 and p99: what 90 and 99 % of the answers do not exceed, or, of tokens/s, reach at least."
+        + _cached_unlike(evaluation),
     )
 
 
@@ -243,6 +180,24 @@ def _production(evaluation: Evaluation) -> Section:
     return Section("In production", ("", *SIDES), tuple(rows), note)
 
 
+def _prefix_share(evaluation: Evaluation, side: Side) -> float | None:
+    """Return the share of the prompts' tokens that the prefix cache of a side had."""
+    room = evaluation.room.get(side, {})
+    queries, hits = room.get("prefix_queries"), room.get("prefix_hits")
+    return hits / queries if queries and hits is not None else None
+
+
+def _cached_unlike(evaluation: Evaluation) -> str:
+    """Return what is wrong with times to the first token, where one side had more of the prompts in its cache."""
+    before, after = (_prefix_share(evaluation, side) for side in SIDES)
+    if before is None or after is None or abs(before - after) <= _CACHED_ALIKE:
+        return ""
+    return (
+        f" Times to the first token do not compare: prefix caches had {before:.0%} of the baseline's prompts and"
+        f" {after:.0%} of the candidate's. Start both servers anew."
+    )
+
+
 def _at(measure: Measure, place: int) -> float | None:
     return None if measure.percentiles is None else measure.percentiles[place]
 
@@ -263,6 +218,10 @@ def _room(evaluation: Evaluation) -> Section:
         ("preemptions", room, "preemptions", "{:,}"),
     ):
         _add(rows, label, found, key, show.format)
+    shares = [_prefix_share(evaluation, side) for side in SIDES]
+    if shares != [None, None]:
+        cells = ("-" if share is None else f"{share:.1%}" for share in shares)
+        rows.append(("tokens of prompts that the prefix cache had", *cells))
     _add(rows, "weights on the disk", predicted, "weight_bytes", human_bytes)
     _add(rows, "KV cache of a token in BF16, predicted", predicted, "kv_bytes_per_token", human_bytes)
     before, after = (predicted.get(side, {}).get("weight_bytes") for side in SIDES)

@@ -23,3 +23,16 @@ def test_what_is_not_there_is_named() -> None:
     assert found.missing == ("vllm:cache_config_info is not in /metrics", "vllm:kv_cache_usage_perc is not in /metrics")
     assert (found.kv_tokens, found.usage, found.preemptions) == (None, None, 2)
     assert parse(cache(0, 1000, "16000") + REST).missing == ()
+
+
+def test_counts_are_those_of_all_engines() -> None:
+    """Without any, nothing is said."""
+    counts = "".join(
+        f'vllm:prefix_cache_{name}_total{{engine="{engine}"}} {number}\n'
+        for name, number in (("queries", 100.0), ("hits", 30.0))
+        for engine in (0, 1)
+    )
+    found = parse(counts + REST)
+    assert (found.prefix_queries, found.prefix_hits, found.preemptions) == (200, 60, 2)
+    assert parse(REST).prefix_queries is None
+    assert parse("vllm:prefix_cache_hits_total NaN\n").prefix_hits is None

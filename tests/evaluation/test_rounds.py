@@ -11,7 +11,7 @@ from chat_server import Behaviour, chat_server
 
 from convert_w4a8 import EvaluateOptions, evaluate
 from convert_w4a8.evaluation import run
-from convert_w4a8.evaluation.metrics import merged
+from convert_w4a8.evaluation.metrics import Room, as_dict, merged
 
 PROMPTS = 8
 
@@ -44,8 +44,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["started"].append(side)
         with chat_server(behaviour) as url:
             yield url
-        asked = [request["prompt"] for request in behaviour.seen[1:] if "prompt_logprobs" not in request]
-        found["asked"].setdefault(side, []).append(asked)
+        asked = [request["prompt"] for request in behaviour.seen if "prompt_logprobs" not in request]
+        found["asked"].setdefault(side, []).append([prompt for prompt in asked if not prompt.startswith("(")])
 
     monkeypatch.setattr(run, "serve", serve)
     monkeypatch.setattr("convert_w4a8.evaluation.evaluate.find_server", lambda _wanted: "vllm")
@@ -102,12 +102,10 @@ def test_what_a_turn_lacks_is_asked_again_and_read(models: dict[str, Any], tmp_p
 
 def test_looks_at_metrics_are_merged() -> None:
     """The largest usage, all preemptions, whatever was missing."""
-    one = {"kv_tokens": 100, "kv_usage": 0.5, "preemptions": 2, "missing": ["a"]}
-    two = {"kv_tokens": None, "kv_usage": None, "preemptions": None, "missing": ["a", "b"]}
-    three = {"kv_tokens": 90, "kv_usage": 0.25, "preemptions": 1, "missing": []}
+    one = as_dict(Room(100, 0.5, 2, ("a",), 10, 5))
     assert merged(None, one) == one
-    assert merged(one, two) == {"kv_tokens": 100, "kv_usage": 0.5, "preemptions": 2, "missing": ["a", "b"]}
-    assert merged(one, three) == {"kv_tokens": 90, "kv_usage": 0.5, "preemptions": 3, "missing": ["a"]}
+    assert merged(one, as_dict(Room(missing=("a", "b")))) == as_dict(Room(100, 0.5, 2, ("a", "b"), 10, 5))
+    assert merged(one, as_dict(Room(90, 0.25, 1, (), 7, 0))) == as_dict(Room(90, 0.5, 3, ("a",), 17, 5))
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 2}, {"tolerance": 2}, {"rounds": 0}, {"tag_tolerance": {"a": -1}}])
