@@ -18,9 +18,10 @@ from convert_w4a8.evaluation import page, verdict
 from convert_w4a8.evaluation.answer import SIDES, Answer
 from convert_w4a8.evaluation.differences import marked
 from convert_w4a8.evaluation.metrics import Room, as_dict
+from convert_w4a8.evaluation.plots import latencies
 from convert_w4a8.evaluation.prompts import Prompt
 from convert_w4a8.evaluation.ratings import read_ratings
-from convert_w4a8.evaluation.results import Compared, Evaluation, Measure, first_difference
+from convert_w4a8.evaluation.results import Compared, Evaluation, Measure, first_difference, measure
 from convert_w4a8.evaluation.text import as_markdown
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -166,3 +167,12 @@ def test_unlike_prefix_caches_are_said(hits: tuple[int, int], said: bool) -> Non
     found = as_markdown(replace(make([("a", "b")]), room=rooms))
     assert ("prefix caches had 90% of the baseline's prompts and 10% of the candidate's" in found) == said
     assert f"| tokens of prompts that the prefix cache had | {hits[0]}.0% | {hits[1]}.0% |" in found
+
+
+def test_a_long_answer_does_not_squeeze_the_others() -> None:
+    """The axis ends near the 90 % that most take; what took longer is said."""
+    few = latencies("t", {"baseline": measure([0.02] * 99 + [0.6]), "candidate": measure([0.03] * 100)})
+    assert "the longest: baseline 600, candidate 30" in few
+    assert float(re.findall(r'text-anchor="middle">([\d.]+)<', few)[-1]) <= 150
+    assert "the longest" not in latencies("t", {"baseline": measure([0.02]), "candidate": measure([0.03])})
+    assert latencies("t", {"baseline": measure([]), "candidate": measure([])}) == ""
