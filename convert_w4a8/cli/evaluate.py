@@ -86,6 +86,12 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
     help="The same for tags, or for one. Can be given more than once. [default: that of --tolerance]",
 )
 @click.option(
+    "--max-divergence",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="NATS",
+    help="What the divergence on the baseline's own answers may be, in nats per token. [default: it does not matter]",
+)
+@click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
     default=256,

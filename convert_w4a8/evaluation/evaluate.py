@@ -113,7 +113,7 @@ def _tolerance(plan: Plan, options: EvaluateOptions) -> Tolerance:
     odd = sorted(by_tag.keys() - {tag for prompt in plan.prompts for tag in prompt.tags})
     if odd:
         raise ConvertError(f"--tag-tolerance {odd[0]}", "no prompt has this tag", "name a tag of the prompts")
-    return Tolerance(options.tolerance, of_all, by_tag)
+    return Tolerance(options.tolerance, of_all, by_tag, options.max_divergence)
 
 
 def _identity(plan: Plan, digest: str, local: Sequence[str]) -> dict[str, Any]:

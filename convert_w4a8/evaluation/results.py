@@ -110,16 +110,23 @@ def collect(
     if ratings and unrated:
         notes.append(f"{counted(unrated, 'pair')} of answers that differ, without checks: not rated")
     speed = _speed(store)
+    losses = tuple(divergence.losses(baseline_answers(store), store.noted))
     room = {side: store.noted[f"room {side}"] for side in SIDES if f"room {side}" in store.noted}
     return Evaluation(
         places=plan.places,
         models={side: str(store.noted.get(f"model {side}", "")) for side in SIDES},
-        verdict=verdict.decide(_pairs(compared, ratings), tolerance, notes),
+        verdict=verdict.decide(
+            _pairs(compared, ratings),
+            tolerance,
+            notes,
+            tolerance.divergence,
+            [(loss.kl, loss.tokens) for loss in losses],
+        ),
         compared=tuple(compared),
         failures=tuple(answer for answer in store.answers.values() if answer.failure),
         speed=speed,
         agreement=fmean(one.difference is None for one in compared) if compared else None,
-        losses=tuple(divergence.losses(baseline_answers(store), store.noted)),
+        losses=losses,
         room=room,
         predicted={} if recorded else {s: found for s in SIDES if (found := predict(plan.places[s])) is not None},
         missing=(*(plan.logs.notes if plan.logs else ()), *_missing(store, room)),

@@ -362,3 +362,16 @@ def test_a_directory_that_was_replaced_is_another(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert before
     assert contents(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize(("limit", "code"), [("0.001", 3), ("0.5", 0)])
+def test_divergence_decides_where_nothing_is_checked(evaluate: Any, limit: str, code: int) -> None:
+    """As of logs of production."""
+    evaluate.lines = [{"prompt": f"What is {n} + {n}?"} for n in range(24)]
+    better, worse = (Behaviour(answer=right, token_ids=True, logprobs=logprobs(x)) for x in (-0.5, -0.75))
+    with chat_server(better) as a, chat_server(worse) as b:
+        result = evaluate(a, b, "--json", "--max-divergence", limit)
+    assert result.exit_code == code, result.output
+    found = json.loads(result.stdout)["verdict"]["divergence"]
+    assert found["answers"] == 24
+    assert found["limit"] == float(limit)
