@@ -112,14 +112,14 @@ class _Reading:
 
     def unreadable(self, error: ConvertError) -> None:
         """Count a line that is no object of JSON."""
-        self.leave_out("could not be read", f"{error.problem.subject} {error.problem.reason}")
+        self.leave_out("not readable", f"{error.problem.subject} {error.problem.reason}")
 
     def take(self, origin: str, line: dict[str, Any]) -> None:
         """Take a line."""
         side = line.get("side")
         name = line["id"] if isinstance(line.get("id"), str) and line["id"] else origin
         if side not in (*SIDES, None):
-            self.leave_out("have a side that is neither baseline nor candidate", origin)
+            self.leave_out("a side that is neither baseline nor candidate", origin)
             return
         found = status(line)
         if side is not None:
@@ -127,7 +127,7 @@ class _Reading:
         if found is not None and 400 <= found < 500 and found not in _BUSY and side != "candidate":
             self.refused.add(name)
         if self.answered and "body" not in line:
-            self.leave_out("have no answer (body)", origin)
+            self.leave_out("no answer (body)", origin)
             return
         request = _request(line)
         if isinstance(request, str):
@@ -153,7 +153,7 @@ class _Reading:
     def notes(self) -> Iterator[str]:
         """Yield what was left out, in words."""
         for what, number in self.left_out.items():
-            yield f"logs: {counted(number, 'line')} left out that {what} (the first: {self.first[what]})"
+            yield f"logs: {counted(number, 'line')} left out: {what} (the first: {self.first[what]})"
 
 
 _ANSWER = ("body", "status", "seconds", "first_token_seconds", "error")
@@ -175,11 +175,11 @@ def read_logs(paths: Sequence[Path], number: int, *, answered: bool) -> Logs:
     digest = hashlib.sha256()
     for name, lines in sorted(reading.draw.lines.items()):
         if name in reading.refused:
-            reading.leave_out("the server of production refused (4xx)", name)
+            reading.leave_out("refused in production (4xx)", name)
             continue
         merged = _merged(lines)
         if answered and not all(side in lines for side in SIDES):
-            reading.leave_out("have an answer of one side only", merged["origin"])
+            reading.leave_out("an answer of one side only", merged["origin"])
             continue
         try:
             prompt = _prompt(name, merged)
@@ -188,12 +188,12 @@ def read_logs(paths: Sequence[Path], number: int, *, answered: bool) -> Logs:
             continue
         got = [recorded(side, name, lines[side]) for side in SIDES] if answered else []
         if got and got[0].failure:
-            reading.leave_out("production did not answer", f"{merged['origin']}: {got[0].failure}")
+            reading.leave_out("not answered in production", f"{merged['origin']}: {got[0].failure}")
             continue
         said = [prompt.prompt, prompt.messages, prompt.tools, prompt.extra, prompt.max_tokens]
         asked = json.dumps([*said, merged.get("checks"), merged.get("reference")], sort_keys=True)
         if asked in prompts:
-            reading.leave_out("ask what another one asks", merged["origin"])
+            reading.leave_out("the same as another one", merged["origin"])
             continue
         prompts[asked] = prompt
         answers += got
@@ -213,16 +213,16 @@ def _request(line: Mapping[str, Any]) -> dict[str, Any] | str:
     """Return the request of a line, or what is wrong with it."""
     path, found = line.get("path"), line.get("request")
     if isinstance(path, str) and not re.search(r"/(chat/)?completions/?(\?.*)?$", path):
-        return "are of another path than completions"
+        return "of another path than completions"
     if found in (None, "", "-"):
-        return "have no request"
+        return "no request"
     if isinstance(found, str):
         try:
             found = json.loads(found)
         except (ValueError, RecursionError):
-            return "have a request that is no JSON"
+            return "a request that is no JSON"
     if not isinstance(found, dict) or ("messages" in found) == ("prompt" in found):
-        return "have a request that is none of completions"
+        return "a request that is none of completions"
     return found
 
 
