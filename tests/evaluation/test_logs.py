@@ -8,6 +8,7 @@ from typing import Any
 import click.testing
 import pytest
 from chat_server import Behaviour, chat_server
+from paths import ROOT
 
 from convert_w4a8.cli.main import main
 from convert_w4a8.errors import ConvertError
@@ -326,3 +327,28 @@ def test_usage(arguments: tuple[str, ...], said: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_what_nginx_wrote() -> None:
+    """The log of the rollout kit's nginx, byte by byte: its escapes, its numbers, both sides of a request."""
+    log = ROOT / "tests" / "data" / "shadow.jsonl"
+    found = read_logs([log], 100, answered=False)
+    asked = {prompt.shown: prompt for prompt in found.prompts.prompts}
+    assert sorted(asked) == [
+        '[user] Sag "Grüße" \U0001f600 \u2028 \\ \0',
+        "[user] What is 2 + 2?",
+        "[user] json",
+        "[user] the candidate is dead",
+        "[user] weather",
+        "def f(",
+        "stray",
+    ]
+    assert [asked[text].max_tokens for text in ("[user] What is 2 + 2?", "[user] json", "def f(")] == [64, 2048, 32]
+    assert asked["def f("].extra == {"stop": ["\n\n"]}
+    assert [check.type for text in ("[user] json", "[user] weather") for check in asked[text].checks] == [
+        "json",
+        "valid_calls",
+    ]
+    assert (found.lost, found.won) == (1, 0)
+    assert (found.production["baseline"].failed, found.production["candidate"].failed) == (0, 1)
+    assert found.notes == (f"logs: 2 lines left out: of another path than completions (the first: {log} line 11)",)
