@@ -176,3 +176,10 @@ def test_a_long_answer_does_not_squeeze_the_others() -> None:
     assert float(re.findall(r'text-anchor="middle">([\d.]+)<', few)[-1]) <= 150
     assert "the longest" not in latencies("t", {"baseline": measure([0.02]), "candidate": measure([0.03])})
     assert latencies("t", {"baseline": measure([]), "candidate": measure([])}) == ""
+
+
+def test_the_page_needs_nothing_else() -> None:
+    """No script, style, font or picture is fetched, whatever the answers are."""
+    text = page.render(make([("a", "b"), ("c", "c")]))
+    assert re.findall(r"<(?:script|link|img|iframe|object|embed|base|source)\b[^>]*\b(?:src|href|data)=", text) == []
+    assert re.findall(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon", text) == []
