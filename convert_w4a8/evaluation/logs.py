@@ -122,7 +122,7 @@ class _Reading:
             self.leave_out("a side that is neither baseline nor candidate", origin)
             return
         found = status(line)
-        if side is not None:
+        if side is not None and line.keys() & {"status", "error", "body"}:
             self._went(side, name, line, found)
         if found is not None and 400 <= found < 500 and found not in _BUSY and side != "candidate":
             self.refused.add(name)

@@ -165,7 +165,7 @@ def _length(evaluation: Evaluation) -> Section:
 
 
 def _production(evaluation: Evaluation) -> Section:
-    if not evaluation.production:
+    if not any(one.requests for one in evaluation.production.values()):
         return Section("In production", (), ())
     found = [evaluation.production[side] for side in SIDES]
     took = [measure(one.seconds) for one in found]

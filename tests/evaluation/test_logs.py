@@ -352,3 +352,12 @@ def test_what_nginx_wrote() -> None:
     assert (found.lost, found.won) == (1, 0)
     assert (found.production["baseline"].failed, found.production["candidate"].failed) == (0, 1)
     assert found.notes == (f"logs: 2 lines left out: of another path than completions (the first: {log} line 11)",)
+
+
+def test_a_log_that_does_not_say_how_it_went(tmp_path: Path) -> None:
+    """Is no log of failures."""
+    lines = [{"id": "a", "side": side, "request": chat("Hi")} for side in ("baseline", "candidate")]
+    found = read_logs([write(tmp_path / "l.jsonl", *lines, {"request": {"prompt": "x"}})], 5, answered=False)
+    assert len(found.prompts.prompts) == 2
+    assert [one.requests for one in found.production.values()] == [0, 0]
+    assert (found.lost, found.won) == (0, 0)
