@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         check,
         convert,
         distill,
+        evaluate,
         inspect,
         make_plan,
         make_report,
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
     from convert_w4a8.distillation.options import DistillOptions
     from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error
+    from convert_w4a8.evaluation.options import EvaluateOptions
     from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 
 __all__ = [
     "ConvertError",
     "DistillOptions",
+    "EvaluateOptions",
     "Options",
     "PlanError",
     "Policy",
@@ -42,6 +45,7 @@ __all__ = [
     "check",
     "convert",
     "distill",
+    "evaluate",
     "inspect",
     "make_plan",
     "make_report",
@@ -55,6 +59,7 @@ _HOMES = {
         "check",
         "convert",
         "distill",
+        "evaluate",
         "inspect",
         "make_plan",
         "make_report",
@@ -65,6 +70,7 @@ _HOMES = {
     "convert_w4a8.calibration.options": ("Preset", "QuantizeOptions", "TableKind"),
     "convert_w4a8.distillation.options": ("DistillOptions",),
     "convert_w4a8.errors": ("ConvertError", "PlanError", "Problem", "W4A8Error"),
+    "convert_w4a8.evaluation.options": ("EvaluateOptions",),
     "convert_w4a8.options": ("Options", "Policy", "ScalesMode", "Unsupported"),
 }
 

@@ -5,7 +5,7 @@ Paths are strings or `Path`s; a source may also be a Hub id, `org/name[@revision
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -25,6 +25,10 @@ from convert_w4a8.distillation.mix import DROP, training_data
 from convert_w4a8.distillation.options import TOP_K, DistillOptions
 from convert_w4a8.distillation.result import DistillResult
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.evaluation import evaluate as evaluation
+from convert_w4a8.evaluation.options import EvaluateOptions
+from convert_w4a8.evaluation.results import Evaluation
+from convert_w4a8.evaluation.servers import is_url
 from convert_w4a8.hub.repository import resolve_input
 from convert_w4a8.options import Options
 from convert_w4a8.regression import check as regression
@@ -37,6 +41,7 @@ __all__ = [
     "check",
     "convert",
     "distill",
+    "evaluate",
     "inspect",
     "make_plan",
     "make_report",
@@ -49,6 +54,7 @@ PathOrId = str | PathLike[str]
 _DEFAULTS = Options()
 _DEFAULTS_OF_QUANTIZE = QuantizeOptions()
 _DEFAULTS_OF_DISTILL = DistillOptions()
+_DEFAULTS_OF_EVALUATE = EvaluateOptions()
 
 
 def _ignore(_nbytes: int) -> None:
@@ -270,3 +276,48 @@ def check(
             tolerance_db=tolerance_db,
             device=resolve_device(device),
         )
+
+
+def evaluate(
+    baseline: PathOrId | None,
+    candidate: PathOrId | None,
+    prompts: PathOrId | None = None,
+    options: EvaluateOptions = _DEFAULTS_OF_EVALUATE,
+    *,
+    logs: Sequence[PathOrId] = (),
+    out: PathOrId | None = None,
+    resume: bool = False,
+    ratings: PathOrId | None = None,
+    progress: Callable[[int], None] = _ignore,
+) -> Evaluation:
+    """Ask two servers the same prompts and compare, as `w4a8 evaluate` does; `verdict.decision` says what may be done.
+
+    baseline, candidate: a URL, or a directory that is served for the time being; None for both where `logs` hold the
+    answers. prompts, logs: files; one of the two. out: a directory where answers are kept, and `resume` goes on.
+    ratings: of the answers in `out`. progress: called with the number of answers that came since the last call.
+
+    Raises:
+        ConvertError: a file, a directory or a server is not as it should be.
+        ValueError: arguments that do not go together.
+
+    """
+    prepared = evaluation.prepare(
+        None if baseline is None else _place(baseline),
+        None if candidate is None else _place(candidate),
+        None if prompts is None else local_path(prompts),
+        [local_path(path) for path in logs],
+        options,
+    )
+    return evaluation.evaluate(
+        prepared,
+        None if out is None else local_path(out),
+        resume=resume,
+        ratings=None if ratings is None else local_path(ratings),
+        progress=progress,
+    )
+
+
+def _place(place: PathOrId) -> str:
+    """Return a URL as it is, or a directory."""
+    name = os.fspath(place)
+    return name if is_url(name) else str(local_path(name))

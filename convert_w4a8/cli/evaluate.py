@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,6 @@ from convert_w4a8.cli.files import append_for_the_job, check_writable, write_fil
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import at_terminal
-from convert_w4a8.errors import ConvertError, W4A8Error
 
 if TYPE_CHECKING:
     from convert_w4a8.evaluation.results import Evaluation
@@ -38,18 +38,31 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 @click.command("evaluate", cls=W4A8Command)
 @click.option(
     "--baseline",
-    required=True,
     type=CHECKPOINT,
     metavar="URL|DIR",
     help="What serves now: an OpenAI-compatible server, or a checkpoint.",
 )
-@click.option("--candidate", required=True, type=CHECKPOINT, metavar="URL|DIR", help="What is to take its place.")
+@click.option("--candidate", type=CHECKPOINT, metavar="URL|DIR", help="What is to take its place.")
 @click.option(
     "--prompts",
-    required=True,
     type=LocalPath(path_type=Path),
     metavar="FILE",
     help="JSON lines: prompt or messages, and perhaps tools, reference, checks, tags, max_tokens, id.",
+)
+@click.option(
+    "--logs",
+    type=LocalPath(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Instead of prompts: requests of production, which the rollout kit logs. Can be given more than once. Without"
+    " --baseline and --candidate, those with both answers in them.",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    default=300,
+    show_default=True,
+    help="So many requests of the logs, drawn at random.",
 )
 @click.option(
     "--out",
@@ -71,6 +84,12 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
     multiple=True,
     metavar="[TAG=]X",
     help="The same for tags, or for one. Can be given more than once. [default: that of --tolerance]",
+)
+@click.option(
+    "--max-divergence",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="NATS",
+    help="What the divergence on the baseline's own answers may be, in nats per token. [default: it does not matter]",
 )
 @click.option(
     "--max-tokens",
@@ -113,6 +132,19 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
     help="Tokens of a sequence, for vLLM. [default: the model's]",
 )
 @click.option(
+    "--serve-options",
+    default="",
+    metavar="OPTIONS",
+    help="More options of what serves a DIR, the same for both, as in a shell.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Divide the prompts into so many parts, and have DIRs take turns: each is started more than once.",
+)
+@click.option(
     "--start-timeout",
     type=click.FloatRange(min=1),
     default=600.0,
@@ -133,9 +165,10 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def evaluate_command(
-    baseline: str,
-    candidate: str,
-    prompts: Path,
+    baseline: str | None,
+    candidate: str | None,
+    prompts: Path | None,
+    logs: tuple[Path, ...],
     out: Path | None,
     resume: bool,
     ratings: Path | None,
@@ -146,32 +179,25 @@ def evaluate_command(
     """Ask two servers the same prompts, compare quality, speed and room, and say whether the candidate may be shipped.
 
     Exit code 0: ship; 3: do not ship; 4: cannot tell. The extra `evaluate` brings what it needs. A DIR is served, one
-    after the other, and the server stopped again.
+    after the other, and the server stopped again. --baseline, --candidate, and --prompts or --logs are required.
     """
-    from convert_w4a8.evaluation import run
-    from convert_w4a8.evaluation.ratings import read_ratings
-    from convert_w4a8.evaluation.results import collect, drops
-    from convert_w4a8.evaluation.store import Store
+    from convert_w4a8.evaluation.evaluate import evaluate, prepare
+    from convert_w4a8.evaluation.options import EvaluateOptions
+    from convert_w4a8.evaluation.results import drops
     from convert_w4a8.evaluation.verdict import EXIT_CODES
 
     if out is None and (resume or ratings):
         raise click.UsageError("--resume and --ratings need the --out of the run that they go on with")
-    if settings["samples"] > 1 and settings["temperature"] == 0:
-        raise click.UsageError("--samples needs a --temperature above 0: greedy answers are all the same")
-    plan, digest = _plan(baseline, candidate, prompts, settings)
-    tolerance = _tolerance(plan, settings["tolerance"], settings["tag_tolerance"])
+    settings["tag_tolerance"] = dict(settings["tag_tolerance"])
+    try:
+        settings["serve_options"] = tuple(shlex.split(settings["serve_options"]))
+        prepared = prepare(baseline, candidate, prompts, logs, EvaluateOptions(**settings))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     check_writable(*([drop_by_tag] if drop_by_tag else []))
-    with Store(out, _identity(plan, digest), resume=resume or ratings is not None) as store:
-        with _progress(2 * len(plan.jobs), quiet=as_json) as update:
-            try:
-                if ratings is None:
-                    run.carry_out(plan, store, progress=update, say=(lambda _line: None) if as_json else echo_error)
-            except (W4A8Error, KeyboardInterrupt) as error:
-                error.add_note("what was answered is kept, and --resume continues" if out else "no answers are kept")
-                raise
-        answers = store.digest()
-        rated = {} if ratings is None else read_ratings(ratings, answers)
-        found = collect(plan, store, tolerance, rated, answers)
+    with _progress(2 * len(prepared.plan.jobs), quiet=as_json) as update:
+        say = (lambda _line: None) if as_json else echo_error
+        found = evaluate(prepared, out, resume=resume, ratings=ratings, progress=update, say=say)
     _write(found, out)
     if drop_by_tag:
         write_files({drop_by_tag: (json.dumps(drops(found), indent=1) + "\n").encode()})
@@ -179,89 +205,26 @@ def evaluate_command(
     click.get_current_context().exit(EXIT_CODES[found.verdict.decision])
 
 
-def _plan(baseline: str, candidate: str, prompts: Path, settings: dict[str, Any]) -> tuple[Any, str]:
-    """Return what is to be done, and the digest of the prompts. Raises ConvertError for what cannot be."""
-    from convert_w4a8.evaluation.checks import library
-    from convert_w4a8.evaluation.client import Sampling
-    from convert_w4a8.evaluation.prompts import read_prompts
-    from convert_w4a8.evaluation.run import Plan
-    from convert_w4a8.evaluation.servers import Caps, check_directory, check_url, find_server, is_url
-
-    library("openai", "openai")
-    found = read_prompts(prompts)
-    places = {"baseline": baseline, "candidate": candidate}
-    local = [name for name, place in places.items() if not is_url(place)]
-    for name in places.keys() - set(local):
-        check_url(name, places[name])
-    for name in local:
-        check_directory(name, places[name])  # type: ignore[arg-type]
-    plan = Plan(
-        prompts=found.prompts,
-        sampling=Sampling(settings["max_tokens"], settings["samples"], settings["temperature"]),
-        places=places,  # type: ignore[arg-type]
-        models={"baseline": settings["baseline_model"], "candidate": settings["candidate_model"]},
-        server=find_server(settings["server"]) if local else "",
-        caps=Caps(settings["max_model_len"], settings["concurrency"], settings["start_timeout"]),
-        concurrency=settings["concurrency"],
-        timeout=settings["timeout"],
-    )
-    return plan, found.digest
-
-
-def _tolerance(plan: Any, overall: float, given: tuple[tuple[str, float], ...]) -> Any:
-    from convert_w4a8.evaluation.verdict import Tolerance
-
-    by_tag = dict(given)
-    of_all = by_tag.pop("", overall)
-    odd = sorted(by_tag.keys() - {tag for prompt in plan.prompts for tag in prompt.tags})
-    if odd:
-        raise ConvertError(f"--tag-tolerance {odd[0]}", "no prompt has this tag", "name a tag of the prompts")
-    return Tolerance(overall, of_all, by_tag)
-
-
-def _identity(plan: Any, digest: str) -> dict[str, Any]:
-    """Return what answers depend on."""
-    return {
-        "prompts": digest,
-        "baseline": [plan.places["baseline"], plan.models["baseline"], *_contents(plan.places["baseline"])],
-        "candidate": [plan.places["candidate"], plan.models["candidate"], *_contents(plan.places["candidate"])],
-        "max_tokens": plan.sampling.max_tokens,
-        "samples": plan.sampling.samples,
-        "temperature": plan.sampling.temperature,
-        "concurrency": plan.concurrency,
-    }
-
-
-def _contents(place: str) -> list[Any]:
-    """Return what tells a directory from one that replaced it: names, sizes and times of its files."""
-    from convert_w4a8.evaluation.servers import is_url
-
-    if is_url(place):
-        return []
-    files = sorted(path for path in Path(place).iterdir() if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
 def _write(found: "Evaluation", out: Path | None) -> None:
-    from convert_w4a8.evaluation import page, text
+    from convert_w4a8.evaluation import document, page, text
 
     if out is None:
         return
-    document = json.loads(json.dumps(text.as_dict(found)), parse_constant=lambda _infinity_or_nan: None)
+    plain = json.loads(json.dumps(document.as_dict(found)), parse_constant=lambda _infinity_or_nan: None)
     write_files(
         {
             out / "evaluation.html": page.render(found).encode(errors="backslashreplace"),
             out / "evaluation.md": text.as_markdown(found).encode(errors="backslashreplace"),
-            out / "evaluation.json": (json.dumps(document, indent=1) + "\n").encode(),
+            out / "evaluation.json": (json.dumps(plain, indent=1) + "\n").encode(),
         }
     )
 
 
 def _print(found: "Evaluation", *, as_json: bool) -> None:
-    from convert_w4a8.evaluation import text
+    from convert_w4a8.evaluation import document, text
 
     if as_json:
-        echo_json(text.as_dict(found))
+        echo_json(document.as_dict(found))
     else:
         echo(text.as_text(found))
     append_for_the_job(text.as_markdown(found))

@@ -74,6 +74,8 @@ def parse_check(origin: str, name: str, value: Any, references: tuple[str, ...])
         library(*known.library)
     if kind == "json" and "schema" in settings:
         _check_schema(origin, f"{name}.schema", settings["schema"])
+    for place, tool in enumerate(settings["tools"] if kind == "valid_calls" else []):
+        _check_schema(origin, f"{name}.tools[{place}].function.parameters", tool["function"].get("parameters") or True)
     return Check(kind, settings, references)
 
 
@@ -150,6 +152,20 @@ def _tool_call(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float, 
     if arguments is None or any(_parsed(call.arguments) == arguments for call in alike):
         return 1.0, f"calls {name}"
     return 0.0, f"calls {name} with {alike[0].arguments}"
+
+
+def _valid_calls(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float, str]:
+    """Compare every call with the tools; an answer without calls passes."""
+    validator = library("jsonschema", "jsonschema").validators.validator_for
+    tools = {tool["function"]["name"]: tool["function"].get("parameters") or True for tool in check.settings["tools"]}
+    for call in calls:
+        if call.name not in tools:
+            return 0.0, f"calls {call.name}, which is none of the tools"
+        found, schema = _parsed(call.arguments), tools[call.name]
+        first = next(validator(schema)(schema).iter_errors(found), None) if found is not None else None
+        if found is None or first is not None:
+            return 0.0, f"calls {call.name} with {call.arguments}" + (f": {first.message}" if first else "")
+    return 1.0, f"{len(calls)} calls, as the tools are"
 
 
 def _bleu(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
@@ -266,6 +282,12 @@ def _is_schema(value: Any) -> str:
     return "" if isinstance(value, dict | bool) else f"is {a_json(value)}, not a JSON schema"
 
 
+def _is_tools(value: Any) -> str:
+    functions = [tool.get("function") for tool in value if isinstance(tool, dict)] if isinstance(value, list) else []
+    named = all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions)
+    return "" if functions and named and len(functions) == len(value) else "is not a list of functions with names"
+
+
 @dataclass(frozen=True)
 class _Kind:
     score: Callable[[Check, str, Sequence[Call]], tuple[float, str]]
@@ -282,6 +304,7 @@ _KINDS = {
     "number": _Kind(_number, {"value": _is_number, "within": _is_distance}, ("value",)),
     "json": _Kind(_json, {"schema": _is_schema}, library=("jsonschema", "jsonschema")),
     "tool_call": _Kind(_tool_call, {"name": _is_text, "arguments": _is_object}, ("name",)),
+    "valid_calls": _Kind(_valid_calls, {"tools": _is_tools}, ("tools",), ("jsonschema", "jsonschema")),
     "bleu": _Kind(_bleu, {"minimum": _is_share}, library=("sacrebleu", "sacrebleu")),
     "rouge_l": _Kind(_rouge_l, {"minimum": _is_share}, library=("rouge_score.rouge_scorer", "rouge-score")),
 }

@@ -12,15 +12,16 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import Answer, Side
-from convert_w4a8.evaluation.checks import Call, library
+from convert_w4a8.evaluation.checks import library
 from convert_w4a8.evaluation.prompts import Prompt
+from convert_w4a8.evaluation.stream import Parts
 from convert_w4a8.text import printable
 
 _OPTIONAL: dict[str, Any] = {"stream_options": {"include_usage": True}, "return_token_ids": True}
@@ -34,21 +35,6 @@ class Sampling:
     max_tokens: int = 256
     samples: int = 1
     temperature: float = 0.0
-
-
-@dataclass
-class _Parts:
-    """An answer as it comes."""
-
-    started: float
-    answer: Answer
-    calls: dict[int, dict[str, str]] = field(default_factory=dict)
-    ids: list[int] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def whole(self) -> Answer:
-        calls = tuple(Call(call["name"], call["arguments"]) for _, call in sorted(self.calls.items()))
-        return replace(self.answer, calls=calls, token_ids=tuple(self.ids) or None)
 
 
 def is_local(url: str) -> bool:
@@ -107,12 +93,13 @@ class Endpoint:
         """Return the answer to a prompt; what fails is in it, by name."""
         blank = Answer(self.side, prompt.id, sample)
         while True:
-            parts = _Parts(time.perf_counter(), blank)
+            parts = Parts(blank)
+            optional = {key: value for key, value in _OPTIONAL.items() if key not in self._refused}
             try:
                 async with asyncio.timeout(self.timeout):
-                    await self._stream(prompt, sample, sampling, parts)
+                    await self._stream(prompt, sample, sampling, parts, optional)
             except Exception as error:
-                if self._learn(error, parts.extra):
+                if self._learn(error, optional):
                     continue
                 if not self._is_failure(error):
                     raise
@@ -143,7 +130,9 @@ class Endpoint:
             raise ConvertError(f"{self.side} {self.base_url}", "gives no prompt_logprobs", "")
         return listed
 
-    async def _stream(self, prompt: Prompt, sample: int, sampling: Sampling, parts: _Parts) -> None:
+    async def _stream(
+        self, prompt: Prompt, sample: int, sampling: Sampling, parts: Parts, optional: Mapping[str, Any]
+    ) -> None:
         request: dict[str, Any] = {
             "model": self.model,
             "max_tokens": prompt.max_tokens or sampling.max_tokens,
@@ -151,7 +140,8 @@ class Endpoint:
             "seed": sample,
             "stream": True,
         }
-        extra = parts.extra = {key: value for key, value in _OPTIONAL.items() if key not in self._refused}
+        extra = {**prompt.extra, **optional}
+        started = time.perf_counter()
         if prompt.messages is None:
             stream = await self._client.completions.create(prompt=prompt.prompt, extra_body=extra, **request)
         else:
@@ -161,7 +151,7 @@ class Endpoint:
                 messages=[_as_sent(message) for message in prompt.messages], extra_body=extra, **request
             )
         async for chunk in _checked(stream):
-            _take(chunk, parts)
+            parts.take(chunk, time.perf_counter() - started)
 
     def _learn(self, error: Exception, sent: Mapping[str, Any]) -> bool:
         """Note what a server refuses by name; whether that was among what was sent, and may be left out."""
@@ -204,50 +194,20 @@ async def _checked(stream: Any) -> AsyncIterator[Any]:
         yield chunk
 
 
-def _take(chunk: Any, parts: _Parts) -> None:
-    """Add a chunk to an answer."""
-    now = time.perf_counter() - parts.started
-    answer = parts.answer
-    usage = getattr(chunk, "usage", None)
-    if usage is not None and getattr(usage, "completion_tokens", None) is not None:
-        answer = replace(answer, tokens=int(usage.completion_tokens))
-    prompt_ids = getattr(chunk, "prompt_token_ids", None)
-    if chunk.choices:
-        choice = chunk.choices[0]
-        prompt_ids = prompt_ids or getattr(choice, "prompt_token_ids", None)
-        parts.ids += getattr(choice, "token_ids", None) or []
-        delta = getattr(choice, "delta", None)
-        text = (delta.content if delta is not None else getattr(choice, "text", None)) or ""
-        thought = (
-            (getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None) or "") if delta else ""
-        )
-        calls = (getattr(delta, "tool_calls", None) or []) if delta else []
-        for piece in calls:
-            call = parts.calls.setdefault(piece.index or 0, {"name": "", "arguments": ""})
-            call["name"] += getattr(piece.function, "name", None) or ""
-            call["arguments"] += getattr(piece.function, "arguments", None) or ""
-        if text or thought or calls:
-            first = now if answer.first_token is None else answer.first_token
-            answer = replace(answer, first_token=first, last_token=now)
-        answer = replace(answer, text=answer.text + text, reasoning=answer.reasoning + thought)
-        finish = getattr(choice, "finish_reason", None)
-        if finish is not None:
-            answer = replace(answer, finish=finish)
-    if prompt_ids:
-        answer = replace(answer, prompt_token_ids=tuple(prompt_ids))
-    parts.answer = answer
-
-
 def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message as the protocol has it: arguments of tool calls are JSON in a string."""
-    if "tool_calls" not in message:
+    if not isinstance(message.get("tool_calls"), list):
         return message
     calls = [
-        {"type": "function", "id": f"call_{number}", **call}
-        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        {"type": "function", "id": f"call_{number}", **call} | {"function": _as_called(call["function"])}
         for number, call in enumerate(message["tool_calls"])
     ]
     return message | {"tool_calls": calls}
+
+
+def _as_called(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    return function if isinstance(arguments, str) else function | {"arguments": json.dumps(arguments or {})}
 
 
 def _said(error: Any) -> str:

@@ -1,13 +1,17 @@
 """vLLM's `/metrics`: how many tokens fit in the KV cache, how full it was, and preemptions.
 
-The names are those of vLLM 0.25 and 0.33 (`vllm/v1/metrics/loggers.py`). Engines of one server are added up.
+The names are those of vLLM 0.25 and 0.33 (`vllm/v1/metrics/loggers.py`). A server with several engines (data parallel)
+has a line for each: `kv_cache_size_tokens` is what fits in one engine, which counts layers of different kinds (windows,
+Mamba) right; `num_gpu_blocks`, where there is no such label, are those of all engines in every line
+(`vllm/v1/engine/core_client.py`).
 """
 
 import asyncio
 import http.client
+import math
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,6 +21,8 @@ from convert_w4a8.evaluation.client import is_local
 _SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+([^\s]+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _CACHE, _USAGE, _PREEMPTIONS = "vllm:cache_config_info", "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total"
+_QUERIES, _HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+_COUNTED = (_PREEMPTIONS, _QUERIES, _HITS)
 _SECONDS = 0.5
 """Between two looks at a server that works."""
 
@@ -25,35 +31,52 @@ _SECONDS = 0.5
 class Room:
     """What a server says of its KV cache. kv_tokens: that fit. usage: the largest share seen. missing: by name, why.
 
-    preemptions: during the evaluation.
+    preemptions: during the evaluation. prefix_queries, prefix_hits: tokens of prompts, and those that the prefix cache
+    had, during the evaluation; None where the server does not count them.
     """
 
     kv_tokens: int | None = None
     usage: float | None = None
     preemptions: int | None = None
     missing: tuple[str, ...] = ()
+    prefix_queries: int | None = None
+    prefix_hits: int | None = None
 
 
 def parse(text: str) -> Room:
-    """Read the Prometheus text format; `preemptions` are those since the server's start."""
+    """Read the Prometheus text format; what is counted is counted since the server's start."""
     tokens: list[int] = []
+    blocks: list[int] = []
     usage: list[float] = []
-    preemptions: list[float] = []
+    counted: dict[str, float] = {}
     for name, labels, value in _samples(text):
         if name == _CACHE:
             with suppress(KeyError, ValueError):
-                tokens.append(int(labels["num_gpu_blocks"]) * int(labels["block_size"]))
+                blocks.append(int(labels["num_gpu_blocks"]) * int(labels["block_size"]))
+            with suppress(KeyError, ValueError):
+                tokens.append(int(labels["kv_cache_size_tokens"]))
         elif name == _USAGE:
             usage.append(value)
-        elif name == _PREEMPTIONS:
-            preemptions.append(value)
-    missing = [name for name, found in ((_CACHE, tokens), (_USAGE, usage), (_PREEMPTIONS, preemptions)) if not found]
+        elif name in _COUNTED:
+            counted[name] = counted.get(name, 0.0) + value
+    fit = sum(tokens) if tokens else max(blocks, default=None)
+    missing = [
+        name
+        for name, found in ((_CACHE, blocks or tokens), (_USAGE, usage), (_PREEMPTIONS, _PREEMPTIONS in counted))
+        if not found
+    ]
     return Room(
-        sum(tokens) if tokens else None,
+        fit,
         max(usage, default=None),
-        int(sum(preemptions)) if preemptions else None,
+        _whole(counted.get(_PREEMPTIONS)),
         tuple(f"{name} is not in /metrics" for name in missing),
+        _whole(counted.get(_QUERIES)),
+        _whole(counted.get(_HITS)),
     )
+
+
+def _whole(number: float | None) -> int | None:
+    return None if number is None or not math.isfinite(number) else int(number)
 
 
 def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
@@ -89,10 +112,15 @@ class Watch:
 
     async def result(self) -> Room:
         """Return what was seen."""
-        last = await self._look()
-        before = self._first.preemptions if self._first is not None else None
-        preemptions = None if last.preemptions is None or before is None else last.preemptions - before
-        return Room(last.kv_tokens, self._usage, preemptions, last.missing)
+        first, last = self._first or Room(), await self._look()
+        return Room(
+            last.kv_tokens,
+            self._usage,
+            _less(last.preemptions, first.preemptions),
+            last.missing,
+            _less(last.prefix_queries, first.prefix_queries),
+            _less(last.prefix_hits, first.prefix_hits),
+        )
 
     async def _watch(self) -> None:
         while True:
@@ -104,6 +132,10 @@ class Watch:
         if found.usage is not None:
             self._usage = max(self._usage or 0.0, found.usage)
         return found
+
+
+def _less(now: int | None, before: int | None) -> int | None:
+    return None if now is None or before is None else now - before
 
 
 def opener(url: str) -> urllib.request.OpenerDirector:
@@ -125,5 +157,24 @@ def as_dict(room: Room) -> dict[str, Any]:
         "kv_tokens": room.kv_tokens,
         "kv_usage": room.usage,
         "preemptions": room.preemptions,
+        "prefix_queries": room.prefix_queries,
+        "prefix_hits": room.prefix_hits,
         "missing": list(room.missing),
+    }
+
+
+def merged(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two looks at a side's servers saw, one after the other, as one."""
+    if before is None:
+        return dict(now)
+    usage = [found["kv_usage"] for found in (before, now) if found["kv_usage"] is not None]
+    sums = {}
+    for name in ("preemptions", "prefix_queries", "prefix_hits"):
+        known = [found[name] for found in (before, now) if found[name] is not None]
+        sums[name] = sum(known) if known else None
+    return {
+        "kv_tokens": now["kv_tokens"] if now["kv_tokens"] is not None else before["kv_tokens"],
+        "kv_usage": max(usage, default=None),
+        **sums,
+        "missing": list(dict.fromkeys([*before["missing"], *now["missing"]])),
     }

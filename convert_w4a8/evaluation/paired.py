@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 CONFIDENCE = 0.95
 DRAWS = 20_000
+LEAST = 20
+"""Answers of which a weighted mean has bounds."""
 _SEED = 17
 _POWER_Z = 0.8416
 """80 % of a normal distribution lie below so many standard deviations."""
@@ -41,6 +43,38 @@ def bounds(differences: Differences, confidence: float = CONFIDENCE) -> Bounds:
         _quantile(differences, -1.0, len(differences), 1 - confidence),
         _quantile(differences, 1.0, len(differences), confidence),
     )
+
+
+def ratio_bounds(values: Differences, weights: Differences, confidence: float = CONFIDENCE) -> Bounds:
+    """Return the weighted mean of what answers gave, [answers], and its bounds, each at `confidence`.
+
+    By the bootstrap-t over answers (Efron & Tibshirani, chapter 12.5), since divergences are skewed. Without bounds
+    where there are fewer than `LEAST`.
+    """
+    count, total = len(values), float(weights.sum())
+    mean = float(values @ weights) / total
+    if count < LEAST:
+        return Bounds(mean, -math.inf, math.inf)
+    error = _standard_error(np.ones((1, count)), values, weights, np.array([mean]))[0]
+    if error == 0:
+        return Bounds(mean, mean, mean)
+    draws = max(500, min(4000, 10_000_000 // count))
+    drawn = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+    means = (drawn @ (values * weights)) / (drawn @ weights)
+    errors = np.maximum(_standard_error(drawn, values, weights, means), 1e-9 * error)
+    low, high = np.quantile((means - mean) / errors, (1 - confidence, confidence))
+    return Bounds(mean, float(mean - high * error), float(mean - low * error))
+
+
+def _standard_error(
+    drawn: Differences, values: Differences, weights: Differences, means: Differences
+) -> npt.NDArray[np.float64]:
+    """Return the standard errors of weighted means, [draws], from how often each answer was drawn, [draws, answers]."""
+    squared = weights**2
+    parts = drawn @ (squared * values**2) - 2 * means * (drawn @ (squared * values)) + means**2 * (drawn @ squared)
+    count = drawn.shape[1]
+    found: npt.NDArray[np.float64] = np.sqrt(np.maximum(parts, 0) * count / (count - 1)) / (drawn @ weights)
+    return found
 
 
 def mcnemar(losses: int, wins: int) -> float:

@@ -14,17 +14,25 @@ _DASHES: Mapping[Side, str] = {"baseline": "6 4", "candidate": "none"}
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 30, 40
 _TICKS = 5
+_SHOWN = 2.5
 _PERCENT = (0, 50, 90, 99)
 
 
 def latencies(title: str, measures: Mapping[Side, Measure], unit: str = "ms", factor: float = 1000.0) -> str:
-    """Return an <svg>: the cumulative distribution of each side's values; empty where there are none."""
+    """Return an <svg>: the cumulative distribution of each side's values; empty where there are none.
+
+    A few long ones do not squeeze the others: the axis ends at `_SHOWN` times the larger p90, and what the longest is
+    is said below.
+    """
     values = {side: np.sort(np.array(measures[side].values) * factor) for side in SIDES}
     if not any(len(found) for found in values.values()):
         return ""
-    largest = max(float(found[-1]) for found in values.values() if len(found)) or 1.0
-    step = _nice(largest / _TICKS)
-    end = step * np.ceil(largest / step)
+    known = [found for found in values.values() if len(found)]
+    largest = max(float(found[-1]) for found in known) or 1.0
+    shown = min(largest, _SHOWN * max(float(np.percentile(found, 90)) for found in known) or largest)
+    step = _nice(shown / _TICKS)
+    end = step * np.ceil(shown / step)
+    longest = ", ".join(f"{side} {values[side][-1]:,.0f}" for side in SIDES if len(values[side]))
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
         f'<text x="{_LEFT}" y="16" class="plot-title">{escape(title)} in {unit}</text>',
@@ -38,6 +46,8 @@ def latencies(title: str, measures: Mapping[Side, Measure], unit: str = "ms", fa
         f'<text x="{_x(tick / end):.1f}" y="{_HEIGHT - 18}" text-anchor="middle">{tick:,.6g}</text>'
         for tick in np.arange(0, end + step / 2, step)
     ]
+    if largest > end:
+        parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">the longest: {longest}</text>')
     for place, side in enumerate(SIDES):
         if len(values[side]):
             parts.append(_line(side, values[side] / end))
@@ -52,6 +62,9 @@ def _line(side: Side, shares: "np.typing.NDArray[np.float64]") -> str:
     heights = np.arange(len(shares) + 1) / len(shares)
     points = [f"{_x(0):.1f},{_y(0):.1f}"]
     for value, low, high in zip(shares, heights, heights[1:], strict=False):
+        if value > 1:
+            points.append(f"{_x(1):.1f},{_y(low):.1f}")
+            break
         points += [f"{_x(value):.1f},{_y(low):.1f}", f"{_x(value):.1f},{_y(high):.1f}"]
     return f'<polyline points="{" ".join(points)}" fill="none" {_stroke(side)}/>'
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +12,17 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.checks import Check, parse_check
 from convert_w4a8.samples.lines import a_json, parse_messages, parse_tools, read_objects
 
-_COLUMNS = ("id", "prompt", "messages", "tools", "reference", "checks", "tags", "max_tokens")
+COLUMNS = ("id", "prompt", "messages", "tools", "reference", "checks", "tags", "max_tokens")
 _SHAPE = "a line is a JSON object with prompt or messages, and perhaps tools, reference, checks, tags, max_tokens, id"
 _MEND = "mend the line, or leave it out"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: exactly one of `prompt` (plain text, continued as it is) and `messages` (a chat)."""
+    """One prompt: exactly one of `prompt` (plain text, continued as it is) and `messages` (a chat).
+
+    extra: what else a logged request asks for (`stop`, `response_format`, …), sent as it is.
+    """
 
     id: str
     prompt: str | None
@@ -27,6 +31,7 @@ class Prompt:
     checks: tuple[Check, ...]
     tags: tuple[str, ...]
     max_tokens: int | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def shown(self) -> str:
@@ -56,7 +61,10 @@ def read_prompts(path: Path) -> Prompts:
     origins: dict[str, str] = {}
     digest = hashlib.sha256()
     for number, (origin, line) in enumerate(read_objects(path, _SHAPE), 1):
-        prompt = _prompt(origin, number, line)
+        odd = sorted(line.keys() - set(COLUMNS))
+        if odd:
+            raise ConvertError(origin, f"has {odd[0]!r}, which is not known", _SHAPE)
+        prompt = make_prompt(origin, str(number), line)
         if prompt.id in origins:
             raise ConvertError(
                 origin, f"has the id {prompt.id!r}, as {origins[prompt.id]} has", "give every line its own id"
@@ -69,10 +77,14 @@ def read_prompts(path: Path) -> Prompts:
     return Prompts(tuple(found), digest.hexdigest(), {prompt.id: prompt for prompt in found})
 
 
-def _prompt(origin: str, number: int, line: dict[str, Any]) -> Prompt:
-    odd = sorted(line.keys() - set(_COLUMNS))
-    if odd:
-        raise ConvertError(origin, f"has {odd[0]!r}, which is not known", _SHAPE)
+def make_prompt(
+    origin: str, name: str, line: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, as_asked: bool = False
+) -> Prompt:
+    """Return the prompt that an object of `COLUMNS` is.
+
+    name: its id, unless it says. extra: as in `Prompt`. as_asked: leave messages as they are, which may hold images.
+    Raises ConvertError where it is not as it should be.
+    """
     line = {key: value for key, value in line.items() if value is not None}
     have = [key for key in ("prompt", "messages") if key in line]
     if len(have) != 1:
@@ -87,14 +99,26 @@ def _prompt(origin: str, number: int, line: dict[str, Any]) -> Prompt:
     if references and not parsed:
         parsed = (parse_check(origin, "reference", {"type": "rouge_l"}, references),)
     return Prompt(
-        id=_text(origin, "id", line["id"]) if "id" in line else str(number),
+        id=_text(origin, "id", line["id"]) if "id" in line else name,
         prompt=_text(origin, "prompt", line["prompt"]) if "prompt" in line else None,
-        messages=parse_messages(origin, line["messages"]) if "messages" in line else None,
+        messages=(_as_asked if as_asked else parse_messages)(origin, line["messages"]) if "messages" in line else None,
         tools=parse_tools(origin, line.get("tools")),
         checks=parsed,
         tags=tuple(dict.fromkeys(_text(origin, "tags", tag) for tag in _list(origin, "tags", line.get("tags", [])))),
         max_tokens=_count(origin, line["max_tokens"]) if "max_tokens" in line else None,
+        extra=extra or {},
     )
+
+
+def _as_asked(origin: str, value: Any) -> list[dict[str, Any]]:
+    """Check no more of messages than what is needed to send and to show them."""
+    whole = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
+    if not whole or not all(isinstance(message.get("role"), str) for message in value):
+        raise ConvertError(origin, "messages is not a list of objects with a role", _MEND)
+    calls = [call for message in value for call in message.get("tool_calls") or []]
+    if not all(isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls):
+        raise ConvertError(origin, "a message has a tool call that is none of a function", _MEND)
+    return list(value)
 
 
 def _references(origin: str, value: Any) -> tuple[str, ...]:
@@ -125,8 +149,22 @@ def _count(origin: str, value: Any) -> int:
 
 
 def _said(message: dict[str, Any]) -> str:
-    calls = [
-        f"{call['function']['name']}({json.dumps(call['function']['arguments'])})"
-        for call in message.get("tool_calls", [])
-    ]
-    return "\n".join([text for text in (message.get("content", ""),) if text] + calls)
+    content = message.get("content") or ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [_shown(part) for part in parts]
+    calls = [_called(call["function"]) for call in message.get("tool_calls") or []]
+    return "\n".join([text for text in texts if text] + calls)
+
+
+def _shown(part: Any) -> str:
+    """Return a part of a content: its text, or what kind it is."""
+    if not isinstance(part, dict):
+        return str(part)
+    text = part.get("text")
+    return text if isinstance(text, str) else f"[{part.get('type', 'part')}]"
+
+
+def _called(function: dict[str, Any]) -> str:
+    arguments = function.get("arguments")
+    shown = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return f"{function.get('name', '')}({shown})"

@@ -1,7 +1,7 @@
 """What an evaluation found: quality, agreement, speed and room, from the answers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -11,7 +11,9 @@ import numpy as np
 from convert_w4a8.evaluation import divergence, verdict
 from convert_w4a8.evaluation.answer import SIDES, Answer, Side
 from convert_w4a8.evaluation.checks import Score, score
+from convert_w4a8.evaluation.logs import Logs, Production
 from convert_w4a8.evaluation.memory import predict
+from convert_w4a8.evaluation.paired import CONFIDENCE, mcnemar
 from convert_w4a8.evaluation.prompts import Prompt
 from convert_w4a8.evaluation.ratings import Rating
 from convert_w4a8.evaluation.run import Plan, baseline_answers
@@ -53,6 +55,7 @@ class Evaluation:
 
     models: as the servers name them. agreement: share of identical answers. room: as `metrics.as_dict` gives it.
     predicted: as `memory.predict` does. missing: what was left out and why. rated: how many ratings are in the verdict.
+    production: how logged requests went, by side; empty without logs. length: "tokens" of an answer by side, as speed.
     """
 
     places: Mapping[Side, str]
@@ -69,6 +72,9 @@ class Evaluation:
     tags: Mapping[str, tuple[str, ...]]
     rated: int
     digest: str
+    length: Mapping[Side, Measure]
+    cut_off: Mapping[Side, float | None]
+    production: Mapping[Side, Production]
 
 
 def collect(
@@ -89,11 +95,14 @@ def collect(
         difference = first_difference(whole["baseline"].shown, whole["candidate"].shown)
         compared.append(Compared(prompt, sample, whole, scores, difference))
     total = len(plan.jobs)
+    recorded = plan.logs is not None and bool(plan.logs.answers)
+    remedy = "as the logs say" if recorded else "--resume asks again"
     notes = [
-        f"{unanswered.count(side)} of {total} answers of the {side} are missing: --resume asks again"
+        f"{unanswered.count(side)} of {total} answers of the {side} are missing: {remedy}"
         for side in SIDES
         if side in unanswered
     ]
+    notes += _lost_in_production(plan.logs)
     unrated = sum(
         one.difference is not None and not one.prompt.checks and (one.prompt.id, one.sample) not in ratings
         for one in compared
@@ -101,22 +110,32 @@ def collect(
     if ratings and unrated:
         notes.append(f"{counted(unrated, 'pair')} of answers that differ, without checks: not rated")
     speed = _speed(store)
+    losses = tuple(divergence.losses(baseline_answers(store), store.noted))
     room = {side: store.noted[f"room {side}"] for side in SIDES if f"room {side}" in store.noted}
     return Evaluation(
         places=plan.places,
         models={side: str(store.noted.get(f"model {side}", "")) for side in SIDES},
-        verdict=verdict.decide(_pairs(compared, ratings), tolerance, notes),
+        verdict=verdict.decide(
+            _pairs(compared, ratings),
+            tolerance,
+            notes,
+            tolerance.divergence,
+            [(loss.kl, loss.tokens) for loss in losses],
+        ),
         compared=tuple(compared),
         failures=tuple(answer for answer in store.answers.values() if answer.failure),
         speed=speed,
         agreement=fmean(one.difference is None for one in compared) if compared else None,
-        losses=tuple(divergence.losses(baseline_answers(store), store.noted)),
+        losses=losses,
         room=room,
-        predicted={side: found for side in SIDES if (found := predict(plan.places[side])) is not None},
-        missing=tuple(_missing(store, room)),
+        predicted={} if recorded else {s: found for s in SIDES if (found := predict(plan.places[s])) is not None},
+        missing=(*(plan.logs.notes if plan.logs else ()), *_missing(store, room)),
         tags={prompt.id: prompt.tags for prompt in plan.prompts},
         rated=len(ratings),
         digest=digest,
+        length={side: measure([a.tokens for a in _whole(store, side)]) for side in SIDES},
+        cut_off={side: _cut_off(_whole(store, side)) for side in SIDES},
+        production=plan.logs.production if plan.logs else {},
     )
 
 
@@ -178,19 +197,38 @@ def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Ratin
     return pairs
 
 
+def _lost_in_production(logs: Logs | None) -> list[str]:
+    """Return why nothing is shipped, where the candidate failed more logged requests than chance explains."""
+    if logs is None or logs.lost <= logs.won or mcnemar(logs.lost, logs.won) > 1 - CONFIDENCE:
+        return []
+    return [f"in production the candidate failed {counted(logs.lost, 'request')} that the baseline answered"]
+
+
+def _whole(store: Store, side: Side) -> list[Answer]:
+    return [answer for answer in store.answers.values() if answer.side == side and answer.failure is None]
+
+
 def _speed(store: Store) -> dict[str, dict[Side, Measure]]:
-    found: dict[str, dict[Side, Measure]] = {}
-    for name in ("ttft", "tpot", "rate"):
-        for side in SIDES:
-            answers = [a for a in store.answers.values() if a.side == side and a.failure is None]
-            of = {
-                "ttft": lambda a: a.first_token,
-                "tpot": lambda a: a.time_per_token,
-                "rate": lambda a: a.tokens_per_second,
-            }
-            values = [value for value in map(of[name], answers) if value is not None]
-            found.setdefault(name, {})[side] = Measure(tuple(values), _percentiles(values, descending=name == "rate"))
-    return found
+    of: dict[str, Callable[[Answer], float | None]] = {
+        "ttft": lambda answer: answer.first_token,
+        "tpot": lambda answer: answer.time_per_token,
+        "rate": lambda answer: answer.tokens_per_second,
+    }
+    return {
+        name: {side: measure(map(take, _whole(store, side)), descending=name == "rate") for side in SIDES}
+        for name, take in of.items()
+    }
+
+
+def measure(values: Iterable[float | None], *, descending: bool = False) -> Measure:
+    """Return what values amount to, those that are None left out. descending: of rates."""
+    known = [value for value in values if value is not None]
+    return Measure(tuple(known), _percentiles(known, descending=descending))
+
+
+def _cut_off(answers: Sequence[Answer]) -> float | None:
+    """Return the share of answers that ended because of max_tokens."""
+    return fmean(answer.finish == "length" for answer in answers) if answers else None
 
 
 def _percentiles(values: Sequence[float], *, descending: bool) -> tuple[float, float, float] | None:
@@ -205,7 +243,7 @@ def _missing(store: Store, room: Mapping[Side, Mapping[str, Any]]) -> list[str]:
     lines = divergence.refusals(store.noted)
     for side in SIDES:
         lines += [f"{side}: {line}" for line in room.get(side, {}).get("missing", ())]
-        whole = [answer for answer in store.answers.values() if answer.side == side and answer.failure is None]
+        whole = _whole(store, side)
         uncounted = sum(answer.tokens is None for answer in whole)
         if uncounted:
             lines.append(f"{side}: {uncounted} of {len(whole)} answers came without usage; they have no time per token")

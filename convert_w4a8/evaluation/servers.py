@@ -35,11 +35,15 @@ _SERVING = ("fastapi", "uvicorn", "openai", "accelerate")
 
 @dataclass(frozen=True)
 class Caps:
-    """What both servers are started with. max_model_len: tokens of a sequence, for vLLM. seconds: to wait for one."""
+    """What both servers are started with.
+
+    max_model_len: tokens of a sequence, for vLLM. seconds: to wait for one. options: more of the command line.
+    """
 
     max_model_len: int | None
     concurrency: int
     seconds: float
+    options: tuple[str, ...] = ()
 
 
 def is_url(place: str) -> bool:
@@ -123,8 +127,9 @@ def _command(directory: Path, server: str, port: int, caps: Caps) -> list[str]:
             "--max-num-seqs",
             str(max(caps.concurrency, 8)),
             *length,
+            *caps.options,
         ]
-    return [_program("transformers"), "serve", str(directory.resolve()), *where]
+    return [_program("transformers"), "serve", str(directory.resolve()), *where, *caps.options]
 
 
 def _program(name: str) -> str:

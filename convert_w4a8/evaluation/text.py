@@ -1,17 +1,19 @@
-"""An evaluation as tables, for a terminal, for a job's summary (Markdown) and as JSON."""
+"""An evaluation as tables, for a terminal and for a job's summary (Markdown)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert_w4a8.evaluation import divergence, verdict
+from convert_w4a8.evaluation import divergence
 from convert_w4a8.evaluation.answer import SIDES, Side
 from convert_w4a8.evaluation.paired import CONFIDENCE
-from convert_w4a8.evaluation.results import Evaluation, Measure, losses_by_tag
+from convert_w4a8.evaluation.results import Evaluation, Measure, losses_by_tag, measure
 from convert_w4a8.evaluation.verdict import Group
 from convert_w4a8.text import counted, human_bytes, markdown_cell, markdown_table, shortened, table
 
 _LISTED = 20
+_CACHED_ALIKE = 0.05
+"""How far the shares of prompts in prefix caches may be apart."""
 _SPEED = {
     "ttft": ("time to first token", "ms", 1000.0),
     "tpot": ("time per output token", "ms", 1000.0),
@@ -36,6 +38,8 @@ def sections(evaluation: Evaluation) -> list[Section]:
         _agreement(evaluation),
         _divergences(evaluation),
         _speed(evaluation),
+        _length(evaluation),
+        _production(evaluation),
         _room(evaluation),
         _failures(evaluation),
     ]
@@ -66,67 +70,6 @@ def as_markdown(evaluation: Evaluation) -> str:
     if evaluation.missing:
         parts += ["### Left out", "\n".join(f"* {markdown_cell(line)}" for line in evaluation.missing)]
     return "\n\n".join(parts) + "\n"
-
-
-def as_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """Return it for programs. Times are in seconds, rates in tokens per second."""
-    differ = [one.difference for one in evaluation.compared if one.difference is not None]
-    return {
-        "baseline": evaluation.places["baseline"],
-        "candidate": evaluation.places["candidate"],
-        "models": dict(evaluation.models),
-        "verdict": verdict.as_dict(evaluation.verdict),
-        "ratings": evaluation.rated,
-        "agreement": {
-            "answers": len(evaluation.compared),
-            "identical": evaluation.agreement,
-            "median_first_difference": sorted(differ)[len(differ) // 2] if differ else None,
-        },
-        "divergence": _divergence(evaluation),
-        "speed": {
-            name: {side: _measured(measure) for side, measure in sides.items()}
-            for name, sides in evaluation.speed.items()
-        },
-        "room": {side: dict(evaluation.room.get(side, {})) for side in SIDES},
-        "predicted": {side: dict(evaluation.predicted.get(side, {})) for side in SIDES},
-        "failures": [
-            {"side": answer.side, "prompt": answer.prompt, "sample": answer.sample, "failure": answer.failure}
-            for answer in evaluation.failures
-        ],
-        "missing": list(evaluation.missing),
-        "prompts": [
-            {
-                "prompt": one.prompt.id,
-                "sample": one.sample,
-                "tags": list(one.prompt.tags),
-                "first_difference": one.difference,
-                "checks": [
-                    {"type": before.type, "baseline": before.value, "candidate": after.value}
-                    for before, after in zip(one.scores["baseline"], one.scores["candidate"], strict=True)
-                ],
-            }
-            for one in evaluation.compared
-        ],
-    }
-
-
-def _divergence(evaluation: Evaluation) -> dict[str, Any] | None:
-    if not evaluation.losses:
-        return None
-    by_tag = losses_by_tag(evaluation)
-    surprise, kl = by_tag.pop(verdict.ALL)
-    return {
-        "answers": len(evaluation.losses),
-        "tokens": sum(loss.tokens for loss in evaluation.losses),
-        "surprise": surprise,
-        "kl": kl,
-        "tags": [{"tag": tag, "surprise": found[0], "kl": found[1]} for tag, found in by_tag.items()],
-    }
-
-
-def _measured(measure: Measure) -> dict[str, Any]:
-    median, p90, p99 = measure.percentiles or (None, None, None)
-    return {"answers": len(measure.values), "median": median, "p90": p90, "p99": p99}
 
 
 def _quality(evaluation: Evaluation) -> Section:
@@ -205,7 +148,53 @@ def _speed(evaluation: Evaluation) -> Section:
         "Speed",
         ("", *SIDES, "candidate is"),
         tuple(row for row in rows if row[1:3] != ("-", "-")),
-        "p90 and p99: what 90 and 99 % of the answers do not exceed, or, of tokens/s, reach at least.",
+        "p90 and p99: what 90 and 99 % of the answers do not exceed, or, of tokens/s, reach at least."
+        + _cached_unlike(evaluation),
+    )
+
+
+def _length(evaluation: Evaluation) -> Section:
+    """Terse answers, and ones that do not end, are what quantization does to a model first."""
+    rows = [
+        (label, *("-" if (value := _at(evaluation.length[side], place)) is None else f"{value:,.0f}" for side in SIDES))
+        for place, label in enumerate(("tokens, median", "tokens, p90"))
+    ]
+    cut = (evaluation.cut_off[side] for side in SIDES)
+    rows.append(("cut off at max_tokens", *("-" if share is None else f"{share:.1%}" for share in cut)))
+    return Section("Length of answers", ("", *SIDES), tuple(row for row in rows if row[1:] != ("-", "-")))
+
+
+def _production(evaluation: Evaluation) -> Section:
+    if not any(one.requests for one in evaluation.production.values()):
+        return Section("In production", (), ())
+    found = [evaluation.production[side] for side in SIDES]
+    took = [measure(one.seconds) for one in found]
+    rows = [
+        ("requests", *(f"{one.requests:,}" for one in found)),
+        ("failed", *(f"{one.failed / one.requests:.2%}" if one.requests else "-" for one in found)),
+    ]
+    for place, share in enumerate(("median", "p90", "p99")):
+        values = [_at(one, place) for one in took]
+        rows.append((f"seconds, {share}", *("-" if value is None else f"{value:,.2f}" for value in values)))
+    note = "Of all lines of the logs. Failed: no answer, or status 5xx."
+    return Section("In production", ("", *SIDES), tuple(rows), note)
+
+
+def _prefix_share(evaluation: Evaluation, side: Side) -> float | None:
+    """Return the share of the prompts' tokens that the prefix cache of a side had."""
+    room = evaluation.room.get(side, {})
+    queries, hits = room.get("prefix_queries"), room.get("prefix_hits")
+    return hits / queries if queries and hits is not None else None
+
+
+def _cached_unlike(evaluation: Evaluation) -> str:
+    """Return what is wrong with times to the first token, where one side had more of the prompts in its cache."""
+    before, after = (_prefix_share(evaluation, side) for side in SIDES)
+    if before is None or after is None or abs(before - after) <= _CACHED_ALIKE:
+        return ""
+    return (
+        f" Times to the first token do not compare: prefix caches had {before:.0%} of the baseline's prompts and"
+        f" {after:.0%} of the candidate's. Start both servers anew."
     )
 
 
@@ -229,6 +218,10 @@ def _room(evaluation: Evaluation) -> Section:
         ("preemptions", room, "preemptions", "{:,}"),
     ):
         _add(rows, label, found, key, show.format)
+    shares = [_prefix_share(evaluation, side) for side in SIDES]
+    if shares != [None, None]:
+        cells = ("-" if share is None else f"{share:.1%}" for share in shares)
+        rows.append(("tokens of prompts that the prefix cache had", *cells))
     _add(rows, "weights on the disk", predicted, "weight_bytes", human_bytes)
     _add(rows, "KV cache of a token in BF16, predicted", predicted, "kv_bytes_per_token", human_bytes)
     before, after = (predicted.get(side, {}).get("weight_bytes") for side in SIDES)

@@ -2,9 +2,12 @@
 
 *ship*: the lower bound of the quality difference is above -tolerance, over all prompts and for every tag.
 *do not ship*: the upper bound is below -tolerance, over all or for a tag, and, where checks are passed or failed, the
-exact McNemar test finds more losses than wins. *cannot tell*: everything else. That every bound must hold for *ship*
-needs no correction for their number. For *do not ship* one is enough, so the level of 5 % is divided (Bonferroni): half
-of it for all prompts, the other half shared by the tags; all of it for all prompts where there are no tags.
+exact McNemar test finds more losses than wins. *cannot tell*: everything else. A divergence that is not to be exceeded
+is judged by its bounds in the same way.
+
+That every bound must hold for *ship* needs no correction for their number. For *do not ship* one is enough, so the
+level of 5 % is divided (Bonferroni) into equal parts: for all prompts, for the tags, which share theirs, and for the
+divergence, as far as there are any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert_w4a8.evaluation.paired import CONFIDENCE, Bounds, bounds, mcnemar, more_prompts
+from convert_w4a8.evaluation.paired import CONFIDENCE, LEAST, Bounds, bounds, mcnemar, more_prompts, ratio_bounds
 from convert_w4a8.text import counted, printable
 
 Decision = Literal["ship", "do not ship", "cannot tell"]
@@ -35,11 +38,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much may be lost, as a share of 1: over all prompts, for a tag, and for tags that are named."""
+    """How much may be lost, as a share of 1: over all prompts, for a tag, and for tags that are named.
+
+    divergence: nats per token that the divergence on the baseline's own answers may be; None: it does not matter.
+    """
 
     overall: float
     tag: float
     by_tag: Mapping[str, float]
+    divergence: float | None = None
 
     def of(self, name: str) -> float:
         """Return that of a group."""
@@ -67,34 +74,81 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """The divergence on the baseline's own answers, in nats per token, and what it may be. bounds: None without any."""
+
+    answers: int
+    bounds: Bounds | None
+    limit: float
+    decision: Decision
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What may be done, why in words, and the groups that it follows from: all prompts first, then the tags."""
+    """What may be done, why in words, and what it follows from.
+
+    groups: all prompts first, then the tags. drift: where a divergence is not to be exceeded.
+    """
 
     decision: Decision
     reasons: tuple[str, ...]
     groups: tuple[Group, ...]
+    drift: Drift | None = None
 
 
-def decide(pairs: Sequence[Pair], tolerance: Tolerance, unanswered: Sequence[str] = ()) -> Verdict:
-    """Return the verdict. unanswered: what has no answer, in words; with it, nothing is shipped."""
-    if not pairs:
-        reason = "no prompt has checks, a reference or a rating: give some, or rate the answers in the page of --out"
-        return Verdict("cannot tell", tuple(unanswered) or (reason,), ())
+def decide(
+    pairs: Sequence[Pair],
+    tolerance: Tolerance,
+    unanswered: Sequence[str] = (),
+    limit: float | None = None,
+    losses: Sequence[tuple[float, int]] = (),
+) -> Verdict:
+    """Return the verdict.
+
+    unanswered: what has no answer, in words; with it, nothing is shipped. limit: nats per token that the divergence may
+    be; None: it does not matter. losses: divergence and tokens of each of the baseline's answers.
+    """
+    if not pairs and limit is None:
+        reason = (
+            "no prompt has checks, a reference or a rating: give some, rate the answers in the page of --out, or say"
+        )
+        return Verdict("cannot tell", tuple(unanswered) or (f"{reason} --max-divergence",), ())
     tags = sorted({tag for pair in pairs for tag in pair.tags})
-    members = {ALL: list(pairs)} | {tag: [pair for pair in pairs if tag in pair.tags] for tag in tags}
-    level = (1 - CONFIDENCE) / (2 if tags else 1)
+    members = {ALL: list(pairs)} | {tag: [pair for pair in pairs if tag in pair.tags] for tag in tags} if pairs else {}
+    level = (1 - CONFIDENCE) / ((2 if tags else 1) + (limit is not None and bool(pairs)))
+    drift = None if limit is None else _drift(losses, limit, level)
     groups = tuple(
-        _group(name, found, tolerance.of(name), level / (len(tags) if name else 1)) for name, found in members.items()
+        _group(name, of_name, tolerance.of(name), level / (len(tags) if name else 1))
+        for name, of_name in members.items()
     )
-    bad = [group for group in groups if group.decision == "do not ship"]
+    found: list[Group | Drift] = [*groups, *([] if drift is None else [drift])]
+    bad = [one for one in found if one.decision == "do not ship"]
     if bad:
-        return Verdict("do not ship", tuple(map(_loss, bad)), groups)
-    open_groups = [group for group in groups if group.decision == "cannot tell"]
-    if open_groups or unanswered:
-        return Verdict("cannot tell", (*unanswered, *map(_open, open_groups)), groups)
-    least = min(groups, key=lambda group: group.bounds.lower + group.tolerance)
-    reason = f"{_name(least)}: at most {_points(-least.bounds.lower)} lost, {_points(least.tolerance)} may be"
-    return Verdict("ship", (reason,), groups)
+        return Verdict("do not ship", tuple(map(_loss, bad)), groups, drift)
+    undecided = [one for one in found if one.decision == "cannot tell"]
+    if undecided or unanswered:
+        return Verdict("cannot tell", (*unanswered, *map(_open, undecided)), groups, drift)
+    reasons = []
+    if groups:
+        least = min(groups, key=lambda group: group.bounds.lower + group.tolerance)
+        reasons = [f"{_name(least)}: at most {_points(-least.bounds.lower)} lost, {_points(least.tolerance)} may be"]
+    if drift is not None and drift.bounds is not None:
+        reasons.append(f"divergence: at most {drift.bounds.upper:.4f} nats per token, {drift.limit:g} may be")
+    return Verdict("ship", tuple(reasons), groups, drift)
+
+
+def _drift(losses: Sequence[tuple[float, int]], limit: float, level: float) -> Drift:
+    """Judge divergences. level: the chance with which harm may be found where there is none."""
+    if not losses:
+        return Drift(0, None, limit, "cannot tell")
+    values, tokens = (np.array(column, dtype=np.float64) for column in zip(*losses, strict=True))
+    found = ratio_bounds(values, tokens)
+    decision: Decision = "cannot tell"
+    if found.upper < limit:
+        decision = "ship"
+    elif ratio_bounds(values, tokens, 1 - level).lower > limit:
+        decision = "do not ship"
+    return Drift(len(losses), found, limit, decision)
 
 
 def _group(name: str, pairs: Sequence[Pair], tolerance: float, level: float) -> Group:
@@ -134,11 +188,21 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
-def _loss(group: Group) -> str:
+def _loss(group: Group | Drift) -> str:
+    if isinstance(group, Drift):
+        least = group.bounds.lower if group.bounds else 0.0
+        return f"divergence: at least {least:.4f} nats per token, {group.limit:g} may be"
     return f"{_name(group)}: at least {_points(-group.bounds.upper)} lost, {_points(group.tolerance)} may be"
 
 
-def _open(group: Group) -> str:
+def _open(group: Group | Drift) -> str:
+    if isinstance(group, Drift):
+        if group.bounds is None:
+            return "divergence: no log-probabilities were to be had, so --max-divergence cannot be judged"
+        if group.answers < LEAST:
+            return f"divergence: {counted(group.answers, 'answer')} tell nothing; {LEAST} are needed"
+        between = f"between {group.bounds.lower:.4f} and {group.bounds.upper:.4f} nats per token"
+        return f"divergence: {between}, {group.limit:g} may be; more prompts would narrow that"
     if group.more is not None:
         count = counted(group.more, "more prompt")
         what = f"about {count} would decide, if differences stay as they are"
@@ -157,6 +221,7 @@ def as_dict(verdict: Verdict) -> dict[str, Any]:
         "decision": verdict.decision,
         "reasons": list(verdict.reasons),
         "confidence": CONFIDENCE,
+        "divergence": None if verdict.drift is None else _drift_as_dict(verdict.drift),
         "groups": [
             {
                 "tag": group.name or None,
@@ -175,4 +240,15 @@ def as_dict(verdict: Verdict) -> dict[str, Any]:
             }
             for group in verdict.groups
         ],
+    }
+
+
+def _drift_as_dict(drift: Drift) -> dict[str, Any]:
+    known = drift.bounds if drift.answers >= LEAST else None
+    return {
+        "answers": drift.answers,
+        "lower": known.lower if known else None,
+        "upper": known.upper if known else None,
+        "limit": drift.limit,
+        "decision": drift.decision,
     }

@@ -5,7 +5,7 @@ import json
 import math
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -76,20 +76,25 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
         yield _record(origin, found)
 
 
-def read_objects(path: Path, columns: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_objects(
+    path: Path, columns: str, refused: Callable[[ConvertError], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each line of a JSON lines file stands, and the object that it is; blank ones are left out.
 
-    columns: what a line should be, for messages. Raises ConvertError where the file or a line cannot be read.
+    columns: what a line should be, for messages. refused: called with what is wrong with a line that cannot be read;
+    None: that is raised. Raises ConvertError where the file, or a line, cannot be read.
     """
     try:
         with _open(path) as file:
-            yield from _objects(path, file, columns)
+            yield from _objects(path, file, columns, refused)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConvertError(str(path), f"cannot be read ({reason})", "check the name of the file") from error
 
 
-def _objects(path: Path, file: IO[bytes], columns: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _objects(
+    path: Path, file: IO[bytes], columns: str, refused: Callable[[ConvertError], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     while raw := file.readline(MAX_LINE + 1):
         number += 1
@@ -97,7 +102,14 @@ def _objects(path: Path, file: IO[bytes], columns: str) -> Iterator[tuple[str, d
         if len(raw) > MAX_LINE:
             raise ConvertError(origin, f"is longer than {human_bytes(MAX_LINE)}", "is it JSON lines? " + columns)
         if raw.strip():
-            yield origin, _parsed(origin, _decoded(origin, raw).rstrip("\r\n"), columns)
+            try:
+                found = _parsed(origin, _decoded(origin, raw).rstrip("\r\n"), columns)
+            except ConvertError as error:
+                if refused is None:
+                    raise
+                refused(error)
+            else:
+                yield origin, found
 
 
 def _decoded(origin: str, raw: bytes) -> str:

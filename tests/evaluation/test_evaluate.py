@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from chat_server import Behaviour, chat_server
 
-from convert_w4a8.cli.evaluate import _contents
+from convert_w4a8.evaluation.evaluate import contents
 
 METRICS = (
     'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0\n'
@@ -16,8 +16,18 @@ METRICS = (
 )
 
 
+def number_of(prompt: str) -> int:
+    found = re.search(r"(\d+) \+", prompt)
+    assert found is not None
+    return int(found[1])
+
+
+def is_warm_up(prompt: str) -> bool:
+    return prompt.startswith("(")
+
+
 def right(prompt: str) -> str:
-    number = int(prompt.split()[2])
+    number = number_of(prompt)
     return f"The sum of {number} and {number} is {2 * number}"
 
 
@@ -77,10 +87,10 @@ def test_both_sides_are_asked_alike_and_in_turn(evaluate: Any) -> None:
     sides = [answering(name) for name in "ab"]
     with chat_server(sides[0]) as a, chat_server(sides[1]) as b:
         evaluate(a, b, "--max-tokens", "33", "--samples", "2", "--temperature", "0.5")
-    assert "".join(order) == "ab" + "abba" * 8
+    assert "".join(order) == "a" * 8 + "b" * 8 + "abba" * 8
     for seen in zip(sides[0].seen, sides[1].seen, strict=False):
         assert seen[0]["temperature"] == seen[1]["temperature"] == 0.5
-    asked = [[(r["messages"], r["seed"], r["max_tokens"]) for r in side.seen[1:]] for side in sides]
+    asked = [[(r["messages"], r["seed"], r["max_tokens"]) for r in side.seen[8:]] for side in sides]
     assert asked[0] == asked[1]
     assert {(seed, tokens) for _, seed, tokens in asked[0]} == {(0, 33), (1, 33)}
 
@@ -121,12 +131,12 @@ def test_failures_have_names_and_are_asked_again(evaluate: Any, failure: Any, na
     assert name in found["failures"][0]["failure"]
     assert second.exit_code == 0, second.output
     again = [request["messages"][-1]["content"] for request in behaviour.seen[asked:]]
-    assert again == ["What is 0 + 0?", "What is 5 + 5?"]  # the warm-up, and the one that failed
+    assert [prompt for prompt in again if not is_warm_up(prompt)] == ["What is 5 + 5?"]
 
 
 def test_a_server_that_dies_is_given_up(evaluate: Any) -> None:
     """Not asked a hundred times over; what was answered is kept."""
-    behaviour = Behaviour(answer=right, failure=lambda prompt: "drop" if int(prompt.split()[2]) > 1 else None)
+    behaviour = Behaviour(answer=right, failure=lambda prompt: "drop" if number_of(prompt) > 1 else None)
     with chat_server(Behaviour(answer=right)) as a, chat_server(behaviour) as b:
         result = evaluate(a, b, "--out", str(evaluate.out))
     assert result.exit_code == 1
@@ -213,7 +223,14 @@ def test_metrics_and_divergence_of_vllm(evaluate: Any, tmp_path: Path) -> None:
     with chat_server(better) as a, chat_server(worse) as b:
         result = evaluate(a, b, "--json", "--drop-by-tag", str(drop))
     found = json.loads(result.stdout)
-    assert found["room"]["candidate"] == {"kv_tokens": 16000, "kv_usage": 0.25, "preemptions": 0, "missing": []}
+    assert found["room"]["candidate"] == {
+        "kv_tokens": 16000,
+        "kv_usage": 0.25,
+        "preemptions": 0,
+        "prefix_queries": None,
+        "prefix_hits": None,
+        "missing": [],
+    }
     assert found["missing"] == []
     assert found["divergence"]["surprise"] == pytest.approx(0.25)
     assert 0 < found["divergence"]["kl"] < 0.25
@@ -340,9 +357,21 @@ def test_urls_that_are_none_or_hold_secrets(evaluate: Any, url: str) -> None:
 def test_a_directory_that_was_replaced_is_another(tmp_path: Path) -> None:
     """Resuming must not give its answers the name of the new one."""
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = _contents(str(tmp_path))
+    before = contents(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert before
-    assert _contents(str(tmp_path)) != before
-    assert _contents("http://127.0.0.1:1") == []
+    assert contents(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize(("limit", "code"), [("0.001", 3), ("0.5", 0)])
+def test_divergence_decides_where_nothing_is_checked(evaluate: Any, limit: str, code: int) -> None:
+    """As of logs of production."""
+    evaluate.lines = [{"prompt": f"What is {n} + {n}?"} for n in range(24)]
+    better, worse = (Behaviour(answer=right, token_ids=True, logprobs=logprobs(x)) for x in (-0.5, -0.75))
+    with chat_server(better) as a, chat_server(worse) as b:
+        result = evaluate(a, b, "--json", "--max-divergence", limit)
+    assert result.exit_code == code, result.output
+    found = json.loads(result.stdout)["verdict"]["divergence"]
+    assert found["answers"] == 24
+    assert found["limit"] == float(limit)

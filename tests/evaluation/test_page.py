@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_w4a8.evaluation import page, verdict
-from convert_w4a8.evaluation.answer import Answer
+from convert_w4a8.evaluation.answer import SIDES, Answer
 from convert_w4a8.evaluation.differences import marked
+from convert_w4a8.evaluation.metrics import Room, as_dict
+from convert_w4a8.evaluation.plots import latencies
 from convert_w4a8.evaluation.prompts import Prompt
 from convert_w4a8.evaluation.ratings import read_ratings
-from convert_w4a8.evaluation.results import Compared, Evaluation, Measure, first_difference
+from convert_w4a8.evaluation.results import Compared, Evaluation, Measure, first_difference, measure
+from convert_w4a8.evaluation.text import as_markdown
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DIGEST = "0123abcd"
@@ -54,6 +58,9 @@ def make(texts: list[tuple[str, str]]) -> Evaluation:
         tags={one.prompt.id: one.prompt.tags for one in compared},
         rated=0,
         digest=DIGEST,
+        length={"baseline": Measure((), None), "candidate": Measure((), None)},
+        cut_off={"baseline": None, "candidate": None},
+        production={},
     )
 
 
@@ -151,3 +158,28 @@ def test_blind_review_in_a_browser(tmp_path: Path) -> None:
     wanted = [(0.0, 1.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)] * 10
     wanted[38] = (1.0, 1.0)  # rated again, by the button
     assert found == wanted
+
+
+@pytest.mark.parametrize(("hits", "said"), [((0, 0), False), ((80, 83), False), ((90, 10), True)])
+def test_unlike_prefix_caches_are_said(hits: tuple[int, int], said: bool) -> None:
+    """A side that was asked the same before has a shorter time to the first token."""
+    rooms = {side: as_dict(Room(1, 0.0, 0, (), 100, hit)) for side, hit in zip(SIDES, hits, strict=True)}
+    found = as_markdown(replace(make([("a", "b")]), room=rooms))
+    assert ("prefix caches had 90% of the baseline's prompts and 10% of the candidate's" in found) == said
+    assert f"| tokens of prompts that the prefix cache had | {hits[0]}.0% | {hits[1]}.0% |" in found
+
+
+def test_a_long_answer_does_not_squeeze_the_others() -> None:
+    """The axis ends near the 90 % that most take; what took longer is said."""
+    few = latencies("t", {"baseline": measure([0.02] * 99 + [0.6]), "candidate": measure([0.03] * 100)})
+    assert "the longest: baseline 600, candidate 30" in few
+    assert float(re.findall(r'text-anchor="middle">([\d.]+)<', few)[-1]) <= 150
+    assert "the longest" not in latencies("t", {"baseline": measure([0.02]), "candidate": measure([0.03])})
+    assert latencies("t", {"baseline": measure([]), "candidate": measure([])}) == ""
+
+
+def test_the_page_needs_nothing_else() -> None:
+    """No script, style, font or picture is fetched, whatever the answers are."""
+    text = page.render(make([("a", "b"), ("c", "c")]))
+    assert re.findall(r"<(?:script|link|img|iframe|object|embed|base|source)\b[^>]*\b(?:src|href|data)=", text) == []
+    assert re.findall(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon", text) == []

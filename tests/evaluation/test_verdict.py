@@ -131,3 +131,51 @@ def test_more_prompts_are_enough_and_not_far_too_many() -> None:
 def test_a_loss_of_the_tolerance_is_never_decided() -> None:
     """No number of prompts tells equal things apart."""
     assert paired.more_prompts(np.array([-1.0] * 5 + [0.0] * 95), 0.05) is None
+
+
+def drifts(mean: float, count: int, seed: int = 0) -> list[tuple[float, int]]:
+    """Return divergences as they were measured of a checkpoint: skewed, with a spread of 0.5 in their logarithm."""
+    rng = np.random.default_rng(seed)
+    values = mean * np.exp(0.5 * rng.standard_normal(count) - 0.125)
+    return [(float(value), int(tokens)) for value, tokens in zip(values, rng.integers(10, 100, count), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("found", "losses", "decision", "reason"),
+    [
+        ([], drifts(0.003, 100), "ship", "divergence: at most 0.00"),
+        ([], drifts(0.03, 100), "do not ship", "divergence: at least 0.02"),
+        ([], drifts(0.01, 100), "cannot tell", "divergence: between 0.0"),
+        ([], drifts(0.003, 19), "cannot tell", "divergence: 19 answers tell nothing; 20 are needed"),
+        ([], [], "cannot tell", "divergence: no log-probabilities were to be had"),
+        (pairs(0, 0, 100), drifts(0.003, 100), "ship", "all prompts: at most"),
+        (pairs(0, 0, 100), drifts(0.03, 100), "do not ship", "divergence: at least 0.02"),
+        (pairs(30, 2, 100), drifts(0.003, 100), "do not ship", "all prompts: at least"),
+        (pairs(0, 0, 100), [], "cannot tell", "divergence: no log-probabilities"),
+    ],
+)
+def test_a_divergence_that_is_not_to_be_exceeded(
+    found: list[Pair], losses: list[tuple[float, int]], decision: str, reason: str
+) -> None:
+    """With checks both must hold; without any it decides alone."""
+    verdict = decide(found, TOLERANCE, (), 0.01, losses)
+    assert verdict.decision == decision
+    assert verdict.reasons[0].startswith(reason)
+    assert decide(found, TOLERANCE, ("something is missing",), 0.01, losses).decision != "ship"
+
+
+def test_equal_models_have_no_divergence() -> None:
+    """And bounds without width."""
+    assert decide([], TOLERANCE, (), 0.001, [(0.0, 5)] * 30).decision == "ship"
+
+
+def test_bounds_of_divergences_are_wrong_as_seldom_as_they_say() -> None:
+    """Of skewed ones; 5 % and the luck of 200 draws, each way."""
+    high = low = 0
+    for seed in range(200):
+        values, tokens = (np.array(column, dtype=float) for column in zip(*drifts(1.0, 60, seed), strict=True))
+        found = paired.ratio_bounds(values, tokens)
+        high += found.upper < 1
+        low += found.lower > 1
+    assert high <= 20
+    assert low <= 20

@@ -1,0 +1,59 @@
+"""Answers that a log has: what came, and how long it took."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from convert_w4a8.evaluation.answer import Answer, Side
+from convert_w4a8.evaluation.stream import Parts
+from convert_w4a8.text import printable
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def status(line: Mapping[str, Any]) -> int | None:
+    """Return the HTTP status of a line; the last, where a proxy tried several servers. None: there was no answer."""
+    value = line.get("status", 200 if "body" in line else None)
+    found = _NUMBER.findall(str(value))
+    return (int(float(found[-1])) or None) if found and not line.get("error") else None
+
+
+def seconds(value: Any) -> float | None:
+    """Return a time: a number, or nginx's way to write one ("0.1, 0.2" of two servers, "-" of none)."""
+    found = _NUMBER.findall(str(value))
+    return sum(map(float, found)) if found and not isinstance(value, bool) else None
+
+
+def recorded(side: Side, name: str, line: Mapping[str, Any]) -> Answer:
+    """Return the answer of a line. `body`: a response or its JSON, or the stream of events as text."""
+    found = status(line)
+    if found is None or found >= 300:
+        failure = line.get("error") or ("no answer" if found is None else f"status {found}")
+        kind = "dead" if found is None else f"{found // 100}xx"
+        return Answer(side, name, 0, failure=printable(f"{kind}: {failure}, as the log says")[:300])
+    whole = seconds(line.get("seconds"))
+    first = seconds(line.get("first_token_seconds"))
+    parts = Parts(Answer(side, name, 0))
+    try:
+        for chunk in _chunks(line["body"]):
+            if not hasattr(chunk, "choices"):
+                said = getattr(getattr(chunk, "error", None), "message", "it is none of completions")
+                return Answer(side, name, 0, failure=printable(f"refused: {said}")[:300])
+            parts.take(chunk, whole)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        return Answer(side, name, 0, failure=printable(f"truncated: no response in the log ({error})")[:300])
+    if parts.answer.finish is None:
+        return Answer(side, name, 0, failure="truncated: the answer in the log has no finish_reason")
+    return replace(parts.whole(), first_token=first, last_token=whole)
+
+
+def _chunks(body: Any) -> Iterator[Any]:
+    """Yield the chunks of a stream, or the one response."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    events = re.findall(r"^data:[ \t]*(.*?)\r?$", text, re.MULTILINE)
+    for event in events or [text]:
+        if event.strip() != "[DONE]":
+            yield json.loads(event, object_hook=lambda found: SimpleNamespace(**found))

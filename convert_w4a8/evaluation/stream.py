@@ -1,0 +1,51 @@
+"""An answer as it comes, chunk by chunk, or whole: completions and chats, of the OpenAI protocol."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from convert_w4a8.evaluation.answer import Answer
+from convert_w4a8.evaluation.checks import Call
+
+
+@dataclass
+class Parts:
+    """What came so far. answer: all but the calls and the token ids, which are put together by `whole`."""
+
+    answer: Answer
+    calls: dict[int, dict[str, str]] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)
+
+    def whole(self) -> Answer:
+        """Return the answer."""
+        calls = tuple(Call(call["name"], call["arguments"]) for _, call in sorted(self.calls.items()))
+        return replace(self.answer, calls=calls, token_ids=tuple(self.ids) or None)
+
+    def take(self, chunk: Any, now: float | None) -> None:
+        """Add a chunk, or a whole response. now: seconds since the request was sent; None where that is not known."""
+        answer = self.answer
+        usage = getattr(chunk, "usage", None)
+        if usage is not None and getattr(usage, "completion_tokens", None) is not None:
+            answer = replace(answer, tokens=int(usage.completion_tokens))
+        prompt_ids = getattr(chunk, "prompt_token_ids", None)
+        if chunk.choices:
+            choice = chunk.choices[0]
+            prompt_ids = prompt_ids or getattr(choice, "prompt_token_ids", None)
+            self.ids += getattr(choice, "token_ids", None) or []
+            said = getattr(choice, "delta", None) or getattr(choice, "message", None)
+            text = getattr(said or choice, "content" if said else "text", None) or ""
+            thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None) or ""
+            calls = getattr(said, "tool_calls", None) or []
+            for place, piece in enumerate(calls):
+                call = self.calls.setdefault(getattr(piece, "index", place) or 0, {"name": "", "arguments": ""})
+                call["name"] += getattr(piece.function, "name", None) or ""
+                call["arguments"] += getattr(piece.function, "arguments", None) or ""
+            if text or thought or calls:
+                first = now if answer.first_token is None else answer.first_token
+                answer = replace(answer, first_token=first, last_token=now)
+            answer = replace(answer, text=answer.text + text, reasoning=answer.reasoning + thought)
+            finish = getattr(choice, "finish_reason", None)
+            if finish is not None:
+                answer = replace(answer, finish=finish)
+        if prompt_ids:
+            answer = replace(answer, prompt_token_ids=tuple(prompt_ids))
+        self.answer = answer
