@@ -64,7 +64,8 @@ def ask(
 class Load:
     """Clients that ask without a pause, every second one for a stream, each time as somebody else; within the block.
 
-    answers: who gave how many. failures: whatever was no whole answer. kept: over one connection for each client.
+    answers: who gave how many. failures: whatever was no whole answer. kept: over one connection for each client; closed:
+    how many of these the proxy had closed, and a new one was opened for the same request, as OpenAI's client does.
     """
 
     port: int
@@ -72,6 +73,7 @@ class Load:
     kept: bool = False
     answers: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    closed: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -109,17 +111,35 @@ class Load:
                 stream = asked % 2 == 0
                 headers = {"X-Conversation-Id": f"{number}-{asked}"}
                 try:
-                    body = {"messages": [], "stream": stream}
-                    reply = ask(self.port, body, headers=headers, kept=connection if self.kept else None)
+                    response = self._send(connection, {"messages": [], "stream": stream}, headers)
+                    reply = Reply(response.status, response.read())
                     who = reply.who
                     if stream and not reply.body.endswith(b"data: [DONE]\n\n"):
                         who = self._failed("a stream without its end")
                 except (OSError, http.client.HTTPException, AssertionError) as error:
+                    connection.close()
                     self._failed(repr(error))
                     continue
+                if not self.kept:
+                    connection.close()
                 if who:
                     with self._lock:
                         self.answers[who] += 1
+
+    def _send(
+        self, connection: http.client.HTTPConnection, body: Any, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
+        """Send, once more if the connection was kept and is closed now; what has begun to answer is not asked again."""
+        kept = connection.sock is not None
+        try:
+            return send(connection, body, headers=headers)
+        except ConnectionError:
+            if not kept:
+                raise
+        with self._lock:
+            self.closed += 1
+        connection.close()
+        return send(connection, body, headers=headers)
 
     def _failed(self, what: str) -> str:
         with self._lock:

@@ -115,15 +115,18 @@ def _server(state: StreamingServer) -> ThreadingHTTPServer:
                 return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Transfer-Encoding", "chunked")
+            chunked = self.request_version != "HTTP/1.0"  # as uvicorn does it
+            if chunked:
+                self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             for number, piece in enumerate(pieces):
-                self._chunk(json.dumps({"choices": [{"delta": {"content": piece}}]}))
+                self._chunk(json.dumps({"choices": [{"delta": {"content": piece}}]}), chunked)
                 if state.mood == "breaks" and number == 1:
                     raise ConnectionError("broken in the middle, as was wanted")
                 self._pause()
-            self._chunk("[DONE]")
-            self.wfile.write(b"0\r\n\r\n")
+            self._chunk("[DONE]", chunked)
+            if chunked:
+                self.wfile.write(b"0\r\n\r\n")
 
         def _pause(self) -> None:
             """Wait as long as a token takes; raise if the client hangs up meanwhile, or the server is stopped."""
@@ -134,9 +137,9 @@ def _server(state: StreamingServer) -> ThreadingHTTPServer:
                 if readable and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionError("the client is gone")
 
-        def _chunk(self, text: str) -> None:
+        def _chunk(self, text: str, chunked: bool) -> None:
             data = f"data: {text}\n\n".encode()
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
             self.wfile.flush()
 
         def _reply(self, body: bytes, status: int = 200) -> None:

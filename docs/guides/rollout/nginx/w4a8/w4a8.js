@@ -14,10 +14,6 @@ function refuse(r, status, message, param) {
     r.return(status, JSON.stringify({error: {message: message, type: type, param: param || null, code: status}}));
 }
 
-function own(body, name) {
-    return Object.prototype.hasOwnProperty.call(body, name);  // "__proto__" is a key like others, and lends none
-}
-
 function admit(r) {
     if (r.method !== 'POST') {
         r.internalRedirect('@serve');
@@ -40,7 +36,7 @@ function admit(r) {
     let given = false, nulls = false;
     for (let i = 0; i < limit.names.length; i++) {
         const name = limit.names[i];
-        const value = own(body, name) ? body[name] : undefined;
+        const value = body[name];
         if (value === undefined) {
             continue;
         } else if (value === null) {
