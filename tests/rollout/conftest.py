@@ -10,14 +10,14 @@ from streaming_server import StreamingServer
 
 @pytest.fixture
 def baseline() -> Iterator[StreamingServer]:
-    """What serves now."""
+    """Start what serves now."""
     with StreamingServer("baseline") as server:
         yield server
 
 
 @pytest.fixture
 def candidate() -> Iterator[StreamingServer]:
-    """What is to take its place."""
+    """Start what is to take its place."""
     with StreamingServer("candidate") as server:
         yield server
 

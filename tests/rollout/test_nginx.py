@@ -60,7 +60,7 @@ def test_the_log_has_both_sides_of_what_was_copied(
     proxy: Proxy, baseline: StreamingServer, candidate: StreamingServer
 ) -> None:
     """And of nothing else; each line is a JSON object, whatever the request holds; no key of a client."""
-    odd = {"messages": [{"role": "user", "content": "\x00\x1f\x7f \"\\ \u2028 é 😀 </script> $request_body"}]}
+    odd = {"messages": [{"role": "user", "content": '\x00\x1f\x7f "\\ \u2028 é 😀 </script> $request_body'}]}
     ask(proxy.port, odd)
     proxy.script("shadow", "100")
     ask(proxy.port, odd, headers={"Authorization": "Bearer secret"})
@@ -131,7 +131,7 @@ def test_what_the_candidate_answers_is_not_copied_to_it(proxy: Proxy, candidate:
 def test_a_candidate_that_hangs_holds_up_nobody(
     proxy: Proxy, baseline: StreamingServer, candidate: StreamingServer
 ) -> None:
-    """Not the next request on the same connection; and of copies that wait there are at most as many as the guide says."""
+    """Not the next request on the same connection; and no more copies wait than the guide says."""
     candidate.mood = "hangs"
     proxy.script("shadow", "100")
     with connect(proxy.port) as kept:
@@ -236,7 +236,15 @@ def test_without_sight_of_the_flag_the_baseline_answers(
 
 def test_the_script_refuses_what_nginx_would(proxy: Proxy) -> None:
     """And what nginx refuses for another reason changes nothing."""
-    for arguments in (["canary", "101"], ["canary", "-1"], ["shadow", "0.001"], ["shadow"], ["canary", "5%"], ["on"], []):
+    for arguments in (
+        ["canary", "101"],
+        ["canary", "-1"],
+        ["shadow", "0.001"],
+        ["shadow"],
+        ["canary", "5%"],
+        ["on"],
+        [],
+    ):
         result = proxy.script(*arguments)
         assert (result.returncode, result.stdout) == (1, "")
         assert result.stderr.startswith("rollout.sh: ")
@@ -250,9 +258,9 @@ def test_the_script_refuses_what_nginx_would(proxy: Proxy) -> None:
     assert "nonsense" in result.stderr
     assert result.stderr.endswith("the shares are as they were\n")
     assert (proxy.settings / "shares.conf").read_text(encoding="utf-8") == shares
-    assert {path.name for path in proxy.settings.iterdir()} == {path.name for path in (KIT / "nginx" / "w4a8").iterdir()} | {
-        "go"
-    }
+    assert {path.name for path in proxy.settings.iterdir()} == {
+        path.name for path in (KIT / "nginx" / "w4a8").iterdir()
+    } | {"go"}
     assert proxy.script("back").returncode == 0  # which needs no nginx that takes its configuration
     assert ask(proxy.port, headers={"X-Conversation-Id": "a"}).who == "baseline"
 

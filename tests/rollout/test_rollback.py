@@ -33,9 +33,7 @@ def test_back_at_once_under_load(
 
 
 @KEPT
-def test_reloads_under_load(
-    proxy: Proxy, baseline: StreamingServer, candidate: StreamingServer, kept: bool
-) -> None:
+def test_reloads_under_load(proxy: Proxy, baseline: StreamingServer, candidate: StreamingServer, kept: bool) -> None:
     """Shares grow and shrink, a rollback with a reload among them; no request fails, or is asked twice.
 
     nginx 1.22 closes kept connections at a reload, some when a request is on its way; clients open another one.

@@ -64,8 +64,9 @@ def ask(
 class Load:
     """Clients that ask without a pause, every second one for a stream, each time as somebody else; within the block.
 
-    answers: who gave how many. failures: whatever was no whole answer. kept: over one connection for each client; closed:
-    how many of these the proxy had closed, and a new one was opened for the same request, as OpenAI's client does.
+    answers: who gave how many. failures: whatever was no whole answer. kept: over one connection for each client;
+    closed: how many of these the proxy had closed, and a new one was opened for the same request, as OpenAI's client
+    does it.
     """
 
     port: int

@@ -61,7 +61,10 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 @dataclass
 class Proxy:
-    """nginx with the files of the guide, but for paths and ports. baseline, candidate: ports. user: of workers, if root starts them."""
+    """nginx with the files of the guide, but for paths and ports. baseline, candidate: ports of the servers.
+
+    user: as whom its workers run, if root starts it.
+    """
 
     directory: Path
     baseline: int
@@ -109,7 +112,9 @@ class Proxy:
         }
         for file in [*(self.directory / "etc" / "conf.d").iterdir(), *self.settings.glob("*.conf")]:
             text = file.read_text(encoding="utf-8")
-            file.write_text(re.sub("|".join(map(re.escape, here)), lambda match: here[match[0]], text), encoding="utf-8")
+            file.write_text(
+                re.sub("|".join(map(re.escape, here)), lambda match: here[match[0]], text), encoding="utf-8"
+            )
         temporary = "\n".join(f"{kind}_temp_path {self.directory}/{kind};" for kind in _BODIES)
         user = f"user {self.user};\n" if os.geteuid() == 0 else ""
         (self.directory / "etc" / "nginx.conf").write_text(
