@@ -75,11 +75,6 @@ class Proxy:
     _process: subprocess.Popen[bytes] | None = None
 
     @property
-    def url(self) -> str:
-        """Where clients ask."""
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
     def settings(self) -> Path:
         """What is /etc/nginx/w4a8 elsewhere."""
         return self.directory / "etc" / "w4a8"
@@ -87,19 +82,31 @@ class Proxy:
     @property
     def shadow_log(self) -> Path:
         """What `w4a8 evaluate --logs` reads."""
-        return self.directory / "log" / "w4a8-shadow.jsonl"
+        return self.directory / "log" / "w4a8-shadow.log"
 
     def environment(self) -> dict[str, str]:
         """Return the variables with which rollout.sh finds this nginx."""
-        return {"W4A8_ROLLOUT": str(self.settings), "NGINX_COMMAND": " ".join(self._command())}
+        return {"W4A8_ROLLOUT": str(self.settings), "NGINX_COMMAND": " ".join(self.command())}
 
-    def _command(self) -> list[str]:
+    def command(self) -> list[str]:
+        """Return how it is called."""
         return [tool("nginx"), "-p", str(self.directory), "-c", "etc/nginx.conf", "-e", "log/error.log"]
 
     def write(self) -> None:
-        """Write the configuration."""
-        (self.directory / "log").mkdir(parents=True)
-        shutil.copytree(KIT / "nginx", self.directory / "etc")
+        """Write the configuration of nginx itself, which takes in what is in conf.d."""
+        for name in ("log", "etc/conf.d"):
+            (self.directory / name).mkdir(parents=True)
+        temporary = "\n".join(f"{kind}_temp_path {self.directory}/{kind};" for kind in _BODIES)
+        user = f"user {self.user};\n" if os.geteuid() == 0 else ""
+        (self.directory / "etc" / "nginx.conf").write_text(
+            f"load_module {javascript()};\n{user}pid {self.directory}/nginx.pid;\nworker_processes 2;\n"
+            f"events {{ worker_connections 2048; }}\n"
+            f"http {{\n{temporary}\ninclude {self.directory}/etc/conf.d/*.conf;\n}}\n",
+            encoding="utf-8",
+        )
+
+    def edit(self) -> None:
+        """Put our paths and ports into the files of the guide, which lie in `etc`."""
         here = {
             "/etc/nginx/w4a8": str(self.settings),
             "/var/log/nginx": str(self.directory / "log"),
@@ -115,21 +122,26 @@ class Proxy:
             file.write_text(
                 re.sub("|".join(map(re.escape, here)), lambda match: here[match[0]], text), encoding="utf-8"
             )
-        temporary = "\n".join(f"{kind}_temp_path {self.directory}/{kind};" for kind in _BODIES)
-        user = f"user {self.user};\n" if os.geteuid() == 0 else ""
-        (self.directory / "etc" / "nginx.conf").write_text(
-            f"load_module {javascript()};\n{user}pid {self.directory}/nginx.pid;\nworker_processes 2;\n"
-            f"events {{ worker_connections 2048; }}\n"
-            f"http {{\n{temporary}\ninclude {self.directory}/etc/conf.d/*.conf;\n}}\n",
-            encoding="utf-8",
-        )
+
+    def start(self, answers: Callable[[], bool]) -> None:
+        """Start nginx, and wait for something that it then does."""
+        self._process = subprocess.Popen([*self.command(), "-g", "daemon off;"])
+
+        def started() -> bool:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                pytest.fail((self.directory / "log" / "error.log").read_text(encoding="utf-8"))
+            return answers()
+
+        until(started, "nginx runs")
 
     def __enter__(self) -> Self:
-        """Start, and wait until it answers."""
+        """Start with the files of the guide, and with its flag; wait until it answers."""
         self.write()
+        shutil.copytree(KIT / "nginx", self.directory / "etc", dirs_exist_ok=True)
+        self.edit()
         (self.settings / "go").touch()
-        self._process = subprocess.Popen([*self._command(), "-g", "daemon off;"])
-        until(self._answers, "nginx answers")
+        self.start(self.listens)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,10 +150,8 @@ class Proxy:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(_SECONDS)
 
-    def _answers(self) -> bool:
-        assert self._process is not None
-        if self._process.poll() is not None:
-            pytest.fail((self.directory / "log" / "error.log").read_text(encoding="utf-8"))
+    def listens(self) -> bool:
+        """Whether it takes connections of clients."""
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
