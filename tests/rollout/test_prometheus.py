@@ -177,10 +177,10 @@ def test_the_dashboard_has_grafanas_shape() -> None:
         assert panel["fieldConfig"]["defaults"].get("unit", "short") in vars(units).values()
 
 
-def exposition(version: str, seconds: float) -> str:
-    """Return what a vLLM says in /metrics that has had one request a second for so long: all that it defines."""
+def exposition(metrics: dict[str, str], seconds: float) -> str:
+    """Return what a vLLM with these metrics says in /metrics that has had one request a second for so long."""
     lines = []
-    for name, kind in metrics_of(version).items():
+    for name, kind in metrics.items():
         labels = 'model_name="m",engine="0"'
         value = seconds if kind != "gauge" else 0.5
         if name == "vllm:request_success_total":  # with all reasons, from the start
@@ -198,8 +198,8 @@ def exposition(version: str, seconds: float) -> str:
 
 @contextmanager
 def metrics_server(version: str) -> Iterator[int]:
-    """Serve them within the block; yields the port."""
-    started = time.monotonic()
+    """Serve all that a version defines within the block; yields the port."""
+    metrics, started = metrics_of(version), time.monotonic()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -209,7 +209,7 @@ def metrics_server(version: str) -> Iterator[int]:
             self.send_response(200)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.end_headers()
-            self.wfile.write(exposition(version, time.monotonic() - started).encode())
+            self.wfile.write(exposition(metrics, time.monotonic() - started).encode())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
