@@ -166,6 +166,7 @@ class Proxy:
 
     def script(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run rollout.sh; where it reloads nginx, wait until the new workers have taken over."""
+        until(lambda: len(self.workers()) == 2, "workers")
         before = self.workers()
         result = subprocess.run(
             [str(KIT / "rollout.sh"), *arguments],
