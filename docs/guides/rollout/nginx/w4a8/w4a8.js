@@ -1,0 +1,73 @@
+// What nginx cannot do without reading JSON: cap the length of answers, and ask for a copy's answer in one piece.
+
+// The names that a limit may have. `unset`: whether a server without any answers to the end of its context.
+const LIMITS = {
+    '/v1/chat/completions': {names: ['max_completion_tokens', 'max_tokens'], fill: 'max_tokens', unset: true},
+    '/v1/completions': {names: ['max_tokens'], fill: 'max_tokens', unset: false},
+    '/v1/messages': {names: ['max_tokens'], fill: 'max_tokens', unset: false},
+    '/v1/responses': {names: ['max_output_tokens'], fill: 'max_output_tokens', unset: true},
+};
+
+function refuse(r, status, message, param) {
+    const type = 'BadRequestError';
+    r.headersOut['Content-Type'] = 'application/json';
+    r.return(status, JSON.stringify({error: {message: message, type: type, param: param || null, code: status}}));
+}
+
+function admit(r) {
+    if (r.method !== 'POST') {
+        r.internalRedirect('@serve');
+        return;
+    }
+    let text, body;
+    try {
+        text = r.requestText;
+        body = JSON.parse(text);
+    } catch (error) {
+        refuse(r, 400, 'the body is no JSON that this proxy can read: ' + error.message);
+        return;
+    }
+    if (body === null || typeof body !== 'object' || Array.isArray(body)) {
+        refuse(r, 400, 'the body is no JSON object');
+        return;
+    }
+    const cap = Number(r.variables.w4a8_max_tokens);
+    const limit = LIMITS[r.uri];
+    let given = false, nulls = false;
+    for (let i = 0; i < limit.names.length; i++) {
+        const name = limit.names[i];
+        const value = body[name];
+        if (value === undefined) {
+            continue;
+        } else if (value === null) {
+            nulls = true;
+        } else if (typeof value !== 'number' || !(value <= cap)) {
+            refuse(r, 400, name + ' must be a number of at most ' + cap, name);
+            return;
+        } else {
+            given = true;
+        }
+    }
+    if (!given && (limit.unset || nulls)) {
+        // At the end, and the rest as it came: of a key that occurs twice, the last one counts.
+        const rest = text.slice(0, text.lastIndexOf('}'));
+        const comma = Object.keys(body).length ? ',' : '';
+        text = rest + comma + '"' + limit.fill + '":' + cap + '}';
+        body[limit.fill] = cap;
+    }
+    r.variables.w4a8_body = text;
+    // nginx hangs up on a copy when the headers of its answer have come. Those of a stream come at once, and vLLM
+    // aborts what nobody listens to; those of a whole answer come when it is done.
+    if (r.variables.w4a8_copy === '1') {
+        body.stream = false;
+        delete body.stream_options;
+        r.variables.w4a8_copied = JSON.stringify(body);
+    }
+    r.internalRedirect('@serve');
+}
+
+function accept(r) {
+    r.return(202);
+}
+
+export default {admit, accept};
