@@ -1,0 +1,134 @@
+"""Ray clusters of several nodes on this machine, as real processes, and work on them that goes wrong on purpose.
+
+The functions below are carried out by workers of such a cluster, which find this module on their path.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from paths import ROOT
+
+from convert_w4a8.conversion.shard import Progress, ShardResult, ShardTask, convert_shard
+
+MARKS = "W4A8_TEST_MARKS"
+"""Names a directory in which functions below note what they did."""
+STORE = 80 << 20
+MEMORY = 8 << 30
+
+
+def digests(path: Path) -> dict[str, str]:
+    """Return the sha256 of every file of a directory."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+
+
+def use_ray() -> Any:
+    """Import Ray as the package does, with this checkout on the path of its workers."""
+    from convert_w4a8.cluster.connection import load_ray
+
+    support = ROOT / "tests" / "support"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(support), os.environ.get("PYTHONPATH", "")])
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    return load_ray()
+
+
+@contextmanager
+def nodes(*cpus: int, **more: Any) -> Iterator[Any]:
+    """Start a cluster: a head without work, and a node with so many CPUs each; yields ray.cluster_utils.Cluster."""
+    use_ray()
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, **more},
+    )
+    try:
+        for count in cpus:
+            add_node(cluster, count)
+        yield cluster
+    finally:
+        cluster.shutdown()
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def add_node(cluster: Any, cpus: int, **more: Any) -> Any:
+    """Add a node with memory for some tasks."""
+    return cluster.add_node(num_cpus=cpus, memory=MEMORY, object_store_memory=STORE, **more)
+
+
+def mark(name: str) -> bool:
+    """Note something in the directory of marks; whether it is the first time."""
+    try:
+        os.close(os.open(Path(os.environ[MARKS], name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def marks(start: str) -> list[str]:
+    """Return what was noted that begins like this."""
+    return sorted(path.name for path in Path(os.environ[MARKS]).iterdir() if path.name.startswith(start))
+
+
+def slow(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
+    """Take a second longer, and note on which node a file was begun."""
+    import ray
+
+    mark(f"begun-{ray.get_runtime_context().get_node_id()}-{task.shard.file_name}")
+    time.sleep(1.0)
+    return convert_shard(task, directory, device, progress)
+
+
+def killed(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
+    """Be killed in the middle of the second file, always."""
+    hit = task.shard.file_name.startswith("model-00002-")
+    return convert_shard(task, directory, device, partial(_die, progress) if hit else progress)
+
+
+def _die(progress: Progress, nbytes: int) -> None:
+    progress(nbytes)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_once(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
+    """Be killed in the middle of it once."""
+    return (killed if mark(f"killed-{task.shard.file_name}") else convert_shard)(task, directory, device, progress)
+
+
+def stuck_once(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
+    """Take for ever on one of the files, the first time."""
+    if task.shard.file_name.startswith("model-00003-") and mark("stuck"):
+        progress(1)
+        time.sleep(3600)
+    return convert_shard(task, directory, device, progress)
+
+
+def main() -> None:
+    """Convert IN OUT on a cluster at an address, slowly."""
+    from convert_w4a8.checkpoint.directory import open_checkpoint
+    from convert_w4a8.cluster.connection import connect
+    from convert_w4a8.cluster.shards import ShardsOnCluster
+    from convert_w4a8.conversion.plan import make_plan
+    from convert_w4a8.conversion.run import carry_out
+    from convert_w4a8.options import Options
+
+    source, out, address, size = sys.argv[1:]
+    checkpoint = open_checkpoint(Path(source))
+    plan = make_plan(checkpoint, Options(max_shard_size=int(size)))
+    with connect(address) as cluster:
+        write = ShardsOnCluster(cluster, device="cpu", workers=1, function=slow)
+        carry_out(checkpoint, plan, Path(out), device=torch.device("cpu"), resume=True, write=write)
+
+
+if __name__ == "__main__":
+    main()
