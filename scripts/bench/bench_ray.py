@@ -311,15 +311,18 @@ def _strike(victim: str, made: Any, command: Command, rng: random.Random) -> boo
 
 
 def overhead(args: argparse.Namespace, root: Path) -> None:
-    """Time conversions with and without Ray, in turn."""
+    """Time conversions with and without Ray, in turn. One that is not counted comes first: it compiles kernels."""
     rows = []
+    make_checkpoint(root / "small", "awq-zp", 0.05)
+    convert(root / "small", root / "out", "--quiet")
+    shutil.rmtree(root / "out")
     for kind in args.inputs:
         source = root / kind
         make_checkpoint(source, kind, args.gigabytes)
         runs: dict[str, list[Outcome]] = {"without": [], "local": [], "running": []}
         cores = os.cpu_count() or 1
         with cluster(cores) as made:
-            for number in range(args.rounds + 1):
+            for _ in range(args.rounds):
                 for name, more in (
                     ("without", ()),
                     ("local", ("--ray",)),
@@ -336,8 +339,7 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
                         file=sys.stderr,
                         flush=True,
                     )
-                    if number:  # the first one of each compiles, and fills the page cache
-                        runs[name].append(outcome)
+                    runs[name].append(outcome)
         walls = {name: statistics.median(run.seconds for run in ours) for name, ours in runs.items()}
         for name, words in (("without", "without Ray"), ("local", "`--ray`"), ("running", "`--ray ADDRESS`, one node")):
             rows.append(
@@ -387,16 +389,15 @@ def make_small_experts(directory: Path, tensors: int) -> int:
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True)
-    per_layer, in_file, weight_map, total = 4, 4096, {}, 0
-    layers = [f"model.layers.{n // 384 // 3}.mlp.experts.{n // 3 % 384}.{name}_proj" for n in range(tensors // per_layer)
-              for name in (("gate", "up", "down")[n % 3],)]  # fmt: skip
+    in_file, weight_map, total = 4096, {}, 0
+    layers = []
+    for n in range(tensors // 4):  # a layer has four tensors, a block 384 experts
+        projection = ("gate_proj", "up_proj", "down_proj")[n % 3]
+        layers.append(f"model.layers.{n // 3 // 384}.mlp.experts.{n // 3 % 384}.{projection}")
     for number in range(0, len(layers), in_file):
         name = f"model-{number // in_file:05d}.safetensors"
-        found = {
-            key: value
-            for layer in layers[number : number + in_file]
-            for key, value in layer_tensors("gptq", layer, 128, 128)
-        }
+        some = layers[number : number + in_file]
+        found = {key: value for layer in some for key, value in layer_tensors("gptq", layer, 128, 128)}
         save_file(found, directory / name, {"format": "pt"})
         weight_map |= dict.fromkeys(found, name)
         total += (directory / name).stat().st_size
@@ -414,7 +415,7 @@ def main() -> None:
     parser.add_argument("--input", default="gptq", help="its format, for equality and kills")
     parser.add_argument("--inputs", nargs="+", default=["gptq", "awq-zp"], help="its formats, for overhead")
     parser.add_argument("--runs", type=int, default=30, help="kills")
-    parser.add_argument("--rounds", type=int, default=2, help="of overhead, after one that is not counted")
+    parser.add_argument("--rounds", type=int, default=2, help="of overhead")
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
     parser.add_argument("--tensors", type=int, nargs="+", default=[10_000, 100_000], help="of memory")

@@ -35,9 +35,11 @@ class Remote:
         self._asked, self._options = asked, options
 
     def options(self, **options: Any) -> "Remote":
+        """Do as Ray does."""
         return Remote(self._asked, options)
 
     def remote(self, version: str, payload: bytes) -> int:
+        """Do as Ray does."""
         function, arguments = pickle.loads(payload)
         assert version == __version__
         self._asked.append({**(self._options or {}), "call": (function, arguments)})
@@ -60,25 +62,31 @@ class StandIn:
         self.util = SimpleNamespace(scheduling_strategies=strategy)
 
     def nodes(self) -> list[Node]:
+        """Do as Ray does."""
         return self.all_nodes
 
     def name(self, node_id: str) -> str:
+        """Do as Ray does."""
         return next(node.name for node in self.all_nodes if node.id == node_id)
 
     def remote(self, **_options: Any) -> Callable[[Any], Remote]:
+        """Do as Ray does."""
         return lambda _function: Remote(self.asked)
 
     def wait(self, references: list[int], **_options: Any) -> tuple[list[int], list[int]]:
+        """Do as Ray does."""
         ready = [reference for reference in references if self.outcomes[reference] is not None][:1]
         return ready, [reference for reference in references if reference not in ready]
 
     def get(self, reference: int) -> Any:
+        """Do as Ray does."""
         outcome = self.outcomes[reference]
         if isinstance(outcome, Exception):
             raise outcome
         return {"node": self.all_nodes[0].id, "version": __version__, "seconds": 1.0, **outcome}
 
     def cancel(self, reference: int, **_options: Any) -> None:
+        """Do as Ray does."""
         self.cancelled.append(reference)
 
 
@@ -166,7 +174,7 @@ def test_the_last_large_node_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     def poll(_attempts: Sequence[tuple[Task, int]]) -> None:
         stand_in.all_nodes = [Node("b" * 9, "10.0.0.2", 4, 0, GB // 2)]
 
-    with pytest.raises(ClusterError, match="needs 1 CPU, 1.00 GB of memory; the largest node offers 4 CPUs, 500 MB"):
+    with pytest.raises(ClusterError, match="needs 1 CPU, 1 GB of memory; the largest node offers 4 CPUs, 500 MB"):
         run(stand_in, task(), poll=poll)
     assert stand_in.cancelled == [0]
 

@@ -66,6 +66,18 @@ def add_node(cluster: Any, cpus: int, **more: Any) -> Any:
     return cluster.add_node(num_cpus=cpus, memory=MEMORY, object_store_memory=STORE, **more)
 
 
+def kill_node(node: Any) -> None:
+    """Kill all processes of a node at once, its workers too."""
+    pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((process / "stat").read_text().rpartition(")")[2].split()[1]) in pids:
+                pids.append(int(process.name))
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def mark(name: str) -> bool:
     """Note something in the directory of marks; whether it is the first time."""
     try:
