@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ _STORE_BYTES = 128 << 20
 """Shared memory for Ray's objects on a local Ray: tasks and results are small, weights go through files."""
 _GREETING_SECONDS = 120.0
 """How long a node may take to say which version it has; it imports torch meanwhile."""
+
+
+_NOTICE_SECONDS = 40.0
+"""How long Ray may take to notice that a node is lost."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,21 @@ class Cluster:
                 raise ClusterError(f"node {node.name}", reason, "look at its load, or take it out") from error
             except self.ray.exceptions.RayTaskError:
                 raise
-            except self.ray.exceptions.RayError:
-                if any(other.id == node.id for other in self.nodes()):
-                    raise
+            except self.ray.exceptions.RayError as error:
+                if self._is_lost(node):
+                    continue
+                reason = f"does not answer ({type(error).__name__})"
+                raise ClusterError(f"node {node.name}", reason, "look at its logs, or take it out") from error
         return found
+
+    def _is_lost(self, node: Node) -> bool:
+        """Whether a node is not alive; Ray takes some seconds to notice."""
+        deadline = time.monotonic() + _NOTICE_SECONDS
+        while any(other.id == node.id for other in self.nodes()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+        return True
 
     def check_versions(self) -> None:
         """Check that all nodes have this version of this package.

@@ -5,6 +5,7 @@ first attempt that succeeds to where it belongs, so that one that was thought lo
 """
 
 import json
+import os
 import secrets
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from convert_w4a8.checkpoint.disk import disk_errors
 from convert_w4a8.checkpoint.shards import ShardWriter
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.cluster.connection import Cluster, Node
@@ -96,9 +98,10 @@ class ShardsOnCluster:
             ]
             for call, number, result in runner.run(calls):
                 path = attempts.path(call.name, number)
-                if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
-                    raise ClusterError(str(path), "is shorter here than on the node", "look at the file system")
-                path.replace(writer.directory / call.name)
+                with disk_errors(path):
+                    if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
+                        raise ClusterError(str(path), "is shorter here than on the node", "look at the file system")
+                    path.replace(writer.directory / call.name)
                 writer.note(call.name, result.pieces, result.layers, result.infinities)
                 bars.finish(call.name)
 
@@ -136,8 +139,18 @@ def write_on_node(function: Convert, task: ShardTask, directory: str, device: st
     for path in (directory, *task.inputs):
         if not Path(path).exists():
             raise ClusterError(path, "cannot be seen", "mount its file system there, or take the node out")
+    device = gpu_of_task() if device == "cuda" else device
     with use_workers(threads), _reporting(Path(directory)) as progress:
         return function(task, Path(directory), resolve_device(device), progress)
+
+
+def gpu_of_task() -> str:
+    """Return the GPU that Ray gave to this task, as torch calls it in this process, which sees others, too."""
+    import ray  # noqa: PLC0415
+
+    (number,) = map(str, ray.get_gpu_ids())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"cuda:{visible.split(',').index(number) if visible else int(number)}"
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import pickle
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ SLOW = 3.0
 PATIENCE_SECONDS = 30.0
 """But not before this time; and so long may there be no node that is large enough, after some were lost."""
 _POLL_SECONDS = 0.5
+_END_SECONDS = 5.0
+_SEES_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+"""Where it is set, Ray says which GPU a task has, and does not hide the others from its process."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ class Runner:
             W4A8Error: what a task raised, or ClusterError where one was lost too often or fits on no node.
 
         """
+        nodes = self._cluster.nodes()
         for task in tasks:
-            self._check_fits(self._cluster.nodes(), task, task.memory)
+            self._check_fits(nodes, task, task.memory)
         waiting = deque(_State(task, task.memory) for task in tasks)
         running: dict[Any, _State] = {}
         try:
@@ -97,9 +102,9 @@ class Runner:
                         if not state.running:
                             waiting.appendleft(state)
                         continue
-                    for other in state.running:  # a second attempt, which is not needed any more
+                    self._end(state.running)  # a second attempt, which is not needed any more
+                    for other in state.running:
                         running.pop(other)
-                        self._end(other)
                     self._seconds.append(time.monotonic() - began)
                     ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun)
                     value = _value(answer)
@@ -107,9 +112,13 @@ class Runner:
                     yield state.task, number, value
                 if not ready:
                     self._look_after(nodes, waiting, running)
+        except self._ray.exceptions.RayTaskError:  # a bug of ours, with its traceback
+            raise
+        except self._ray.exceptions.RayError as error:
+            reason = f"cannot be reached any more ({type(error).__name__})"
+            raise ClusterError("Ray cluster", reason, "look at its head, and continue with --resume") from error
         finally:
-            for reference in running:
-                self._end(reference)
+            self._end(running)
 
     def _begin(self, state: _State, running: dict[Any, _State], node: Node | None = None) -> None:
         task, number = state.task, state.begun
@@ -117,23 +126,29 @@ class Runner:
         payload = pickle.dumps((task.function, task.arguments(number)))
         strategies = self._ray.util.scheduling_strategies
         strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
-        reference = self._remote.options(
-            num_cpus=task.cpus, num_gpus=task.gpus, memory=state.memory, scheduling_strategy=strategy, name=task.name
-        ).remote(__version__, payload)
+        options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
+        if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
+            options |= {"max_calls": 0, "runtime_env": {"env_vars": {_SEES_ALL_GPUS: "1"}}}
+        remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
+        reference = remote.remote(__version__, payload)
         state.running[reference] = number, time.monotonic()
         running[reference] = state
 
-    def _end(self, reference: Any) -> None:
-        """Kill an attempt, and wait until it is gone, a little."""
-        self._ray.cancel(reference, force=True)
-        self._ray.wait([reference], timeout=5.0)
+    def _end(self, attempts: Iterable[Any]) -> None:
+        """Kill attempts, and wait until they are gone, a little."""
+        references = list(attempts)
+        with suppress(self._ray.exceptions.RayError):
+            for reference in references:
+                self._ray.cancel(reference, force=True)
+            if references:
+                self._ray.wait(references, num_returns=len(references), timeout=_END_SECONDS)
 
     def _answer(self, reference: Any, state: _State, number: int) -> dict[str, Any] | None:
         """Return what an attempt answers; None where it was lost, and may be tried again."""
         errors = self._ray.exceptions
         try:
             answer: dict[str, Any] = self._ray.get(reference)
-        except errors.RayTaskError:  # a bug of ours, with its traceback
+        except errors.RayTaskError:
             raise
         except errors.RayError as error:
             state.failures += 1

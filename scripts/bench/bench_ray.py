@@ -5,11 +5,14 @@
     python scripts/bench/bench_ray.py kills --gigabytes 0.2 --runs 30 --keep ray-kills
     python scripts/bench/bench_ray.py overhead --gigabytes 4 --rounds 2 --keep ray-overhead
     python scripts/bench/bench_ray.py memory --keep ray-memory
+    python scripts/bench/bench_ray.py gpus --gigabytes 4 --keep ray-gpus
+    python scripts/bench/bench_ray.py cores --input awq-zp --gigabytes 4 --shard-size 100MB --keep ray-cores
 
 equality: digests of a conversion here, on 1 worker, on 4 workers of 2 nodes, with a node killed half-way, and with the
 driver killed half-way and resumed. kills: a worker, a node or the driver is killed at a random time; what is not
 finished is resumed. overhead: the same conversion with and without `--ray`, in turn, on all cores. memory: the largest
-resident size of the driver, by the number of tensors. Seconds of processors are those of all processes of a run.
+resident size of the driver, by the number of tensors. gpus, cores: how time falls with their number. Seconds of
+processors are those of all processes of a run.
 """
 
 import argparse
@@ -75,11 +78,15 @@ def _look(mark: str, found: Watched) -> None:
 class Command:
     """`w4a8-convert` as a process of its own, and what it starts."""
 
-    def __init__(self, source: Path, out: Path, *options: object) -> None:
+    def __init__(
+        self, source: Path, out: Path, *options: object, command: str = "convert", device: str = "cpu", gpus: str = ""
+    ) -> None:
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
         self._watched, self._ended = Watched(), threading.Event()
-        arguments = [sys.executable, "-P", "-m", "convert_w4a8", "convert", source, out, "--device", "cpu", *options]
-        environment = {**os.environ, MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        arguments = [sys.executable, "-P", "-m", "convert_w4a8", command, source, out, "--device", device, *options]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, MARK: self.mark, "PYTHONPATH": path}
+        environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         self._started = time.monotonic()
         self.process = subprocess.Popen(
             [*map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -109,9 +116,9 @@ class Command:
         )
 
 
-def convert(source: Path, out: Path, *options: object) -> Outcome:
+def convert(source: Path, out: Path, *options: object, **more: str) -> Outcome:
     """Convert and wait; SystemExit where that fails."""
-    outcome = Command(source, out, *options).wait()
+    outcome = Command(source, out, *options, **more).wait()
     if outcome.code:
         sys.exit(f"{options}: exit code {outcome.code}: {outcome.stderr}")
     return outcome
@@ -142,7 +149,7 @@ def cluster(*cpus: int) -> Iterator[Any]:
     """Start a head without work and nodes with so many CPUs each."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
@@ -224,6 +231,8 @@ def equality(args: argparse.Namespace, root: Path) -> None:
         wait_for(root / "out", 4, command)
         kill_node(node)
         outcome = command.wait()
+        if outcome.code:
+            sys.exit(f"a node killed half-way: exit code {outcome.code}: {outcome.stderr}")
         tasks = json.loads(outcome.stdout)["ray"]["tasks"]
         add("a node killed half-way", outcome.seconds, sum(task["attempts"] - 1 for task in tasks))
         for what, more in (("on Ray", [*on_ray, made.address]), ("without Ray", list(options))):
@@ -255,7 +264,7 @@ def kills(args: argparse.Namespace, root: Path) -> None:
                 time.sleep(0.01)
             hit = _strike(victim, made, command, rng)
             outcome = command.wait()
-            run = {"victim": victim, "hit": hit, "code": outcome.code, "seconds": outcome.seconds}
+            run: dict[str, Any] = {"victim": victim, "hit": hit, "code": outcome.code, "seconds": outcome.seconds}
             run["half_written"] = (root / "out").exists() and digest(root / "out") != expected
             run["kept"] = finished(root / "out")
             if not (root / "out").exists():
@@ -384,12 +393,107 @@ def memory(args: argparse.Namespace, root: Path) -> None:
     save(args, "What does the driver need for an index of many tensors?", rows, packages=PACKAGES)
 
 
+def gpus(args: argparse.Namespace, root: Path) -> None:
+    """Time conversions with new codes, and quantization without data, on one GPU and on all of them."""
+    import torch
+
+    make_checkpoint(root / "awq-zp", "awq-zp", args.gigabytes)
+    make_model(root / "bf16", args.gigabytes)
+    rows: list[dict[str, Any]] = []
+    for command, source in (("convert", root / "awq-zp"), ("quantize", root / "bf16")):
+        convert(source, root / "out", "--quiet", command=command, device="cuda", gpus="0")  # compiles
+        shutil.rmtree(root / "out")
+        size = ("--max-shard-size", f"{args.gigabytes * (50 if command == 'convert' else 15):.0f}MB")
+        runs: list[tuple[str, tuple[object, ...], str]] = [("1 GPU, without Ray", (), "0"), ("1 GPU", ("--ray",), "0")]
+        every = ",".join(map(str, range(torch.cuda.device_count())))
+        runs.append((f"{torch.cuda.device_count()} GPUs", ("--ray",), every))
+        for _ in range(args.rounds):
+            for words, more, visible in runs:
+                outcome = convert(
+                    source, root / "out", "--json", *size, *more, command=command, device="cuda", gpus=visible
+                )
+                said = json.loads(outcome.stdout)
+                tasks = [task["seconds"] for task in said.get("ray", {}).get("tasks", [])]
+                rows.append(
+                    {
+                        "command": command,
+                        "run": words,
+                        "wall_s": outcome.seconds,
+                        "work_s": said["seconds"],
+                        "tasks": len(tasks),
+                        "task_s": sum(tasks),
+                        "sha256": digest_of_weights(root / "out"),
+                        "gpu": torch.cuda.get_device_name(0),
+                    }
+                )
+                print(rows[-1], file=sys.stderr, flush=True)
+                shutil.rmtree(root / "out")
+        save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
+
+
+def cores(args: argparse.Namespace, root: Path) -> None:
+    """Time conversions with new codes on so many CPUs of one machine, as nodes of eight."""
+    make_checkpoint(root / "in", args.input, args.gigabytes)
+    rows: list[dict[str, Any]] = []
+    convert(root / "in", root / "out", "--quiet")
+    shutil.rmtree(root / "out")
+    size = ("--max-shard-size", args.shard_size, "--json")
+
+    def add(words: str, cpus: int, outcome: Outcome) -> None:
+        said = json.loads(outcome.stdout)
+        row = {"run": words, "cpus": cpus, "wall_s": outcome.seconds, "work_s": said["seconds"]}
+        row |= {"tasks": len(said.get("ray", {}).get("tasks", [])), "sha256": digest_of_weights(root / "out")}
+        row |= {"input": args.input, "gigabytes": args.gigabytes}
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+        shutil.rmtree(root / "out")
+
+    for _ in range(args.rounds):
+        add("without Ray", 4, convert(root / "in", root / "out", *size, "--workers", 4))
+        for cpus in args.cpus:
+            with cluster(*[min(cpus, 8)] * max(1, cpus // 8)) as made:
+                add("`--ray ADDRESS`", cpus, convert(root / "in", root / "out", *size, "--ray", made.address))
+        save(args, "How does the time fall with the CPUs of a cluster?", rows, packages=PACKAGES)
+
+
+def digest_of_weights(directory: Path) -> str:
+    """Return one sha256 of the safetensors files."""
+    found = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def make_model(directory: Path, gigabytes: float) -> None:
+    """Write blocks with the layers of Llama-8B in BF16, of so many GB."""
+    import torch
+    from safetensors.torch import save_file
+    from synthetic import LLAMA_8B
+
+    directory.mkdir(parents=True)
+    torch.manual_seed(0)
+    blocks = max(1, round(gigabytes * 1e9 / sum(2 * n * k for _, n, k in LLAMA_8B)))
+    weight_map: dict[str, str] = {}
+    for block in range(blocks):
+        name = f"model-{block + 1:05d}-of-{blocks:05d}.safetensors"
+        found = {
+            f"model.layers.{block}.{layer}.weight": torch.randn(n, k).mul_(0.02).bfloat16() for layer, n, k in LLAMA_8B
+        }
+        save_file(found, directory / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(found, name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def make_small_experts(directory: Path, tensors: int) -> int:
     """Write a mixture of tiny experts with so many tensors; return the bytes of its files."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True)
-    in_file, weight_map, total = 4096, {}, 0
+    in_file, total = 4096, 0
+    weight_map: dict[str, str] = {}
     layers = []
     for n in range(tensors // 4):  # a layer has four tensors, a block 384 experts
         projection = ("gate_proj", "up_proj", "down_proj")[n % 3]
@@ -410,7 +514,7 @@ def make_small_experts(directory: Path, tensors: int) -> int:
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["equality", "kills", "overhead", "memory"])
+    parser.add_argument("what", choices=["equality", "kills", "overhead", "memory", "gpus", "cores"])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the input")
     parser.add_argument("--input", default="gptq", help="its format, for equality and kills")
     parser.add_argument("--inputs", nargs="+", default=["gptq", "awq-zp"], help="its formats, for overhead")
@@ -418,6 +522,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of overhead")
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
+    parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")
     parser.add_argument("--tensors", type=int, nargs="+", default=[10_000, 100_000], help="of memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="where checkpoints are made; a temporary one by default")

@@ -88,6 +88,54 @@ ACTIVATIONS = (
 )
 COPIES = (("", ""), (": a copy", "_copy"))
 COLUMNS: dict[str, Columns] = {
+    "ray-equality": (
+        ("2 GB of gptq", "{run}"),
+        ("sha256 of OUT", "`{short}…`"),
+        ("the same", "{same}"),
+        ("attempts that were lost", "{again:d}"),
+        ("files kept for --resume", "{resumed:d}"),
+    ),
+    "ray-kills": (
+        ("killed", "{victim}"),
+        ("runs", "{runs:d}"),
+        ("hit while it ran", "{hit:d}"),
+        ("ended well by itself", "{by_itself:d}"),
+        ("resumed", "{resumed:d}"),
+        ("files kept for that", "{files_kept:d}"),
+        ("half-written", "{half_written:d}"),
+        ("lost", "{lost:d}"),
+        ("something left behind", "{left:d}"),
+    ),
+    "ray-overhead": (
+        ("input", "{input}"),
+        ("GB", "{gigabytes:g}"),
+        ("run", "{run}"),
+        ("wall s", "{wall_s:.1f}"),
+        ("more", "{more:+.0%}"),
+        ("CPU s", "{cpu_s:.1f}"),
+        ("peak MiB of the command", "{driver_mib:.0f}"),
+    ),
+    "ray-memory": (
+        ("tensors", "{tensors:,}"),
+        ("files of OUT", "{files:d}"),
+        ("run", "{run}"),
+        ("peak MiB of the command", "{driver_mib:.0f}"),
+    ),
+    "ray-predicted": (
+        ("run", "{run}"),
+        ("predicted s", "{predicted_s:.1f}"),
+        ("measured s", "{wall_s:.1f}"),
+        ("predicted / measured", "{ratio:.2f}"),
+    ),
+    "ray-paper": (
+        ("model", "{model}"),
+        ("GB of IN", "{gigabytes:.0f}"),
+        ("codes", "{codes}"),
+        ("nodes", "{nodes:d}"),
+        ("minutes", "{minutes:.1f}"),
+        ("hours of nodes", "{node_hours:.2f}"),
+        ("limited by", "{limit}"),
+    ),
     "codebooks": (*CODEBOOKS, ("CPU s", "{cpu_s:.2f}"), ("CPU s a million weights", "{cpu_per_million:.2f}")),
     "codebooks-gpu": (
         *CODEBOOKS,

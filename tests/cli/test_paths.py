@@ -1,7 +1,6 @@
 """Paths on the command line and in Python: `~`, homes that there are not; completion in the shell; JSON of refusals."""
 
 import json
-import sys
 import os
 import subprocess
 import sys

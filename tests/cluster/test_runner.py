@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from convert_w4a8.cluster import tasks as module
 from convert_w4a8.cluster.connection import Node, check_version
 from convert_w4a8.cluster.record import Ran, as_dict, as_text
 from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task
@@ -169,7 +168,7 @@ def test_a_node_that_came_later_with_another_version(version: str | None) -> Non
 def test_the_last_large_node_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would wait for ever for another; we wait a little."""
     stand_in = StandIn([None])
-    monkeypatch.setattr(module.time, "monotonic", iter(range(0, 10**6, 20)).__next__)
+    monkeypatch.setattr("convert_w4a8.cluster.tasks.time.monotonic", iter(range(0, 10**6, 20)).__next__)
 
     def poll(_attempts: Sequence[tuple[Task, int]]) -> None:
         stand_in.all_nodes = [Node("b" * 9, "10.0.0.2", 4, 0, GB // 2)]

@@ -1,13 +1,13 @@
 """Conversions on clusters of real processes: the bytes of a local one, whoever is killed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import pytest
 import ray_nodes
 import torch
 from checkpoint_edits import edit_tensors, snapshot, write_case
-from ray_nodes import digests
+from ray_nodes import Nodes, digests
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.journal import work_path
-from convert_w4a8.cluster.connection import Cluster, connect
+from convert_w4a8.cluster.connection import Cluster
 from convert_w4a8.cluster.record import as_dict, as_text
 from convert_w4a8.cluster.shards import Convert, ShardsOnCluster
+from convert_w4a8.cluster.tasks import Runner, Task
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.conversion.shard import convert_shard
@@ -53,23 +54,6 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     found = digests(out)
     assert len(found) > 8
     return found
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """A cluster, and a connection to it."""
-
-    cluster: Any
-    ray: Any
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """Start two nodes for two workers each, and connect to them: what workers import serves all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ray_nodes.MARKS, str(tmp_path_factory.mktemp("marks")))
-        with ray_nodes.nodes(2, 2) as cluster, connect(cluster.address) as connection:
-            yield Nodes(cluster, connection.ray)
 
 
 def convert(
@@ -251,6 +235,22 @@ def test_a_node_with_another_version_is_named(source: Path, nodes: Nodes, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+def test_a_task_takes_the_gpu_that_it_is_given(nodes: Nodes) -> None:
+    """Whichever one its process had before. Ray is told of two that are not there."""
+    node = ray_nodes.add_node(nodes.cluster, 2, num_gpus=2, env_vars={"CUDA_VISIBLE_DEVICES": "4,7"})
+    try:
+        calls = [
+            Task(f"{number}", ray_nodes.gpu_for_a_while, lambda _number: (), cpus=1, memory=1 << 20, gpus=1)
+            for number in range(6)
+        ]
+        found = [value for _, _, value in Runner(Cluster(nodes.ray)).run(calls)]
+        assert {device for device, _, _ in found} == {"cuda:0", "cuda:1"}
+        assert {visible for _, visible, _ in found} == {"4,7"}
+        assert len({process for _, _, process in found}) < 6
+    finally:
+        nodes.cluster.remove_node(node)
+
+
 def test_what_fits_nowhere_is_refused(source: Path, nodes: Nodes, tmp_path: Path) -> None:
     """Ray would wait for ever."""
     with pytest.raises(ClusterError, match=r"needs 1 CPU, .* of memory; the largest node offers 2 CPUs, 8.59 GB"):
@@ -261,19 +261,21 @@ def test_what_fits_nowhere_is_refused(source: Path, nodes: Nodes, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("signal_number", [None, signal.SIGTERM, signal.SIGKILL])
+KILLED = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("signal_number", [None, *KILLED])
 def test_a_local_ray_leaves_no_process(
     signal_number: int | None, source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """Whether the command ends, is asked to, or is killed. It prints what it prints without Ray, and a line."""
-    ray_nodes.use_ray()
+    """Whether the command ends, is asked to, or is killed. Ray itself prints nothing."""
     started = f"W4A8_TEST_OF={tmp_path}"
     command = [sys.executable, "-P", "-m", "convert_w4a8", "convert", source, "out"]
-    options = ["--max-shard-size", SMALL, "--device", "cpu", "--workers", 1, "--ray"]
+    options = ["--max-shard-size", SMALL, "--device", "cpu", "--workers", 1, "--json", "--ray"]
     with subprocess.Popen(
         [*map(str, command + options)],
         cwd=tmp_path,
-        env={**os.environ, "W4A8_TEST_OF": str(tmp_path)},
+        env={**os.environ, "W4A8_TEST_OF": str(tmp_path), "PYTHONPATH": ray_nodes.python_path()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -286,7 +288,7 @@ def test_a_local_ray_leaves_no_process(
         stdout, stderr = process.communicate()
     if signal_number is None:
         assert (process.returncode, stderr) == (0, "")
-        assert stdout.splitlines()[-1].startswith("ray        ")
+        assert len(json.loads(stdout)["ray"]["tasks"]) == sum("safetensors" in name for name in expected) - 1
         assert digests(tmp_path / "out") == expected
     elif signal_number == signal.SIGTERM and process.returncode:  # else it was done before
         assert process.returncode == 128 + signal.SIGTERM

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from typing import Any
 import torch
 from paths import ROOT
 
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cluster.connection import connect, load_ray
+from convert_w4a8.cluster.shards import ShardsOnCluster, gpu_of_task
+from convert_w4a8.conversion.plan import make_plan
+from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.conversion.shard import Progress, ShardResult, ShardTask, convert_shard
+from convert_w4a8.options import Options
 
 MARKS = "W4A8_TEST_MARKS"
 """Names a directory in which functions below note what they did."""
@@ -30,35 +37,34 @@ def digests(path: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
 
 
-def use_ray() -> Any:
-    """Import Ray as the package does, with this checkout on the path of its workers."""
-    from convert_w4a8.cluster.connection import load_ray
+def python_path() -> str:
+    """Return a PYTHONPATH by which workers find this checkout and this module."""
+    return os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
 
-    support = ROOT / "tests" / "support"
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(support), os.environ.get("PYTHONPATH", "")])
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    return load_ray()
+
+@dataclass(frozen=True)
+class Nodes:
+    """A cluster (ray.cluster_utils.Cluster), and Ray, which is connected to it."""
+
+    cluster: Any
+    ray: Any
 
 
 @contextmanager
-def nodes(*cpus: int, **more: Any) -> Iterator[Any]:
-    """Start a cluster: a head without work, and a node with so many CPUs each; yields ray.cluster_utils.Cluster."""
-    use_ray()
-    from ray.cluster_utils import Cluster
+def connected() -> Iterator[Nodes]:
+    """Start a head without work and two nodes for two workers each, and connect to them."""
+    load_ray()
+    from ray.cluster_utils import Cluster as Processes
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, **more},
-    )
+    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+    processes = Processes(initialize_head=True, head_node_args=head)
     try:
-        for count in cpus:
-            add_node(cluster, count)
-        yield cluster
+        for _ in range(2):
+            add_node(processes, 2)
+        with connect(processes.address) as cluster:
+            yield Nodes(processes, cluster.ray)
     finally:
-        cluster.shutdown()
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+        processes.shutdown()
 
 
 def add_node(cluster: Any, cpus: int, **more: Any) -> Any:
@@ -125,22 +131,17 @@ def stuck_once(task: ShardTask, directory: Path, device: torch.device, progress:
     return convert_shard(task, directory, device, progress)
 
 
+def gpu_for_a_while() -> tuple[str, str, int]:
+    """Return the device that a task takes, the GPUs that its process sees, and the process."""
+    time.sleep(0.3)
+    return gpu_of_task(), os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()
+
+
 def main() -> None:
     """Convert IN OUT on a cluster at an address, slowly."""
-    from convert_w4a8.checkpoint.directory import open_checkpoint
-    from convert_w4a8.cluster.connection import connect
-    from convert_w4a8.cluster.shards import ShardsOnCluster
-    from convert_w4a8.conversion.plan import make_plan
-    from convert_w4a8.conversion.run import carry_out
-    from convert_w4a8.options import Options
-
     source, out, address, size = sys.argv[1:]
     checkpoint = open_checkpoint(Path(source))
     plan = make_plan(checkpoint, Options(max_shard_size=int(size)))
     with connect(address) as cluster:
         write = ShardsOnCluster(cluster, device="cpu", workers=1, function=slow)
         carry_out(checkpoint, plan, Path(out), device=torch.device("cpu"), resume=True, write=write)
-
-
-if __name__ == "__main__":
-    main()
