@@ -24,6 +24,8 @@ _GREETING_SECONDS = 120.0
 """How long a node may take to say which version it has; it imports torch meanwhile."""
 
 
+MOST_THREADS = 4
+"""Threads of a task, at most, unless somebody asks for more; so many CPUs are one process of a node."""
 _NOTICE_SECONDS = 40.0
 """How long Ray may take to notice that a node is lost."""
 
@@ -123,14 +125,20 @@ def _undisturbed() -> Iterator[None]:
 
 
 class Cluster:
-    """What a connection offers. Greets all nodes at once, so that they import what they need while others plan."""
+    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan."""
 
     def __init__(self, ray: Any) -> None:
         self.ray = ray
         self.ran: list[Ran] = []
         """What was carried out, in the order in which it was finished."""
         self._names: dict[str, str] = {}
-        self._greetings = {node.id: (node, self.on_node(node, greeting(), (__version__,))) for node in self.nodes()}
+        self._greetings = [
+            (
+                node,
+                [self.on_node(node, greeting(), (__version__,)) for _ in range(max(1, int(node.cpus) // MOST_THREADS))],
+            )
+            for node in self.nodes()
+        ]
 
     def nodes(self) -> list[Node]:
         """Return the nodes that are alive, by name."""
@@ -200,8 +208,7 @@ class Cluster:
             ClusterError: a node has another one, or none.
 
         """
-        asked = [(node, reference) for node, reference in self._greetings.values()]
-        for node, answer in self._answers(asked):
+        for node, answer in self._answers([(node, first) for node, (first, *_) in self._greetings]):
             check_version(node.name, answer)
 
 

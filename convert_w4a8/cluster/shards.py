@@ -19,7 +19,7 @@ import torch
 from convert_w4a8.checkpoint.disk import disk_errors
 from convert_w4a8.checkpoint.shards import ShardWriter
 from convert_w4a8.checkpoint.writer import CheckpointWriter
-from convert_w4a8.cluster.connection import Cluster, Node
+from convert_w4a8.cluster.connection import MOST_THREADS, Cluster, Node
 from convert_w4a8.cluster.paths import check_inputs, check_output
 from convert_w4a8.cluster.tasks import PATIENCE_SECONDS, Runner, Task
 from convert_w4a8.conversion.jobs import MEMORY_BYTES, use_workers
@@ -34,7 +34,6 @@ PROCESS_BYTES = 700 << 20
 """What a worker takes beside the layers: torch and what it compiles, and parts of files."""
 _PROGRESS = "progress.json"
 _PROGRESS_SECONDS = 0.5
-_MOST_THREADS = 4
 
 
 class ShardsOnCluster:
@@ -125,7 +124,7 @@ def threads_of(nodes: Sequence[Node], workers: int | None) -> int:
     """Return the threads, and so the CPUs, of a task: up to 4, so that the fewest CPUs of the cluster stay idle."""
     if workers is not None:
         return workers
-    used = {n: sum(int(node.cpus) // n * n for node in nodes) for n in range(1, _MOST_THREADS + 1)}
+    used = {n: sum(int(node.cpus) // n * n for node in nodes) for n in range(1, MOST_THREADS + 1)}
     return max(used, key=lambda n: (used[n], n))
 
 

@@ -128,7 +128,7 @@ class Runner:
         strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
-            options |= {"max_calls": 0, "runtime_env": {"env_vars": {_SEES_ALL_GPUS: "1"}}}
+            options["runtime_env"] = {"env_vars": {_SEES_ALL_GPUS: "1"}}
         remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
         reference = remote.remote(__version__, payload)
         state.running[reference] = number, time.monotonic()
