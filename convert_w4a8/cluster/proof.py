@@ -1,6 +1,7 @@
 """Verification on a cluster: units of a proof by tasks, each of about so many bytes; the driver passes judgement."""
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,10 +52,11 @@ class UnitsOnCluster:
             for start, stop in parts
         ]
         found: dict[str, Findings] = {}
-        for task, _, result in Runner(self._cluster).run(tasks):
-            found[task.name] = result
-            start, stop = map(int, task.name.split("-"))
-            progress(sum(sizes[start:stop]))
+        with closing(Runner(self._cluster).run(tasks)) as finished:
+            for task, _, result in finished:
+                found[task.name] = result
+                start, stop = map(int, task.name.split("-"))
+                progress(sum(sizes[start:stop]))
         return [found[task.name] for task in tasks]
 
 

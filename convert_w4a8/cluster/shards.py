@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,15 @@ class ShardsOnCluster:
                 )
                 for name, task in by_name.items()
             ]
-            for call, number, result in runner.run(calls):
-                path = attempts.path(call.name, number)
-                with disk_errors(path):
-                    if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
-                        raise ClusterError(str(path), "is shorter here than on the node", "look at the file system")
-                    path.replace(writer.directory / call.name)
-                writer.note(call.name, result.pieces, result.layers, result.infinities)
-                bars.finish(call.name)
+            with closing(runner.run(calls)) as finished:
+                for call, number, result in finished:
+                    path = attempts.path(call.name, number)
+                    with disk_errors(path):
+                        if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
+                            raise ClusterError(str(path), "is not here what the node wrote", "look at the file system")
+                        path.replace(writer.directory / call.name)
+                    writer.note(call.name, result.pieces, result.layers, result.infinities)
+                    bars.finish(call.name)
 
     def _device_on(self, nodes: Sequence[Node]) -> tuple[str, int]:
         """Return the device of a task, and how many GPUs to ask for."""

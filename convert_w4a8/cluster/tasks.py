@@ -4,7 +4,7 @@ import pickle
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,14 +44,14 @@ class Task:
 
 @dataclass
 class _State:
-    """A task on its way. failures: attempts that were lost. running: their numbers and when they began."""
+    """A task on its way. failures, lost: attempts that were lost, and how. running: numbers of those under way."""
 
     task: Task
     memory: int
     begun: int = 0
     failures: int = 0
     lost: list[str] = field(default_factory=list)
-    running: dict[Any, tuple[int, float]] = field(default_factory=dict)
+    running: dict[Any, int] = field(default_factory=dict)
 
 
 class Runner:
@@ -73,8 +73,9 @@ class Runner:
         self._remote = self._ray.remote(max_retries=0)(_entry())
         self._feasible_at = time.monotonic()
         self._seconds: list[float] = []
+        self._seen: dict[tuple[str, int], float] = {}
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, int, Any]]:
+    def run(self, tasks: Sequence[Task]) -> Generator[tuple[Task, int, Any], None, None]:
         """Carry out tasks, and yield each with the attempt that counts and its result, as they come.
 
         Raises:
@@ -93,10 +94,10 @@ class Runner:
                 while waiting and len(running) < window:
                     self._begin(waiting.popleft(), running)
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
-                self._poll([(state.task, state.running[reference][0]) for reference, state in running.items()])
+                self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
                 for reference in ready:
                     state = running.pop(reference)
-                    number, began = state.running.pop(reference)
+                    number = state.running.pop(reference)
                     answer = self._answer(reference, state, number)
                     if answer is None:
                         if not state.running:
@@ -105,7 +106,7 @@ class Runner:
                     self._end(state.running)  # a second attempt, which is not needed any more
                     for other in state.running:
                         running.pop(other)
-                    self._seconds.append(time.monotonic() - began)
+                    self._seconds.append(answer["seconds"])
                     ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun)
                     value = _value(answer)
                     self._cluster.ran.append(ran)
@@ -131,7 +132,7 @@ class Runner:
             options["runtime_env"] = {"env_vars": {_SEES_ALL_GPUS: "1"}}
         remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
         reference = remote.remote(__version__, payload)
-        state.running[reference] = number, time.monotonic()
+        state.running[reference] = number
         running[reference] = state
 
     def _end(self, attempts: Iterable[Any]) -> None:
@@ -183,15 +184,14 @@ class Runner:
             return
         limit = max(self._patience, SLOW * statistics.median(self._seconds))
         for state in states:
-            ((number, began), *others) = state.running.values()
+            (number, *others) = state.running.values()
             at = self._where(state.task, number)
-            if others or now - began <= limit or at is None or state.begun > ATTEMPTS:
+            if at is None or others or state.begun > ATTEMPTS:  # the time until it is known where counts for nothing
                 continue
             free = [node for node in nodes if at != node.id and _fits(node, state.task, state.memory)]
-            busy = [place for other in states if (place := self._where(other.task, other.begun - 1))]
-            if free:
-                node = min(free, key=lambda node: busy.count(node.id))
-                self._begin(state, running, node)
+            if free and now - self._seen.setdefault((state.task.name, number), now) > limit:
+                busy = [place for other in states if (place := self._where(other.task, other.begun - 1))]
+                self._begin(state, running, min(free, key=lambda node: busy.count(node.id)))
 
     def _check_fits(self, nodes: Sequence[Node], task: Task, memory: int) -> None:
         if any(_fits(node, task, memory) for node in nodes):

@@ -178,6 +178,33 @@ def test_the_last_large_node_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stand_in.cancelled == [0]
 
 
+def test_a_slow_attempt_is_joined_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another node, once nothing waits and it has taken long since it was known where; the first one counts."""
+    nodes = [Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB), Node("b" * 9, "10.0.0.2", 4, 0, 8 * GB)]
+    stand_in = StandIn([{"value": 3}, None, {"value": 5}], nodes)
+    monkeypatch.setattr("convert_w4a8.cluster.tasks.time.monotonic", iter(range(0, 10**6, 20)).__next__)
+    found = run(stand_in, task("quick"), task("slow"), where=lambda _task, _number: "a" * 9)
+    assert found == [("quick", 0, 3), ("slow", 1, 5)]
+    assert stand_in.asked[2]["scheduling_strategy"] == ("b" * 9, True)
+    assert stand_in.cancelled == [1]
+    assert [ran.attempts for ran in stand_in.ran] == [1, 2]
+
+
+def test_nobody_is_slow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a single node there is nothing to be won."""
+    stand_in = StandIn([{"value": 3}, None])
+    monkeypatch.setattr("convert_w4a8.cluster.tasks.time.monotonic", iter(range(0, 10**6, 20)).__next__)
+    polls: list[int] = []
+
+    def poll(attempts: Sequence[tuple[Task, int]]) -> None:
+        polls.append(len(attempts))
+        if len(polls) == 50:
+            stand_in.outcomes[1] = {"value": 4}
+
+    run(stand_in, task("quick"), task("slow"), where=lambda _task, _number: "a" * 9, poll=poll)
+    assert len(stand_in.asked) == 2
+
+
 def test_what_fits_nowhere_is_not_begun() -> None:
     """A GPU that nobody has, more CPUs than a node has."""
     for each in (task(gpus=1), task(cpus=5), task(memory=9 * GB)):

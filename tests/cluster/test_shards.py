@@ -268,7 +268,12 @@ KILLED = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIG
 def test_a_local_ray_leaves_no_process(
     signal_number: int | None, source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """Whether the command ends, is asked to, or is killed. Ray itself prints nothing."""
+    """Whether the command ends, is asked to, or is killed. Ray itself prints nothing.
+
+    And modules in the working directory are not run, by no process.
+    """
+    for name in ("torch", "ray", "numpy", "convert_w4a8", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("open('RUN', 'a')\nraise SystemExit('run')\n")
     started = f"W4A8_TEST_OF={tmp_path}"
     command = [sys.executable, "-P", "-m", "convert_w4a8", "convert", source, "out"]
     options = ["--max-shard-size", SMALL, "--device", "cpu", "--workers", 1, "--json", "--ray"]
@@ -294,6 +299,7 @@ def test_a_local_ray_leaves_no_process(
         assert process.returncode == 128 + signal.SIGTERM
         assert "--resume continues from there" in stderr
         assert len(stderr.splitlines()) == 1
+    assert not (tmp_path / "RUN").exists()
     deadline = time.monotonic() + 20
     while left := [pid for pid in Path("/proc").glob("[0-9]*") if started in environment(pid)]:
         assert time.monotonic() < deadline, left
