@@ -4,12 +4,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from convert_w4a8.cluster.record import Ran
@@ -24,6 +26,9 @@ _GREETING_SECONDS = 120.0
 """How long a node may take to say which version it has; it imports torch meanwhile."""
 
 
+_NOTED = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where Ray notes the address of a cluster on this machine
+_ANSWER_SECONDS = 10.0
+_START = "start the cluster (`ray start`), or give the host:port of its head"
 MOST_THREADS = 4
 """Threads of a task, at most, unless somebody asks for more; so many CPUs are one process of a node."""
 _NOTICE_SECONDS = 40.0
@@ -57,6 +62,7 @@ def load_ray() -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and when it starts
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of lost nodes on stderr is said by us
     try:
         import ray  # noqa: PLC0415  (an extra; it takes half a second)
     except ImportError as error:
@@ -80,6 +86,7 @@ def connect(address: str) -> Iterator["Cluster"]:
             "is for Ray's client, which sees no files of the cluster",
             "run this on a machine of the cluster, and give its host:port, or auto",
         )
+    _check_answers(address)
     if ray.is_initialized():
         raise ConvertError("--ray", "this process uses Ray already", "call ray.shutdown() before")
     keywords: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
@@ -96,12 +103,28 @@ def connect(address: str) -> Iterator["Cluster"]:
             with contextlib.suppress(Exception):
                 ray.shutdown()
             first = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            remedy = "free memory and /dev/shm" if address == LOCAL else "start it (`ray start`), or give its host:port"
+            remedy = "free memory and /dev/shm" if address == LOCAL else _START
             raise ConvertError(f"--ray {address}", f"cannot be reached ({first})", remedy) from error
     try:
         yield Cluster(ray)
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConvertError where nobody listens at host:port, which Ray tries for minutes; "auto" is what is noted here."""
+    noted = os.environ.get("RAY_ADDRESS", "")
+    if address == "auto" and not noted:
+        with contextlib.suppress(OSError, UnicodeError):
+            noted = _NOTED.read_text().strip()
+    host, _, port = (noted if address == "auto" else address).rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = f"cannot be reached ({getattr(error, 'strerror', None) or error})"
+        raise ConvertError(f"--ray {address}", reason, _START) from error
 
 
 @contextmanager

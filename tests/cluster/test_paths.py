@@ -58,9 +58,17 @@ def test_a_directory_that_nodes_see_as_another(
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "auto"])
-def test_connections_that_are_refused(address: str, nodes: Nodes) -> None:  # noqa: ARG001
-    """Ray's client; a process that uses Ray already."""
-    expected = "sees no files of the cluster" if "//" in address else "this process uses Ray already"
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("ray://127.0.0.1:10001", "sees no files of the cluster"),
+        ("127.0.0.1:1", r"cannot be reached \(Connection refused\); start the cluster"),
+        ("no-such-host.invalid:6379", "cannot be reached"),
+        ("127.0.0.1:99999", "cannot be reached"),
+        ("auto", "this process uses Ray already"),
+    ],
+)
+def test_connections_that_are_refused(address: str, expected: str, nodes: Nodes) -> None:  # noqa: ARG001
+    """Ray's client; where nobody listens; a process that uses Ray already."""
     with pytest.raises(ConvertError, match=expected), connect(address):
         pass
