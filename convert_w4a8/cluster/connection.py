@@ -112,7 +112,7 @@ def connect(address: str) -> Iterator["Cluster"]:
 
 
 def _check_answers(address: str) -> None:
-    """Raise ConvertError where nobody listens at host:port, which Ray tries for minutes; "auto" is what is noted here."""
+    """Raise ConvertError where nobody listens, which Ray tries for minutes; "auto" is what is noted on this machine."""
     noted = os.environ.get("RAY_ADDRESS", "")
     if address == "auto" and not noted:
         with contextlib.suppress(OSError, UnicodeError):
