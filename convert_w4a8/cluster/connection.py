@@ -62,13 +62,18 @@ def load_ray() -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and when it starts
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of lost nodes on stderr is said by us
     try:
         import ray  # noqa: PLC0415  (an extra; it takes half a second)
     except ImportError as error:
         raise ConvertError("--ray", "needs ray, which is not installed", install_command("ray")) from error
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters is said by us, in one line
+    # Of lost nodes Ray prints on stdout, where a JSON document may be; there is no public way to keep it from that.
+    vars(ray._private.worker)["print_to_stdstream"] = _print_nothing  # noqa: SLF001
     return ray
+
+
+def _print_nothing(*_arguments: Any, **_keywords: Any) -> None:
+    """Stand for what prints Ray's messages."""
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Command:
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
         self._watched, self._ended = Watched(), threading.Event()
         arguments = [sys.executable, "-P", "-m", "convert_w4a8", command, source, out, "--device", device, *options]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         environment = {**os.environ, MARK: self.mark, "PYTHONPATH": path}
         environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         self._started = time.monotonic()
@@ -149,7 +149,7 @@ def cluster(*cpus: int) -> Iterator[Any]:
     """Start a head without work and nodes with so many CPUs each."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}

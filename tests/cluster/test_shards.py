@@ -197,8 +197,10 @@ def test_a_killed_driver_is_continued_without_a_cluster(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_node_is_killed_half_way(source: Path, expected: dict[str, str], nodes: Nodes, tmp_path: Path) -> None:
-    """Others do its work. It is a third node, so that the two are there for other tests."""
+def test_a_node_is_killed_half_way(
+    source: Path, expected: dict[str, str], nodes: Nodes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Others do its work. It is a third node, so that the two are there for other tests. Ray prints nothing of it."""
     before = {node.id for node in Cluster(nodes.ray).nodes()}
     node = ray_nodes.add_node(nodes.cluster, 2)
     (new,) = {node.id for node in Cluster(nodes.ray).nodes()} - before
@@ -214,6 +216,7 @@ def test_a_node_is_killed_half_way(source: Path, expected: dict[str, str], nodes
     cluster = convert(source, tmp_path / "out", nodes, ray_nodes.slow)
     killer.join()
     assert digests(tmp_path / "out") == expected
+    assert capfd.readouterr() == ("", "")
     lost = ray_nodes.marks(f"begun-{new}")
     assert lost
     assert sum(ran.attempts - 1 for ran in cluster.ran) >= len(lost)

@@ -39,7 +39,8 @@ def digests(path: Path) -> dict[str, str]:
 
 def python_path() -> str:
     """Return a PYTHONPATH by which workers find this checkout and this module."""
-    return os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
+    found = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, found))  # an empty entry would be the working directory
 
 
 @dataclass(frozen=True)
