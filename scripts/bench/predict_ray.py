@@ -64,8 +64,9 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def measured(args: argparse.Namespace) -> None:
     """Compare with runs that were measured."""
-    rows = []
-    for kind in dict.fromkeys(row["input"] for row in read("ray-overhead")):
+    rows: list[dict[str, Any]] = []
+    has_overhead = (RESULTS / "ray-overhead.json").is_file()
+    for kind in dict.fromkeys(row["input"] for row in read("ray-overhead")) if has_overhead else ():
         ours = {row["run"]: row for row in read("ray-overhead") if row["input"] == kind}
         alone = ours["without Ray"]
         rate = (alone["wall_s"] - args.begin) * args.cores / alone["gigabytes"]
