@@ -299,7 +299,7 @@ def test_a_local_ray_leaves_no_process(
         assert len(json.loads(stdout)["ray"]["tasks"]) == sum("safetensors" in name for name in expected) - 1
         assert digests(tmp_path / "out") == expected
     elif signal_number == signal.SIGTERM and process.returncode:  # else it was done before
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == 128 + signal.SIGTERM, stderr
         assert "--resume continues from there" in stderr
         assert len(stderr.splitlines()) == 1
     assert not (tmp_path / "RUN").exists()
