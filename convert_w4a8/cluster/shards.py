@@ -7,6 +7,7 @@ first attempt that succeeds to where it belongs, so that one that was thought lo
 import json
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ PROCESS_BYTES = 700 << 20
 """What a worker takes beside the layers: torch and what it compiles, and parts of files."""
 _PROGRESS = "progress.json"
 _PROGRESS_SECONDS = 0.5
+_REMOVALS = 20
 
 
 class ShardsOnCluster:
@@ -79,7 +81,13 @@ class ShardsOnCluster:
         with writer.states() as directory:
             check_output(self._cluster, directory)
             attempts = _Attempts(directory, bars)
-            runner = Runner(self._cluster, poll=attempts.poll, where=attempts.where, patience=self._patience)
+            runner = Runner(
+                self._cluster,
+                poll=attempts.poll,
+                where=attempts.where,
+                drop=attempts.drop,
+                patience=self._patience,
+            )
             nodes = self._cluster.nodes()
             device, gpus = self._device_on(nodes)
             cpus = threads_of(nodes, self._workers)
@@ -155,7 +163,12 @@ def gpu_of_task() -> str:
 
 @contextmanager
 def _reporting(directory: Path) -> Iterator[Progress]:
-    """Write now and then how many bytes are done with, and on which node, into a file of a directory."""
+    """Write now and then how many bytes are done with, and on which node, into a file of a directory.
+
+    Raises:
+        ClusterError: the directory is gone, in what is yielded.
+
+    """
     import ray  # noqa: PLC0415
 
     node = ray.get_runtime_context().get_node_id()
@@ -174,6 +187,8 @@ def _reporting(directory: Path) -> Iterator[Progress]:
             if time.monotonic() - last >= _PROGRESS_SECONDS:
                 last = time.monotonic()
                 write()
+                if not directory.is_dir():
+                    raise ClusterError(str(directory), "is gone: this attempt is not needed any more", "look at others")
 
     write()
     yield update
@@ -195,6 +210,15 @@ class _Attempts:
         directory = self.path(task.shard.file_name, number).parent
         directory.mkdir(parents=True)
         return str(directory)
+
+    def drop(self, task: Task, number: int) -> None:
+        """Remove the directory of an attempt, which ends it; it may write there in the meantime."""
+        directory = self.path(task.name, number).parent
+        for _ in range(_REMOVALS):
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                return
+            time.sleep(0.05)
 
     def where(self, task: Task, number: int) -> str | None:
         """Return the id of the node that has an attempt, if that is known."""

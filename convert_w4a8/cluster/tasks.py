@@ -4,8 +4,7 @@ import pickle
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,6 @@ SLOW = 3.0
 PATIENCE_SECONDS = 30.0
 """But not before this time; and so long may there be no node that is large enough, after some were lost."""
 _POLL_SECONDS = 0.5
-_END_SECONDS = 5.0
 _SEES_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 """Where it is set, Ray says which GPU a task has, and does not hide the others from its process."""
 
@@ -57,7 +55,9 @@ class _State:
 class Runner:
     """Carries out tasks. poll: called twice a second with the attempts that are under way, as (task, number).
 
-    where: returns the id of the node that has an attempt, if that is known.
+    where: returns the id of the node that has an attempt, if that is known. drop: called with attempts that are not
+    needed any more, so that they end; Ray ends the others with the connection. (Its own `cancel` may end the driver:
+    "Tried to complete task that was not pending", 2.60.)
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Runner:
         *,
         poll: Callable[[Sequence[tuple[Task, int]]], None] = lambda _attempts: None,
         where: Callable[[Task, int], str | None] = lambda _task, _number: None,
+        drop: Callable[[Task, int], None] = lambda _task, _number: None,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         self._cluster, self._ray = cluster, cluster.ray
-        self._poll, self._where, self._patience = poll, where, patience
+        self._poll, self._where, self._drop, self._patience = poll, where, drop, patience
         self._remote = self._ray.remote(max_retries=0)(_entry())
         self._feasible_at = time.monotonic()
         self._seconds: list[float] = []
@@ -103,9 +104,9 @@ class Runner:
                         if not state.running:
                             waiting.appendleft(state)
                         continue
-                    self._end(state.running)  # a second attempt, which is not needed any more
-                    for other in state.running:
+                    for other in list(state.running):  # a second attempt, which is not needed any more
                         running.pop(other)
+                        self._drop(state.task, state.running[other])
                     self._seconds.append(answer["seconds"])
                     ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun)
                     value = _value(answer)
@@ -119,7 +120,8 @@ class Runner:
             reason = f"cannot be reached any more ({type(error).__name__})"
             raise ClusterError("Ray cluster", reason, "look at its head, and continue with --resume") from error
         finally:
-            self._end(running)
+            for reference, state in running.items():
+                self._drop(state.task, state.running[reference])
 
     def _begin(self, state: _State, running: dict[Any, _State], node: Node | None = None) -> None:
         task, number = state.task, state.begun
@@ -134,15 +136,6 @@ class Runner:
         reference = remote.remote(__version__, payload)
         state.running[reference] = number
         running[reference] = state
-
-    def _end(self, attempts: Iterable[Any]) -> None:
-        """Kill attempts, and wait until they are gone, a little."""
-        references = list(attempts)
-        with suppress(self._ray.exceptions.RayError):
-            for reference in references:
-                self._ray.cancel(reference, force=True)
-            if references:
-                self._ray.wait(references, num_returns=len(references), timeout=_END_SECONDS)
 
     def _answer(self, reference: Any, state: _State, number: int) -> dict[str, Any] | None:
         """Return what an attempt answers; None where it was lost, and may be tried again."""

@@ -53,7 +53,6 @@ class StandIn:
     ) -> None:
         self.outcomes, self.all_nodes = list(outcomes), list(nodes)
         self.asked: list[dict[str, Any]] = []
-        self.cancelled: list[int] = []
         self.ran: list[Ran] = []
         self.ray = self
         self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, **LOST)
@@ -84,10 +83,6 @@ class StandIn:
             raise outcome
         return {"node": self.all_nodes[0].id, "version": __version__, "seconds": 1.0, **outcome}
 
-    def cancel(self, reference: int, **_options: Any) -> None:
-        """Do as Ray does."""
-        self.cancelled.append(reference)
-
 
 def task(name: str = "model-00001-of-00001.safetensors", **keywords: Any) -> Task:
     """Return a task that needs a CPU and a gigabyte."""
@@ -97,6 +92,14 @@ def task(name: str = "model-00001-of-00001.safetensors", **keywords: Any) -> Tas
 def run(stand_in: Any, *tasks: Task, **keywords: Any) -> list[tuple[str, int, Any]]:
     """Carry out tasks; return their names, the attempts that count, and results."""
     return [(each.name, number, value) for each, number, value in Runner(stand_in, **keywords).run(tasks)]
+
+
+class Dropped(list[tuple[str, int]]):
+    """Attempts that a runner drops."""
+
+    def __call__(self, dropped: Task, number: int) -> None:
+        """Drop one."""
+        self.append((dropped.name, number))
 
 
 @pytest.mark.parametrize("kind", LOST.values(), ids=LOST)
@@ -147,14 +150,14 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_errors_of_ours_come_back_as_they_were(kind: str, expected: type[Exception]) -> None:
     """With their notes, and the node; other attempts end."""
     answer = {"problems": [("a", "b", "c")], "kind": kind, "notes": ["first"]}
-    stand_in = StandIn([answer, None])
+    stand_in, dropped = StandIn([answer, None]), Dropped()
     with pytest.raises(expected) as caught:
-        run(stand_in, task(), task("other"))
+        run(stand_in, task(), task("other"), drop=dropped)
     assert type(caught.value) is expected
     problems = caught.value.problems if isinstance(caught.value, PlanError) else (caught.value.problem,)  # type: ignore[attr-defined]
     assert problems == (Problem("a", "b", "c"),)
     assert caught.value.__notes__ == ["first", "on node 10.0.0.1"]
-    assert stand_in.cancelled == [1]
+    assert dropped == [("other", 0)]
 
 
 @pytest.mark.parametrize("version", [None, "0.0.1"])
@@ -174,8 +177,8 @@ def test_the_last_large_node_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         stand_in.all_nodes = [Node("b" * 9, "10.0.0.2", 4, 0, GB // 2)]
 
     with pytest.raises(ClusterError, match="needs 1 CPU, 1 GB of memory; the largest node offers 4 CPUs, 500 MB"):
-        run(stand_in, task(), poll=poll)
-    assert stand_in.cancelled == [0]
+        run(stand_in, task("large"), poll=poll, drop=(dropped := Dropped()))
+    assert dropped == [("large", 0)]
 
 
 def test_a_slow_attempt_is_joined_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,10 +186,12 @@ def test_a_slow_attempt_is_joined_by_another(monkeypatch: pytest.MonkeyPatch) ->
     nodes = [Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB), Node("b" * 9, "10.0.0.2", 4, 0, 8 * GB)]
     stand_in = StandIn([{"value": 3}, None, {"value": 5}], nodes)
     monkeypatch.setattr("convert_w4a8.cluster.tasks.time.monotonic", iter(range(0, 10**6, 20)).__next__)
-    found = run(stand_in, task("quick"), task("slow"), where=lambda _task, _number: "a" * 9)
+    found = run(
+        stand_in, task("quick"), task("slow"), where=lambda _task, _number: "a" * 9, drop=(dropped := Dropped())
+    )
     assert found == [("quick", 0, 3), ("slow", 1, 5)]
     assert stand_in.asked[2]["scheduling_strategy"] == ("b" * 9, True)
-    assert stand_in.cancelled == [1]
+    assert dropped == [("slow", 0)]
     assert [ran.attempts for ran in stand_in.ran] == [1, 2]
 
 

@@ -127,8 +127,9 @@ def killed_once(task: ShardTask, directory: Path, device: torch.device, progress
 def stuck_once(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
     """Take for ever on one of the files, the first time."""
     if task.shard.file_name.startswith("model-00003-") and mark("stuck"):
-        progress(1)
-        time.sleep(3600)
+        while True:
+            progress(0)
+            time.sleep(0.1)
     return convert_shard(task, directory, device, progress)
 
 
