@@ -286,7 +286,6 @@ def kills(args: argparse.Namespace, root: Path) -> None:
         rows.append(
             {
                 "victim": victim,
-                "runs": len(ours),
                 "hit": sum(run["hit"] for run in ours),
                 "by_itself": sum(run["code"] == 0 for run in ours),
                 "resumed": sum(run.get("resumed", False) for run in ours),
@@ -294,6 +293,7 @@ def kills(args: argparse.Namespace, root: Path) -> None:
                 "lost": sum(run["lost"] for run in ours),
                 "half_written": sum(run["half_written"] for run in ours),
                 "left": sum(run["left"] for run in ours),
+                "runs": len(ours),
             }
         )
     settings = {"seed": args.seed, "runs": runs}
