@@ -273,7 +273,7 @@ def test_a_local_ray_leaves_no_process(
 ) -> None:
     """Whether the command ends, is asked to, or is killed. Ray itself prints nothing.
 
-    And modules in the working directory are not run, by no process.
+    And modules in the working directory are run by no process.
     """
     for name in ("torch", "ray", "numpy", "convert_w4a8", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text("open('RUN', 'a')\nraise SystemExit('run')\n")
@@ -303,7 +303,7 @@ def test_a_local_ray_leaves_no_process(
         assert "--resume continues from there" in stderr
         assert len(stderr.splitlines()) == 1
     assert not (tmp_path / "RUN").exists()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + (120 if signal_number == signal.SIGKILL else 20)  # Ray's agents look rarely
     while left := [pid for pid in Path("/proc").glob("[0-9]*") if started in environment(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
