@@ -7,7 +7,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_SCHEME = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl|wasbs?|hdfs|oss|cos|r2|file)://", re.IGNORECASE)
+"""Object stores, and others that fsspec reads; http is an address of a server for `w4a8 evaluate`."""
 _HUB = re.compile(r"hf://(?:models/)?", re.IGNORECASE)
 """How fsspec writes a Hub id."""
 
