@@ -6,10 +6,13 @@ Paths are strings or `Path`s; a source may also be a Hub id, `org/name[@revision
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convert_w4a8.calibration import run as calibration
+from convert_w4a8.calibration.matrix import BYTES_PER_WEIGHT
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.plan import plan_quantization, with_samples
 from convert_w4a8.checkpoint import directory
@@ -19,6 +22,7 @@ from convert_w4a8.conversion.jobs import use_workers
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out
+from convert_w4a8.conversion.shard import convert_shard
 from convert_w4a8.devices import resolve_device
 from convert_w4a8.distillation import run as distillation
 from convert_w4a8.distillation.mix import DROP, training_data
@@ -36,6 +40,10 @@ from convert_w4a8.regression.baseline import Figures, read_baseline
 from convert_w4a8.report import collect, inspection
 from convert_w4a8.samples.sample import SampleSet
 from convert_w4a8.verification import either, proof
+
+if TYPE_CHECKING:
+    from convert_w4a8.cluster.connection import Cluster
+    from convert_w4a8.cluster.shards import Convert, ShardsOnCluster
 
 __all__ = [
     "check",
@@ -87,8 +95,53 @@ def open_checkpoint(source: PathOrId) -> Checkpoint:
         ConvertError: it is absent, damaged or inconsistent.
 
     """
+    return directory.open_checkpoint(_directory(source))
+
+
+def _directory(source: PathOrId, ray: str | None = None) -> Path:
+    """Return the directory that a path or an id stands for; absolute where other processes are to open it."""
     name = os.fspath(source)
-    return directory.open_checkpoint(resolve_input(str(local_path(name)) if name.startswith("~") else name))
+    path = resolve_input(str(local_path(name)) if name.startswith("~") else name)
+    return path if ray is None else path.absolute()
+
+
+def _cluster(ray: str | None) -> AbstractContextManager["Cluster | None"]:
+    """Return the cluster at an address, while a block lasts; None where there is no address."""
+    if ray is None:
+        return nullcontext()
+    from convert_w4a8.cluster.connection import connect  # noqa: PLC0415  (Ray is an extra)
+
+    return connect(ray)
+
+
+def _shards(
+    cluster: "Cluster",
+    device: str,
+    workers: int | None,
+    progress: Callable[[int], None],
+    function: "Convert | None" = None,
+    bytes_per_weight: int = 0,
+) -> "ShardsOnCluster":
+    """Return what writes the files of an output on a cluster. function, bytes_per_weight: as `ShardsOnCluster` has."""
+    from convert_w4a8.cluster.shards import ShardsOnCluster  # noqa: PLC0415
+
+    return ShardsOnCluster(
+        cluster,
+        device=device,
+        workers=workers,
+        progress=progress,
+        function=function or convert_shard,
+        bytes_per_weight=bytes_per_weight,
+    )
+
+
+def _units(cluster: "Cluster | None") -> proof.CheckUnits | None:
+    """Return what checks the units of a proof on a cluster."""
+    if cluster is None:
+        return None
+    from convert_w4a8.cluster.proof import UnitsOnCluster  # noqa: PLC0415
+
+    return UnitsOnCluster(cluster)
 
 
 def make_plan(source: PathOrId, options: Options = _DEFAULTS) -> Plan:
@@ -111,28 +164,32 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     workers: int | None = None,
+    ray: str | None = None,
     progress: Callable[[int], None] = _ignore,
 ) -> Result:
     """Convert a checkpoint; `out` appears whole, at the end, or not at all.
 
     device: "auto", "cpu" or "cuda[:N]". overwrite: replace `out`. resume: continue a conversion that was interrupted.
     workers: how many layers are converted at a time; None: one a core, up to 4.
+    ray: "local", "auto" or host:port: let the tasks of a Ray cluster write the files, as `--ray` does.
     progress: called with the number of source bytes that are done with since the last call, from any thread.
 
     Raises:
         ConvertError, PlanError: the input, the output path, the options or the device do not allow it.
 
     """
-    checkpoint = open_checkpoint(source)
-    with use_workers(workers):
+    checkpoint = directory.open_checkpoint(_directory(source, ray))
+    plan = planning.make_plan(checkpoint, options)
+    with use_workers(workers), _cluster(ray) as cluster:
         return carry_out(
             checkpoint,
-            planning.make_plan(checkpoint, options),
+            plan,
             local_path(out),
-            device=resolve_device(device),
+            device=resolve_device(device if cluster is None else "cpu"),
             overwrite=overwrite,
             resume=resume,
             progress=progress,
+            write=None if cluster is None else _shards(cluster, device, workers, progress),
         )
 
 
@@ -145,29 +202,36 @@ def quantize(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    ray: str | None = None,
     progress: Callable[[int], None] = _ignore,
 ) -> Result:
     """Quantize a model that is in 16 or 32 bits; `out` appears whole, at the end, or not at all.
 
     samples: calibration data, from `convert_w4a8.samples`; None: codes and tables from the weights alone. The other
-    parameters are those of `convert`.
+    parameters are those of `convert`; with samples, `ray` has to be None.
 
     Raises:
         ConvertError, PlanError: the model, the output path, the options or the device do not allow it.
 
     """
-    checkpoint = open_checkpoint(model)
-    options = with_samples(options, samples)
-    return calibration.quantize(
-        checkpoint,
-        plan_quantization(checkpoint, options),
-        local_path(out),
-        samples,
-        device=resolve_device(device),
-        overwrite=overwrite,
-        resume=resume,
-        progress=progress,
-    )
+    if samples is not None and ray is not None:
+        raise ConvertError("ray", "does not go with samples: a block needs what the block before it gives", "pass one")
+    checkpoint = directory.open_checkpoint(_directory(model, ray))
+    plan = plan_quantization(checkpoint, with_samples(options, samples))
+    with _cluster(ray) as cluster:
+        return calibration.quantize(
+            checkpoint,
+            plan,
+            local_path(out),
+            samples,
+            device=resolve_device(device if cluster is None else "cpu"),
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            write_shards=None
+            if cluster is None
+            else _shards(cluster, device, None, progress, calibration.quantize_shard, BYTES_PER_WEIGHT),
+        )
 
 
 def distill(
@@ -221,16 +285,18 @@ def verify(
     source: PathOrId,
     *,
     min_sqnr_db: float | None = None,
+    ray: str | None = None,
     progress: Callable[[int], None] = _ignore,
 ) -> proof.Verification:
     """Compare a converted checkpoint with its source; without `problems` in the result the conversion is right.
 
     What `w4a8 distill` wrote is compared with the W4A8 checkpoint that it trained, given as `source`.
-    min_sqnr_db: least SQNR of a layer in dB, instead of the bounds that `w4a8 verify` uses.
+    min_sqnr_db: least SQNR of a layer in dB, instead of the bounds that `w4a8 verify` uses. ray: as in `convert`.
     Raises ConvertError if one of the two cannot be read.
     """
-    converted, original = open_checkpoint(out), open_checkpoint(source)
-    return either.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress)
+    converted, original = (directory.open_checkpoint(_directory(path, ray)) for path in (out, source))
+    with _cluster(ray) as cluster:
+        return either.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress, check=_units(cluster))
 
 
 def inspect(source: PathOrId) -> inspection.Inspection:
@@ -259,22 +325,26 @@ def check(
     tolerance_db: float = 0.1,
     device: str = "auto",
     workers: int | None = None,
+    ray: str | None = None,
 ) -> regression.Check:
     """Convert, verify and compare with a baseline, as `w4a8 check` does; without `problems` all is as it was.
 
     out: a conversion that exists, to be checked instead of making one. baseline: figures, or the file that
-    `w4a8 check --write-baseline` wrote. sample: convert one layer of each kind only. workers: as in `convert`.
+    `w4a8 check --write-baseline` wrote. sample: convert one layer of each kind only. workers, ray: as in `convert`.
     Raises ConvertError if `source` or `out` cannot be read.
     """
-    with use_workers(workers):
+    checkpoint = directory.open_checkpoint(_directory(source, ray))
+    with use_workers(workers), _cluster(ray) as cluster:
         return regression.check(
-            open_checkpoint(source),
+            checkpoint,
             options,
-            out=None if out is None else local_path(out),
+            out=None if out is None else local_path(out) if ray is None else local_path(out).absolute(),
             sample=sample,
             baseline=read_baseline(local_path(baseline)) if isinstance(baseline, str | PathLike) else baseline,
             tolerance_db=tolerance_db,
-            device=resolve_device(device),
+            device=resolve_device(device if cluster is None else "cpu"),
+            write=None if cluster is None else _shards(cluster, device, workers, _ignore),
+            prove=_units(cluster),
         )
 
 

@@ -83,6 +83,10 @@ class DiskError(ConvertError):
     """The system failed, not the input: what is finished is kept, and `--resume` continues once that is mended."""
 
 
+class ClusterError(DiskError):
+    """Nodes of a cluster failed, or are not as they have to be; what is finished is kept here, too."""
+
+
 class PlanError(W4A8Error):
     """Everything in a checkpoint that cannot be converted, found before anything was written."""
 

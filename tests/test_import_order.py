@@ -1,5 +1,7 @@
 """Dependencies point down: the order of the rooms, and what some of them must not know of."""
 
+import re
+
 import pytest
 from import_graph import circles, import_graph, reachable, rooms
 from paths import ROOT
@@ -14,7 +16,7 @@ ORDER = (
     ("checkpoint", "quantization", "samples"),
     ("codebooks", "sources", "targets"),
     ("conversion", "verification", "hub", "vllm_plugin"),
-    ("calibration", "distillation", "regression", "report"),
+    ("calibration", "cluster", "distillation", "regression", "report"),
     ("evaluation",),
     ("api",),
     ("cli", "convert_w4a8"),
@@ -92,6 +94,16 @@ def test_the_plugin_imports_no_converter() -> None:
     allowed = {"devices", "encoding", "errors", "fp8", "kernels", "linear", "lut_format", "text"}
     allowed |= {"version", "vllm_plugin"}
     assert {name.partition(".")[0] for name in seen} <= allowed
+
+
+def test_one_room_knows_of_ray() -> None:
+    """Everybody else gets what carries out its tasks handed over."""
+    rooms_with_ray = {
+        path.relative_to(ROOT / "convert_w4a8").parts[0]
+        for path in (ROOT / "convert_w4a8").rglob("*.py")
+        if re.search(r"^\s*(import ray|from ray)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert rooms_with_ray == {"cluster"}
 
 
 def test_nothing_imports_the_command_line() -> None:

@@ -26,9 +26,9 @@ from convert_w4a8 import __version__
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DEPENDENCIES = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
-REPORT, QUANTIZE = (
+REPORT, QUANTIZE, RAY = (
     [Requirement(line) for line in PROJECT["project"]["optional-dependencies"][extra]]
-    for extra in ("report", "quantize")
+    for extra in ("report", "quantize", "ray")
 )
 IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 FILES = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
@@ -62,7 +62,7 @@ def pins(name: str) -> dict[str, Version]:
 def test_what_is_imported_is_declared_and_nothing_else() -> None:
     """Even what is imported inside functions; not vLLM, inside which the plugin runs and never without."""
     names = {name for file in modules(ROOT) - {"convert_w4a8/py.typed"} for name in imported(ROOT / file)}
-    declared = {canonicalize_name(requirement.name) for requirement in [*DEPENDENCIES, *REPORT, *QUANTIZE]}
+    declared = {canonicalize_name(requirement.name) for requirement in [*DEPENDENCIES, *REPORT, *QUANTIZE, *RAY]}
     assert names - sys.stdlib_module_names - {"convert_w4a8", "vllm"} == {
         IMPORTED_AS.get(name, name) for name in declared
     }

@@ -27,7 +27,7 @@ from convert_w4a8.linear import DenseLinear, ServedLinear, W4A8Linear, W4Linear
 from convert_w4a8.quantization.layer import LayerStats
 from convert_w4a8.targets import target_named
 
-_BYTES_PER_WEIGHT = 24
+BYTES_PER_WEIGHT = 24
 """Memory that quantizing a matrix takes at most: weights, targets and results in float32, codes and tables."""
 
 
@@ -122,4 +122,4 @@ def quantizer(options: QuantizeOptions) -> Quantizer:
         assert isinstance(w, DenseLinear)
         return quantize_weight(name, w.weight.float(), None, options)[:2]
 
-    return Quantizer(quantize, _BYTES_PER_WEIGHT)
+    return Quantizer(quantize, BYTES_PER_WEIGHT)

@@ -21,12 +21,13 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_header, read_into, read_tensor
 from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.conversion import run
 from convert_w4a8.conversion.layer import convert_layer, copy_tensor
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.conversion.plan import LayerPlan, Plan
 from convert_w4a8.conversion.result import Result
-from convert_w4a8.conversion.run import carry_out, write_shards
-from convert_w4a8.conversion.shard import Progress, ShardTask
+from convert_w4a8.conversion.run import WriteShards, carry_out
+from convert_w4a8.conversion.shard import Progress, ShardResult, ShardTask, convert_shard
 from convert_w4a8.linear import ServedLinear
 from convert_w4a8.samples.sample import SampleSet
 
@@ -45,10 +46,12 @@ def quantize(
     resume: bool = False,
     states_bytes: int = STATES_BYTES,
     progress: Progress = lambda _nbytes: None,
+    write_shards: WriteShards | None = None,
 ) -> Result:
     """Carry out a plan of `plan_quantization`. `out` appears whole, at the end, or not at all.
 
     samples: those whose digest is in the plan's options; None without data.
+    write_shards: what writes files without data, by `quantize_shard`; this process if None.
 
     Raises:
         ConvertError, PlanError: the input, the output path, the options or the memory do not allow it.
@@ -57,9 +60,12 @@ def quantize(
     options = plan.options
     assert isinstance(options, QuantizeOptions)
 
+    def by_threads(tasks: Sequence[ShardTask], writer: CheckpointWriter) -> None:
+        run.write_shards(tasks, writer, device, progress, quantizer(options))
+
     def write(tasks: Sequence[ShardTask], writer: CheckpointWriter) -> None:
         if samples is None:
-            write_shards(tasks, writer, device, progress, quantizer(options))
+            (write_shards or by_threads)(tasks, writer)
         else:
             _Run(checkpoint, plan, options, samples, writer, device, states_bytes, progress).write(tasks)
 
@@ -74,6 +80,18 @@ def quantize(
         write=write,
         recipe=recipe(options, samples),
     )
+
+
+def quantize_shard(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
+    """Write one file of a quantization without data, by itself, as `convert_shard` does.
+
+    Raises:
+        ConvertError: the input is damaged or has changed, or the disk fails.
+
+    """
+    options = task.options
+    assert isinstance(options, QuantizeOptions)
+    return convert_shard(task, directory, device, progress, quantizer(options))
 
 
 class _Run:
@@ -105,7 +123,7 @@ class _Run:
             else:
                 others.append(task)
         self._redo_half_blocks(by_block.values())
-        write_shards(others, self._writer, self._device, self._progress, quantizer(self._options))
+        run.write_shards(others, self._writer, self._device, self._progress, quantizer(self._options))
         unfinished = set(self._writer.unfinished)
         last = max((n for n, ours in by_block.items() if any(_file(task) in unfinished for task in ours)), default=-1)
         if last < 0:

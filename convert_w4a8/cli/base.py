@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from convert_w4a8.cli.options import with_ray_address
 from convert_w4a8.cli.output import (
     echo_error,
     echo_refusal,
@@ -45,6 +46,11 @@ class W4A8Command(_Printing):
     """A command whose user errors become lines on stderr and exit code 1; with --json a document on stdout too."""
 
     needs_torch = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line."""
+        has_ray = any("--ray" in parameter.opts for parameter in self.params)
+        return super().parse_args(ctx, with_ray_address(args) if has_ray else args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Errors that are not the user's keep their traceback."""

@@ -11,10 +11,11 @@ import click
 
 from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.files import append_for_the_job, check_writable, write_files
-from convert_w4a8.cli.options import conversion_options, read_options
+from convert_w4a8.cli.options import RAY, conversion_options, read_options
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
+from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, shards_on, units_on
 from convert_w4a8.cli.start import say_verbose
 
 
@@ -54,6 +55,7 @@ from convert_w4a8.cli.start import say_verbose
     type=float,
     help="Least SQNR of a layer. [default: 25 where codes are kept, else that of round to nearest − 2]",
 )
+@RAY
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of Markdown.")
 def check_command(
     source: str,
@@ -65,6 +67,7 @@ def check_command(
     min_sqnr_db: float | None,
     device: str,
     workers: int | None,
+    ray: str | None,
     verbose: bool,
     as_json: bool,
     **choices: Any,
@@ -85,7 +88,7 @@ def check_command(
 
     if sample and out is not None:
         raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
-    torch_device = resolve_device(device)
+    torch_device = resolve_device(device if ray is None else "cpu")
     if verbose:
         say_verbose(torch_device, workers)
     check_writable(*([write_baseline] if write_baseline is not None else []))
@@ -96,14 +99,15 @@ def check_command(
             remote = open_remote(source, Path(stack.enter_context(TemporaryDirectory(prefix="w4a8-check-"))))
             checkpoint, fetch = remote.checkpoint, remote.fetch
         else:
-            checkpoint = open_checkpoint(resolve_input(source))
+            checkpoint = open_checkpoint(path_on(ray, resolve_input(source)))
+        cluster = enter_cluster(ray)
         total = checkpoint.nbytes * (1 if out else 2)
         stack.enter_context(use_workers(workers))
         update = stack.enter_context(progress(total, "check", quiet=as_json or sample))
         outcome = check_module.check(
             checkpoint,
             read_options(choices),
-            out=out,
+            out=None if out is None else path_on(ray, out),
             sample=sample,
             baseline=known,
             min_sqnr_db=min_sqnr_db,
@@ -112,6 +116,8 @@ def check_command(
             fetch=fetch,
             device=torch_device,
             progress=update,
+            write=shards_on(cluster, device, workers, update),
+            prove=units_on(cluster),
         )
     summary = text.as_markdown(outcome)
     if write_baseline is not None and outcome.figures is not None and outcome.verified:
@@ -119,7 +125,7 @@ def check_command(
             {write_baseline: (json.dumps(baseline_module.baseline_dict(outcome.figures), indent=1) + "\n").encode()}
         )
     if as_json:
-        echo_json(text.as_dict(outcome))
+        echo_json(text.as_dict(outcome) | ray_dict(cluster))
     else:
         echo(summary, nl=False)
     append_for_the_job(summary)

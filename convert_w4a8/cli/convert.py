@@ -6,11 +6,12 @@ from typing import Any
 import click
 
 from convert_w4a8.cli.base import W4A8Command
-from convert_w4a8.cli.options import SIZE, conversion_options, read_options
+from convert_w4a8.cli.options import RAY, SIZE, conversion_options, read_options
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
 from convert_w4a8.cli.push import verify_and_push
+from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, ray_lines, shards_on
 from convert_w4a8.cli.start import say_compiling, say_verbose
 from convert_w4a8.version import __version__
 
@@ -23,6 +24,7 @@ from convert_w4a8.version import __version__
 @click.option("--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Largest output file.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--resume", is_flag=True, help="Continue a conversion to OUT that was interrupted, if there is one.")
+@RAY
 @click.option("--push-to", metavar="ORG/NAME[@BRANCH]", help="Verify OUT, then upload it to the Hub.")
 @click.option("--private", is_flag=True, help="With --push-to: if the repository is new, make it private.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -38,6 +40,7 @@ def convert_command(
     max_shard_size: int,
     overwrite: bool,
     resume: bool,
+    ray: str | None,
     push_to: str | None,
     private: bool,
     quiet: bool,
@@ -61,10 +64,11 @@ def convert_command(
 
     if verbose and quiet:
         raise click.UsageError("--verbose does not go with --quiet")
-    torch_device = resolve_device(device)
+    torch_device = resolve_device(device if ray is None else "cpu")
     if verbose:
         say_verbose(torch_device, workers)
-    checkpoint = open_checkpoint(resolve_input(source))
+    checkpoint = open_checkpoint(path_on(ray, resolve_input(source)))
+    cluster = enter_cluster(None if dry_run else ray)
     plan = make_plan(checkpoint, read_options(choices, max_shard_size))
     prediction = None
     if as_json or not quiet:
@@ -90,12 +94,15 @@ def convert_command(
     if not (quiet or as_json) or verbose:
         say_compiling(plan, torch_device, verbose=verbose)
     with use_workers(workers), progress(plan.nbytes_in, "convert", quiet=quiet or as_json) as update:
+        write = shards_on(cluster, device, workers, update)
         result = carry_out(
-            checkpoint, plan, out, device=torch_device, overwrite=overwrite, resume=resume, progress=update
+            checkpoint, plan, out, device=torch_device, overwrite=overwrite, resume=resume, progress=update, write=write
         )
     if not (quiet or as_json):
         echo(render.result_text(result, source, out))
+        for line in ray_lines(cluster):
+            echo(line)
     if repository is not None:
         verify_and_push(out, source, repository, private=private, quiet=quiet or as_json)
     if as_json:  # at the end: a refusal of the upload is a document too, and there is one only
-        echo_json(render.result_dict(result, out, prediction))
+        echo_json(render.result_dict(result, out, prediction) | ray_dict(cluster))

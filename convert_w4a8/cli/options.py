@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,41 @@ class _Mask(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class _RayAddress(click.ParamType):  # type: ignore[type-arg]
+    """Where a Ray cluster is: `local` (started for this command), `auto`, or host:port."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the address; a usage error if it is none."""
+        if not _ADDRESS.fullmatch(value):
+            self.fail(f"{value[:40]!r} is not local, auto or HOST:PORT", param, ctx)
+        return str(value)
+
+
+_ADDRESS = re.compile(r"local|auto|(ray://)?(\[[\da-fA-F:]+\]|[\w.-]+):\d{1,5}")
+_RAY = "--ray"
+
+
+def with_ray_address(arguments: list[str]) -> list[str]:
+    """Return a command line in which `--ray` has an address: what follows it, if that is one, or `local`."""
+    found: list[str] = []
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for argument, following in zip_longest(options, options[1:]):
+        has_none = argument == _RAY and not (following is not None and _ADDRESS.fullmatch(following))
+        found.append(f"{_RAY}=local" if has_none else argument)
+    return found + arguments[len(options) :]
+
+
 SIZE = _Size()
+RAY = click.option(
+    _RAY,
+    "ray",
+    type=_RayAddress(),
+    metavar="[ADDRESS]",
+    help="Work on a Ray cluster, whose nodes all see the same files: HOST:PORT, or auto for the one that runs here."
+    " Without an address Ray is started on this machine.",
+)
 LAYERS = _Layers()
 _CONVERSION_OPTIONS = (
     click.option(

@@ -1,10 +1,21 @@
 """Paths and names of checkpoints on the command line: `~`, and completion in the shell."""
 
 import os
+import re
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+_SCHEME = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl|wasbs?|hdfs|oss|cos|r2|file)://", re.IGNORECASE)
+"""Object stores, and others that fsspec reads; http is an address of a server for `w4a8 evaluate`."""
+_HUB = re.compile(r"hf://(?:models/)?", re.IGNORECASE)
+"""How fsspec writes a Hub id."""
+
+
+def _storage(value: str) -> str:
+    """Return why an address of an object store is no path."""
+    return f"{value[:80]!r} is not a path; mount the bucket (s3fs, gcsfuse, JuiceFS), or copy the files first"
 
 
 class LocalPath(click.Path):
@@ -21,6 +32,8 @@ class LocalPath(click.Path):
         """Return the path; a usage error where it is empty, as that of a variable that is not set."""
         if value == "":
             self.fail("the path is empty", param, ctx)
+        if isinstance(value, str) and _SCHEME.match(value):
+            self.fail(_storage(value), param, ctx)
         return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 - raises nothing
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -33,12 +46,15 @@ class LocalPath(click.Path):
 
 
 class CheckpointName(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
-    """A checkpoint: a directory, or a Hub id. Shells complete directories."""
+    """A checkpoint: a directory, or a Hub id, also as hf://org/name. Shells complete directories."""
 
     name = "checkpoint"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
-        """Return the name, with `~` expanded."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name, with `~` expanded; a usage error where it is the address of an object store."""
+        value = _HUB.sub("", str(value), count=1) if _HUB.match(str(value)) else str(value)
+        if _SCHEME.match(value):
+            self.fail(_storage(value), param, ctx)
         return os.path.expanduser(str(value))  # noqa: PTH111 - raises nothing
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002

@@ -9,10 +9,11 @@ import click
 from convert_w4a8.calibration.options import Preset, QuantizeOptions, TableKind
 from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.data import page_of, read_data
-from convert_w4a8.cli.options import LAYERS, SIZE, data_options, max_tokens_option
+from convert_w4a8.cli.options import LAYERS, RAY, SIZE, data_options, max_tokens_option
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
+from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, ray_lines, shards_on
 from convert_w4a8.targets import W4A16, target_names
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
 @click.option("--max-shard-size", type=SIZE, default="5GB", show_default=True, help="Largest output file.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--resume", is_flag=True, help="Continue a quantization to OUT that was interrupted, if there is one.")
+@RAY
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
 def quantize_command(
@@ -101,6 +103,7 @@ def quantize_command(
     dry_run: bool,
     overwrite: bool,
     resume: bool,
+    ray: str | None,
     quiet: bool,
     as_json: bool,
     **choices: Any,
@@ -110,9 +113,10 @@ def quantize_command(
     MODEL is a local directory or a Hub id, org/name[@revision]. OUT must not exist or be empty; it appears whole or not
     at all. With --data, codes and tables are chosen for what the layers see; that needs transformers.
     """
+    from convert_w4a8.calibration.matrix import BYTES_PER_WEIGHT
     from convert_w4a8.calibration.plan import plan_quantization, with_samples
     from convert_w4a8.calibration.prediction import predict_cost
-    from convert_w4a8.calibration.run import quantize
+    from convert_w4a8.calibration.run import quantize, quantize_shard
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render_quantized as render
     from convert_w4a8.cli.files import check_writable, write_files
@@ -123,9 +127,12 @@ def quantize_command(
 
     if not data and (mask is not None or max_tokens is not None or html is not None):
         raise click.UsageError("--mask, --max-tokens and --html go with --data")
+    if data and ray is not None:
+        raise click.UsageError("--ray does not go with --data: a block needs what the block before it gives")
     check_writable(*([html] if html is not None else []))
-    torch_device = resolve_device(device)
-    checkpoint = open_checkpoint(resolve_input(model))
+    torch_device = resolve_device(device if ray is None else "cpu")
+    checkpoint = open_checkpoint(path_on(ray, resolve_input(model)))
+    cluster = enter_cluster(None if dry_run else ray)
     wanted = [(out, _options(choices))]
     if keep_w4a16 is not None:
         wanted.append((keep_w4a16, replace(wanted[0][1], format=W4A16)))
@@ -172,12 +179,16 @@ def quantize_command(
                 resume=resume,
                 states_bytes=states_memory,
                 progress=update,
+                write_shards=shards_on(cluster, device, None, update, quantize_shard, BYTES_PER_WEIGHT),
             )
         documents[output.path] = render.result_dict(result, output.path, output.options, samples, output.cost)
         if not (quiet or as_json):
             echo(render.result_text(result, model, output.path))
     if as_json:
-        echo_json(_together(list(documents.values())))
+        echo_json(_together(list(documents.values())) | ray_dict(cluster))
+    elif not quiet:
+        for line in ray_lines(cluster):
+            echo(line)
 
 
 @dataclass(frozen=True)

@@ -28,19 +28,25 @@ def signals_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopped = False
+    stopped: Stopped | None = None
 
     def stop(number: int, _frame: FrameType | None) -> None:
         nonlocal stopped
-        if not stopped:
-            stopped = True
-            raise Stopped(number)
+        if stopped is None:
+            stopped = Stopped(number)
+            raise stopped
 
     ours = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     for number in ours:
         signal.signal(number, stop)
     try:
         yield
+    except KeyboardInterrupt as error:
+        if stopped is None or error is stopped:
+            raise
+        for note in getattr(error, "__notes__", ()):  # Ray raises another one in its place
+            stopped.add_note(note)
+        raise stopped from error
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)

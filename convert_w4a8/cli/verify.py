@@ -3,9 +3,11 @@
 import click
 
 from convert_w4a8.cli.base import W4A8Command
+from convert_w4a8.cli.options import RAY
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT
 from convert_w4a8.cli.progress import progress
+from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, ray_lines, units_on
 
 
 @click.command("verify", cls=W4A8Command)
@@ -18,8 +20,9 @@ from convert_w4a8.cli.progress import progress
     type=float,
     help="Least SQNR of a layer. [default: 25 where codes are kept, else that of round to nearest − 2]",
 )
+@RAY
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def verify_command(out: str, source: str, min_sqnr_db: float | None, as_json: bool) -> None:
+def verify_command(out: str, source: str, min_sqnr_db: float | None, ray: str | None, as_json: bool) -> None:
     """Compare a converted checkpoint OUT with its source, from the bytes of both. Exit code 1 if it is not right.
 
     What `w4a8 distill` wrote is compared with the W4A8 checkpoint that it trained, given as IN.
@@ -30,14 +33,18 @@ def verify_command(out: str, source: str, min_sqnr_db: float | None, as_json: bo
     from convert_w4a8.verification.distilled import is_distilled
     from convert_w4a8.verification.either import verify as run
 
-    converted, original = open_checkpoint(resolve_input(out)), open_checkpoint(resolve_input(source))
+    converted, original = (open_checkpoint(path_on(ray, resolve_input(name))) for name in (out, source))
     if min_sqnr_db is not None and is_distilled(converted):
         raise click.UsageError("--min-sqnr-db is not for what w4a8 distill wrote")
+    if ray is not None and is_distilled(converted):
+        raise click.UsageError("--ray is not for what w4a8 distill wrote")
+    cluster = enter_cluster(ray)
     with progress(original.nbytes, "verify", quiet=as_json) as update:
-        verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update)
+        check = units_on(cluster)
+        verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update, check=check)
     if as_json:
-        echo_json(render.verification_dict(verification))
+        echo_json(render.verification_dict(verification) | ray_dict(cluster))
     else:
-        echo(render.verification_text(verification))
+        echo("\n".join([render.verification_text(verification), *ray_lines(cluster)]))
     if verification.problems:
         click.get_current_context().exit(1)

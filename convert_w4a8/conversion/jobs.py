@@ -14,7 +14,7 @@ from convert_w4a8.threads import one_thread_each
 _MAX_WORKERS = 4
 """If nobody asks for more."""
 _workers: ContextVar[int | None] = ContextVar("workers", default=None)
-_MEMORY_BYTES = 512 << 20
+MEMORY_BYTES = 512 << 20
 """What jobs that run side by side may take together; a larger job runs alone."""
 _FILES = 2
 """Files that are written at a time. Threads that write to the same file wait for each other; but what is finished of a
@@ -66,7 +66,7 @@ def run_jobs(jobs: Iterable[Job]) -> None:
             while waiting or running:
                 while waiting and len(running) < workers:
                     queue = waiting[_choose_file(waiting, {job.file for job in running.values()})]
-                    if running and sum(job.memory for job in (*running.values(), queue[0])) > _MEMORY_BYTES:
+                    if running and sum(job.memory for job in (*running.values(), queue[0])) > MEMORY_BYTES:
                         break
                     job = queue.popleft()
                     running[pool.submit(job.run)] = job

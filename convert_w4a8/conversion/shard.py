@@ -99,9 +99,15 @@ def shard_tasks(plan: Plan) -> list[ShardTask]:
 
 
 def convert_shard(
-    task: ShardTask, directory: Path, device: torch.device, progress: Progress = lambda _nbytes: None
+    task: ShardTask,
+    directory: Path,
+    device: torch.device,
+    progress: Progress = lambda _nbytes: None,
+    quantizer: Quantizer | None = None,
 ) -> ShardResult:
     """Carry out one task, by itself: write its file into a directory, and return when it is on the disk.
+
+    quantizer: instead of the scales that the options ask for.
 
     Raises:
         ConvertError: the input is damaged or has changed, or the disk fails.
@@ -111,7 +117,7 @@ def convert_shard(
     writer = ShardWriter(directory, task.shard)
     notes = Notes({}, {})
     try:
-        run_jobs(jobs_of([task], {task.shard.file_name: writer}, notes, device, progress))
+        run_jobs(jobs_of([task], {task.shard.file_name: writer}, notes, device, progress, quantizer=quantizer))
         return ShardResult(task.shard.file_name, writer.finish(), notes.layers, notes.infinities)
     finally:
         writer.close()

@@ -15,13 +15,13 @@ from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
 from convert_w4a8.checkpoint.names import is_expert, linear_modules, output_name
 from convert_w4a8.checkpoint.shards import plan_shards
 from convert_w4a8.conversion.plan import LayerPlan, Plan, make_plan
-from convert_w4a8.conversion.run import carry_out
+from convert_w4a8.conversion.run import WriteShards, carry_out
 from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error
 from convert_w4a8.options import Options
 from convert_w4a8.regression.baseline import UNKNOWN, Figures, LayerFigures, compare
 from convert_w4a8.sources import find_source
 from convert_w4a8.targets import find_target
-from convert_w4a8.verification.proof import Verification, verify
+from convert_w4a8.verification.proof import CheckUnits, Verification, verify
 
 Progress = Callable[[int], None]
 
@@ -54,11 +54,14 @@ def check(
     fetch: Callable[[Iterable[str]], None] = lambda _names: None,
     device: torch.device,
     progress: Progress = lambda _nbytes: None,
+    write: WriteShards | None = None,
+    prove: CheckUnits | None = None,
 ) -> Check:
     """Convert a checkpoint in the directory for temporary files, or take `out` for the result; verify and compare.
 
     name: by which the summary calls it. fetch: called with the names of the tensors of a sample before they are read.
     progress: called with the number of source bytes converted or verified since the last call.
+    write, prove: what converts and what verifies, as for `carry_out` and `verify`; this process if None.
 
     Raises:
         ConvertError: `out` cannot be read, or is not a converted checkpoint.
@@ -66,14 +69,14 @@ def check(
     """
     name = name or source.root.resolve().name
     if out is not None:
-        figures, found = _verified(open_checkpoint(out), source, min_sqnr_db, progress)
+        figures, found = _verified(open_checkpoint(out), source, min_sqnr_db, progress, prove)
     else:
         try:
             plan = make_plan(source, options, contents=False)  # whose warnings are not shown; a sample is not here yet
             if sample:
                 source, plan = sample_layers(source, plan)
                 fetch(source.tensors)
-            figures, found = _convert(source, plan, min_sqnr_db, device, progress)
+            figures, found = _convert(source, plan, min_sqnr_db, device, progress, write, prove)
             figures = replace(figures, scales=str(options.scales), sample=sample)
         except W4A8Error as error:
             return Check(name, None, baseline, False, _problems(error), ())
@@ -96,12 +99,14 @@ def _convert(
     min_sqnr_db: float | None,
     device: torch.device,
     progress: Progress,
+    write: WriteShards | None,
+    prove: CheckUnits | None,
 ) -> tuple[Figures, Verification]:
     with tempfile.TemporaryDirectory(prefix="w4a8-check-") as directory:
         out = Path(directory) / "out"
-        carry_out(source, plan, out, device=device, progress=progress)
+        carry_out(source, plan, out, device=device, progress=progress, write=write)
         modules = {layer.module for layer in plan.layers}
-        return _verified(open_checkpoint(out), source, min_sqnr_db, progress, modules)
+        return _verified(open_checkpoint(out), source, min_sqnr_db, progress, prove, modules)
 
 
 def _verified(
@@ -109,10 +114,11 @@ def _verified(
     source: Checkpoint,
     min_sqnr_db: float | None,
     progress: Progress,
+    prove: CheckUnits | None,
     modules: Collection[str] | None = None,
 ) -> tuple[Figures, Verification]:
     """Verify a conversion. modules: the layers of which it is a sample; all if None."""
-    found = verify(out, source, only=modules, min_sqnr_db=min_sqnr_db, progress=progress)
+    found = verify(out, source, only=modules, min_sqnr_db=min_sqnr_db, progress=progress, check=prove)
     layers = {
         check.module: LayerFigures(check.out_features, check.in_features, check.codes_kept, _rounded(check.sqnr_db))
         for check in found.layers

@@ -13,10 +13,11 @@ def verify(
     *,
     min_sqnr_db: float | None = None,
     progress: Callable[[int], None] = lambda _nbytes: None,
+    check: proof.CheckUnits | None = None,
 ) -> proof.Verification:
     """Compare a checkpoint with what it was converted from, or, if it was distilled, with the one that was trained.
 
-    min_sqnr_db: as for `proof.verify`; a distilled checkpoint has bounds of its own.
+    min_sqnr_db, check: as for `proof.verify`; a distilled checkpoint has bounds of its own, and is checked here.
 
     Raises:
         ConvertError: one of the two cannot be read.
@@ -24,4 +25,4 @@ def verify(
     """
     if is_distilled(out):
         return verify_distilled(out, source, progress=progress)
-    return proof.verify(out, source, min_sqnr_db=min_sqnr_db, progress=progress)
+    return proof.verify(out, source, min_sqnr_db=min_sqnr_db, progress=progress, check=check)

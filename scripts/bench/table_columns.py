@@ -101,6 +101,54 @@ ACTIVATIONS = (
 )
 COPIES = (("", ""), (": a copy", "_copy"))
 COLUMNS: dict[str, Columns] = {
+    "ray-equality": (
+        ("2 GB of gptq", "{run}"),
+        ("sha256 of OUT", "`{short}…`"),
+        ("the same", "{same}"),
+        ("attempts that were lost", "{again:.0f}"),
+        ("files kept for --resume", "{resumed:.0f}"),
+    ),
+    "ray-kills": (
+        ("killed", "{victim}"),
+        ("runs", "{runs:.0f}"),
+        ("hit while it ran", "{hit:.0f}"),
+        ("ended well by itself", "{by_itself:.0f}"),
+        ("resumed", "{resumed:.0f}"),
+        ("files kept for that", "{files_kept:.0f}"),
+        ("half-written", "{half_written:.0f}"),
+        ("lost", "{lost:.0f}"),
+        ("something left behind", "{left:.0f}"),
+    ),
+    "ray-overhead": (
+        ("input", "{input}"),
+        ("GB", "{gigabytes:g}"),
+        ("run", "{run}"),
+        ("wall s", "{wall_s:.1f}"),
+        ("more", "{more:+.0%}"),
+        ("CPU s", "{cpu_s:.1f}"),
+        ("peak MiB of the command", "{driver_mib:.0f}"),
+    ),
+    "ray-memory": (
+        ("tensors", "{tensors:,}"),
+        ("files of OUT", "{files:.0f}"),
+        ("run", "{run}"),
+        ("peak MiB of the command", "{driver_mib:.0f}"),
+    ),
+    "ray-predicted": (
+        ("run", "{run}"),
+        ("predicted s", "{predicted_s:.1f}"),
+        ("measured s", "{wall_s:.1f}"),
+        ("predicted / measured", "{ratio:.2f}"),
+    ),
+    "ray-paper": (
+        ("model", "{model}"),
+        ("GB of IN", "{gigabytes:.0f}"),
+        ("codes", "{codes}"),
+        ("nodes", "{nodes:.0f}"),
+        ("minutes", "{minutes:.1f}"),
+        ("hours of nodes", "{node_hours:.2f}"),
+        ("limited by", "{limit}"),
+    ),
     "codebooks": (*CODEBOOKS, ("CPU s", "{cpu_s:.2f}"), ("CPU s a million weights", "{cpu_per_million:.2f}")),
     "codebooks-gpu": (
         *CODEBOOKS,

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 import convert_w4a8
 from convert_w4a8.cli.main import main
+from convert_w4a8.cli.options import with_ray_address
 from convert_w4a8.errors import ConvertError, DiskError
 
 NOBODY = "~no-such-user/x"
@@ -222,3 +223,64 @@ def test_usage_errors_have_no_document() -> None:
     """Exit code 2, and nothing on stdout."""
     result = invoke("convert", "in", "--json")
     assert (result.exit_code, result.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/model", "gs://bucket/model", "S3://b", "file:///x"])
+def test_object_stores_are_no_paths(address: str, home: Path) -> None:
+    """Neither is read from, and none becomes a directory called `s3:`."""
+    for arguments in ((address, "~/out"), ("~/in", address)):
+        result = invoke("convert", *arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "is not a path; mount the bucket" in result.stderr
+    assert not list(home.glob("*:"))
+
+
+@pytest.mark.parametrize("address", ["hf://org/name@main", "hf://models/org/name@main"])
+def test_a_hub_id_as_fsspec_writes_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is one."""
+    seen = []
+
+    def resolve(name: str) -> Path:
+        seen.append(name)
+        raise ConvertError(name, "is not there", "look")
+
+    monkeypatch.setattr("convert_w4a8.hub.repository.resolve_input", resolve)
+    assert invoke("inspect", address).exit_code == 1
+    assert seen == ["org/name@main"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--ray", "in", "out"], ["--ray=local", "in", "out"]),
+        (["in", "out", "--ray"], ["in", "out", "--ray=local"]),
+        (["--ray", "--json", "in"], ["--ray=local", "--json", "in"]),
+        (["--ray", "auto", "in"], ["--ray", "auto", "in"]),
+        (["--ray", "10.0.0.1:6379", "in"], ["--ray", "10.0.0.1:6379", "in"]),
+        (["--ray", "[fe80::1]:6379"], ["--ray", "[fe80::1]:6379"]),
+        (["--ray=head:6379", "in"], ["--ray=head:6379", "in"]),
+        (["--ray", "local", "in"], ["--ray", "local", "in"]),
+        (["--", "--ray"], ["--", "--ray"]),
+        (["in", "--ray", "--", "out"], ["in", "--ray=local", "--", "out"]),
+        ([], []),
+    ],
+)
+def test_an_address_of_ray_may_be_left_out(arguments: list[str], expected: list[str]) -> None:
+    """What follows is taken for one only if it looks like one."""
+    assert with_ray_address(arguments) == expected
+
+
+def test_a_wrong_address_of_ray(home: Path) -> None:
+    """Is a usage error; and where Ray is not installed, one line says how to install it."""
+    result = invoke("convert", "~/in", "~/out", "--ray=http://x")
+    assert result.exit_code == 2
+    assert "is not local, auto or HOST:PORT" in result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        for arguments in (("convert", "~/in", "~/out"), ("quantize", "~/in", "~/out"), ("check", "~/in")):
+            result = invoke(*arguments, "--ray")
+            assert result.exit_code == 1, result.stderr
+            assert result.stderr == (
+                "Error: --ray: needs ray, which is not installed; pip install './w4a8-convert[ray]'\n"
+            )
+    assert not (home / "out").exists()

@@ -283,3 +283,25 @@ def test_with_p_not_even_those_that_python_imports_first(trap: Callable[[str], P
     place = trap("click torch numba typing runpy importlib convert_w4a8")
     result = module(place, "-P", "-m", "convert_w4a8", "inspect", str(source))
     assert result.returncode == 0, result.stderr
+
+
+def test_a_signal_keeps_its_name_where_a_library_raises_another_interrupt() -> None:
+    """As Ray does; notes are kept."""
+
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            other = KeyboardInterrupt()
+            other.add_note("2 files are finished")
+            raise other from None
+
+    def command() -> None:
+        with signals_interrupt():
+            library()
+
+    with pytest.raises(Stopped) as caught:
+        command()
+    assert caught.value.number == signal.SIGTERM
+    assert caught.value.__notes__ == ["2 files are finished"]

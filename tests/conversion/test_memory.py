@@ -139,7 +139,7 @@ def test_layers_that_run_together_fit_into_the_limit(conversion: Conversion, mon
     """Where the memory is for two, two run of six that could."""
     monkeypatch.setattr(jobs, "_MAX_WORKERS", 6)
     limit = 2 * conversion.largest + 100
-    monkeypatch.setattr(jobs, "_MEMORY_BYTES", limit)
+    monkeypatch.setattr(jobs, "MEMORY_BYTES", limit)
     watch = conversion.run(2)
     assert conversion.largest < max(nbytes for _, nbytes in watch.sums) <= limit
 
@@ -148,5 +148,5 @@ def test_a_layer_that_is_larger_than_the_limit_runs_alone(
     conversion: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One layer must always be possible."""
-    monkeypatch.setattr(jobs, "_MEMORY_BYTES", min(map(layer_memory, conversion.plan.layers)) - 1)
+    monkeypatch.setattr(jobs, "MEMORY_BYTES", min(map(layer_memory, conversion.plan.layers)) - 1)
     assert conversion.run(1).most == 1

@@ -1,0 +1,1 @@
+"""Work on several machines, by Ray: the only room that imports it."""

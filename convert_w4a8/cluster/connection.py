@@ -1,0 +1,265 @@
+"""A Ray cluster, or a local Ray that lives as long as a command: its nodes, and whether they can do our work."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert_w4a8.cluster.record import Ran
+from convert_w4a8.errors import ClusterError, ConvertError
+from convert_w4a8.version import __version__, install_command
+
+LOCAL = "local"
+"""The address of a Ray that is started on this machine, and ends with the command."""
+_STORE_BYTES = 128 << 20
+"""Shared memory for Ray's objects on a local Ray: tasks and results are small, weights go through files."""
+_GREETING_SECONDS = 120.0
+"""How long a node may take to say which version it has; it imports torch meanwhile."""
+
+
+_NOTED = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where Ray notes the address of a cluster on this machine
+_ANSWER_SECONDS = 10.0
+_START = "start the cluster (`ray start`), or give the host:port of its head"
+MOST_THREADS = 4
+"""Threads of a task, at most, unless somebody asks for more; so many CPUs are one process of a node."""
+_NOTICE_SECONDS = 40.0
+"""How long Ray may take to notice that a node is lost."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a cluster and all of its resources, whether or not they are in use; memory in bytes.
+
+    name: its address; with the beginning of its id where several nodes are on one machine.
+    """
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
+    memory: float
+
+    def has(self, cpus: float, gpus: float, memory: float) -> bool:
+        """Whether a task of this size fits."""
+        return self.cpus >= cpus and self.gpus >= gpus and self.memory >= memory
+
+
+def load_ray() -> Any:
+    """Import Ray, which is an extra.
+
+    Raises:
+        ConvertError: it is not installed.
+
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and when it starts
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+    try:
+        import ray  # noqa: PLC0415  (an extra; it takes half a second)
+    except ImportError as error:
+        raise ConvertError("--ray", "needs ray, which is not installed", install_command("ray")) from error
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters is said by us, in one line
+    # Of lost nodes Ray prints on stdout, where a JSON document may be; there is no public way to keep it from that.
+    vars(ray._private.worker)["print_to_stdstream"] = _print_nothing  # noqa: SLF001
+    return ray
+
+
+def _print_nothing(*_arguments: Any, **_keywords: Any) -> None:
+    """Stand for what prints Ray's messages."""
+
+
+@contextmanager
+def connect(address: str) -> Iterator["Cluster"]:
+    """Connect to a cluster, by host:port or "auto", or start a local Ray; nothing of that is left at the end.
+
+    Raises:
+        ConvertError: Ray is not installed, or there is no cluster at this address.
+
+    """
+    ray = load_ray()
+    if address.startswith("ray://"):
+        raise ConvertError(
+            f"--ray {address}",
+            "is for Ray's client, which sees no files of the cluster",
+            "run this on a machine of the cluster, and give its host:port, or auto",
+        )
+    _check_answers(address)
+    if ray.is_initialized():
+        raise ConvertError("--ray", "this process uses Ray already", "call ray.shutdown() before")
+    keywords: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    with _undisturbed():
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                configure_logging=False,
+                namespace="w4a8-convert",
+                **(keywords if address == LOCAL else {}),
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            first = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            remedy = "free memory and /dev/shm" if address == LOCAL else _START
+            raise ConvertError(f"--ray {address}", f"cannot be reached ({first})", remedy) from error
+    try:
+        yield Cluster(ray)
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConvertError where nobody listens, which Ray tries for minutes; "auto" is what is noted on this machine."""
+    noted = os.environ.get("RAY_ADDRESS", "")
+    if address == "auto" and not noted:
+        with contextlib.suppress(OSError, UnicodeError):
+            noted = _NOTED.read_text().strip()
+    host, _, port = (noted if address == "auto" else address).rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = f"cannot be reached ({getattr(error, 'strerror', None) or error})"
+        raise ConvertError(f"--ray {address}", reason, _START) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep what Ray changes of this process when it begins, and the working directory out of its workers' path.
+
+    Ray sets a handler of SIGTERM of its own, and lets workers import modules from the directory that the driver
+    works in, which may be a checkpoint's.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if is_main else None
+    descriptor = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.chdir("/")
+        yield
+    finally:
+        os.fchdir(descriptor)
+        os.close(descriptor)
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
+class Cluster:
+    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan."""
+
+    def __init__(self, ray: Any) -> None:
+        self.ray = ray
+        self.ran: list[Ran] = []
+        """What was carried out, in the order in which it was finished."""
+        self._names: dict[str, str] = {}
+        self._greetings = [
+            (
+                node,
+                [self.on_node(node, greeting(), (__version__,)) for _ in range(max(1, int(node.cpus) // MOST_THREADS))],
+            )
+            for node in self.nodes()
+        ]
+
+    def nodes(self) -> list[Node]:
+        """Return the nodes that are alive, by name."""
+        found = []
+        entries = self.ray.nodes()
+        counts = Counter(entry["NodeManagerAddress"] for entry in entries)
+        for entry in entries:
+            address, number = entry["NodeManagerAddress"], entry["NodeID"]
+            name = address if counts[address] == 1 else f"{address} ({number[:6]})"
+            self._names[number] = name
+            if entry["Alive"]:
+                has = entry["Resources"].get
+                found.append(Node(number, name, has("CPU", 0), has("GPU", 0), has("memory", 0)))
+        return sorted(found, key=lambda node: node.name)
+
+    def name(self, node_id: str) -> str:
+        """Return what a node is called, whether or not it is alive."""
+        if node_id not in self._names:
+            self.nodes()
+        return self._names.get(node_id, node_id[:6])
+
+    def on_node(self, node: Node, function: Any, arguments: Sequence[Any]) -> Any:
+        """Call a function on one node, without asking for resources; returns Ray's reference to the result."""
+        affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
+        remote = self.ray.remote(num_cpus=0, max_retries=1, max_calls=0)(function)
+        return remote.options(scheduling_strategy=affinity).remote(*arguments)
+
+    def ask_all(self, function: Any, *arguments: Any) -> list[tuple[Node, Any]]:
+        """Call a function on every node that is alive, and return what they answer; nodes that get lost are left out.
+
+        Raises:
+            ClusterError: a node does not answer.
+
+        """
+        return self._answers([(node, self.on_node(node, function, arguments)) for node in self.nodes()])
+
+    def _answers(self, asked: Sequence[tuple[Node, Any]]) -> list[tuple[Node, Any]]:
+        found = []
+        for node, reference in asked:
+            try:
+                found.append((node, self.ray.get(reference, timeout=_GREETING_SECONDS)))
+            except self.ray.exceptions.GetTimeoutError as error:
+                reason = f"did not answer for {_GREETING_SECONDS:.0f} s"
+                raise ClusterError(f"node {node.name}", reason, "look at its load, or take it out") from error
+            except self.ray.exceptions.RayTaskError:
+                raise
+            except self.ray.exceptions.RayError as error:
+                if self._is_lost(node):
+                    continue
+                reason = f"does not answer ({type(error).__name__})"
+                raise ClusterError(f"node {node.name}", reason, "look at its logs, or take it out") from error
+        return found
+
+    def _is_lost(self, node: Node) -> bool:
+        """Whether a node is not alive; Ray takes some seconds to notice."""
+        deadline = time.monotonic() + _NOTICE_SECONDS
+        while any(other.id == node.id for other in self.nodes()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+        return True
+
+    def check_versions(self) -> None:
+        """Check that all nodes have this version of this package.
+
+        Raises:
+            ClusterError: a node has another one, or none.
+
+        """
+        for node, answer in self._answers([(node, first) for node, (first, *_) in self._greetings]):
+            check_version(node.name, answer)
+
+
+def check_version(node: str, found: str | None) -> None:
+    """Raise ClusterError where a node has another version of this package than we have, or none."""
+    if found != __version__:
+        reason = f"has w4a8-convert {found}, here is {__version__}" if found else "has no w4a8-convert"
+        raise ClusterError(f"node {node}", reason, f"install {__version__} there: {install_command('ray')}")
+
+
+def greeting() -> Callable[[str], str | None]:
+    """Return a function that returns the version of this package on a node, and imports what tasks need.
+
+    It travels by value, as functions inside of functions do: a node without this package can call it, too.
+    """
+
+    def greet(ours: str) -> str | None:
+        try:
+            from convert_w4a8.version import __version__ as theirs  # noqa: PLC0415
+        except ImportError:
+            return None
+        if theirs == ours:
+            import convert_w4a8.conversion.shard  # noqa: F401, PLC0415
+        return str(theirs)
+
+    return greet

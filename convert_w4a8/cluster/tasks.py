@@ -1,0 +1,271 @@
+"""Many calls on a cluster: a bounded number side by side, tried again where a worker or a node is lost."""
+
+import pickle
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from convert_w4a8.cluster.connection import Cluster, Node, check_version
+from convert_w4a8.cluster.record import Ran
+from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem, W4A8Error
+from convert_w4a8.text import counted, human_bytes
+from convert_w4a8.version import __version__
+
+ATTEMPTS = 4
+"""How often a task is tried, where a worker or a node is lost."""
+SLOW = 3.0
+"""A task that takes so many times as long as the median is begun a second time, where there is nothing else to do."""
+PATIENCE_SECONDS = 30.0
+"""But not before this time; and so long may there be no node that is large enough, after some were lost."""
+_POLL_SECONDS = 0.5
+_SEES_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+"""Where it is set, Ray says which GPU a task has, and does not hide the others from its process."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of a function of this package, and what it takes of a node. memory: in bytes.
+
+    name: for messages. arguments: called before each attempt with its number, from 0.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Callable[[int], tuple[Any, ...]]
+    cpus: int
+    memory: int
+    gpus: int = 0
+
+
+@dataclass
+class _State:
+    """A task on its way. failures, lost: attempts that were lost, and how. running: numbers of those under way."""
+
+    task: Task
+    memory: int
+    begun: int = 0
+    failures: int = 0
+    lost: list[str] = field(default_factory=list)
+    running: dict[Any, int] = field(default_factory=dict)
+
+
+class Runner:
+    """Carries out tasks. poll: called twice a second with the attempts that are under way, as (task, number).
+
+    where: returns the id of the node that has an attempt, if that is known. drop: called with attempts that are not
+    needed any more, so that they end; Ray ends the others with the connection. (Its own `cancel` may end the driver:
+    "Tried to complete task that was not pending", 2.60.)
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        poll: Callable[[Sequence[tuple[Task, int]]], None] = lambda _attempts: None,
+        where: Callable[[Task, int], str | None] = lambda _task, _number: None,
+        drop: Callable[[Task, int], None] = lambda _task, _number: None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._cluster, self._ray = cluster, cluster.ray
+        self._poll, self._where, self._drop, self._patience = poll, where, drop, patience
+        self._remote = self._ray.remote(max_retries=0)(_entry())
+        self._feasible_at = time.monotonic()
+        self._seconds: list[float] = []
+        self._seen: dict[tuple[str, int], float] = {}
+
+    def run(self, tasks: Sequence[Task]) -> Generator[tuple[Task, int, Any], None, None]:
+        """Carry out tasks, and yield each with the attempt that counts and its result, as they come.
+
+        Raises:
+            W4A8Error: what a task raised, or ClusterError where one was lost too often or fits on no node.
+
+        """
+        nodes = self._cluster.nodes()
+        for task in tasks:
+            self._check_fits(nodes, task, task.memory)
+        waiting = deque(_State(task, task.memory) for task in tasks)
+        running: dict[Any, _State] = {}
+        try:
+            while waiting or running:
+                nodes = self._cluster.nodes()
+                window = max(2, 2 * int(sum(node.cpus for node in nodes)))
+                while waiting and len(running) < window:
+                    self._begin(waiting.popleft(), running)
+                ready, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
+                self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
+                for reference in ready:
+                    state = running.pop(reference)
+                    number = state.running.pop(reference)
+                    answer = self._answer(reference, state, number)
+                    if answer is None:
+                        if not state.running:
+                            waiting.appendleft(state)
+                        continue
+                    for other in list(state.running):  # a second attempt, which is not needed any more
+                        running.pop(other)
+                        self._drop(state.task, state.running[other])
+                    self._seconds.append(answer["seconds"])
+                    ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun)
+                    value = _value(answer)
+                    self._cluster.ran.append(ran)
+                    yield state.task, number, value
+                if not ready:
+                    self._look_after(nodes, waiting, running)
+        except self._ray.exceptions.RayTaskError:  # a bug of ours, with its traceback
+            raise
+        except self._ray.exceptions.RayError as error:
+            reason = f"cannot be reached any more ({type(error).__name__})"
+            raise ClusterError("Ray cluster", reason, "look at its head, and continue with --resume") from error
+        finally:
+            for reference, state in running.items():
+                self._drop(state.task, state.running[reference])
+
+    def _begin(self, state: _State, running: dict[Any, _State], node: Node | None = None) -> None:
+        task, number = state.task, state.begun
+        state.begun += 1
+        payload = pickle.dumps((task.function, task.arguments(number)))
+        strategies = self._ray.util.scheduling_strategies
+        strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
+        options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
+        if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
+            options["runtime_env"] = {"env_vars": {_SEES_ALL_GPUS: "1"}}
+        remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
+        reference = remote.remote(__version__, payload)
+        state.running[reference] = number
+        running[reference] = state
+
+    def _answer(self, reference: Any, state: _State, number: int) -> dict[str, Any] | None:
+        """Return what an attempt answers; None where it was lost, and may be tried again."""
+        errors = self._ray.exceptions
+        try:
+            answer: dict[str, Any] = self._ray.get(reference)
+        except errors.RayTaskError:
+            raise
+        except errors.RayError as error:
+            state.failures += 1
+            why, where = _why(error), self._where(state.task, number)
+            state.lost.append(why + (f" on node {self._cluster.name(where)}" if where else ""))
+            if isinstance(error, errors.OutOfMemoryError):
+                state.memory = min(
+                    2 * state.memory, int(max((node.memory for node in self._cluster.nodes()), default=state.memory))
+                )
+            if state.failures >= ATTEMPTS and not state.running:
+                reasons = ", ".join(dict.fromkeys(state.lost))
+                raise ClusterError(
+                    state.task.name,
+                    f"was begun {state.begun} times and lost each time ({reasons})",
+                    "look at the nodes (`ray status`), take out those that fail, and continue with --resume",
+                ) from error
+            return None
+        answer["node"] = self._cluster.name(answer["node"])
+        check_version(answer["node"], answer["version"])
+        return answer
+
+    def _look_after(self, nodes: Sequence[Node], waiting: deque[_State], running: dict[Any, _State]) -> None:
+        """Begin what is slow a second time, and see that there is still a node for every task."""
+        now = time.monotonic()
+        states = list({id(state): state for state in running.values()}.values())
+        if all(any(_fits(node, state.task, state.memory) for node in nodes) for state in (*states, *waiting)):
+            self._feasible_at = now
+        elif now - self._feasible_at > self._patience:
+            for state in (*states, *waiting):
+                self._check_fits(nodes, state.task, state.memory)
+        if waiting or not self._seconds:
+            return
+        limit = max(self._patience, SLOW * statistics.median(self._seconds))
+        for state in states:
+            (number, *others) = state.running.values()
+            at = self._where(state.task, number)
+            if at is None or others or state.begun > ATTEMPTS:  # the time until it is known where counts for nothing
+                continue
+            free = [node for node in nodes if at != node.id and _fits(node, state.task, state.memory)]
+            if free and now - self._seen.setdefault((state.task.name, number), now) > limit:
+                busy = [place for other in states if (place := self._where(other.task, other.begun - 1))]
+                self._begin(state, running, min(free, key=lambda node: busy.count(node.id)))
+
+    def _check_fits(self, nodes: Sequence[Node], task: Task, memory: int) -> None:
+        if any(_fits(node, task, memory) for node in nodes):
+            return
+        needs = f"{counted(task.cpus, 'CPU')}, {human_bytes(memory)} of memory" + (", a GPU" if task.gpus else "")
+        have = max(
+            nodes,
+            key=lambda node: (node.gpus >= task.gpus, node.cpus >= task.cpus, node.memory, node.cpus),
+            default=None,
+        )
+        has = (
+            "there is no node"
+            if have is None
+            else f"the largest node offers {have.cpus:g} CPUs, {human_bytes(have.memory)}, {have.gpus:g} GPUs"
+        )
+        raise ClusterError(task.name, f"needs {needs}; {has}", "add a larger node (memory: `ray start --memory`)")
+
+
+def _fits(node: Node, task: Task, memory: int) -> bool:
+    return node.has(task.cpus, task.gpus, memory)
+
+
+def _why(error: Exception) -> str:
+    """Return in words what Ray says of an attempt that is lost."""
+    words = {
+        "WorkerCrashedError": "its process was killed",
+        "OutOfMemoryError": "it was killed because memory ran out",
+        "NodeDiedError": "its node was lost",
+        "LocalRayletDiedError": "its node was lost",
+        "OwnerDiedError": "its node was lost",
+        "ObjectLostError": "its result was lost with its node",
+        "ObjectFetchTimedOutError": "its result was lost with its node",
+    }
+    return words.get(type(error).__name__, type(error).__name__)
+
+
+def _value(answer: dict[str, Any]) -> Any:
+    """Return a task's result, or raise what it raised."""
+    if "problems" not in answer:
+        return answer["value"]
+    problems = [Problem(*parts) for parts in answer["problems"]]
+    kinds = {kind.__name__: kind for kind in (PlanError, ConvertError, DiskError, ClusterError)}
+    kind = kinds.get(answer["kind"], ConvertError)
+    (first, *_) = problems
+    error: W4A8Error = (
+        PlanError(problems) if kind is PlanError else kind(first.subject, first.reason, first.remedy)  # type: ignore[call-arg, arg-type]
+    )
+    for note in (*answer["notes"], f"on node {answer['node']}"):
+        error.add_note(note)
+    raise error
+
+
+def _entry() -> Callable[[str, bytes], dict[str, Any]]:
+    """Return what Ray calls on a node. It travels by value, and unpickles our things if the version is ours."""
+
+    def carry_out(version: str, payload: bytes) -> dict[str, Any]:
+        import pickle as pickles  # noqa: PLC0415
+        import time as clock  # noqa: PLC0415
+
+        import ray  # noqa: PLC0415
+
+        started = clock.monotonic()
+        answer: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id(), "version": None}
+        try:
+            from convert_w4a8.errors import ConvertError, PlanError, W4A8Error  # noqa: PLC0415
+            from convert_w4a8.version import __version__ as ours  # noqa: PLC0415
+        except ImportError:
+            return answer
+        answer["version"] = ours
+        if ours != version:
+            return answer
+        try:
+            function, arguments = pickles.loads(payload)  # noqa: S301  (from the driver, through Ray, which does so too)
+            answer["value"] = function(*arguments)
+        except W4A8Error as error:
+            found = error.problems if isinstance(error, PlanError) else ()
+            found = (error.problem,) if isinstance(error, ConvertError) else found
+            answer["problems"] = [(each.subject, each.reason, each.remedy) for each in found]
+            answer["kind"] = type(error).__name__
+            answer["notes"] = list(getattr(error, "__notes__", ()))
+        answer["seconds"] = clock.monotonic() - started
+        return answer
+
+    return carry_out
