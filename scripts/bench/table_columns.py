@@ -342,6 +342,7 @@ COLUMNS: dict[str, Columns] = {
     "serving-h200": SERVING,
     "serving-moe": SERVING,
     "steps-moe": STEPS,
+    "steps": STEPS,
     "load-time": (
         ("model", "{model}"),
         ("what", "{what}"),
@@ -365,6 +366,14 @@ COLUMNS: dict[str, Columns] = {
         ("compiling s", "{compile_s:.1f}"),
         ("kernels", "{compiled:.0f}"),
         ("compiled later", "{compiled_later:.0f}"),
+    ),
+    "load-time-kernels": (
+        ("model", "{model}"),
+        ("what", "{what}"),
+        ("stock ms", "{stock_ms:~}"),
+        ("plugin ms", "{plugin_ms:~}"),
+        ("without its decode kernel ms", "{without_ms:~}"),
+        ("plugin / stock", "{ratio:~%}"),
     ),
     "equality": (
         ("model", "{model}"),
