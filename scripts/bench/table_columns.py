@@ -276,6 +276,11 @@ COLUMNS: dict[str, Columns] = {
         *(("s", "{seconds:.0f}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
         *(("perplexity", "{perplexity:.3f}"), ("same next token", "{agreement:.2%}")),
     ),
+    "distill-kl-vllm": (
+        *(("checkpoint", "{weights}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
+        *(("perplexity", "{perplexity:.3f}"), ("nats a token more", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}")),
+        ("same next token", "{agreement:.2%}"),
+    ),
     "distill-block": (
         *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("s a block", "{seconds_per_block:.3f}")),
         *(("bytes kept", "{bytes_kept_per_block:,}"), ("bytes at most", "{peak_bytes_per_block:,}")),
@@ -284,6 +289,13 @@ COLUMNS: dict[str, Columns] = {
         *(("model", "{model}"), ("preset", "{preset}"), ("GPUs", "{gpus}"), ("teacher", "{teacher}")),
         *(("tokens of a step on each", "{tokens_a_gpu:,}"), ("GiB on each", "{gib:.0f}")),
         *(("s a step", "{seconds_per_step:.1f}"), ("h for 50 million tokens", "{hours:.1f}")),
+    ),
+    "distill-mix": (
+        *(("preset", "{preset}"), ("domain", "{domain}"), ("before", "{before:.5f}")),
+        *(("share by drop", "{share:.0%}"), ("by drop", "{drop:.5f}"), ("uniform", "{uniform:.5f}")),
+        ("by drop less before", "{change:+.5f} ± {change_standard_error:.5f}"),
+        ("by drop less uniform", "{difference:+.5f} ± {difference_standard_error:.5f}"),
+        ("seeds", "{seeds}"),
     ),
     "sources-served": (
         ("source", "{source}"),
