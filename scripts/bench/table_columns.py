@@ -278,7 +278,8 @@ COLUMNS: dict[str, Columns] = {
     ),
     "distill-kl-vllm": (
         *(("checkpoint", "{weights}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
-        *(("perplexity", "{perplexity:.3f}"), ("nats a token more", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}")),
+        ("perplexity", "{perplexity:.3f}"),
+        ("nats a token more", "{nats_per_token:+.4f} ± {nats_standard_error:.4f}"),
         ("same next token", "{agreement:.2%}"),
     ),
     "distill-block": (
