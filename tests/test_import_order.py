@@ -10,7 +10,7 @@ ORDER = (
     ("fp8", "linear", "options", "text", "threads", "version"),
     ("errors", "experts"),
     ("lut_format",),
-    ("kernels",),
+    ("kernels", "operations"),
     ("devices",),
     ("encoding",),
     ("checkpoint", "quantization", "samples"),
@@ -91,7 +91,7 @@ def test_nothing_knows_which_formats_there_are() -> None:
 def test_the_plugin_imports_no_converter() -> None:
     """What vLLM loads needs the format, the layers and the tables, and no reader, planner or writer of checkpoints."""
     seen = set().union(*(reachable(MODULES, name) for name in MODULES if name.startswith("vllm_plugin")))
-    allowed = {"devices", "encoding", "errors", "fp8", "kernels", "linear", "lut_format", "text"}
+    allowed = {"devices", "encoding", "errors", "fp8", "kernels", "linear", "lut_format", "operations", "text"}
     allowed |= {"version", "vllm_plugin"}
     assert {name.partition(".")[0] for name in seen} <= allowed
 

@@ -108,7 +108,7 @@ def gemm(
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`."""
+    """Multiply FP8 activations by a layer in the LUT layout; see `operations.Gemm`."""
     (m, k), n = tokens.shape, packed.shape[1] // 4
     launch = _launch(m, n, k, tokens.device)
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, launch)

@@ -102,7 +102,7 @@ def gemm(
     index: torch.Tensor | None = None,
     distinct: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`. N is a multiple of 64.
+    """Multiply FP8 activations by a layer in the LUT layout; see `operations.Gemm`. N is a multiple of 64.
 
     index, distinct: the same tables as indices, uint8 [K/128, N], into distinct ones, float8_e4m3fn [256, 8].
 

@@ -26,6 +26,6 @@ def gemm(
     tables: torch.Tensor,
     channel_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Multiply FP8 activations by a layer in the LUT layout; see `devices.Gemm`."""
+    """Multiply FP8 activations by a layer in the LUT layout; see `operations.Gemm`."""
     total = tokens.float() @ weights(packed, tables).t()
     return (total * channel_scale * token_scale).bfloat16()
