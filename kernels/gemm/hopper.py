@@ -76,14 +76,16 @@ def _block_m(m: int) -> int:
 
 
 def probe(device: torch.device) -> None:
-    """Compile and run one small product; raises whatever goes wrong, ArithmeticError if it is that."""
+    """Compile and run a small product by tables and by indices; raises what goes wrong, ArithmeticError if it is that."""
     ones = torch.ones(1, 128, device=device).to(torch.float8_e4m3fn)
     packed = torch.full((4, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
     tables = torch.ones(1, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones(BLOCK_N, dtype=torch.float32, device=device)
-    product = gemm(ones, scale[:1, None], packed, tables, scale)
-    if not bool((product == 128).all()):
-        raise ArithmeticError("1 · 1, 128 times, is not 128")
+    index, distinct = torch.zeros(1, BLOCK_N, dtype=torch.uint8, device=device), tables.expand(4, -1, -1).reshape(256, 8)
+    for few in ((), (index, distinct)):
+        product = gemm(ones, scale[:1, None], packed, tables, scale, *few)
+        if not bool((product == 128).all()):
+            raise ArithmeticError("1 · 1, 128 times, is not 128")
 
 
 def suits(m: int, n: int, k: int) -> bool:

@@ -57,8 +57,9 @@ SIZES = [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (2112, 7168),
 
 
 @pytest.mark.parametrize(
-    ("capability", "with_hopper"),
-    [((9, 0), False), ((8, 9), False), *([((9, 0), True)] if hopper is not None else [])],
+    ("capability", "with_hopper", "indexed"),
+    [((9, 0), False, False), ((8, 9), False, False)]
+    + [((9, 0), True, indexed) for indexed in (False, True) if hopper is not None],
 )
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_no_product_needs_another_kernel(
@@ -66,6 +67,7 @@ def test_no_product_needs_another_kernel(
     k: int,
     capability: tuple[int, int],
     with_hopper: bool,
+    indexed: bool,
     launched: Launched,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -80,7 +82,9 @@ def test_no_product_needs_another_kernel(
     monkeypatch.setattr(gemm, "terms", lambda _device: 2 if with_hopper else 1)
     monkeypatch.setattr(warm_up.activations, "quantize", lambda *_: None)
     packed, tables = torch.empty(k // 8, n, dtype=torch.int32), torch.empty(k // 128 * n * 8, dtype=torch.float8_e4m3fn)
-    weights = packed, tables, torch.empty(n)
+    weights = [packed, tables, torch.empty(n)]
+    if indexed:
+        weights += [torch.empty(k // 128, n, dtype=torch.uint8), torch.empty(256, 8, dtype=torch.float8_e4m3fn)]
     warm_up.linear(*weights)
     warm = set(launched)
     assert warm
