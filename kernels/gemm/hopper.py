@@ -81,7 +81,10 @@ def probe(device: torch.device) -> None:
     packed = torch.full((4, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
     tables = torch.ones(1, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones(BLOCK_N, dtype=torch.float32, device=device)
-    index, distinct = torch.zeros(1, BLOCK_N, dtype=torch.uint8, device=device), tables.expand(4, -1, -1).reshape(256, 8)
+    index, distinct = (
+        torch.zeros(1, BLOCK_N, dtype=torch.uint8, device=device),
+        tables.expand(4, -1, -1).reshape(256, 8),
+    )
     for few in ((), (index, distinct)):
         product = gemm(ones, scale[:1, None], packed, tables, scale, *few)
         if not bool((product == 128).all()):
