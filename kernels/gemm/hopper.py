@@ -76,7 +76,7 @@ def _block_m(m: int) -> int:
 
 
 def probe(device: torch.device) -> None:
-    """Compile and run a small product by tables and by indices; raises what goes wrong, ArithmeticError if it is that."""
+    """Run a small product by tables and by indices; raises whatever goes wrong, ArithmeticError if it is that."""
     ones = torch.ones(1, 128, device=device).to(torch.float8_e4m3fn)
     packed = torch.full((4, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
     tables = torch.ones(1, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
