@@ -88,7 +88,7 @@ def test_a_changed_figure_is_noticed(name: str, copy: Path) -> None:
         ("serving.md", r"\| 40\.48 \|", "| 40.49 |", "serving: not current"),
         ("serving.md", "table: serving -->", "table: nothing -->", "nothing: no nothing.json"),
         ("serving.md", r"(?s)<!-- table: serving -->.*?<!-- end -->", "", "serving: in docs/benchmarks/results, but"),
-        ("serving.md", "table: load-time", "table: serving", "serving: more than one table"),
+        ("serving.md", "table: load-time -->", "table: serving -->", "serving: more than one table"),
     ],
 )
 def test_what_does_not_fit_is_named(copy: Path, file: str, pattern: str, replacement: str, message: str) -> None:

@@ -172,6 +172,7 @@ def main() -> int:
     comparison = commands.add_parser("compare")
     comparison.add_argument("files", type=Path, nargs="+")
     add_options(comparison)
+    parser.epilog = f"{training.format_help()}\n{comparison.format_help()}"
     args = parser.parse_args()
     if args.command == "train":
         with args.out.open("a", encoding="utf-8") as file:

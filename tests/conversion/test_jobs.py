@@ -41,7 +41,7 @@ class Recorder:
 def test_every_job_runs_once_and_no_more_than_fit(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small jobs share the memory; one that is larger than all of it runs alone."""
     monkeypatch.setattr(jobs, "_MAX_WORKERS", workers)
-    monkeypatch.setattr(jobs, "_MEMORY_BYTES", 100)
+    monkeypatch.setattr(jobs, "MEMORY_BYTES", 100)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     recorder = Recorder()
     sizes = [30, 60, 30, 500, 99, 1, 30, 30, 30, 100] * 3
