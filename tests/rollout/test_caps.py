@@ -14,6 +14,8 @@ from rollout_proxy import Proxy
 from streaming_server import StreamingServer
 
 CAP = 100
+ANSWERS = 128
+"""As the guide has it."""
 COMPLETIONS, MESSAGES, RESPONSES = "/v1/completions", "/v1/messages", "/v1/responses"
 
 
@@ -107,6 +109,52 @@ def test_who_asks_for_too_much_is_told(
     assert error["message"] == f"{named} must be a number of at most {CAP}"
     assert error["param"] == named
     assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        (CHAT, {"n": 129}, "n"),
+        (CHAT, {"n": 100000}, "n"),
+        (CHAT, {"n": "129"}, "n"),  # which pydantic takes for a number
+        (CHAT, {"n": [129]}, "n"),
+        (CHAT, {"n": True}, "n"),
+        (CHAT, {"best_of": 129}, "best_of"),
+        (COMPLETIONS, {"n": 129, "prompt": "a"}, "n"),
+        (COMPLETIONS, {"prompt": ["a"] * 129}, "prompt"),
+        (COMPLETIONS, {"prompt": [[1, 2]] * 129}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 65, "best_of": 2, "n": 1}, "prompt"),
+        (COMPLETIONS, {"prompt_embeds": ["a"] * 129}, "prompt_embeds"),
+    ],
+)
+def test_who_asks_for_too_many_is_told(
+    capped: Proxy, server: StreamingServer, path: str, body: dict[str, Any], named: str
+) -> None:
+    """However a request multiplies its answers."""
+    server.asked.clear()
+    error = error_of(ask(capped.port, {"max_tokens": 1} | body, path))
+    assert error["param"] == named
+    assert str(ANSWERS) in error["message"]
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"n": ANSWERS}),
+        (CHAT, {"n": None, "best_of": None}),
+        (COMPLETIONS, {"n": 2, "prompt": ["a"] * 64}),
+        (COMPLETIONS, {"n": 2, "prompt": list(range(1000))}),  # one prompt, as tokens
+        (COMPLETIONS, {"n": ANSWERS, "prompt": "a" * 1000}),
+        (COMPLETIONS, {"n": 2, "prompt": []}),  # an error, which the server gives
+    ],
+)
+def test_as_many_as_may_be(capped: Proxy, server: StreamingServer, path: str, body: dict[str, Any]) -> None:
+    """What is not over the number is passed on as it came."""
+    server.asked.clear()
+    assert ask(capped.port, {"max_tokens": 1} | body, path).status == 200
+    assert server.asked[0].json == {"max_tokens": 1} | body
 
 
 @pytest.mark.parametrize(

@@ -28,27 +28,48 @@ def port_of(url: str) -> int:
     return int(url.rpartition(":")[2])
 
 
-def logged_after_a_request(proxy: Proxy) -> int:
-    """Ask as a user does; return how many lines the shadow log has."""
-    ask(proxy.port, {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "stream": True})
-    return proxy.shadow_log.read_bytes().count(b"\n")
+def ask_until_logged(proxy: Proxy, question: str, lines: int) -> None:
+    """Ask as users do, until the shadow log has so many lines."""
+
+    def logged() -> bool:
+        ask(proxy.port, {"messages": [{"role": "user", "content": question}], "stream": True})
+        return proxy.shadow_log.read_bytes().count(b"\n") >= lines
+
+    until(logged, "copies of what users ask")
+
+
+def rotate(proxy: Proxy) -> None:
+    """Do what Debian's logrotate does to the shadow log at midnight."""
+    log = proxy.shadow_log
+    log.rename(log.with_name(f"{log.name}.1"))
+    log.touch(0o640)
+    subprocess.run([*proxy.command(), "-s", "reopen"], check=True)
 
 
 def write_programs(directory: Path, proxy: Proxy) -> None:
-    """Write what the page calls: these programs, as they would be on the path."""
+    """Write what the page calls: `bin` has what is on a user's path, `sbin` what is on that of sudo.
+
+    As Debian's, sudo passes on no variables, and has a path of its own. W4A8_ROLLOUT stands in for /etc/nginx/w4a8.
+    """
     module = "from convert_w4a8.cli.{} as command; command()"
     python = f"{sys.executable} -c"
+    path = f"{directory / 'sbin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     programs = {
-        "sudo": 'exec "$@"',
-        "nginx": f'exec {" ".join(proxy.command())} "$@"',
-        "promtool": f'exec {tool("promtool")} "$@"',
-        "w4a8": f'exec {python} "{module.format("main import main")}" "$@"',
-        "w4a8-convert": f'exec {python} "{module.format("convert import convert_command")}" "$@"',
+        "bin/sudo": f'exec env -i PATH={path} W4A8_ROLLOUT={proxy.settings} "$@"',
+        "sbin/nginx": f'exec {" ".join(proxy.command())} "$@"',
+        "bin/promtool": f'exec {tool("promtool")} "$@"',
+        "bin/w4a8": f'exec {python} "{module.format("main import main")}" "$@"',
+        "bin/w4a8-convert": f'exec {python} "{module.format("convert import convert_command")}" "$@"',
     }
-    directory.mkdir()
     for name, text in programs.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
         (directory / name).chmod(0o755)
+
+
+def modes(directory: Path) -> dict[str, int]:
+    """Return the permissions of the shadow log and what is left of it."""
+    return {path.name: path.stat().st_mode & 0o777 for path in directory.glob("w4a8-shadow.log*")}
 
 
 @pytest.mark.slow
@@ -65,7 +86,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
     said: dict[str, str] = {}
     with chat_server(Behaviour()) as baseline, chat_server(Behaviour()) as candidate:
         proxy = Proxy(tmp_path / "nginx", port_of(baseline), port_of(candidate))
-        write_programs(tmp_path / "bin", proxy)
+        write_programs(tmp_path / "programs", proxy)
         proxy.write()
         proxy.start((proxy.directory / "nginx.pid").is_file)
         here = {
@@ -77,9 +98,8 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
             "127.0.0.1:8080": f"127.0.0.1:{proxy.port}",
         }
         variables = os.environ | {
-            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{tmp_path / 'programs' / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
-            "W4A8_ROLLOUT": str(proxy.settings),
             "OPENAI_API_KEY": "none",
         }
         variables.pop("GITHUB_STEP_SUMMARY", None)
@@ -87,8 +107,10 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
             for command in COMMANDS:
                 if command.startswith(LEFT_OUT):
                     continue
-                if "--logs" in command:
-                    until(lambda: logged_after_a_request(proxy) > 16, "copies of what users ask")
+                if command.endswith("shadow 0"):  # a day later
+                    ask_until_logged(proxy, "What is 2 + 2?", 8)
+                    rotate(proxy)
+                    ask_until_logged(proxy, "What is 3 + 3?", 8)
                 line = re.sub("|".join(map(re.escape, here)), lambda match: here[match[0]], command)
                 done = subprocess.run(
                     ["bash", "-c", line], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
@@ -106,8 +128,12 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
     assert dict(scripts)["status"] == "canary 100 %, shadow 0 %\n"
     assert "ROLLED BACK" in dict(scripts)["back"]
     assert any('"object": "list"' in text for command, text in said.items() if command.startswith("curl"))
-    assert (tmp_path / "shadow" / "evaluation.html").is_file()
-    assert proxy.shadow_log.stat().st_mode & 0o777 == 0o640
+    page = (tmp_path / "shadow" / "evaluation.html").read_text(encoding="utf-8")
+    assert "What is 2 + 2?" in page  # of the day before
+    assert "What is 3 + 3?" in page
+    assert modes(proxy.shadow_log.parent) == {"w4a8-shadow.log": 0o640}
+    assert (tmp_path / "shadow").stat().st_mode & 0o777 == 0o700
+    assert b"What is" not in proxy.shadow_log.read_bytes()
 
 
 @pytest.mark.parametrize("version", VERSIONS)

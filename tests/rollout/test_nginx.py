@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 from collections import Counter
 from math import comb
 from pathlib import Path
@@ -153,6 +154,11 @@ def test_a_candidate_that_is_not_there(proxy: Proxy, baseline: StreamingServer, 
     for _ in range(5):
         assert ask(proxy.port).who == "baseline"
     assert len(baseline.asked) == 6
+    access = proxy.directory / "log" / "w4a8-access.log"
+    until(lambda: access.read_bytes().count(b"\n") == 6, "requests are logged")
+    lines = list(map(json.loads, access.read_text(encoding="utf-8").splitlines()))
+    assert [line["side"] for line in lines] == ["baseline"] + ["candidate"] * 5  # which was to answer
+    assert {re.split(", | : ", line["upstream"])[-1] for line in lines} == {f"127.0.0.1:{proxy.baseline}"}  # which did
     candidate.start()
     until(lambda: ask(proxy.port).who == "candidate", "the candidate answers again")
 

@@ -121,6 +121,9 @@ def test_vllm_has_every_metric(version: str) -> None:
         for name, kind in defined.items():
             if kind != "histogram":
                 assert not re.search(rf"(rate|increase)\({name}\b", expression) or kind == "counter"
+    routers = "".join(file.read_text("utf-8") for file in (root / "entrypoints").rglob("api_router.py"))
+    for handlers in re.findall(r'handler=~"/v1/\(([^)]*)\)"', " ".join(RECORDED.values())):
+        assert [path for path in handlers.split("|") if f'"/v1/{path}"' not in routers] == []
     reasons = re.search(r"FINISH_REASON_STRINGS = \(([^)]*)\)", (root / "v1/engine/__init__.py").read_text("utf-8"))
     assert reasons
     for values in re.findall(r'finished_reason=~?"([^"]*)"', " ".join([*RECORDED.values(), *ALERTS.values()])):

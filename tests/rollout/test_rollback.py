@@ -1,7 +1,9 @@
 """Going back, and changing shares, while clients ask."""
 
+from pathlib import Path
+
 import pytest
-from proxy_client import Load
+from proxy_client import Load, ask
 from rollout_proxy import Proxy, until
 from streaming_server import StreamingServer
 
@@ -71,3 +73,18 @@ def test_the_candidate_is_killed_while_it_gets_copies(
     assert set(load.answers) == {"baseline"}
     assert len(baseline.asked) == load.answers.total()
     assert "aborted" in {asked.ended for asked in candidate.asked}  # it did die while it worked
+
+
+def test_back_whatever_is_missing(proxy: Proxy, tmp_path: Path) -> None:
+    """Without a file of shares it goes back nevertheless; a directory that nginx does not look at is no success."""
+    proxy.script("canary", "100")
+    assert ask(proxy.port).who == "candidate"
+    (proxy.settings / "shares.conf").unlink()
+    result = proxy.script("back")
+    assert (result.returncode, "ROLLED BACK" in result.stdout, result.stderr) == (0, True, "")
+    assert ask(proxy.port).who == "baseline"
+    assert proxy.script("status").returncode == 1
+    proxy.settings.rename(tmp_path / "elsewhere")
+    result = proxy.script("back")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "NOTHING WENT BACK" in result.stderr

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +18,7 @@ import pytest
 from paths import ROOT
 
 KIT = ROOT / "docs" / "guides" / "rollout"
-TOOLS = Path(os.environ.get("W4A8_ROLLOUT_TOOLS", Path.home() / ".cache" / "w4a8-convert" / "rollout"))
+TOOLS = Path(os.environ.get("W4A8_ROLLOUT_TOOLS", Path.home() / ".cache" / "w4a8-convert" / "rollout")).resolve()
 """Where scripts/fetch_rollout_tools.sh unpacks them."""
 _HOW = "run scripts/fetch_rollout_tools.sh, or apt-get install nginx libnginx-mod-http-js prometheus"
 _SECONDS = 60.0
@@ -26,11 +27,21 @@ _SECONDS = 60.0
 
 def tool(name: str) -> str:
     """Return the path of a program of these packages; skip the test where it is not to be had."""
-    places = [TOOLS / "usr" / "sbin" / name, TOOLS / "usr" / "bin" / name]
-    found = next((str(place) for place in places if place.is_file()), None) or shutil.which(name)
+    places = [str(TOOLS / "usr" / "sbin" / name), str(TOOLS / "usr" / "bin" / name), shutil.which(name)]
+    found = next((place for place in places if place is not None and _runs(place)), None)
     if found is None:
-        pytest.skip(f"ROLLOUT NOT TESTED: there is no {name} here; {_HOW}")
+        pytest.skip(f"ROLLOUT NOT TESTED: no {name} that runs is here; {_HOW}")
     return found
+
+
+@cache
+def _runs(program: str) -> bool:
+    """Whether it is there and says its version: what was only unpacked may lack shared libraries."""
+    option = "-v" if program.endswith("nginx") else "--version"
+    try:
+        return subprocess.run([program, option], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def javascript() -> Path:
@@ -116,12 +127,18 @@ class Proxy:
             "listen 8080": f"listen 127.0.0.1:{self.port}",
             "default 2048": f"default {self.max_tokens}",
             "fail_timeout=10s": "fail_timeout=1s",
+            "_timeout 500ms": "_timeout 30s",  # of the hand-over of a copy: a busy machine must not lose one
         }
+        found: set[str] = set()
+
+        def edited(match: re.Match[str]) -> str:
+            found.add(match[0])
+            return here[match[0]]
+
         for file in [*(self.directory / "etc" / "conf.d").iterdir(), *self.settings.glob("*.conf")]:
             text = file.read_text(encoding="utf-8")
-            file.write_text(
-                re.sub("|".join(map(re.escape, here)), lambda match: here[match[0]], text), encoding="utf-8"
-            )
+            file.write_text(re.sub("|".join(map(re.escape, here)), edited, text), encoding="utf-8")
+        assert found == set(here), "the files of the guide have all that is edited"
 
     def start(self, answers: Callable[[], bool]) -> None:
         """Start nginx, and wait for something that it then does."""

@@ -5,7 +5,8 @@
 #   rollout.sh back             remove the file `go`: from the next request on all to the baseline, and no copies
 #   rollout.sh forward          put it back: the shares hold again
 #   rollout.sh status
-# From the environment: W4A8_ROLLOUT (the directory, /etc/nginx/w4a8), NGINX_COMMAND (nginx).
+# From the environment: W4A8_ROLLOUT (the directory, /etc/nginx/w4a8), NGINX_COMMAND (nginx). sudo passes on what is named
+# after it: sudo W4A8_ROLLOUT=DIRECTORY rollout.sh back
 set -euo pipefail
 directory=${W4A8_ROLLOUT:-/etc/nginx/w4a8}
 shares=$directory/shares.conf
@@ -60,13 +61,20 @@ share() {
     [[ ${1:-} =~ ^(100|[0-9]{1,2}(\.[0-9]{1,2})?)$ ]] || die "a share is a percentage from 0 to 100, such as 5 or 0.5"
 }
 
+# Whatever else is missing. But a directory that is not there is not the one that nginx looks at.
+back() {
+    [[ -d $directory ]] || die "there is no $directory, so NOTHING WENT BACK; say W4A8_ROLLOUT=DIRECTORY, after sudo"
+    rm -f "$flag"
+    [[ -f $shares ]] || { echo "ROLLED BACK: the baseline answers everything. There is no $shares" && exit; }
+}
+
+if [[ ${1:-} == back ]]; then back; fi
 [[ -f $shares ]] || die "there is no $shares; copy the directory nginx/ of this guide to /etc/nginx"
 case ${1:-} in
     shadow) share "${2:-}" && set_shares "$(percent_of candidate)" "$2" ;;
     canary) share "${2:-}" && set_shares "$2" "$(percent_of 1)" ;;
-    back) rm -f "$flag" ;;
+    back | status) ;;
     forward) echo 'While this file is here, the shares of shares.conf hold.' >"$flag" ;;
-    status) ;;
     *) die "say shadow PERCENT, canary PERCENT, back, forward or status" ;;
 esac
 printf 'canary %s %%, shadow %s %%' "$(percent_of candidate)" "$(percent_of 1)"

@@ -1,4 +1,4 @@
-// What nginx cannot do without reading JSON: cap the length of answers, and ask for a copy's answer in one piece.
+// What nginx cannot do without reading JSON: cap answers in length and number, and ask for a copy's answer in one piece.
 
 // The names that a limit may have. `unset`: whether a server without any answers to the end of its context.
 const LIMITS = {
@@ -12,6 +12,33 @@ function refuse(r, status, message, param) {
     const type = 'BadRequestError';
     r.headersOut['Content-Type'] = 'application/json';
     r.return(status, JSON.stringify({error: {message: message, type: type, param: param || null, code: status}}));
+}
+
+// A list of prompts is one of texts or of lists of tokens; a list of tokens is one prompt.
+function prompts(list) {
+    return Array.isArray(list) && typeof list[0] !== 'number' ? list.length : 1;
+}
+
+// What is wrong with the number of answers that a body asks for, if it is; `n` of each prompt.
+function manyAnswers(body, most) {
+    const names = ['n', 'best_of'];
+    let each = 1;
+    for (let i = 0; i < names.length; i++) {
+        const value = body[names[i]];
+        if (value === undefined || value === null) {
+            continue;
+        } else if (typeof value !== 'number' || !(value <= most)) {
+            return {message: names[i] + ' must be a number of at most ' + most, param: names[i]};
+        }
+        each = Math.max(each, value);
+    }
+    const lists = ['prompt', 'prompt_embeds'];
+    for (let i = 0; i < lists.length; i++) {
+        if (!(each * prompts(body[lists[i]]) <= most)) {
+            return {message: 'a request may ask for ' + most + ' answers in all', param: lists[i]};
+        }
+    }
+    return null;
 }
 
 function admit(r) {
@@ -29,6 +56,11 @@ function admit(r) {
     }
     if (body === null || typeof body !== 'object' || Array.isArray(body)) {
         refuse(r, 400, 'the body is no JSON object');
+        return;
+    }
+    const tooMany = manyAnswers(body, Number(r.variables.w4a8_max_answers));
+    if (tooMany) {
+        refuse(r, 400, tooMany.message, tooMany.param);
         return;
     }
     const cap = Number(r.variables.w4a8_max_tokens);
