@@ -80,6 +80,8 @@ def missing_warnings(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iter
     if few:
         said = f"{len(experts[few[0]])} experts, others {most[_kind(few[0])]}"
         yield f"{shortened(few)}: {said}: wrong, unless the model says so"
+    if _needs_lm_head(config) and "lm_head" not in parts.get("", ()):
+        yield "no lm_head, and tie_word_embeddings = false: wrong, unless only hidden states are used"
 
 
 def _parts(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> dict[str, set[str]]:
@@ -134,6 +136,11 @@ def _says(config: Mapping[str, Any], key: re.Pattern[str]) -> bool:
         _says(value, key) if isinstance(value, Mapping) else bool(value) and key.search(name) is not None
         for name, value in config.items()
     )
+
+
+def _needs_lm_head(config: Mapping[str, Any]) -> bool:
+    is_causal = is_llama(config) and all(name.endswith("ForCausalLM") for name in config["architectures"])
+    return is_causal and config.get("tie_word_embeddings") is False
 
 
 def _kind(name: str) -> str:

@@ -140,6 +140,19 @@ def test_parts_of_alike_blocks(write: Callable[..., Path], mlp: str, norm: str, 
         assert found.startswith(said)
 
 
+def test_output_projection(tmp_path: Path) -> None:
+    """Without one it is what the memory held, where the configuration says that it is not the embeddings."""
+    model = without(write_llama(tmp_path / "in", layers=1), ["lm_head"])
+    edit_json(model / "config.json", tie_word_embeddings=True)
+    assert warnings(model) == []
+    edit_json(model / "config.json", tie_word_embeddings=False)
+    assert problems(model) == []
+    (warning,) = warnings(model)
+    assert warning.startswith("no lm_head, and tie_word_embeddings = false")
+    edit_json(model / "config.json", architectures=["LlamaModel"])
+    assert warnings(model) == []
+
+
 def test_experts_of_a_block(tmp_path: Path) -> None:
     """All of a block, though its router is there, and one projection of all of them; a norm of queries."""
     model = write_qwen3_moe(tmp_path / "experts", layers=2)
