@@ -117,6 +117,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a GPU. torch raises RuntimeError for the host, by these words."""
+    of_torch = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return of_torch or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What does an operation: Triton, numba or torch. why_not: why it is not the first choice, or None where it is."""

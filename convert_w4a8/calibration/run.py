@@ -113,7 +113,9 @@ class _Run:
 
     def write(self, tasks: Sequence[ShardTask]) -> None:
         """Write all unfinished files: first those of no block, then block by block."""
-        model = Model(self._checkpoint, self._device, torch.float32 if self._device.type == "cpu" else torch.bfloat16)
+        dtype = torch.float32 if self._device.type == "cpu" else torch.bfloat16
+        with memory_errors("the model"):
+            model = Model(self._checkpoint, self._device, dtype)
         by_block: dict[int, list[ShardTask]] = {}
         others = []
         for task in tasks:

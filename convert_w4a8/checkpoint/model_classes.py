@@ -6,7 +6,8 @@ from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CONFIG
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.devices import is_out_of_memory
+from convert_w4a8.errors import ConvertError, W4A8Error
 from convert_w4a8.version import install_command
 
 
@@ -18,6 +19,7 @@ def transformers_for(checkpoint: Checkpoint, asked_by: str, remedy: str) -> Iter
 
     Raises:
         ConvertError: there is no transformers, or it cannot make the model.
+        MemoryError, RuntimeError: there is not enough memory (`is_out_of_memory`).
 
     """
     try:
@@ -27,8 +29,12 @@ def transformers_for(checkpoint: Checkpoint, asked_by: str, remedy: str) -> Iter
         raise ConvertError(asked_by, reason, install_command("quantize")) from error
     try:
         yield transformers, transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError) as error:
-        line = str(error).partition("\n")[0][:200]
+    except W4A8Error:
+        raise
+    except Exception as error:  # transformers raises of any kind, for settings that do not go together
+        if is_out_of_memory(error):
+            raise
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConvertError(
             f"{CONFIG}: model_type {checkpoint.config.get('model_type')!r}",
             f"cannot be built by transformers {transformers.__version__} ({line})",

@@ -27,8 +27,8 @@ _Widths = tuple[str, int | None, str, int | None]
 _LARGEST = 1_000_000
 """Blocks or experts of a model: a larger number is another mistake, and is not counted up to."""
 
-# Models that vLLM builds from these settings alone, and for which therefore the shapes are known.
-_LLAMAS = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+LLAMAS = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+"""Models that vLLM builds from these settings alone, and for which therefore layers and shapes are known."""
 
 
 def setting_warnings(checkpoint: Checkpoint, specs: Sequence[LayerSpec]) -> Iterable[str]:
@@ -37,7 +37,7 @@ def setting_warnings(checkpoint: Checkpoint, specs: Sequence[LayerSpec]) -> Iter
     yield from contradictions(checkpoint.root, Settings(checkpoint.quantization_config, checkpoint.settings_place))
     wrong: dict[str, list[str]] = {}
     right: Counter[str] = Counter()
-    if str(config.get("model_type")) in _LLAMAS:
+    if str(config.get("model_type")) in LLAMAS:
         widths = _widths(config)
         shapes = {name.removesuffix(".weight"): info.shape for name, info in checkpoint.tensors.items()}
         shapes |= {spec.name: (spec.out_features, spec.in_features) for spec in specs}

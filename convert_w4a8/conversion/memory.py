@@ -10,6 +10,7 @@ import torch
 
 from convert_w4a8.conversion.layer import layer_memory
 from convert_w4a8.conversion.plan import Plan
+from convert_w4a8.devices import is_out_of_memory
 from convert_w4a8.errors import ConvertError
 
 _MEMINFO = Path("/proc/meminfo")
@@ -71,8 +72,7 @@ def memory_errors(
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        of_host = not isinstance(error, RuntimeError) or "allocate memory" in str(error)
-        if not (of_gpu if isinstance(error, torch.OutOfMemoryError) else of_host):
+        if not is_out_of_memory(error) or (isinstance(error, torch.OutOfMemoryError) and not of_gpu):
             raise
         reason = f"does not fit into the memory that there is{what and f': {what}'}"
         raise ConvertError(subject, reason, remedy) from error

@@ -6,10 +6,12 @@ of a merged layer, or an expert, would be served as whatever the memory held.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import natural_key
+from convert_w4a8.conversion.blocks import REMEDY, is_llama, lacking_of_blocks, lacking_of_llamas, listed
 from convert_w4a8.errors import Problem
 from convert_w4a8.sources.base import LayerSpec
 from convert_w4a8.text import shortened
@@ -18,34 +20,57 @@ _NUMBER = re.compile(r"\d+")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d{1,6})$")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SETS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), _ATTENTION)
-"""Layers of which a part of a model has all or, where it is of another kind, none."""
-_SHARED = {"k_proj", "v_proj"}
-"""Some models compute these once for several blocks, or take keys for values."""
-_SHARES = re.compile(r"k_eq_v|kv_shared")
-"""Settings that say so."""
-_REMEDY = "download or write the checkpoint again: vLLM would serve it with what the memory held"
+"""Layers of which a part of a model has what others of its kind have or, where it is of another kind, none."""
+_OTHERWISE = {"qkv_proj", "gate_up_proj", "query_key_value", "W_pack", "q_a_proj", "kv_b_proj", "kv_a_proj_with_mqa"}
+"""Layers that stand for some of a set, merged or compressed."""
+_SHARED = ({"v_proj"}, {"k_proj", "v_proj"})
+"""Some models take keys for values, or compute both once for several blocks. None has values without keys."""
+_SHARES = (re.compile(r"k_eq_v"), re.compile(r"kv_shared"))
+"""Settings that say so, of each."""
+
+
+@dataclass(frozen=True)
+class _Incomplete:
+    """A part that has some layers of a set, and which it lacks that others of its kind have.
+
+    is_other: whether it has layers that these have not, and so may be made otherwise on purpose.
+    """
+
+    part: str
+    lacking: set[str]
+    is_other: bool
 
 
 def missing_problems(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iterator[Problem]:
     """Yield layers without which a part of the model would be served wrongly."""
-    parts = _parts(checkpoint, specs)
-    for part, leaves in _incomplete(parts):
-        if not leaves <= _SHARED:
-            yield Problem(part, f"has no {_listed(leaves)}, which others like it have", _REMEDY)
+    parts, strict = _parts(checkpoint, specs), is_llama(checkpoint.config)
+    found: dict[str, set[str]] = lacking_of_llamas(_modules(parts)) if strict else {}
+    for odd in _incomplete(parts):
+        if strict or not (odd.is_other or odd.lacking in _SHARED):
+            found[odd.part] = found.get(odd.part, set()) | odd.lacking
+    for part, leaves in found.items():
+        yield Problem(part, f"has no {listed(leaves)}, which others like it have", REMEDY)
     for experts, numbers in _experts(parts).items():
         missing = [number for number in range(max(numbers)) if number not in numbers]
         if missing:
-            yield Problem(experts, f"has no {shortened(list(map(str, missing)))}, but a {max(numbers)}", _REMEDY)
+            yield Problem(experts, f"has no {shortened(list(map(str, missing)))}, but a {max(numbers)}", REMEDY)
 
 
 def missing_warnings(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iterator[str]:
     """Yield layers that may be missing, and that some models do without."""
-    parts = _parts(checkpoint, specs)
-    found: dict[str, list[str]] = {}
-    for part, leaves in _incomplete(parts):
-        if leaves <= _SHARED and not _says(checkpoint.config, _SHARES):
-            found.setdefault(_listed(leaves), []).append(part)
-    for missing, names in found.items():
+    parts, config = _parts(checkpoint, specs), checkpoint.config
+    incomplete = list(_incomplete(parts))
+    lacking = {odd.part: odd.lacking for odd in incomplete}
+    if not is_llama(config):
+        whole = {part: leaves for part, leaves in lacking_of_blocks(_modules(parts)).items() if part not in lacking}
+        for missing, names in _by_lacking(whole):
+            yield f"no {missing} in {shortened(names)}, which most others have: wrong, unless the model is made so"
+    others = {odd.part: odd.lacking for odd in incomplete if odd.is_other and odd.lacking not in _SHARED}
+    for missing, names in _by_lacking(others):
+        yield f"no {missing} in {shortened(names)}, which others have: wrong, unless these are layers of another kind"
+    meant = [leaves for leaves, setting in zip(_SHARED, _SHARES, strict=True) if _says(config, setting)]
+    shared = {part: leaves for part, leaves in lacking.items() if leaves in _SHARED and leaves not in meant}
+    for missing, names in _by_lacking(shared):
         yield f"no {missing} in {shortened(names)}, which others have: wrong, unless the model shares keys and values"
     experts = _experts(parts)
     most: dict[str, int] = {}
@@ -55,6 +80,8 @@ def missing_warnings(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iter
     if few:
         said = f"{len(experts[few[0]])} experts, others {most[_kind(few[0])]}"
         yield f"{shortened(few)}: {said}: wrong, unless the model says so"
+    if _needs_lm_head(config) and "lm_head" not in parts.get("", ()):
+        yield "no lm_head, and tie_word_embeddings = false: wrong, unless only hidden states are used"
 
 
 def _parts(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> dict[str, set[str]]:
@@ -67,17 +94,24 @@ def _parts(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> dict[str, set[
     return found
 
 
-def _incomplete(parts: dict[str, set[str]]) -> Iterator[tuple[str, set[str]]]:
-    """Yield each part that has some layers of a set, and which it lacks that others of its kind have."""
+def _modules(parts: Mapping[str, set[str]]) -> list[str]:
+    return [f"{part}.{leaf}" if part else leaf for part, leaves in parts.items() for leaf in leaves]
+
+
+def _incomplete(parts: dict[str, set[str]]) -> Iterator[_Incomplete]:
+    """Yield the parts that lack layers of a set."""
     for whole in _SETS:
-        by_kind: dict[str, list[tuple[str, set[str]]]] = {}
+        by_kind: dict[str, dict[str, frozenset[str]]] = {}
         for part, leaves in parts.items():
-            if not leaves.isdisjoint(whole):
-                by_kind.setdefault(_kind(part), []).append((part, set(whole) - leaves))
+            if not leaves.isdisjoint(whole) and leaves.isdisjoint(_OTHERWISE):
+                by_kind.setdefault(_kind(part), {})[part] = frozenset(leaves)
         for alike in by_kind.values():
-            odd = [(part, lacking) for part, lacking in alike if lacking]
-            if len(odd) < len(alike):
-                yield from odd
+            sorts = frozenset(alike.values())  # few, of many experts
+            known = frozenset().union(*sorts).intersection(whole)
+            for part, own in alike.items():
+                if lacking := known - own:
+                    others = frozenset().union(*(other for other in sorts if other & lacking))
+                    yield _Incomplete(part, set(lacking), is_other=not own <= others)
 
 
 def _experts(parts: Iterable[str]) -> dict[str, set[int]]:
@@ -90,6 +124,12 @@ def _experts(parts: Iterable[str]) -> dict[str, set[int]]:
     return found
 
 
+def _by_lacking(found: Mapping[str, set[str]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield what is lacking, in words, and all parts that lack it."""
+    for leaves in dict.fromkeys(map(listed, found.values())):
+        yield leaves, [part for part, lacking in found.items() if listed(lacking) == leaves]
+
+
 def _says(config: Mapping[str, Any], key: re.Pattern[str]) -> bool:
     """Whether a configuration or a part of it has a setting that is not 0."""
     return any(
@@ -98,9 +138,10 @@ def _says(config: Mapping[str, Any], key: re.Pattern[str]) -> bool:
     )
 
 
+def _needs_lm_head(config: Mapping[str, Any]) -> bool:
+    is_causal = is_llama(config) and all(name.endswith("ForCausalLM") for name in config["architectures"])
+    return is_causal and config.get("tie_word_embeddings") is False
+
+
 def _kind(name: str) -> str:
     return _NUMBER.sub("N", name)
-
-
-def _listed(leaves: Iterable[str]) -> str:
-    return " and ".join(sorted(leaves))

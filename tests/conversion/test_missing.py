@@ -1,9 +1,12 @@
 """Layers that are not there: vLLM would serve what the memory held, and says nothing where a model is quantized."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from checkpoint_edits import edit_json
 from safetensors.torch import load_file, save_file
 from tiny_models import write_llama, write_mixtral, write_qwen3_moe
@@ -26,6 +29,48 @@ def without(model: Path, names: Iterable[str]) -> Path:
     return model
 
 
+def without_parts(model: Path, name: str) -> Path:
+    """Take away all tensors of a module, which is given by the end of its name."""
+
+    def take(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        left = {key: tensor for key, tensor in tensors.items() if f".{name}." not in f".{key}"}
+        assert len(left) < len(tensors)
+        return left
+
+    return edit_tensors(model, take)
+
+
+def edit_tensors(model: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """Write the tensors of a model anew."""
+    (file,) = model.glob("*.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in edit(load_file(file)).items()}, file, {"format": "pt"})
+    return model
+
+
+def merge_block_1(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Merge queries, keys and values, and gate and up, of one block."""
+    for part, merged, leaves in (
+        ("self_attn", "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("mlp", "gate_up_proj", ("gate_proj", "up_proj")),
+    ):
+        rows = [tensors.pop(f"model.layers.1.{part}.{leaf}.weight") for leaf in leaves]
+        tensors[f"model.layers.1.{part}.{merged}.weight"] = torch.cat(rows)
+    return tensors
+
+
+def write_other(directory: Path, renames: Mapping[str, str] | None = None) -> Path:
+    """Write a model of three blocks and of a type of which nothing is known. renames: pattern → instead."""
+
+    def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for pattern, instead in (renames or {}).items():
+            tensors = {re.sub(pattern, instead, name): tensor for name, tensor in tensors.items()}
+        return tensors
+
+    model = write_llama(directory, layers=3)
+    edit_json(model / "config.json", model_type="other", architectures=["OtherForCausalLM"])
+    return edit_tensors(model, rename)
+
+
 def problems(model: Path) -> list[str]:
     """Return what a plan refuses."""
     try:
@@ -33,6 +78,12 @@ def problems(model: Path) -> list[str]:
     except PlanError as error:
         return list(map(str, error.problems))
     return []
+
+
+def warnings(model: Path) -> list[str]:
+    """Return what a plan warns of that is missing."""
+    found = plan_quantization(open_checkpoint(model), QuantizeOptions()).warnings
+    return [text for text in found if ": wrong, unless" in text]
 
 
 @pytest.mark.parametrize(
@@ -68,12 +119,164 @@ def test_experts(write: Callable[..., Path], up: str, tmp_path: Path) -> None:
     assert any(".experts: 3 experts, others 4: wrong" in text for text in warnings)
 
 
-def test_shared_keys_and_values(tmp_path: Path) -> None:
-    """Models may do without; where the configuration does not say so it is a warning."""
-    model = without(write_llama(tmp_path / "in", layers=3), ["2.self_attn.v_proj"])
-    plan = plan_quantization(open_checkpoint(model), QuantizeOptions())
-    (warning,) = [text for text in plan.warnings if "v_proj" in text]
-    assert warning.startswith("no v_proj in model.layers.2.self_attn, which others have: wrong, unless")
-    edit_json(model / "config.json", text_config={"attention_k_eq_v": True})
-    plan = plan_quantization(open_checkpoint(model), QuantizeOptions())
-    assert not [text for text in plan.warnings if "v_proj" in text]
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+@pytest.mark.parametrize(
+    ("write", "mlp"), [(write_llama, "mlp"), (write_mixtral, "block_sparse_moe"), (write_qwen3_moe, "mlp")]
+)
+def test_parts_of_alike_blocks(write: Callable[..., Path], mlp: str, norm: str, tmp_path: Path) -> None:
+    """A block without attention, without an MLP, without a norm; a model without its last norm."""
+    for number, (name, said) in enumerate(
+        [
+            (f"1.{norm}", f"model.layers.1: has no {norm},"),
+            ("model.norm", "model: has no norm,"),
+            ("model.embed_tokens", "model: has no embed_tokens,"),
+            ("1.self_attn", "model.layers.1: has no self_attn,"),
+            (f"1.{mlp}", f"model.layers.1: has no {mlp},"),
+        ]
+    ):
+        model = write(tmp_path / f"{number}", layers=3)
+        assert problems(model) == []
+        (found,) = problems(without_parts(model, name))
+        assert found.startswith(said)
+
+
+def test_output_projection(tmp_path: Path) -> None:
+    """Without one it is what the memory held, where the configuration says that it is not the embeddings."""
+    model = without(write_llama(tmp_path / "in", layers=1), ["lm_head"])
+    edit_json(model / "config.json", tie_word_embeddings=True)
+    assert warnings(model) == []
+    edit_json(model / "config.json", tie_word_embeddings=False)
+    assert problems(model) == []
+    (warning,) = warnings(model)
+    assert warning.startswith("no lm_head, and tie_word_embeddings = false")
+    edit_json(model / "config.json", architectures=["LlamaModel"])
+    assert warnings(model) == []
+
+
+def test_experts_of_a_block(tmp_path: Path) -> None:
+    """All of a block, though its router is there, and one projection of all of them; a norm of queries."""
+    model = write_qwen3_moe(tmp_path / "experts", layers=2)
+    (found,) = problems(without_parts(model, "1.mlp.experts"))
+    assert found.startswith("model.layers.1.mlp: has no experts,")
+    model = write_qwen3_moe(tmp_path / "norm", layers=2)
+    (found,) = problems(without_parts(model, "0.self_attn.k_norm"))
+    assert found.startswith("model.layers.0.self_attn: has no k_norm,")
+    model = write_qwen3_moe(tmp_path / "down", layers=2)
+    assert len(problems(without(model, [f"1.mlp.experts.{number}.down_proj" for number in range(4)]))) == 4
+
+
+def test_dense_blocks_among_mixtures(tmp_path: Path) -> None:
+    """Each kind of block is compared with its own."""
+    model = write_qwen3_moe(tmp_path / "whole", layers=4, mlp_only_layers=[0, 1])
+    assert problems(model) == []
+    assert warnings(model) == []
+    (found,) = problems(without(model, ["1.mlp.up_proj"]))
+    assert found.startswith("model.layers.1.mlp: has no up_proj,")
+
+
+def test_merged_and_split(tmp_path: Path) -> None:
+    """What is merged in one block and split in another is there in both."""
+    model = write_llama(tmp_path / "in", layers=3)
+    edit_tensors(model, merge_block_1)
+    assert problems(model) == []
+    assert warnings(model) == []
+    (found,) = problems(without(model, ["1.mlp.gate_up_proj"]))
+    assert found.startswith("model.layers.1.mlp: has no gate_proj and up_proj,")
+
+
+@pytest.mark.parametrize("leaves", [("k_proj",), ("v_proj",), ("k_proj", "v_proj")])
+@pytest.mark.parametrize("says", [{}, {"attention_k_eq_v": True, "num_kv_shared_layers": 1}])
+def test_keys_and_values_of_alike_blocks(leaves: tuple[str, ...], says: dict[str, Any], tmp_path: Path) -> None:
+    """A Llama has them in every block, whatever the configuration says."""
+    model = without(write_llama(tmp_path / "in", layers=3), [f"2.self_attn.{leaf}" for leaf in leaves])
+    edit_json(model / "config.json", text_config=says)
+    (found,) = problems(model)
+    assert found.startswith(f"model.layers.2.self_attn: has no {' and '.join(leaves)},")
+
+
+@pytest.mark.parametrize(
+    ("leaves", "setting"), [(("v_proj",), "attention_k_eq_v"), (("k_proj", "v_proj"), "num_kv_shared_layers")]
+)
+def test_shared_keys_and_values(leaves: tuple[str, ...], setting: str, tmp_path: Path) -> None:
+    """Models may do without; where the configuration does not say so it is a warning. Values alone none has."""
+    model = without(write_other(tmp_path / "in"), [f"2.self_attn.{leaf}" for leaf in leaves])
+    said = f"no {' and '.join(leaves)} in model.layers.2.self_attn, which others have: wrong, unless the model shares"
+    other = "num_kv_shared_layers" if leaves == ("v_proj",) else "attention_k_eq_v"
+    for settings in ({}, {other: 1}):
+        edit_json(model / "config.json", text_config=settings)
+        assert problems(model) == []
+        (warning,) = warnings(model)
+        assert warning.startswith(said)
+    edit_json(model / "config.json", text_config={setting: 1})
+    assert problems(model) == []
+    assert warnings(model) == []
+
+
+def test_values_without_keys(tmp_path: Path) -> None:
+    """No model shares keys alone."""
+    model = without(write_other(tmp_path / "in"), ["2.self_attn.k_proj"])
+    edit_json(model / "config.json", attention_k_eq_v=True, num_kv_shared_layers=1)
+    (found,) = problems(model)
+    assert found.startswith("model.layers.2.self_attn: has no k_proj,")
+
+
+def test_parts_of_other_models(tmp_path: Path) -> None:
+    """Blocks of models that are not known to be alike: a warning, where most have all that the odd one has."""
+    for number, (name, said) in enumerate(
+        [
+            ("1.self_attn", "no self_attn in model.layers.1, which most"),
+            ("1.mlp", "no mlp in model.layers.1, which most"),
+            ("2.input_layernorm", "no input_layernorm in model.layers.2, which most"),
+        ]
+    ):
+        model = write_other(tmp_path / f"{number}")
+        assert warnings(model) == []
+        without_parts(model, name)
+        assert problems(model) == []
+        (warning,) = warnings(model)
+        assert warning.startswith(said)
+
+
+def test_sets_of_which_no_part_has_all(tmp_path: Path) -> None:
+    """Attention whose output has another name, and experts without a gate."""
+    model = write_other(tmp_path / "attention", {r"self_attn\.o_proj": "self_attn.out_proj"})
+    assert problems(model) == []
+    (found,) = problems(without(model, ["1.self_attn.q_proj"]))
+    assert found.startswith("model.layers.1.self_attn: has no q_proj,")
+    model = without(write_other(tmp_path / "mlp"), [f"{number}.mlp.gate_proj" for number in range(3)])
+    assert problems(model) == []
+    (found,) = problems(without(model, ["1.mlp.down_proj"]))
+    assert found.startswith("model.layers.1.mlp: has no down_proj,")
+
+
+@pytest.mark.parametrize(
+    ("renames", "quiet"),
+    [
+        (
+            {
+                r"1\.self_attn\.k_proj": "1.self_attn.kv_a_proj_with_mqa",
+                r"1\.self_attn\.v_proj": "1.self_attn.kv_b_proj",
+            },
+            True,
+        ),
+        ({r"1\.self_attn\.q_proj": "1.self_attn.q_a_proj"}, True),
+        ({r"1\.self_attn\.q_proj": "1.self_attn.qkv_proj", r"1\.self_attn\.o_proj": "1.self_attn.out_proj"}, True),
+        ({r"1\.mlp\.gate_proj": "1.mlp.gate_up_proj", r"1\.mlp\.up_proj": "1.mlp.norm"}, True),
+        ({r"1\.self_attn\.k_proj": "1.self_attn.key"}, False),
+    ],
+)
+def test_layers_of_another_kind(renames: dict[str, str], quiet: bool, tmp_path: Path) -> None:
+    """Merged and latent attention beside others is another kind; other names that are not known are a warning."""
+    model = write_other(tmp_path / "in", renames)
+    assert problems(model) == []
+    found = warnings(model)
+    assert len(found) == (not quiet)
+    assert all(text.endswith("unless these are layers of another kind") for text in found)
+
+
+def test_a_block_more_of_another_kind(tmp_path: Path) -> None:
+    """One block that has more than all others, as for multi-token prediction, says nothing of the others."""
+    model = write_other(tmp_path / "in")
+    edit_tensors(model, lambda tensors: {**tensors, "model.layers.2.enorm.weight": torch.ones(128)})
+    assert problems(model) == []
+    assert warnings(model) == []
