@@ -12,7 +12,7 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.disk import disk_errors, fsync
-from convert_w4a8.distillation.data import by_length, in_batches, make_batch
+from convert_w4a8.distillation.data import by_length, in_batches, make_batch, rows_of
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.state import save_tensors
 from convert_w4a8.distillation.stored import (
@@ -24,7 +24,6 @@ from convert_w4a8.distillation.stored import (
     names_of,
     read_notes,
     row_bytes,
-    rows_of,
 )
 from convert_w4a8.distillation.student import load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher, Logits

@@ -12,10 +12,11 @@ from typing import Any
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import block_of, is_expert
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
+from convert_w4a8.distillation.data import rows_of
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.mix import TrainingData
 from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.stored import key_of, row_bytes, rows_of
+from convert_w4a8.distillation.stored import key_of, row_bytes
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TILE_K
 from convert_w4a8.targets import find_target

@@ -170,9 +170,6 @@ class _Run:
         if self._data.uniform:
             return {tag: 1 / len(tags) for tag in tags}
         drops = self.drops if self._data.drops is None else self._data.drops
-        if missing := [tag for tag in tags if tag not in drops]:
-            reason = "is a domain of --data, and none of --held-out: its drop is not known"
-            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
         return shares({tag: drops[tag] for tag in tags})
 
     def train(self, progress: Callable[[int, float], None]) -> DistillResult:

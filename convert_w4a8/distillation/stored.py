@@ -82,11 +82,6 @@ def key_of(sample: Sample) -> bytes:
     return found.digest()
 
 
-def rows_of(sample: Sample) -> int:
-    """Return of how many tokens of a sample the prediction counts."""
-    return int(sample.kept[1:].sum())
-
-
 def row_bytes(vocabulary: int, top_k: int) -> int:
     """Return the bytes of a row."""
     return 6 * min(top_k, vocabulary) + 4 if top_k else 2 * vocabulary
