@@ -69,15 +69,22 @@ def distill(
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     check_models(start, teacher)
     stored: StoredTeacher | None = None
+    teacher_on = teacher_device or device
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
-        on = teacher_device or device
-        with memory_errors("the teacher", remedy=_LESS_OF_TEACHER, of_gpu=True), deterministic(on):
+        with memory_errors("the teacher", remedy=_LESS_OF_TEACHER, of_gpu=True), deterministic(teacher_on):
             samples = (*data.samples, *data.held_out)
             stored = stored_teacher(
-                teacher, samples, teacher_logits, top_k, device=on, batch_tokens=options.batch_tokens, progress=storing
+                teacher,
+                samples,
+                teacher_logits,
+                top_k,
+                device=teacher_on,
+                batch_tokens=options.batch_tokens,
+                progress=storing,
             )
-    before = _fingerprint(start, teacher, options, data, stored)
+    predictions = stored or teacher_on
+    before = _fingerprint(start, teacher, options, data, device, predictions)
     state = StateDirectory(real_path(out))
     plan = plan_files(start)
     with CheckpointWriter(
@@ -92,8 +99,8 @@ def distill(
     ) as writer:
         if not resume:
             state.remove()
-        with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device):
-            run = _Run(start, teacher, data, options, device, stored or teacher_device or device, state, before)
+        with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device, teacher_on):
+            run = _Run(start, teacher, data, options, device, predictions, state, before)
             try:
                 result = run.train(progress)
             except KeyboardInterrupt as error:
@@ -106,7 +113,7 @@ def distill(
                 state.remove()
                 raise
         write_output(writer, start, run.student, record(options, data.digest(), result), section(options, result))
-        check_unchanged(before, _fingerprint(start, teacher, options, data, stored))
+        check_unchanged(before, _fingerprint(start, teacher, options, data, device, predictions))
         writer.commit()
     state.remove()
     return result
@@ -247,10 +254,19 @@ class _Run:
 
 
 def _fingerprint(
-    start: Checkpoint, teacher: Checkpoint, options: DistillOptions, data: TrainingData, stored: StoredTeacher | None
+    start: Checkpoint,
+    teacher: Checkpoint,
+    options: DistillOptions,
+    data: TrainingData,
+    device: torch.device,
+    predictions: StoredTeacher | torch.device,
 ) -> dict[str, Any]:
-    """Describe a training by all that its output depends on, as JSON."""
+    """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise."""
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
-    found |= {"--teacher-logits": stored.digest} if stored is not None else {}
+    found["--device"] = device.type
+    if isinstance(predictions, StoredTeacher):
+        found["--teacher-logits"] = predictions.digest
+    else:
+        found["--teacher-device"] = predictions.type
     return found | {"rates": asdict(rates_for(options.preset, options.steps)), "data": data.digest()}

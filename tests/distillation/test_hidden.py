@@ -65,6 +65,9 @@ def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
     samples = read_samples(files, None, vocab_size=VOCABULARY)
     options = DistillOptions("tables", steps=8, every=2, batch_tokens=256, rate=4)  # type: ignore[arg-type]
     assert options.preset is Preset.TABLES
+    for name in ("rate", "hidden_weight"):
+        with pytest.raises(ValueError, match=f"{name} is not a finite number"):
+            DistillOptions(**{name: float("nan")})  # type: ignore[arg-type]
     steps: list[int] = []
     result = distill_from_python(
         start,
