@@ -43,7 +43,7 @@ def test_numbers_are_finite() -> None:
                 checked.add(name)
                 for value in ("nan", "inf", "-inf", "1e400"):
                     with pytest.raises(click.BadParameter, match="not a finite number"):
-                        option.type.convert(value, option, None)
+                        option.type_cast_value(click.Context(command), value)
     assert checked == {"check", "distill", "evaluate", "verify"}
 
 

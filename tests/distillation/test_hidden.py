@@ -10,7 +10,7 @@ from tiny_models import VOCABULARY, write_llama
 from convert_w4a8 import ConvertError, DistillOptions, api
 from convert_w4a8 import distill as distill_from_python
 from convert_w4a8.distillation.data import make_batch
-from convert_w4a8.distillation.hidden import block_outputs, difference_of_hidden
+from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.student import load_student, load_teacher, logits_of
 from convert_w4a8.distillation.teacher import LiveTeacher
@@ -57,6 +57,15 @@ def test_other_blocks_are_refused(start: Path, data: list[Path], tmp_path: Path)
     assert refused.exit_code == 1
     assert "the teacher has 1 of 128 channels, OUT_W4A8 2 of 128" in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--recompute", "--hidden-weight"])
+def test_blocks_that_are_elsewhere(option: str) -> None:
+    """GPT-2 has them as `h`; the option is named that has to be left out."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, n_positions=8)
+    with pytest.raises(ConvertError, match=f"{option}: .*GPT2LMHeadModel .*; leave out {option}"):
+        blocks_of(transformers.GPT2LMHeadModel(config), option)
 
 
 def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
