@@ -164,7 +164,7 @@ def distill_command(
     top_k = TOP_K if top_k is None else top_k
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
-    check_models(trained, source)
+    check_models(trained, source, blocks=options.hidden_weight > 0)
     found = _read(source, data, held_out, mix, mask, max_length)
     stored = None if teacher_logits is None else top_k
     cost = predict(trained, source, found, options, together=on == teacher_on, top_k=stored)

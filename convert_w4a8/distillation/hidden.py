@@ -54,15 +54,19 @@ def difference_of_hidden(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Te
     return torch.stack(found).mean()
 
 
-def check_blocks(student: nn.Module, teacher: nn.Module) -> None:
-    """Check that blocks of two models can be compared.
+def sizes_of_blocks(model: nn.Module) -> tuple[int, int]:
+    """Return how many blocks a model has, and how many channels."""
+    return len(blocks_of(model, _HIDDEN)), _width(model)
+
+
+def check_blocks(ours: Sequence[int | None], theirs: Sequence[int | None]) -> None:
+    """Check that blocks of two models, of which number and channels are given, can be compared.
 
     Raises:
         ConvertError: they are of other number or size.
 
     """
-    ours, theirs = ((len(blocks_of(model, _HIDDEN)), _width(model)) for model in (student, teacher))
-    if ours != theirs:
+    if list(ours) != list(theirs):
         raise ConvertError(
             _HIDDEN,
             f"compares blocks; the teacher has {theirs[0]} of {theirs[1]} channels, OUT_W4A8 {ours[0]} of {ours[1]}",

@@ -17,7 +17,7 @@ from convert_w4a8.conversion.destination import privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
-from convert_w4a8.distillation.hidden import check_blocks
+from convert_w4a8.distillation.hidden import check_blocks, sizes_of_blocks
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import TrainingData, by_tag, mixed, shares
 from convert_w4a8.distillation.options import TOP_K, DistillOptions, rates_for
@@ -27,7 +27,7 @@ from convert_w4a8.distillation.recipe import record, section
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
 from convert_w4a8.distillation.state import StateDirectory
 from convert_w4a8.distillation.stored import StoredTeacher
-from convert_w4a8.distillation.student import check_models, load_student, load_teacher, vocabulary
+from convert_w4a8.distillation.student import check_models, check_vocabulary, load_student, load_teacher, vocabulary
 from convert_w4a8.distillation.teacher import LiveTeacher, Teacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.errors import ConvertError, DiskError
@@ -67,7 +67,7 @@ def distill(
 
     """
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
-    check_models(start, teacher)
+    check_models(start, teacher, blocks=options.hidden_weight > 0)
     stored: StoredTeacher | None = None
     teacher_on = teacher_device or device
     if teacher_logits is not None:
@@ -145,10 +145,8 @@ class _Run:
         else:
             target = live = LiveTeacher(load_teacher(teacher, predictions))
             if options.hidden_weight:
-                check_blocks(self.student.model, live.model)
-        if target.vocabulary != vocabulary(self.student.model):
-            reason = f"predicts {target.vocabulary} tokens, and OUT_W4A8 {vocabulary(self.student.model)}"
-            raise ConvertError(str(teacher.root), reason, "give a teacher of the same vocabulary")
+                check_blocks(sizes_of_blocks(self.student.model), sizes_of_blocks(live.model))
+        check_vocabulary(teacher, vocabulary(self.student.model), target.vocabulary)
         self._trainer = Trainer(self.student, target, options, device)
         self._spent, self._tokens = 0.0, 0
         if saved is None:

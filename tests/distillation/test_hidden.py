@@ -1,5 +1,6 @@
 """The term for hidden states, in a training; and a training from Python."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,24 @@ def test_it_brings_hidden_states_nearer(model: Path, start: Path, data: list[Pat
 
 
 def test_other_blocks_are_refused(start: Path, data: list[Path], tmp_path: Path) -> None:
-    """A teacher of other depth can teach predictions, and no hidden states."""
+    """A teacher of other depth can teach predictions, and no hidden states; that is known before models are loaded."""
     other = write_llama(tmp_path / "other", layers=1)
-    refused = distill(start, other, data, tmp_path / "out", "--hidden-weight", "1")
+    for more in ((), ("--dry-run",)):
+        refused = distill(start, other, data, tmp_path / "out", "--hidden-weight", "1", *more)
+        assert refused.exit_code == 1
+        assert "the teacher has 1 of 128 channels, OUT_W4A8 2 of 128" in refused.stderr
+        assert not (tmp_path / "out").exists()
+    assert distill(start, other, data, tmp_path / "out", "--dry-run").exit_code == 0
+
+
+def test_another_vocabulary_is_refused(start: Path, data: list[Path], tmp_path: Path) -> None:
+    """Before anything is loaded, too."""
+    other = write_llama(tmp_path / "other", layers=1)
+    path = other / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": VOCABULARY + 1}))
+    refused = distill(start, other, data, tmp_path / "out", "--dry-run")
     assert refused.exit_code == 1
-    assert "the teacher has 1 of 128 channels, OUT_W4A8 2 of 128" in refused.stderr
-    assert not (tmp_path / "out").exists()
+    assert f"predicts {VOCABULARY + 1} tokens, and OUT_W4A8 {VOCABULARY}" in refused.stderr
 
 
 @pytest.mark.parametrize("option", ["--recompute", "--hidden-weight"])
