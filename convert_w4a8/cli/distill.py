@@ -167,7 +167,8 @@ def distill_command(
     check_models(trained, source, blocks=options.hidden_weight > 0)
     found = _read(source, data, held_out, mix, mask, max_length)
     stored = None if teacher_logits is None else top_k
-    cost = predict(trained, source, found, options, together=on == teacher_on, top_k=stored)
+    together = (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
+    cost = predict(trained, source, found, options, together=together, top_k=stored)
     if not (quiet or as_json):
         echo(render.plan_text(options, found, cost))
     if dry_run:
