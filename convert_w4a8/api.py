@@ -271,7 +271,7 @@ def distill(
         local_path(out),
         options,
         device=on,
-        teacher_device=on if teacher_device is None else resolve_device(teacher_device),
+        teacher_device=on if teacher_device is None else resolve_device(teacher_device, "--teacher-device"),
         teacher_logits=None if teacher_logits is None else local_path(teacher_logits),
         top_k=top_k,
         overwrite=overwrite,

@@ -94,8 +94,8 @@ def why_not_compiled(device: torch.device) -> str | None:
         return _triton_problem()
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `--device` names; `auto` is CUDA where there is a GPU that Triton supports.
+def resolve_device(name: str, option: str = "--device") -> torch.device:
+    """Return the device that an option names; `auto` is CUDA where there is a GPU that Triton supports.
 
     Raises:
         ConvertError: there is no such device.
@@ -109,10 +109,10 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ConvertError(f"--device {name}", "is not a device", "use auto, cpu, cuda or cuda:N")
+        raise ConvertError(f"{option} {name}", "is not a device", "use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConvertError(
-            f"--device {name}", f"there are {torch.cuda.device_count()} CUDA devices", "use --device cpu"
+            f"{option} {name}", f"there are {torch.cuda.device_count()} CUDA devices", f"use {option} cpu"
         )
     return device
 

@@ -11,7 +11,7 @@ import click
 
 from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.files import append_for_the_job, check_writable, write_files
-from convert_w4a8.cli.options import RAY, conversion_options, read_options
+from convert_w4a8.cli.options import RAY, Number, NumberRange, conversion_options, read_options
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
@@ -45,14 +45,14 @@ from convert_w4a8.cli.start import say_verbose
 )
 @click.option(
     "--tolerance-db",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0),
     default=0.1,
     show_default=True,
     help="How far the SQNR of a layer may fall under the baseline.",
 )
 @click.option(
     "--min-sqnr-db",
-    type=float,
+    type=Number(),
     help="Least SQNR of a layer. [default: 25 where codes are kept, else that of round to nearest − 2]",
 )
 @RAY

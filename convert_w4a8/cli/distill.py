@@ -8,7 +8,7 @@ import click
 from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.data import read_data
 from convert_w4a8.cli.files import check_writable, write_files
-from convert_w4a8.cli.options import data_options
+from convert_w4a8.cli.options import NumberRange, data_options
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import storing_progress, training_progress
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     "--batch-tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="Tokens of each step."
 )
 @click.option(
-    "--rate", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Factor of all rates."
+    "--rate", type=NumberRange(min=0, min_open=True), default=1.0, show_default=True, help="Factor of all rates."
 )
 @click.option("--every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between measurements.")
 @click.option(
@@ -99,7 +99,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--hidden-weight",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0),
     default=0.0,
     show_default=True,
     help="Weight in the loss of how far the blocks' outputs are from the teacher's.",
@@ -158,15 +158,17 @@ def distill_command(
         check_writable(png)
     options = DistillOptions(**{**choices, "preset": Preset(choices["preset"])})
     trained, source = open_checkpoint(resolve_input(start)), open_checkpoint(resolve_input(teacher))
-    on, teacher_on = resolve_device(device), resolve_device(teacher_device or device)
+    on = resolve_device(device)
+    teacher_on = on if teacher_device is None else resolve_device(teacher_device, "--teacher-device")
     check_paths(trained, source, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     top_k = TOP_K if top_k is None else top_k
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
-    check_models(trained, source)
+    check_models(trained, source, blocks=options.hidden_weight > 0)
     found = _read(source, data, held_out, mix, mask, max_length)
     stored = None if teacher_logits is None else top_k
-    cost = predict(trained, source, found, options, together=on == teacher_on, top_k=stored)
+    together = (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
+    cost = predict(trained, source, found, options, together=together, top_k=stored)
     if not (quiet or as_json):
         echo(render.plan_text(options, found, cost))
     if dry_run:

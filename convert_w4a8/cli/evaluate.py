@@ -12,6 +12,7 @@ import click
 
 from convert_w4a8.cli.base import W4A8Command
 from convert_w4a8.cli.files import append_for_the_job, check_writable, write_files
+from convert_w4a8.cli.options import NumberRange
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import at_terminal
@@ -73,7 +74,7 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 @click.option("--resume", is_flag=True, help="Go on with the answers in --out.")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     default=0.05,
     show_default=True,
     help="How much of the score, from 0 to 1, may be lost.",
@@ -87,7 +88,7 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 )
 @click.option(
     "--max-divergence",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     metavar="NATS",
     help="What the divergence on the baseline's own answers may be, in nats per token. [default: it does not matter]",
 )
@@ -106,12 +107,12 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
     help="Answers of each prompt, with seeds from 0 on.",
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of sampling; 0 is greedy."
+    "--temperature", type=NumberRange(min=0), default=0.0, show_default=True, help="Of sampling; 0 is greedy."
 )
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at a time.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds that an answer may take.",
@@ -146,7 +147,7 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 )
 @click.option(
     "--start-timeout",
-    type=click.FloatRange(min=1),
+    type=NumberRange(min=1),
     default=600.0,
     show_default=True,
     help="Seconds that a server may take to start.",

@@ -1,5 +1,6 @@
 """The options that more than one command takes, and what their values mean."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
@@ -37,6 +38,25 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 
         if not 1 <= size <= _LARGEST_SIZE:
             self.fail(f"{value[:40]!r} is not a size such as 5GB, up to 8 EiB", param, ctx)
         return int(size)
+
+
+class Number(click.types.FloatParamType):
+    """A finite number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; a usage error for infinity and for NaN, which any comparison lets pass."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+class NumberRange(click.FloatRange):
+    """A finite number in a range. click.FloatRange takes NaN for one in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; a usage error if the value is none."""
+        return float(super().convert(Number().convert(value, param, ctx), param, ctx))
 
 
 class _Layers(click.ParamType):  # type: ignore[type-arg]

@@ -3,7 +3,7 @@
 import click
 
 from convert_w4a8.cli.base import W4A8Command
-from convert_w4a8.cli.options import RAY
+from convert_w4a8.cli.options import RAY, Number
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT
 from convert_w4a8.cli.progress import progress
@@ -17,7 +17,7 @@ from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, ray_lines, un
 )
 @click.option(
     "--min-sqnr-db",
-    type=float,
+    type=Number(),
     help="Least SQNR of a layer. [default: 25 where codes are kept, else that of round to nearest − 2]",
 )
 @RAY

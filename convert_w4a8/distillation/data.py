@@ -1,7 +1,7 @@
 """Samples as batches for training: whole samples, right-padded, of some tokens together."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ class Batch:
     samples: tuple[int, ...]
     members: tuple[Sample, ...] = ()
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return replace(self, ids=self.ids.to(device), counts=self.counts.to(device))
+
+def rows_of(sample: Sample) -> int:
+    """Return of how many tokens of a sample the prediction counts."""
+    return int(sample.kept[1:].sum())
 
 
 def make_batch(samples: Sequence[Sample], numbers: Sequence[int]) -> Batch:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.disk import disk_errors, fsync
-from convert_w4a8.distillation.data import by_length, in_batches, make_batch
+from convert_w4a8.distillation.data import by_length, in_batches, make_batch, rows_of
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.state import save_tensors
 from convert_w4a8.distillation.stored import (
@@ -24,7 +24,6 @@ from convert_w4a8.distillation.stored import (
     names_of,
     read_notes,
     row_bytes,
-    rows_of,
 )
 from convert_w4a8.distillation.student import load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher, Logits
@@ -70,9 +69,7 @@ def stored_teacher(
 
     """
     wanted = identity_of(checkpoint, top_k)
-    with disk_errors(directory):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(directory):
+    with _made(directory), _locked(directory):
         notes = read_notes(directory)
         samples = list({key_of(sample): sample for sample in samples}.values())
         if notes is not None:
@@ -158,6 +155,21 @@ def _write(notes: Notes, directory: Path) -> None:
         fsync(new)
         new.replace(directory / NOTES)
         fsync(directory)
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """Make a directory, readable by its owner only, if there is none; after an error nothing empty is left of it."""
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    with disk_errors(directory):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty, then
+            for path in new:
+                path.rmdir()
+        raise
 
 
 @contextmanager

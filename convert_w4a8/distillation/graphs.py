@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from convert_w4a8.distillation.experts import LutExperts
+from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.distillation.student import logits_of
 from convert_w4a8.experts import is_experts
 
 MOST_WEIGHTS = 1 << 30
 """Of a model whose passes are captured."""
-_MOST_SHAPES = 4
+MOST_SHAPES = 4
 """That are captured; each keeps its logits and gradients."""
 _OFTEN = 2
 """How often a shape of batches comes before it is captured."""
@@ -36,9 +37,9 @@ class Passes:
 
     def __init__(self, model: nn.Module, parameters: Sequence[torch.Tensor], device: torch.device) -> None:
         self._model, self._parameters = model, parameters
-        small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_WEIGHTS
+        small = _weights(model) <= MOST_WEIGHTS
         has_experts = any(isinstance(module, LutExperts) or is_experts(module) for module in model.modules())
-        self._most = _MOST_SHAPES if small and device.type == "cuda" and not has_experts else 0
+        self._most = MOST_SHAPES if small and device.type == "cuda" and not has_experts else 0
         self._seen: Counter[torch.Size] = Counter()
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool: Any = None
@@ -65,9 +66,17 @@ class Passes:
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 self._captured[shape] = _Captured(self._model, self._parameters, ids, self._pool)
             except RuntimeError as error:
-                self._most = 0
+                self._most, self._pool = 0, None
+                self._captured.clear()  # what graphs keep may be what the steps lack now
                 _log.warning("no CUDA graphs, so steps take longer: %s", str(error).partition("\n")[0])
         return self._captured.get(shape)
+
+
+def _weights(model: nn.Module) -> int:
+    """Return how many weights a model has. Those of a layer without latent ones are its codes, no parameter."""
+    layers = [module for module in model.modules() if isinstance(module, LutLinear)]
+    codes = sum(layer.codes.numel() for layer in layers if layer.weight is None)
+    return codes + sum(parameter.numel() for parameter in model.parameters())
 
 
 class _Captured:

@@ -9,11 +9,22 @@ from torch import nn
 
 from convert_w4a8.errors import ConvertError
 
+_HIDDEN = "--hidden-weight"
 
-def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
-    """Return the decoder blocks of a model of transformers."""
+
+def blocks_of(model: nn.Module, option: str) -> nn.ModuleList:
+    """Return the decoder blocks of a model of transformers, which an option needs.
+
+    Raises:
+        ConvertError: it has them elsewhere than most models, as Falcon and GPT-2 do.
+
+    """
     part: Any = model
-    found: Sequence[nn.Module] = part.get_decoder().layers
+    decoder = part.get_decoder() if hasattr(model, "get_decoder") else None
+    found = getattr(decoder, "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        reason = f"needs the blocks of the model, and where transformers' {type(model).__name__} has them is not known"
+        raise ConvertError(option, reason, f"leave out {option}")
     return found
 
 
@@ -25,7 +36,7 @@ def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_hook(catch) for block in blocks_of(model)]
+    hooks = [block.register_forward_hook(catch) for block in blocks_of(model, _HIDDEN)]
     try:
         yield outputs
     finally:
@@ -43,17 +54,21 @@ def difference_of_hidden(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Te
     return torch.stack(found).mean()
 
 
-def check_blocks(student: nn.Module, teacher: nn.Module) -> None:
-    """Check that blocks of two models can be compared.
+def sizes_of_blocks(model: nn.Module) -> tuple[int, int]:
+    """Return how many blocks a model has, and how many channels."""
+    return len(blocks_of(model, _HIDDEN)), _width(model)
+
+
+def check_blocks(ours: Sequence[int | None], theirs: Sequence[int | None]) -> None:
+    """Check that blocks of two models, of which number and channels are given, can be compared.
 
     Raises:
         ConvertError: they are of other number or size.
 
     """
-    ours, theirs = ((len(blocks_of(model)), _width(model)) for model in (student, teacher))
-    if ours != theirs:
+    if list(ours) != list(theirs):
         raise ConvertError(
-            "--hidden-weight",
+            _HIDDEN,
             f"compares blocks; the teacher has {theirs[0]} of {theirs[1]} channels, OUT_W4A8 {ours[0]} of {ours[1]}",
             "leave it out, or give the model that OUT_W4A8 was made from as --teacher",
         )

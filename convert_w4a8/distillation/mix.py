@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert_w4a8.checkpoint.json_file import read_json
-from convert_w4a8.distillation.data import Batch, in_batches, make_batch
+from convert_w4a8.distillation.data import Batch, in_batches, make_batch, rows_of
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.sample import Sample
@@ -56,7 +56,7 @@ class TrainingData:
 def training_data(
     samples: Sequence[Sample], held_out: Sequence[Sample] | None, mix: str | PathLike[str] | Mapping[str, float]
 ) -> TrainingData:
-    """Return the data of a training.
+    """Return the data of a training: of the samples, those in which a prediction counts.
 
     held_out: samples to measure on; None: some of each domain. mix: `DROP`, `UNIFORM`, the drop of each domain, or the
     JSON file that has them.
@@ -65,7 +65,10 @@ def training_data(
         ConvertError: too few samples are left to train or to measure on, or a domain has no drop.
 
     """
-    if held_out is None:
+    samples = _with_predictions(samples, "--data")
+    if held_out is not None:
+        held_out = _with_predictions(held_out, "--held-out")
+    else:
         samples, held_out = hold_out(samples)
     samples = apart(samples, held_out)
     tags = list(by_tag(samples))
@@ -74,7 +77,19 @@ def training_data(
         drops = _drops_of(mix, tags, "the drops")
     elif mix not in (DROP, UNIFORM):
         drops = read_drops(Path(mix), tags)
+    elif mix == DROP and (missing := [tag for tag in tags if tag not in by_tag(held_out)]):
+        reason = "is a domain of --data, and none of --held-out: its drop is not known"
+        raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
     return TrainingData(tuple(samples), tuple(held_out), drops, uniform=mix == UNIFORM)
+
+
+def _with_predictions(samples: Sequence[Sample], subject: str) -> list[Sample]:
+    """Return the samples in which a prediction counts. A sample of one token has none, and a mask may leave none."""
+    found = [sample for sample in samples if rows_of(sample)]
+    if not found:
+        reason = "has no sample in which the prediction of a token counts"
+        raise ConvertError(subject, reason, "give samples of two tokens or more, of which --mask leaves some")
+    return found
 
 
 def tag_of(sample: Sample) -> str:

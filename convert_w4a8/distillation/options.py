@@ -1,5 +1,6 @@
 """What can be chosen about a training."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from convert_w4a8.distillation.linear import Preset
@@ -66,5 +67,8 @@ class DistillOptions:
     hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        """Take the preset as a string too. Raises ValueError for one that there is not."""
+        """Take the preset as a string too. Raises ValueError for one that there is not, and numbers that are none."""
         object.__setattr__(self, "preset", Preset(self.preset))
+        for name in ("rate", "warmup", "towards", "hidden_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is not a finite number")

@@ -6,16 +6,18 @@ which tests/distillation/test_prediction.py compares the numbers here).
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import block_of, is_expert
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
+from convert_w4a8.distillation.data import rows_of
+from convert_w4a8.distillation.graphs import MOST_SHAPES, MOST_WEIGHTS
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.mix import TrainingData
 from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.stored import key_of, row_bytes, rows_of
+from convert_w4a8.distillation.stored import key_of, row_bytes
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TILE_K
 from convert_w4a8.targets import find_target
@@ -35,6 +37,8 @@ ACTIVATIONS = 2.4
 """Bytes that are kept for the backward pass, a token and an input or output channel of a layer."""
 _LOGIT_BYTES = 10
 """The logits of both models in BF16, their gradient, and copies of those that count."""
+_GRAPH_LOGIT_BYTES = 6
+"""The logits of both models in BF16, and their gradient, that each further shape of batches keeps as CUDA graphs."""
 _LOSS_BYTES = 600_000_000
 """What the loss takes in float32, and the libraries."""
 _LAYER_BYTES = 12
@@ -145,14 +149,31 @@ def predict(
     token, or all with 0; None: they are not.
     """
     samples = {key_of(sample): sample for sample in (*data.samples, *data.held_out)} if top_k is not None else {}
-    return predict_cost(
-        sizes_of(start),
+    sizes, of_teacher = sizes_of(start), 2 * sum(map(_count, teacher.tensors.values())) if together else 0
+    found = predict_cost(
+        sizes,
         options,
-        teacher_bytes=2 * sum(map(_count, teacher.tensors.values())) if together and top_k is None else 0,
+        teacher_bytes=of_teacher if top_k is None else 0,
         held_out_tokens=sum(map(len, data.held_out)),
         stored_rows=None if top_k is None else sum(map(rows_of, samples.values())),
         top_k=top_k or 0,
+        shapes=_captured_shapes(start, sizes, options),
     )
+    if top_k is None or not together:
+        return found
+    return replace(found, gpu_memory=max(found.gpu_memory, _first_pass_memory(sizes, of_teacher, options.batch_tokens)))
+
+
+def _captured_shapes(start: Checkpoint, sizes: Sizes, options: DistillOptions) -> int:
+    """Return how many shapes of batches are captured as CUDA graphs, at most; 1 where none is."""
+    small = sizes.weights + sizes.others + sizes.fixed <= MOST_WEIGHTS
+    return MOST_SHAPES if small and not options.hidden_weight and not any(map(is_expert, start.tensors)) else 1
+
+
+def _first_pass_memory(sizes: Sizes, teacher_bytes: int, tokens: int) -> int:
+    """Return the bytes of the pass that stores logits: the teacher, its logits in BF16, and those that count."""
+    shapes = MOST_SHAPES if teacher_bytes <= 2 * MOST_WEIGHTS else 1
+    return teacher_bytes + 2 * (shapes + 1) * tokens * sizes.vocabulary + _LOSS_BYTES
 
 
 def predict_cost(
@@ -164,11 +185,13 @@ def predict_cost(
     stored_rows: int | None = None,
     top_k: int = 0,
     gpus: int = 1,
+    shapes: int = 1,
 ) -> Cost:
     """Predict what a training takes.
 
     teacher_bytes: of a teacher on the same device; 0 where it is elsewhere, or stored. stored_rows: predictions that
     are stored of the teacher; None for none. gpus: over which both models are spread; each has a batch of its own.
+    shapes: of batches, whose passes are kept as CUDA graphs, each with logits and gradients of its own.
     """
     preset, tokens = options.preset, options.batch_tokens
     is_latent = preset is Preset.WEIGHTS
@@ -179,6 +202,7 @@ def predict_cost(
         per_token = per_token / max(1, sizes.blocks) + 2 * sizes.hidden * sizes.blocks
     memory = kept / gpus + tokens * (per_token + _LOGIT_BYTES * sizes.vocabulary)
     memory += _LOSS_BYTES + _LAYER_BYTES * sizes.layer
+    memory += (shapes - 1) * (_GRAPH_LOGIT_BYTES * tokens * sizes.vocabulary + 4 * trained)
     if gpus > 1:  # two blocks of the student at a time: one is computed, one comes; of the teacher one more
         memory += 2 * _GATHERED[preset] * sizes.block + 2 * 2 * sizes.block
     passes = (1 if stored_rows is not None else 2) + 2 + (1 if options.recompute else 0)

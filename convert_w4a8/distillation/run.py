@@ -17,7 +17,7 @@ from convert_w4a8.conversion.destination import privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
-from convert_w4a8.distillation.hidden import check_blocks
+from convert_w4a8.distillation.hidden import check_blocks, sizes_of_blocks
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import TrainingData, by_tag, mixed, shares
 from convert_w4a8.distillation.options import TOP_K, DistillOptions, rates_for
@@ -27,7 +27,7 @@ from convert_w4a8.distillation.recipe import record, section
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
 from convert_w4a8.distillation.state import StateDirectory
 from convert_w4a8.distillation.stored import StoredTeacher
-from convert_w4a8.distillation.student import check_models, load_student, load_teacher, vocabulary
+from convert_w4a8.distillation.student import check_models, check_vocabulary, load_student, load_teacher, vocabulary
 from convert_w4a8.distillation.teacher import LiveTeacher, Teacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.errors import ConvertError, DiskError
@@ -67,17 +67,24 @@ def distill(
 
     """
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
-    check_models(start, teacher)
+    check_models(start, teacher, blocks=options.hidden_weight > 0)
     stored: StoredTeacher | None = None
+    teacher_on = teacher_device or device
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
-        on = teacher_device or device
-        with memory_errors("the teacher", remedy=_LESS_OF_TEACHER, of_gpu=True), deterministic(on):
+        with memory_errors("the teacher", remedy=_LESS_OF_TEACHER, of_gpu=True), deterministic(teacher_on):
             samples = (*data.samples, *data.held_out)
             stored = stored_teacher(
-                teacher, samples, teacher_logits, top_k, device=on, batch_tokens=options.batch_tokens, progress=storing
+                teacher,
+                samples,
+                teacher_logits,
+                top_k,
+                device=teacher_on,
+                batch_tokens=options.batch_tokens,
+                progress=storing,
             )
-    before = _fingerprint(start, teacher, options, data, stored)
+    predictions = stored or teacher_on
+    before = _fingerprint(start, teacher, options, data, device, predictions)
     state = StateDirectory(real_path(out))
     plan = plan_files(start)
     with CheckpointWriter(
@@ -92,8 +99,8 @@ def distill(
     ) as writer:
         if not resume:
             state.remove()
-        with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device):
-            run = _Run(start, teacher, data, options, device, stored or teacher_device or device, state, before)
+        with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device, teacher_on):
+            run = _Run(start, teacher, data, options, device, predictions, state, before)
             try:
                 result = run.train(progress)
             except KeyboardInterrupt as error:
@@ -106,7 +113,7 @@ def distill(
                 state.remove()
                 raise
         write_output(writer, start, run.student, record(options, data.digest(), result), section(options, result))
-        check_unchanged(before, _fingerprint(start, teacher, options, data, stored))
+        check_unchanged(before, _fingerprint(start, teacher, options, data, device, predictions))
         writer.commit()
     state.remove()
     return result
@@ -138,10 +145,8 @@ class _Run:
         else:
             target = live = LiveTeacher(load_teacher(teacher, predictions))
             if options.hidden_weight:
-                check_blocks(self.student.model, live.model)
-        if target.vocabulary != vocabulary(self.student.model):
-            reason = f"predicts {target.vocabulary} tokens, and OUT_W4A8 {vocabulary(self.student.model)}"
-            raise ConvertError(str(teacher.root), reason, "give a teacher of the same vocabulary")
+                check_blocks(sizes_of_blocks(self.student.model), sizes_of_blocks(live.model))
+        check_vocabulary(teacher, vocabulary(self.student.model), target.vocabulary)
         self._trainer = Trainer(self.student, target, options, device)
         self._spent, self._tokens = 0.0, 0
         if saved is None:
@@ -170,9 +175,6 @@ class _Run:
         if self._data.uniform:
             return {tag: 1 / len(tags) for tag in tags}
         drops = self.drops if self._data.drops is None else self._data.drops
-        if missing := [tag for tag in tags if tag not in drops]:
-            reason = "is a domain of --data, and none of --held-out: its drop is not known"
-            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
         return shares({tag: drops[tag] for tag in tags})
 
     def train(self, progress: Callable[[int, float], None]) -> DistillResult:
@@ -250,10 +252,19 @@ class _Run:
 
 
 def _fingerprint(
-    start: Checkpoint, teacher: Checkpoint, options: DistillOptions, data: TrainingData, stored: StoredTeacher | None
+    start: Checkpoint,
+    teacher: Checkpoint,
+    options: DistillOptions,
+    data: TrainingData,
+    device: torch.device,
+    predictions: StoredTeacher | torch.device,
 ) -> dict[str, Any]:
-    """Describe a training by all that its output depends on, as JSON."""
+    """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise."""
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
-    found |= {"--teacher-logits": stored.digest} if stored is not None else {}
+    found["--device"] = device.type
+    if isinstance(predictions, StoredTeacher):
+        found["--teacher-logits"] = predictions.digest
+    else:
+        found["--teacher-device"] = predictions.type
     return found | {"rates": asdict(rates_for(options.preset, options.steps)), "data": data.digest()}

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.data import Batch, rows_of
 from convert_w4a8.distillation.teacher import Logits, Target
 from convert_w4a8.distillation.top_k import TopK
 from convert_w4a8.errors import ConvertError
@@ -33,6 +34,8 @@ NOTES = "teacher.json"
 KEY_BYTES = 16
 _FORMAT = "w4a8 distill: logits of a teacher, 1"
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+_DTYPES = {"samples": "U8", "ends": "I64", "tokens": "I32", "logits": "BF16", "rest": "F32"}
+_AGAIN = "remove the directory, and begin it again"
 _ANOTHER = "give the same as before, or another directory to --teacher-logits"
 
 
@@ -80,11 +83,6 @@ def key_of(sample: Sample) -> bytes:
     found = hashlib.blake2b(sample.tokens.astype("<i4").tobytes(), digest_size=KEY_BYTES)
     found.update(sample.kept.tobytes())
     return found.digest()
-
-
-def rows_of(sample: Sample) -> int:
-    """Return of how many tokens of a sample the prediction counts."""
-    return int(sample.kept[1:].sum())
 
 
 def row_bytes(vocabulary: int, top_k: int) -> int:
@@ -146,19 +144,26 @@ class StoredTeacher:
         self.top_k = notes.identity.top_k
         self._places: dict[bytes, tuple[int, int, int]] = {}
         self._files: list[Any] = []
+        self._paths = [directory / name for name in notes.files]
         for name in notes.files:
             try:
                 self._open(directory / name)
             except (OSError, SafetensorError, ValueError) as error:
                 reason = f"cannot be read ({_line(error)})"
-                raise ConvertError(str(directory / name), reason, "remove the directory, and begin it again") from error
+                raise ConvertError(str(directory / name), reason, _AGAIN) from error
 
     def _open(self, path: Path) -> None:
         file: Any = safe_open(path, framework="pt")
-        keys, ends = file.get_tensor("samples"), file.get_tensor("ends").tolist()
-        width = min(self.top_k or self.vocabulary, self.vocabulary)
-        rows = ends[-1] if ends else 0
-        if keys.shape != (len(ends), KEY_BYTES) or file.get_slice("logits").get_shape() != [rows, width]:
+        keys, rising = file.get_tensor("samples"), file.get_tensor("ends")
+        found = {name: file.get_slice(name) for name in ("samples", "ends", *names_of(self.top_k))}
+        if rising.dim() != 1 or any(one.get_dtype() != _DTYPES[name] for name, one in found.items()):
+            raise ValueError("its tensors are not of the types that they should have")
+        ends = rising.tolist()
+        if any(end < start for start, end in pairwise([0, *ends])):
+            raise ValueError("its samples do not follow each other")
+        rows, width = ends[-1] if ends else 0, min(self.top_k or self.vocabulary, self.vocabulary)
+        sizes = {"samples": [len(ends), KEY_BYTES], "ends": [len(ends)], "rest": [rows]}
+        if any(one.get_shape() != sizes.get(name, [rows, width]) for name, one in found.items()):
             raise ValueError("its tensors are not of the sizes that they should have")
         start = 0
         for key, end in zip(keys.numpy(), ends, strict=True):
@@ -167,9 +172,25 @@ class StoredTeacher:
         self._files.append(file)
 
     def missing(self, samples: Iterable[Sample]) -> list[Sample]:
-        """Return the samples whose logits are not here, each once."""
-        found = {key: sample for sample in samples if (key := key_of(sample)) not in self._places}
+        """Return the samples whose logits are not here, each once.
+
+        Raises:
+            ConvertError: of one there are other rows than it has predictions.
+
+        """
+        found = {}
+        for sample in samples:
+            key = key_of(sample)
+            if key not in self._places:
+                found[key] = sample
+                continue
+            number, start, end = self._places[key]
+            if end - start != rows_of(sample):
+                raise self._damaged(number, f"{end - start} rows of a sample that has {rows_of(sample)}")
         return list(found.values())
+
+    def _damaged(self, number: int, reason: str) -> ConvertError:
+        return ConvertError(str(self._paths[number]), f"cannot be read ({reason})", _AGAIN)
 
     def target(self, batch: Batch, device: torch.device, *, hidden: bool = False) -> Target:
         """Return what is stored of the samples of a batch."""
@@ -184,7 +205,11 @@ class StoredTeacher:
     def _read(self, sample: Sample) -> Mapping[str, torch.Tensor]:
         number, start, end = self._places[key_of(sample)]
         file = self._files[number]
-        return {name: file.get_slice(name)[start:end] for name in names_of(self.top_k)}
+        found = {name: file.get_slice(name)[start:end] for name in names_of(self.top_k)}
+        tokens = found.get("tokens")
+        if tokens is not None and not bool(((tokens >= 0) & (tokens < self.vocabulary)).all()):
+            raise self._damaged(number, f"a token that is none of {self.vocabulary:,}")
+        return found
 
 
 def names_of(top_k: int) -> Sequence[str]:

@@ -13,6 +13,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.experts import place_experts
+from convert_w4a8.distillation.hidden import check_blocks
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import W4A8Linear
@@ -45,11 +46,14 @@ class Student:
         yield from self.others.items()
 
 
-def check_models(start: Checkpoint, teacher: Checkpoint) -> None:
-    """Check by their headers that two checkpoints can be a student and a teacher.
+def check_models(start: Checkpoint, teacher: Checkpoint, *, blocks: bool = False) -> None:
+    """Check by headers and configurations that two checkpoints can be a student and a teacher.
+
+    blocks: whether their blocks are to be compared. What a configuration does not say is checked when models are there.
 
     Raises:
-        ConvertError: the teacher is quantized, or the student is not of the format `lut` with stored tables.
+        ConvertError: the teacher is quantized, the student is not of the format `lut` with stored tables, or the two
+            are of other vocabulary or blocks.
 
     """
     if teacher.quantization_config:
@@ -59,6 +63,27 @@ def check_models(start: Checkpoint, teacher: Checkpoint) -> None:
         raise ConvertError(
             str(start.root), "has no tables of its own to train", "make it with w4a8 quantize --tables free"
         )
+    (ours, *our_blocks), (theirs, *their_blocks) = (
+        [_configured(each, key) for key in ("vocab_size", "num_hidden_layers", "hidden_size")]
+        for each in (start, teacher)
+    )
+    if ours is not None and theirs is not None:
+        check_vocabulary(teacher, ours, theirs)
+    if blocks and None not in (*our_blocks, *their_blocks):
+        check_blocks(our_blocks, their_blocks)
+
+
+def _configured(checkpoint: Checkpoint, key: str) -> int | None:
+    text = checkpoint.config.get("text_config")
+    found = {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get(key)
+    return found if isinstance(found, int) else None
+
+
+def check_vocabulary(teacher: Checkpoint, ours: int, theirs: int) -> None:
+    """Raise ConvertError where the student predicts other tokens than the teacher."""
+    if ours != theirs:
+        reason = f"predicts {theirs} tokens, and OUT_W4A8 {ours}"
+        raise ConvertError(str(teacher.root), reason, "give a teacher of the same vocabulary")
 
 
 def load_teacher(checkpoint: Checkpoint, device: torch.device) -> nn.Module:

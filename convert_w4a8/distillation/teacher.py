@@ -27,9 +27,6 @@ class Target(Protocol):
     def divergence(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the divergence of each token in nats, float32 [C], of the student's logits [C, V], with a gradient."""
 
-    def part(self, tokens: slice) -> "Target":
-        """Return what is to be predicted at some of the tokens."""
-
 
 class Teacher(Protocol):
     """Gives targets."""
@@ -51,10 +48,6 @@ class Logits:
     def divergence(self, logits: torch.Tensor) -> torch.Tensor:
         """Return KL(teacher ‖ student) over the whole vocabulary."""
         return divergence(logits, self.logits)
-
-    def part(self, tokens: slice) -> "Logits":
-        """Return that of some of the tokens."""
-        return Logits(self.logits[tokens], tuple(each[tokens] for each in self.hidden))
 
 
 class LiveTeacher:

@@ -12,6 +12,7 @@ as the teacher does; with k = V always. No probability is renormalized, so D = 0
 Its gradient by the student's logits is q_i − p_i in K, and q_j − p_R·q_j/q_R elsewhere.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,11 @@ class TopK:
     def of(cls, logits: torch.Tensor, k: int) -> "TopK":
         """Return what is known of logits [C, V] when the k likeliest are."""
         top = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        others = logits.float().scatter(-1, top.indices, -torch.inf)
-        return cls(top.indices, top.values, others.logsumexp(-1))
+        rest = [logits.new_zeros(0, dtype=torch.float32)]
+        for part in _parts(logits):
+            others = logits[part].float().scatter(-1, top.indices[part], -torch.inf)
+            rest.append(others.logsumexp(-1))
+        return cls(top.indices, top.values, torch.cat(rest))
 
     def divergence(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the divergence of each token in nats, float32 [C], of logits [C, V]; with a gradient."""
@@ -55,11 +59,9 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: TopK) -> torch.Tensor:
-        step = max(1, LOGITS_AT_ONCE // student.shape[-1])
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         values = [student.new_zeros(0, dtype=torch.float32)]
-        for start in range(0, len(student), step):
-            part = slice(start, start + step)
+        for part in _parts(student):
             value, by_logits = _value_and_gradient(student[part].float(), teacher.part(part), gradient is not None)
             values.append(value)
             if gradient is not None and by_logits is not None:
@@ -72,6 +74,13 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None
+
+
+def _parts(logits: torch.Tensor) -> Iterator[slice]:
+    """Yield the tokens of logits [C, V], as many at a time as there is room for in float32."""
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    for start in range(0, len(logits), step):
+        yield slice(start, start + step)
 
 
 def _value_and_gradient(
@@ -88,7 +97,7 @@ def _value_and_gradient(
     log_q = student.gather(-1, teacher.tokens) - total[:, None]
     p, p_rest = log_p.exp(), log_p_rest.exp()
     of_rest = torch.where(p_rest > 0, p_rest * (log_p_rest - (rest - total)), 0.0)
-    value = (p * (log_p - log_q)).sum(-1) + of_rest
+    value = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0).sum(-1) + of_rest
     if not wanted:
         return value, None
     # Elsewhere p_R·q_j/q_R is p_R·exp(z_j − rest); where there is no elsewhere, all is written over.

@@ -190,7 +190,7 @@ def _trained(name: str, parameter: nn.Parameter) -> Trained:
 
 def _recompute_blocks(model: nn.Module) -> None:
     """Let the backward pass compute decoder blocks again."""
-    for block in blocks_of(model):
+    for block in blocks_of(model, "--recompute"):
         block.forward = _checkpointed(block.forward)
 
 

@@ -67,7 +67,7 @@ def compare(now: Figures, baseline: Figures, tolerance_db: float) -> tuple[tuple
         elif ours.codes_kept and not theirs.codes_kept:
             notes.append(f"{module}: keeps its INT4 codes, in the baseline they are new")
         gain = _gain(ours.sqnr_db, theirs.sqnr_db)
-        if gain < -tolerance_db:
+        if not gain >= -tolerance_db:
             problems.append(_regression(module, f"SQNR is {_db(ours.sqnr_db)}, in the baseline {_db(theirs.sqnr_db)}"))
         elif gain > tolerance_db:
             notes.append(f"{module}: SQNR is {_db(ours.sqnr_db)}, in the baseline {_db(theirs.sqnr_db)}")

@@ -85,7 +85,7 @@ def divergence(
         part = slice(start, start + step)
         ours, theirs = student[part].float().log_softmax(-1), teacher[part].float().log_softmax(-1)
         p = theirs.exp()
-        values.append((p * (theirs - ours)).sum(-1))
+        values.append((p * (theirs - ours)).masked_fill_(p == 0, 0.0).sum(-1))  # the limit of p·log p, not 0·∞
         if gradient is not None:
             gradient[part] = ours.exp_().sub_(p)
     return torch.cat(values), gradient

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from convert_w4a8.cli.convert import convert_command
 from convert_w4a8.cli.files import check_writable
+from convert_w4a8.cli.main import main
 from convert_w4a8.cli.output import echo_json
 from convert_w4a8.errors import ConvertError
 
@@ -31,6 +32,19 @@ def test_a_size_that_no_file_has(size: str, source: Path, tmp_path: Path) -> Non
     result = run(source, tmp_path / "out", f"--max-shard-size={size}")
     assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output
     assert "--max-shard-size" in result.output
+
+
+def test_numbers_are_finite() -> None:
+    """Any comparison lets NaN pass, in any range, in every command: a usage error, like infinity."""
+    checked = set()
+    for name, command in main.commands.items():
+        for option in command.params:
+            if isinstance(option.type, click.types.FloatParamType):
+                checked.add(name)
+                for value in ("nan", "inf", "-inf", "1e400"):
+                    with pytest.raises(click.BadParameter, match="not a finite number"):
+                        option.type_cast_value(click.Context(command), value)
+    assert checked == {"check", "distill", "evaluate", "verify"}
 
 
 def test_an_output_that_is_links_in_a_circle(source: Path, tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def test_devices() -> None:
     for name in ("tpu", "cuda:99", "meta", "", "mps", "cuda:x"):
         with pytest.raises(ConvertError, match="--device"):
             resolve_device(name)
+        with pytest.raises(ConvertError, match=r"^--teacher-device .*; use ") as refused:
+            resolve_device(name, "--teacher-device")
+        assert "--device" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

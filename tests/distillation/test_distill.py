@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_training import distill, run, tensors
+from small_training import distill, run, tensors, write_data
 from tiny_models import VOCABULARY
 
 from convert_w4a8 import api
@@ -187,16 +187,32 @@ def test_verify_sees_damage(
 
 
 def test_domains_without_held_out_text_need_drops(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
-    """What a domain lost is measured on its own held-out text."""
-    result = distill(start, model, data, tmp_path / "out", "--held-out", data[0])
-    assert result.exit_code == 1
-    assert result.stderr.count("two") == 1
+    """What a domain lost is measured on its own held-out text; that there is none is said before anything is loaded."""
+    for more in ((), ("--dry-run",)):
+        result = distill(
+            start, model, data, tmp_path / "out", "--held-out", write_data(tmp_path / "one.jsonl", 7), *more
+        )
+        assert result.exit_code == 1
+        assert result.stderr.count("two") == 1
+
+
+def test_samples_without_predictions_are_left_out(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """A sample of one token has none: a batch of such samples only would have no divergence. None left is one line."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(['{"input_ids": [3]}'] * 30) + "\n")
+    more = ("--rate", "4", "--batch-tokens", "1", "--mix", "uniform", "--held-out", data[1], "--held-out", few)
+    result = distill(start, model, [data[0], few], tmp_path / "out", *more)
+    assert result.exit_code == 0, result.output
+    for files, held_out in (([few], data[1]), ([data[0]], few)):
+        result = distill(start, model, files, tmp_path / "no", "--held-out", held_out, "--dry-run")
+        assert result.exit_code == 1
+        assert "has no sample in which the prediction of a token counts" in result.stderr
 
 
 def test_memory_that_is_not_there_is_one_line(
     model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU or a CPU; what was kept stays for --resume with other devices."""
+    """On a GPU or a CPU, and nothing is left."""
 
     def full(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")

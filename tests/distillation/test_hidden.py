@@ -1,5 +1,6 @@
 """The term for hidden states, in a training; and a training from Python."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import VOCABULARY, write_llama
 from convert_w4a8 import ConvertError, DistillOptions, api
 from convert_w4a8 import distill as distill_from_python
 from convert_w4a8.distillation.data import make_batch
-from convert_w4a8.distillation.hidden import block_outputs, difference_of_hidden
+from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.student import load_student, load_teacher, logits_of
 from convert_w4a8.distillation.teacher import LiveTeacher
@@ -51,12 +52,33 @@ def test_it_brings_hidden_states_nearer(model: Path, start: Path, data: list[Pat
 
 
 def test_other_blocks_are_refused(start: Path, data: list[Path], tmp_path: Path) -> None:
-    """A teacher of other depth can teach predictions, and no hidden states."""
+    """A teacher of other depth can teach predictions, and no hidden states; that is known before models are loaded."""
     other = write_llama(tmp_path / "other", layers=1)
-    refused = distill(start, other, data, tmp_path / "out", "--hidden-weight", "1")
+    for more in ((), ("--dry-run",)):
+        refused = distill(start, other, data, tmp_path / "out", "--hidden-weight", "1", *more)
+        assert refused.exit_code == 1
+        assert "the teacher has 1 of 128 channels, OUT_W4A8 2 of 128" in refused.stderr
+        assert not (tmp_path / "out").exists()
+    assert distill(start, other, data, tmp_path / "out", "--dry-run").exit_code == 0
+
+
+def test_another_vocabulary_is_refused(start: Path, data: list[Path], tmp_path: Path) -> None:
+    """Before anything is loaded, too."""
+    other = write_llama(tmp_path / "other", layers=1)
+    path = other / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": VOCABULARY + 1}))
+    refused = distill(start, other, data, tmp_path / "out", "--dry-run")
     assert refused.exit_code == 1
-    assert "the teacher has 1 of 128 channels, OUT_W4A8 2 of 128" in refused.stderr
-    assert not (tmp_path / "out").exists()
+    assert f"predicts {VOCABULARY + 1} tokens, and OUT_W4A8 {VOCABULARY}" in refused.stderr
+
+
+@pytest.mark.parametrize("option", ["--recompute", "--hidden-weight"])
+def test_blocks_that_are_elsewhere(option: str) -> None:
+    """GPT-2 has them as `h`; the option is named that has to be left out."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, n_positions=8)
+    with pytest.raises(ConvertError, match=f"{option}: .*GPT2LMHeadModel .*; leave out {option}"):
+        blocks_of(transformers.GPT2LMHeadModel(config), option)
 
 
 def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
@@ -65,6 +87,9 @@ def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
     samples = read_samples(files, None, vocab_size=VOCABULARY)
     options = DistillOptions("tables", steps=8, every=2, batch_tokens=256, rate=4)  # type: ignore[arg-type]
     assert options.preset is Preset.TABLES
+    for name in ("rate", "hidden_weight"):
+        with pytest.raises(ValueError, match=f"{name} is not a finite number"):
+            DistillOptions(**{name: float("nan")})  # type: ignore[arg-type]
     steps: list[int] = []
     result = distill_from_python(
         start,

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.distillation import graphs
 from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.options import RATES, rates_for
-from convert_w4a8.distillation.student import load_teacher, logits_of
+from convert_w4a8.distillation.student import load_student, load_teacher, logits_of
 
 masks = pytest.importorskip("transformers.masking_utils")
 
@@ -62,3 +63,34 @@ def test_rates_follow_the_steps() -> None:
     assert rates_for(Preset.WEIGHTS, 1000) == usual
     assert rates_for(Preset.WEIGHTS, 4000).weight == usual.weight / 2
     assert rates_for(Preset.WEIGHTS, 3).entries == usual.entries * 2
+
+
+@pytest.mark.parametrize("preset", list(Preset))
+def test_codes_count_as_weights(preset: Preset, model: Path, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student of tables has most of its weights in codes, which are no parameters."""
+    student = load_student(open_checkpoint(start), open_checkpoint(model), preset, torch.device("cpu"))
+    codes = sum(layer.codes.numel() for layer in student.layers.values())
+    trained = [parameter for _, parameter in student.trained()]
+    for most, captured in ((codes, False), (1 << 30, True)):
+        monkeypatch.setattr(graphs, "MOST_WEIGHTS", most)
+        assert bool(Passes(student.model, trained, torch.device("cuda"))._most) is captured
+
+
+def test_what_cannot_be_captured_keeps_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of other shapes are let go of, since the steps have to do without them in the memory that they have."""
+    teacher = load_teacher(open_checkpoint(model), torch.device("cpu"))
+    passes = Passes(teacher, (), torch.device("cuda"))
+
+    class Captured:
+        def __init__(self, _model: Any, _parameters: Any, ids: torch.Tensor, _pool: Any) -> None:
+            if ids.shape[0] > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.forward = lambda ids: logits_of(teacher, ids)
+
+    monkeypatch.setattr(graphs, "_Captured", Captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for rows, kept in ((1, 0), (1, 1), (2, 1), (2, 0), (1, 0), (1, 0)):
+        ids = torch.arange(6 * rows).view(rows, 6)
+        assert torch.equal(passes.forward(ids), logits_of(teacher, ids))
+        assert len(passes._captured) == kept
+    assert passes._pool is None

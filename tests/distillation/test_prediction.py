@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 from paths import ROOT
 from small_training import run
+from tiny_models import VOCABULARY
 
 from convert_w4a8 import api
+from convert_w4a8.distillation import prediction
 from convert_w4a8.distillation.linear import Preset
+from convert_w4a8.distillation.mix import training_data
 from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.prediction import Sizes, predict_cost, sizes_of
+from convert_w4a8.distillation.prediction import Sizes, predict, predict_cost, sizes_of
 from convert_w4a8.distillation.student import load_student
 from convert_w4a8.distillation.train import Trainer
+from convert_w4a8.samples.read import read_samples
 
 ROWS: list[dict[str, Any]] = json.loads(
     (ROOT / "docs" / "benchmarks" / "results" / "distill-block.json").read_text(encoding="utf-8")
@@ -80,3 +84,21 @@ def test_dry_run(model: Path, start: Path, data: list[Path], tmp_path: Path) -> 
     assert found["predicted_logits"] == rows * (8 * 6 + 4)
     assert found["predicted_trained"] > 0
     assert found["domains"] == ["one", "two"]
+
+
+def test_memory_of_graphs_and_of_the_first_pass(model: Path, start: Path, data: list[Path]) -> None:
+    """Small models keep logits of several shapes; a teacher whose logits are stored has to fit alone."""
+    samples = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop")
+    checkpoints = api.open_checkpoint(start), api.open_checkpoint(model)
+
+    def memory(**how: Any) -> int:
+        options = DistillOptions(batch_tokens=1 << 22, hidden_weight=how.pop("hidden_weight", 0.0))
+        return predict(*checkpoints, samples, options, **how).gpu_memory
+
+    assert memory() - memory(hidden_weight=1) > 3 * 6 * (1 << 22) * VOCABULARY
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction, "_LOSS_BYTES", 0)
+        patch.setattr(prediction, "_first_pass_memory", lambda *_: 1 << 50)
+        assert memory(top_k=8) == 1 << 50
+        assert memory(top_k=8, together=False) < 1 << 50
+        assert memory() < 1 << 50

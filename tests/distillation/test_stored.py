@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,7 @@ def test_another_teacher_tokenizer_mask_or_data_is_one_line(
         assert len(result.stderr.strip().splitlines()[-1].split("; ")) == 2
         assert not (tmp_path / "out").exists()
     part = distill(start, model, data[:1], tmp_path / "part", "--mix", "uniform", "--held-out", data[1], *with_logits)
+    assert part.exit_code == 0 or "nothing was written" in part.stderr, part.output
     assert "has no logits" not in part.stderr
 
 
@@ -139,6 +141,94 @@ def test_wrong_directories(model: Path, start: Path, data: list[Path], written: 
     file.write_bytes(file.read_bytes()[:-8])
     assert "cannot be read" in distill(start, model, data, out, "--teacher-logits", written).stderr
     assert not out.exists()
+
+
+def _no_more(found: dict[str, torch.Tensor]) -> None:
+    found["rest"] = found["rest"][:-1].clone()
+
+
+def _fewer_tokens(found: dict[str, torch.Tensor]) -> None:
+    found["tokens"] = found["tokens"][:, :-1].contiguous()
+
+
+def _falling(found: dict[str, torch.Tensor]) -> None:
+    found["ends"][0] = found["ends"][1] + 1
+
+
+def _before_the_first(found: dict[str, torch.Tensor]) -> None:
+    found["ends"][0] = -1
+
+
+def _other_rows(found: dict[str, torch.Tensor]) -> None:
+    found["ends"][0] += 1
+
+
+def _no_token(found: dict[str, torch.Tensor]) -> None:
+    found["tokens"][3, 1] = VOCABULARY
+
+
+def _negative_token(found: dict[str, torch.Tensor]) -> None:
+    found["tokens"][3, 1] = -1
+
+
+def _in_float32(found: dict[str, torch.Tensor]) -> None:
+    found["logits"] = found["logits"].float()
+
+
+def _ends_of_two(found: dict[str, torch.Tensor]) -> None:
+    found["ends"] = found["ends"][:, None].clone()
+
+
+DAMAGES = [
+    _no_more,
+    _fewer_tokens,
+    _falling,
+    _before_the_first,
+    _other_rows,
+    _no_token,
+    _negative_token,
+    _in_float32,
+    _ends_of_two,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_line(damage: Callable[[dict[str, torch.Tensor]], None], model: Path, tmp_path: Path) -> None:
+    """Tensors of other sizes or types, rows that do not follow each other, tokens that there are not."""
+    source, samples = api.open_checkpoint(model), samples_of([20, 30, 40]).samples
+    directory = tmp_path / "logits"
+
+    def read() -> None:
+        stored = stored_teacher(source, samples, directory, 4, device=CPU, batch_tokens=64)
+        stored.target(make_batch(samples, [0, 1, 2]), CPU)
+
+    read()
+    file = next(directory.glob("*.safetensors"))
+    found = load_file(file)
+    damage(found)
+    save_file(found, file)
+    with pytest.raises(ConvertError, match=r"logits-00001\.safetensors: cannot be read .*; remove the directory"):
+        read()
+
+
+def test_a_teacher_that_cannot_be_built_leaves_no_directory(model: Path, tmp_path: Path) -> None:
+    """Nor those above it; one that was there stays, with its mode."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    for path in broken.glob("*.safetensors"):
+        save_file({**load_file(path), "model.more": torch.zeros(1)}, path, metadata={"format": "pt"})
+    there = tmp_path / "there"
+    there.mkdir(mode=0o750)
+    for directory in (tmp_path / "a" / "b", there):
+        with pytest.raises(ConvertError, match="has tensors other than"):
+            stored_teacher(
+                api.open_checkpoint(broken), samples_of([20]).samples, directory, 4, device=CPU, batch_tokens=64
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "there"]
+    stored_teacher(api.open_checkpoint(model), samples_of([20]).samples, there, 4, device=CPU, batch_tokens=64)
+    assert there.stat().st_mode & 0o777 == 0o750
+    stored_teacher(api.open_checkpoint(model), samples_of([20]).samples, tmp_path / "c", 4, device=CPU, batch_tokens=64)
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_pass_goes_on_where_it_was_interrupted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """What the student is to predict: top-k and the rest, and the term for hidden states."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,16 +72,51 @@ def test_a_teacher_that_is_sure_has_no_rest() -> None:
     assert bool(ours.grad.isfinite().all())
 
 
+def test_tokens_that_the_teacher_excludes_count_nothing() -> None:
+    """Logits of −∞, as models mask unused tokens: p·(log p − log q) is 0, not 0·∞; so are those among the k."""
+    ours, theirs = random_logits(1)
+    theirs[:, 3:] = -torch.inf
+    for target in (TopK.of(theirs, 5), TopK.of(theirs, 3), Logits(theirs)):
+        for masked in (False, True):
+            student = ours.detach().clone()
+            student[:, 3:] -= torch.inf if masked else 0
+            student.requires_grad_()
+            found = target.divergence(student)
+            p, q = theirs[:, :3].float().softmax(-1), student.float().softmax(-1)[:, :3]
+            torch.testing.assert_close(found, (p * (p / q).log()).sum(-1))
+            found.sum().backward()  # type: ignore[no-untyped-call]
+            assert student.grad is not None
+            torch.testing.assert_close(student.grad[:, :3].float(), (q - p).detach(), atol=1e-2, rtol=0)
+
+
+def test_the_rest_is_summed_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same numbers: no float32 copy of the logits of a batch."""
+    _, theirs = random_logits(1)
+    whole = TopK.of(theirs, 4)
+    monkeypatch.setattr("convert_w4a8.distillation.top_k.LOGITS_AT_ONCE", 66)
+    most: list[int] = []
+    scatter = torch.Tensor.scatter
+
+    def watched(self: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        most.append(self.numel())
+        return scatter(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "scatter", watched)
+    parts = TopK.of(theirs, 4)
+    assert max(most) <= 66
+    assert torch.equal(parts.rest, whole.rest)
+    assert torch.equal(parts.tokens, whole.tokens)
+
+
 def test_parts_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some tokens at a time give what all give."""
     ours, theirs = random_logits(1)
-    for target in (TopK.of(theirs, 4), Logits(theirs)):
-        whole = target.divergence(ours)
-        parts = [target.part(slice(i, i + 3)).divergence(ours[i : i + 3]) for i in (0, 3, 6)]
-        assert torch.equal(torch.cat(parts), whole)
-        if isinstance(target, TopK):
-            monkeypatch.setattr("convert_w4a8.distillation.top_k.LOGITS_AT_ONCE", 66)
-            assert torch.equal(target.divergence(ours), whole)
+    target = TopK.of(theirs, 4)
+    whole = target.divergence(ours)
+    parts = [target.part(slice(i, i + 3)).divergence(ours[i : i + 3]) for i in (0, 3, 6)]
+    assert torch.equal(torch.cat(parts), whole)
+    monkeypatch.setattr("convert_w4a8.distillation.top_k.LOGITS_AT_ONCE", 66)
+    assert torch.equal(target.divergence(ours), whole)
     assert TopK.of(theirs[:0], 4).divergence(ours[:0]).shape == (0,)
 
 

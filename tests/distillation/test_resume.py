@@ -1,0 +1,56 @@
+"""What a training depends on besides its inputs: where it runs."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+from tiny_models import VOCABULARY
+
+from convert_w4a8 import DistillOptions, api
+from convert_w4a8.distillation import run
+from convert_w4a8.distillation.machine import deterministic
+from convert_w4a8.distillation.mix import training_data
+from convert_w4a8.samples.read import read_samples
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
+
+
+def test_the_kind_of_device_is_part_of_a_training(model: Path, start: Path, data: list[Path]) -> None:
+    """--resume elsewhere would give bytes that no whole training gives; another GPU of the same kind is the same."""
+    checkpoints = api.open_checkpoint(start), api.open_checkpoint(model)
+    samples = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop")
+    options = DistillOptions()
+    places = [(CPU, CPU), (GPU, CPU), (CPU, GPU), (torch.device("cuda:0"), CPU)]
+    first, *others = (run._fingerprint(*checkpoints, options, samples, *place) for place in places)
+    differing = [{key for key in first if first[key] != other.get(key)} for other in others]
+    assert differing == [{"--device"}, {"--teacher-device"}, {"--device"}]
+    assert others[0] == others[2]
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(CPU, GPU), (GPU, CPU)])
+def test_a_gpu_is_deterministic_whichever_model_is_there(
+    student: torch.device,
+    teacher: torch.device,
+    model: Path,
+    start: Path,
+    data: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The teacher's logits decide about the bytes as the student's own do."""
+
+    class EnteredError(Exception):
+        pass
+
+    def entered(*devices: torch.device) -> NoReturn:
+        with deterministic(*devices):
+            assert torch.are_deterministic_algorithms_enabled()
+        raise EnteredError
+
+    monkeypatch.setattr(run, "deterministic", entered)
+    checkpoints = api.open_checkpoint(start), api.open_checkpoint(model)
+    samples = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop")
+    with pytest.raises(EnteredError):
+        run.distill(*checkpoints, samples, tmp_path / "out", DistillOptions(), device=student, teacher_device=teacher)
+    assert not torch.are_deterministic_algorithms_enabled()
