@@ -97,6 +97,21 @@ def losses(answers: Sequence[Answer], noted: Mapping[str, Any]) -> list[TokenLos
     return found
 
 
+def unscored(answers: Sequence[Answer], noted: Mapping[str, Any]) -> int:
+    """Return how many answers that have something to score have no divergence."""
+    scored = {loss.prompt for loss in losses(answers, noted)}
+    return sum(
+        bool(answer.token_ids or answer.tokens or answer.shown) for answer in answers if answer.prompt not in scored
+    )
+
+
+def unread(side: str, answers: Sequence[Answer], noted: Mapping[str, Any]) -> bool:
+    """Whether a server has answers to score still: some were not scored, and it is not known to score none."""
+    names = {note_name(side, answer.prompt) for answer in answers if answer.token_ids and answer.prompt_token_ids}
+    some = any(name in noted for name in names) or not noted.get(refusal_name(side))
+    return refusal_name(side) not in noted or (some and not names <= noted.keys())
+
+
 def refusals(noted: Mapping[str, Any]) -> list[str]:
     """Return why divergence was left out, by side."""
     return [f"{side}: {_FAILED}: {noted[refusal_name(side)]}" for side in SIDES if noted.get(refusal_name(side))]

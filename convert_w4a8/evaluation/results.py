@@ -109,8 +109,14 @@ def collect(
     )
     if ratings and unrated:
         notes.append(f"{counted(unrated, 'pair')} of answers that differ, without checks: not rated")
+    read = baseline_answers(store)
+    losses = tuple(divergence.losses(read, store.noted))
+    unscored = divergence.unscored(read, store.noted)
+    if tolerance.divergence is not None and losses and unscored:
+        notes.append(
+            f"divergence: {unscored} of {counted(len(read), 'answer')} could not be scored: --resume tries again"
+        )
     speed = _speed(store)
-    losses = tuple(divergence.losses(baseline_answers(store), store.noted))
     room = {side: store.noted[f"room {side}"] for side in SIDES if f"room {side}" in store.noted}
     return Evaluation(
         places=plan.places,

@@ -375,3 +375,26 @@ def test_divergence_decides_where_nothing_is_checked(evaluate: Any, limit: str, 
     found = json.loads(result.stdout)["verdict"]["divergence"]
     assert found["answers"] == 24
     assert found["limit"] == float(limit)
+
+
+def test_answers_without_a_divergence_are_not_shipped_over(evaluate: Any) -> None:
+    """As where a server ran out of memory between; --resume has it read the others."""
+    evaluate.lines = [{"prompt": f"What is {n} + {n}?"} for n in range(70)]
+    scored: list[int] = []
+
+    def fails_late(ids: list[int]) -> Any:
+        scored.append(len(ids))
+        return logprobs(-0.5)(ids) if len(scored) <= 64 or mended else ["out of memory"]
+
+    mended: list[bool] = []
+    a_side, b_side = (Behaviour(answer=right, token_ids=True, logprobs=f) for f in (logprobs(-0.5), fails_late))
+    arguments = ("--out", str(evaluate.out), "--max-divergence", "0.5")
+    with chat_server(a_side) as a, chat_server(b_side) as b:
+        first = evaluate(a, b, *arguments)
+        mended.append(True)
+        asked = sum("prompt_logprobs" in request for request in b_side.seen)
+        second = evaluate(a, b, *arguments, "--resume")
+    assert first.exit_code == 4, first.output
+    assert "divergence: 6 of 70 answers could not be scored: --resume tries again" in first.stdout
+    assert second.exit_code == 0, second.output
+    assert sum("prompt_logprobs" in request for request in b_side.seen) == asked + 6
