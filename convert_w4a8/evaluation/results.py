@@ -88,10 +88,7 @@ def collect(
         if len(whole) < len(SIDES):
             unanswered += [side for side in SIDES if side not in whole]
             continue
-        scores = {
-            side: tuple(score(check, answer.text, answer.calls) for check in prompt.checks)
-            for side, answer in whole.items()
-        }
+        scores = {side: _scores(prompt, whole, side) for side in SIDES}
         difference = first_difference(whole["baseline"].shown, whole["candidate"].shown)
         compared.append(Compared(prompt, sample, whole, scores, difference))
     total = len(plan.jobs)
@@ -104,7 +101,7 @@ def collect(
     ]
     notes += _lost_in_production(plan.logs)
     unrated = sum(
-        one.difference is not None and not one.prompt.checks and (one.prompt.id, one.sample) not in ratings
+        one.difference is not None and not one.prompt.own and (one.prompt.id, one.sample) not in ratings
         for one in compared
     )
     if ratings and unrated:
@@ -145,6 +142,18 @@ def collect(
     )
 
 
+def _scores(prompt: Prompt, answers: Mapping[Side, Answer], side: Side) -> tuple[Score, ...]:
+    """Return what the checks give an answer. One without calls, where the other side calls, fails those of requests."""
+    answer = answers[side]
+    without = not answer.calls and any(other.calls for other in answers.values())
+    return tuple(
+        Score(check.type, 0.0, False, "calls no tool, as the other side does")
+        if check.derived and check.type == "valid_calls" and without
+        else score(check, answer.text, answer.calls)
+        for check in prompt.checks
+    )
+
+
 def first_difference(before: str, after: str) -> int | None:
     """Return the index of the first character in which two texts differ; None where they are the same."""
     if before == after:
@@ -178,7 +187,7 @@ def _mean(found: Sequence[divergence.TokenLoss], name: str) -> float:
 
 def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Rating]) -> list[Pair]:
     """Return a pair for each prompt that is scored: means over checks, a rating among them, and over samples."""
-    by_prompt: dict[str, list[tuple[Prompt, list[float], list[float], bool]]] = {}
+    by_prompt: dict[str, list[tuple[Prompt, list[float], list[float], bool, bool]]] = {}
     for one in compared:
         values = {side: [found.value for found in one.scores[side]] for side in SIDES}
         graded = any(found.graded for side in SIDES for found in one.scores[side])
@@ -186,11 +195,12 @@ def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Ratin
         if rating is not None:
             values["baseline"].append(rating.baseline)
             values["candidate"].append(rating.candidate)
-        elif ratings and one.difference is None and not values["baseline"]:  # the same answer is as good
+        elif ratings and one.difference is None and not one.prompt.own:  # the same answer is as good
             values["baseline"].append(1.0)
             values["candidate"].append(1.0)
         if values["baseline"]:
-            entry = (one.prompt, values["baseline"], values["candidate"], graded)
+            own = one.prompt.own or len(values["baseline"]) > len(one.prompt.checks)
+            entry = (one.prompt, values["baseline"], values["candidate"], graded, own)
             by_prompt.setdefault(one.prompt.id, []).append(entry)
     pairs = []
     for name, entries in by_prompt.items():
@@ -199,7 +209,7 @@ def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Ratin
         passed = None
         if len(entries) == 1 and not entries[0][3]:
             passed = (all(entries[0][1]), all(entries[0][2]))
-        pairs.append(Pair(name, entries[0][0].tags, before, after, passed))
+        pairs.append(Pair(name, entries[0][0].tags, before, after, passed, all(entry[4] for entry in entries)))
     return pairs
 
 

@@ -176,7 +176,7 @@ def _production(evaluation: Evaluation) -> Section:
     for place, share in enumerate(("median", "p90", "p99")):
         values = [_at(one, place) for one in took]
         rows.append((f"seconds, {share}", *("-" if value is None else f"{value:,.2f}" for value in values)))
-    note = "Of all lines of the logs. Failed: no answer, or status 5xx."
+    note = "Of all lines of the logs. Failed: no answer, or 5xx; of the candidate also 4xx where the baseline answered."
     return Section("In production", ("", *SIDES), tuple(rows), note)
 
 
