@@ -141,7 +141,10 @@ def decide(
         least = min(groups, key=lambda group: group.bounds.lower + group.tolerance)
         reasons = [f"{_name(least)}: at most {_points(-least.bounds.lower)} lost, {_points(least.tolerance)} may be"]
     if drift is not None and drift.bounds is not None:
-        reasons.append(f"divergence: at most {drift.bounds.upper:.4f} nats per token, {drift.limit:g} may be")
+        reasons.append(
+            f"divergence: at most {drift.bounds.upper:.4f} nats per token of what the likeliest tokens show,"
+            f" {drift.limit:g} may be"
+        )
     return Verdict("ship", tuple(reasons), groups, drift)
 
 

@@ -31,7 +31,7 @@ def chat(text: str, **more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": text}], **more}
 
 
-def line(name: str, side: str, request: Any, **more: Any) -> dict[str, Any]:
+def line(name: str | int, side: str, request: Any, **more: Any) -> dict[str, Any]:
     """Return a line as nginx writes it: the request as a string."""
     found: dict[str, Any] = {
         "id": name,
