@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from convert_w4a8.evaluation.results import Evaluation
 
 
-
 class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
     """A share of 1, for every tag or, as `TAG=SHARE`, for one."""
 
