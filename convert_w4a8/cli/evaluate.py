@@ -16,11 +16,10 @@ from convert_w4a8.cli.options import NumberRange
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import at_terminal
+from convert_w4a8.evaluation.options import SERVERS
 
 if TYPE_CHECKING:
     from convert_w4a8.evaluation.results import Evaluation
-
-_SERVERS = ("auto", "vllm", "transformers")
 
 
 class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from Click 8.4 on only
@@ -121,7 +120,7 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
 @click.option("--candidate-model", metavar="NAME", help="As the server names it. [default: the first that it lists]")
 @click.option(
     "--server",
-    type=click.Choice(_SERVERS),
+    type=click.Choice(SERVERS),
     default="auto",
     show_default=True,
     help="What serves a DIR. auto: vLLM where it is installed.",

@@ -31,11 +31,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Check:
-    """One check. settings: the other keys of its object; references: the line's `reference`, as a list."""
+    """One check. settings: the other keys of its object; references: the line's `reference`, as a list.
+
+    derived: from the request itself, which shows that an answer is bad, but not that it is good.
+    """
 
     type: str
     settings: Mapping[str, Any]
     references: tuple[str, ...]
+    derived: bool = False
 
 
 @dataclass(frozen=True)

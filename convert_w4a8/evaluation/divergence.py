@@ -3,8 +3,8 @@
 Both sides read the baseline's tokens (teacher-forced) and say how likely each next one is. What is compared for a
 token: its surprise, the difference of -log p in nats; and a lower bound of the Kullback-Leibler divergence from the
 baseline's distribution to the candidate's. Of each distribution the `TOP` most likely tokens are known. Those that both
-sides name are kept apart and all others are one event: merging events can only lessen a divergence (data processing
-inequality; Cover & Thomas, Elements of Information Theory, 2.8).
+sides name are kept apart; those that only the baseline names are one event, and all others are another: merging events
+can only lessen a divergence (data processing inequality; Cover & Thomas, Elements of Information Theory, 2.8).
 """
 
 import asyncio
@@ -21,6 +21,8 @@ from convert_w4a8.evaluation.store import Store
 TOP = 20
 """Tokens of each distribution; the most that vLLM gives by default (`max_logprobs`)."""
 _FAILED = "divergence left out"
+_ROUNDING = 1e-5
+"""What probabilities may sum to beside 1, of log-probabilities in float32."""
 _TRIED = 2
 """Answers after which a server is known not to score any; one may be too long for it."""
 
@@ -97,6 +99,21 @@ def losses(answers: Sequence[Answer], noted: Mapping[str, Any]) -> list[TokenLos
     return found
 
 
+def unscored(answers: Sequence[Answer], noted: Mapping[str, Any]) -> int:
+    """Return how many answers that have something to score have no divergence."""
+    scored = {loss.prompt for loss in losses(answers, noted)}
+    return sum(
+        bool(answer.token_ids or answer.tokens or answer.shown) for answer in answers if answer.prompt not in scored
+    )
+
+
+def unread(side: str, answers: Sequence[Answer], noted: Mapping[str, Any]) -> bool:
+    """Whether a server has answers to score still: some were not scored, and it is not known to score none."""
+    names = {note_name(side, answer.prompt) for answer in answers if answer.token_ids and answer.prompt_token_ids}
+    some = any(name in noted for name in names) or not noted.get(refusal_name(side))
+    return refusal_name(side) not in noted or (some and not names <= noted.keys())
+
+
 def refusals(noted: Mapping[str, Any]) -> list[str]:
     """Return why divergence was left out, by side."""
     return [f"{side}: {_FAILED}: {noted[refusal_name(side)]}" for side in SIDES if noted.get(refusal_name(side))]
@@ -110,8 +127,18 @@ def kl_bound(before: Mapping[str, float], after: Mapping[str, float]) -> float:
     rest_p, rest_q = max(0.0, 1 - math.fsum(p)), max(0.0, 1 - math.fsum(q))
     found = math.fsum(math.exp(before[token]) * (before[token] - after[token]) for token in both)
     if rest_p > 0 and rest_q > 0:
-        found += rest_p * math.log(rest_p / rest_q)
+        alone = before.keys() - both
+        p_alone = min(rest_p, math.fsum(math.exp(before[token]) for token in alone))
+        least = math.exp(sorted(after.values())[-TOP]) if len(after) >= TOP else 1.0
+        left = rest_q - math.fsum(math.exp(after[token]) for token in after.keys() - both) + _ROUNDING
+        # none of them is likelier than the TOP-th of the candidate, nor all together than what its own ones leave
+        q_alone = min(p_alone * rest_q / rest_p, len(alone) * least, max(left, _ROUNDING))
+        found += _term(p_alone, q_alone) + _term(rest_p - p_alone, rest_q - q_alone)
     return max(0.0, found)
+
+
+def _term(p: float, q: float) -> float:
+    return p * math.log(p / q) if p > 0 and q > 0 else 0.0
 
 
 def _compact(listed: Sequence[Any], token_ids: Sequence[int]) -> list[tuple[float, dict[str, float]]]:

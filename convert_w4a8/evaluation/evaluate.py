@@ -95,7 +95,8 @@ def evaluate(
     """
     if out is None and (resume or ratings is not None):
         raise ValueError("resume and ratings need the directory of the run that they go on with")
-    with Store(out, prepared.identity, resume=resume or ratings is not None) as store:
+    private = prepared.plan.logs is not None
+    with Store(out, prepared.identity, resume=resume or ratings is not None, private=private) as store:
         try:
             if ratings is None:
                 run.carry_out(prepared.plan, store, progress=progress, say=say)
@@ -130,6 +131,7 @@ def _identity(plan: Plan, digest: str, local: Sequence[str]) -> dict[str, Any]:
         "temperature": plan.sampling.temperature,
         "concurrency": plan.concurrency,
         "serve_options": list(plan.caps.options),
+        **({"server": plan.server, "max_model_len": plan.caps.max_model_len} if local else {}),
         "rounds": plan.rounds,
     }
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from convert_w4a8.evaluation.answer import SIDES, Answer, Side
 from convert_w4a8.evaluation.checks import parse_check
 from convert_w4a8.evaluation.prompts import Prompt, Prompts, make_prompt
 from convert_w4a8.evaluation.recorded import recorded, seconds, status
-from convert_w4a8.samples.lines import read_objects
+from convert_w4a8.samples.lines import a_json, read_objects
 from convert_w4a8.text import counted
 
 _SHAPE = "a line is a JSON object with id, side, path, status, seconds and request, and perhaps body"
@@ -41,13 +41,17 @@ _NOT_SENT = frozenset((*_SAMPLING, *_TRANSPORT, *_SHOWN, *_OURS))
 """What is not sent again as it was: how answers are sampled is the same for all requests, and how they are sent."""
 _BUSY = (408, 429, 499)
 """Statuses that say nothing against a request: it took too long, there were too many, the client went."""
+_SAME = ("messages", "prompt", "tools", "tool_choice", "response_format")
 Lines = dict[str, dict[str, Any]]
 """What a log says of one request, by side; "" where a line names none."""
 
 
 @dataclass
 class Production:
-    """How the requests of one side went. failed: no answer, or status 5xx. seconds: that whole answers took."""
+    """How the requests of one side went. seconds: that whole answers took.
+
+    failed: no answer, or status 5xx; of the candidate also 4xx where the baseline answered.
+    """
 
     requests: int = 0
     failed: int = 0
@@ -100,7 +104,7 @@ class _Reading:
     draw: _Draw
     answered: bool
     production: dict[Side, Production] = field(default_factory=lambda: {side: Production() for side in SIDES})
-    went: dict[str, dict[str, bool]] = field(default_factory=dict)
+    went: dict[str, dict[str, int | None]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     left_out: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -117,16 +121,17 @@ class _Reading:
     def take(self, origin: str, line: dict[str, Any]) -> None:
         """Take a line."""
         side = line.get("side")
-        name = line["id"] if isinstance(line.get("id"), str) and line["id"] else origin
+        name = str(line.get("id", "")) if type(line.get("id")) in (str, int) else ""
+        name = name or origin
         if side not in (*SIDES, None):
             self.leave_out("a side that is neither baseline nor candidate", origin)
             return
-        found = status(line)
-        if side is not None and line.keys() & {"status", "error", "body"}:
+        found, told = status(line), bool(line.keys() & {"status", "error", "body"})
+        if side is not None and told:
             self._went(side, name, line, found)
         if found is not None and 400 <= found < 500 and found not in _BUSY and side != "candidate":
             self.refused.add(name)
-        if self.answered and "body" not in line:
+        if self.answered and "body" not in line and not (told and (found is None or found >= 300)):
             self.leave_out("no answer (body)", origin)
             return
         request = _request(line)
@@ -148,7 +153,7 @@ class _Reading:
         if took is not None and found is not None and found < 300:
             production.seconds.append(took)
         if found not in _BUSY:
-            self.went.setdefault(name, {})[side] = not failed
+            self.went.setdefault(name, {})[side] = found
 
     def notes(self) -> Iterator[str]:
         """Yield what was left out, in words."""
@@ -181,6 +186,9 @@ def read_logs(paths: Sequence[Path], number: int, *, answered: bool) -> Logs:
         if answered and not all(side in lines for side in SIDES):
             reading.leave_out("an answer of one side only", merged["origin"])
             continue
+        if all(side in lines for side in SIDES) and _asked(lines["baseline"]) != _asked(lines["candidate"]):
+            reading.leave_out("another request on the other side", merged["origin"])
+            continue
         try:
             prompt = _prompt(name, merged)
         except ConvertError as error:
@@ -203,10 +211,16 @@ def read_logs(paths: Sequence[Path], number: int, *, answered: bool) -> Logs:
         first = notes[0] if notes else "they are empty"
         raise ConvertError(", ".join(map(str, paths)), f"nothing in them can be compared ({first})", _SHAPE)
     found = Prompts(tuple(prompts.values()), digest.hexdigest(), {prompt.id: prompt for prompt in prompts.values()})
-    both = [went for went in reading.went.values() if len(went) == len(SIDES)]
-    lost = sum(went["baseline"] and not went["candidate"] for went in both)
-    won = sum(went["candidate"] and not went["baseline"] for went in both)
+    both = [(went["baseline"], went["candidate"]) for went in reading.went.values() if len(went) == len(SIDES)]
+    lost = sum(_answered(before) and not _answered(after) for before, after in both)
+    won = sum(_answered(after) and (before is None or before >= 500) for before, after in both)
+    refused = sum(_answered(before) and after is not None and 300 <= after < 500 for before, after in both)
+    reading.production["candidate"].failed += refused
     return Logs(found, tuple(answers), reading.production, lost, won, notes)
+
+
+def _answered(found: int | None) -> bool:
+    return found is not None and found < 300
 
 
 def _request(line: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -226,6 +240,11 @@ def _request(line: Mapping[str, Any]) -> dict[str, Any] | str:
     return found
 
 
+def _asked(line: Mapping[str, Any]) -> list[Any]:
+    """Return what must be the same on both sides, so that their answers are of one request."""
+    return [line["request"].get(key) or None for key in _SAME]
+
+
 def _merged(lines: Lines) -> dict[str, Any]:
     """Return one line of a request: what the baseline's says, and what only the other ones say."""
     merged: dict[str, Any] = {}
@@ -237,18 +256,23 @@ def _merged(lines: Lines) -> dict[str, Any]:
 
 def _prompt(name: str, line: Mapping[str, Any]) -> Prompt:
     request, origin = line["request"], line["origin"]
-    own = list(line.get("checks") or ([{"type": "rouge_l"}] if line.get("reference") else []))
+    own = line.get("checks") or ([{"type": "rouge_l"}] if line.get("reference") else [])
+    if not isinstance(own, list):
+        raise ConvertError(origin, f"checks is {a_json(own)}, not a list", "mend the line, or leave it out")
+    derived = _derived(request)
     most = request.get("max_completion_tokens") or request.get("max_tokens")
     columns = {
         "id": name,
         **{key: request[key] for key in ("messages", "prompt", "tools") if key in request},
         "reference": line.get("reference"),
-        "checks": [*_derived(request), *own],
+        "checks": [*derived, *own],
         "tags": line.get("tags"),
         "max_tokens": most,
     }
     extra = {key: value for key, value in request.items() if key not in _NOT_SENT}
-    return make_prompt(origin, name, columns, extra, as_asked=True)
+    found = make_prompt(origin, name, columns, extra, as_asked=True)
+    marked = tuple(replace(check, derived=place < len(derived)) for place, check in enumerate(found.checks))
+    return replace(found, checks=marked)
 
 
 def _derived(request: Mapping[str, Any]) -> list[dict[str, Any]]:

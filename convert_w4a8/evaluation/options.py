@@ -1,7 +1,10 @@
 """What the user can choose about `w4a8 evaluate`. Imports nothing heavy: the command line starts with it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+SERVERS = ("auto", "vllm", "transformers")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class EvaluateOptions:
                 raise ValueError(f"a tolerance is {share}, not from 0 to 1")
         if self.max_divergence is not None and not self.max_divergence > 0:
             raise ValueError(f"max_divergence is {self.max_divergence}, not more than 0")
+        if self.server not in SERVERS:
+            raise ValueError(f"server is {self.server!r}, none of {', '.join(SERVERS)}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, not 0 or more")
+        for name in ("timeout", "start_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, not more than 0 seconds")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"max_model_len is {self.max_model_len}, not 1 or more")
         for name in ("max_tokens", "samples", "concurrency", "rounds", "requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, not 1 or more")

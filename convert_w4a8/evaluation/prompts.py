@@ -33,6 +33,11 @@ class Prompt:
     max_tokens: int | None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def own(self) -> bool:
+        """Whether there are checks beside those that the request itself asks for."""
+        return not all(check.derived for check in self.checks)
+
     @cached_property
     def shown(self) -> str:
         """The prompt as people read it."""
@@ -115,7 +120,10 @@ def _as_asked(origin: str, value: Any) -> list[dict[str, Any]]:
     whole = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
     if not whole or not all(isinstance(message.get("role"), str) for message in value):
         raise ConvertError(origin, "messages is not a list of objects with a role", _MEND)
-    calls = [call for message in value for call in message.get("tool_calls") or []]
+    lists = [message.get("tool_calls") or [] for message in value]
+    if not all(isinstance(calls, list) for calls in lists):
+        raise ConvertError(origin, "a message has tool_calls that are no list", _MEND)
+    calls = [call for calls in lists for call in calls]
     if not all(isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls):
         raise ConvertError(origin, "a message has a tool call that is none of a function", _MEND)
     return list(value)

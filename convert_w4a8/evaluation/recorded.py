@@ -1,6 +1,7 @@
 """Answers that a log has: what came, and how long it took."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,20 +12,26 @@ from convert_w4a8.evaluation.answer import Answer, Side
 from convert_w4a8.evaluation.stream import Parts
 from convert_w4a8.text import printable
 
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_MOST = 2**31
+"""More tokens than these, or a greater id, is none."""
 
 
 def status(line: Mapping[str, Any]) -> int | None:
     """Return the HTTP status of a line; the last, where a proxy tried several servers. None: there was no answer."""
     value = line.get("status", 200 if "body" in line else None)
     found = _NUMBER.findall(str(value))
-    return (int(float(found[-1])) or None) if found and not line.get("error") else None
+    number = float(found[-1]) if found and not line.get("error") else 0.0
+    return int(number) if 100 <= number < 1000 else None
 
 
 def seconds(value: Any) -> float | None:
     """Return a time: a number, or nginx's way to write one ("0.1, 0.2" of two servers, "-" of none)."""
-    found = _NUMBER.findall(str(value))
-    return sum(map(float, found)) if found and not isinstance(value, bool) else None
+    if isinstance(value, bool):
+        return None
+    found = [str(value)] if isinstance(value, int | float) else _NUMBER.findall(str(value))
+    total = sum(map(float, found))
+    return total if found and 0 <= total < math.inf else None
 
 
 def recorded(side: Side, name: str, line: Mapping[str, Any]) -> Answer:
@@ -34,7 +41,7 @@ def recorded(side: Side, name: str, line: Mapping[str, Any]) -> Answer:
         failure = line.get("error") or ("no answer" if found is None else f"status {found}")
         kind = "dead" if found is None else f"{found // 100}xx"
         return Answer(side, name, 0, failure=printable(f"{kind}: {failure}, as the log says")[:300])
-    whole = seconds(line.get("seconds"))
+    took = seconds(line.get("seconds"))
     first = seconds(line.get("first_token_seconds"))
     parts = Parts(Answer(side, name, 0))
     try:
@@ -42,12 +49,23 @@ def recorded(side: Side, name: str, line: Mapping[str, Any]) -> Answer:
             if not hasattr(chunk, "choices"):
                 said = getattr(getattr(chunk, "error", None), "message", "it is none of completions")
                 return Answer(side, name, 0, failure=printable(f"refused: {said}")[:300])
-            parts.take(chunk, whole)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            parts.take(chunk, took)
+        whole = parts.whole()
+        _check(whole)
+    except (ArithmeticError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return Answer(side, name, 0, failure=printable(f"truncated: no response in the log ({error})")[:300])
-    if parts.answer.finish is None:
+    if whole.finish is None:
         return Answer(side, name, 0, failure="truncated: the answer in the log has no finish_reason")
-    return replace(parts.whole(), first_token=first, last_token=whole)
+    return replace(whole, first_token=first, last_token=took)
+
+
+def _check(answer: Answer) -> None:
+    """Raise ValueError or TypeError for values that are none of an answer; texts were put together: they are texts."""
+    numbers = (*(answer.token_ids or ()), *(answer.prompt_token_ids or ()), *([answer.tokens] if answer.tokens else []))
+    if not all(type(number) is int and 0 <= number < _MOST for number in numbers):
+        raise ValueError("tokens are no whole numbers")
+    if not isinstance(answer.finish, str | None):
+        raise TypeError("finish_reason is no string")
 
 
 def _chunks(body: Any) -> Iterator[Any]:

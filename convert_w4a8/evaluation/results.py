@@ -88,10 +88,7 @@ def collect(
         if len(whole) < len(SIDES):
             unanswered += [side for side in SIDES if side not in whole]
             continue
-        scores = {
-            side: tuple(score(check, answer.text, answer.calls) for check in prompt.checks)
-            for side, answer in whole.items()
-        }
+        scores = {side: _scores(prompt, whole, side) for side in SIDES}
         difference = first_difference(whole["baseline"].shown, whole["candidate"].shown)
         compared.append(Compared(prompt, sample, whole, scores, difference))
     total = len(plan.jobs)
@@ -104,13 +101,19 @@ def collect(
     ]
     notes += _lost_in_production(plan.logs)
     unrated = sum(
-        one.difference is not None and not one.prompt.checks and (one.prompt.id, one.sample) not in ratings
+        one.difference is not None and not one.prompt.own and (one.prompt.id, one.sample) not in ratings
         for one in compared
     )
     if ratings and unrated:
         notes.append(f"{counted(unrated, 'pair')} of answers that differ, without checks: not rated")
+    read = baseline_answers(store)
+    losses = tuple(divergence.losses(read, store.noted))
+    unscored = divergence.unscored(read, store.noted)
+    if tolerance.divergence is not None and losses and unscored:
+        notes.append(
+            f"divergence: {unscored} of {counted(len(read), 'answer')} could not be scored: --resume tries again"
+        )
     speed = _speed(store)
-    losses = tuple(divergence.losses(baseline_answers(store), store.noted))
     room = {side: store.noted[f"room {side}"] for side in SIDES if f"room {side}" in store.noted}
     return Evaluation(
         places=plan.places,
@@ -136,6 +139,18 @@ def collect(
         length={side: measure([a.tokens for a in _whole(store, side)]) for side in SIDES},
         cut_off={side: _cut_off(_whole(store, side)) for side in SIDES},
         production=plan.logs.production if plan.logs else {},
+    )
+
+
+def _scores(prompt: Prompt, answers: Mapping[Side, Answer], side: Side) -> tuple[Score, ...]:
+    """Return what the checks give an answer. One without calls, where the other side calls, fails those of requests."""
+    answer = answers[side]
+    without = not answer.calls and any(other.calls for other in answers.values())
+    return tuple(
+        Score(check.type, 0.0, False, "calls no tool, as the other side does")
+        if check.derived and check.type == "valid_calls" and without
+        else score(check, answer.text, answer.calls)
+        for check in prompt.checks
     )
 
 
@@ -172,7 +187,7 @@ def _mean(found: Sequence[divergence.TokenLoss], name: str) -> float:
 
 def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Rating]) -> list[Pair]:
     """Return a pair for each prompt that is scored: means over checks, a rating among them, and over samples."""
-    by_prompt: dict[str, list[tuple[Prompt, list[float], list[float], bool]]] = {}
+    by_prompt: dict[str, list[tuple[Prompt, list[float], list[float], bool, bool]]] = {}
     for one in compared:
         values = {side: [found.value for found in one.scores[side]] for side in SIDES}
         graded = any(found.graded for side in SIDES for found in one.scores[side])
@@ -180,11 +195,12 @@ def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Ratin
         if rating is not None:
             values["baseline"].append(rating.baseline)
             values["candidate"].append(rating.candidate)
-        elif ratings and one.difference is None and not values["baseline"]:  # the same answer is as good
+        elif ratings and one.difference is None and not one.prompt.own:  # the same answer is as good
             values["baseline"].append(1.0)
             values["candidate"].append(1.0)
         if values["baseline"]:
-            entry = (one.prompt, values["baseline"], values["candidate"], graded)
+            own = one.prompt.own or len(values["baseline"]) > len(one.prompt.checks)
+            entry = (one.prompt, values["baseline"], values["candidate"], graded, own)
             by_prompt.setdefault(one.prompt.id, []).append(entry)
     pairs = []
     for name, entries in by_prompt.items():
@@ -193,7 +209,7 @@ def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Ratin
         passed = None
         if len(entries) == 1 and not entries[0][3]:
             passed = (all(entries[0][1]), all(entries[0][2]))
-        pairs.append(Pair(name, entries[0][0].tags, before, after, passed))
+        pairs.append(Pair(name, entries[0][0].tags, before, after, passed, all(entry[4] for entry in entries)))
     return pairs
 
 

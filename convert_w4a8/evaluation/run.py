@@ -10,7 +10,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation import metrics
 from convert_w4a8.evaluation.answer import SIDES, Answer, Side
 from convert_w4a8.evaluation.client import Endpoint, Sampling
-from convert_w4a8.evaluation.divergence import note_name, refusal_name, score_side
+from convert_w4a8.evaluation.divergence import score_side, unread
 from convert_w4a8.evaluation.logs import Logs
 from convert_w4a8.evaluation.prompts import Prompt
 from convert_w4a8.evaluation.servers import Caps, is_url, serve
@@ -127,10 +127,7 @@ def _unanswered(store: Store, side: Side, jobs: Sequence[Job]) -> bool:
 
 
 def _unfinished(plan: Plan, store: Store, side: Side) -> bool:
-    if _unanswered(store, side, plan.jobs) or refusal_name(side) not in store.noted:
-        return True
-    unread = any(note_name(side, answer.prompt) not in store.noted for answer in baseline_answers(store))
-    return unread and not store.noted[refusal_name(side)]
+    return _unanswered(store, side, plan.jobs) or unread(side, baseline_answers(store), store.noted)
 
 
 async def _session(

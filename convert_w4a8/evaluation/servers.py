@@ -23,7 +23,6 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import Side
 from convert_w4a8.text import printable
 
-SERVERS = ("auto", "vllm", "transformers")
 _STOP_SECONDS = 20.0
 """What a server has to end by itself."""
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -18,13 +18,17 @@ Key = tuple[str, str, int]
 class Store:
     """Answers by side, prompt and sample; without a directory, in memory only. Used as a context manager.
 
-    settings: what answers depend on, JSON-ready. Answers to other settings are never mixed with these.
+    settings: what answers depend on, JSON-ready. Answers to other settings are never mixed with these. private: whether
+    a directory that is made is for its owner only.
     """
 
-    def __init__(self, directory: Path | None, settings: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self, directory: Path | None, settings: Mapping[str, Any], *, resume: bool, private: bool = False
+    ) -> None:
         self._directory = directory
         self._settings = dict(settings)
         self._resume = resume
+        self._mode = 0o700 if private else 0o777
         self._file: IO[bytes] | None = None
         self.answers: dict[Key, Answer] = {}
         self.noted: dict[str, Any] = {}
@@ -36,7 +40,7 @@ class Store:
             return self
         path = self._directory / FILE
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(self._mode, parents=True, exist_ok=True)
             self._file = path.open("ab+")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

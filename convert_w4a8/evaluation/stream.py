@@ -14,11 +14,14 @@ class Parts:
     answer: Answer
     calls: dict[int, dict[str, str]] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
+    others: bool = False
+    """Whether there are other choices (`n`), which are left out; `usage` counts them too."""
 
     def whole(self) -> Answer:
         """Return the answer."""
         calls = tuple(Call(call["name"], call["arguments"]) for _, call in sorted(self.calls.items()))
-        return replace(self.answer, calls=calls, token_ids=tuple(self.ids) or None)
+        tokens = None if self.others else self.answer.tokens
+        return replace(self.answer, calls=calls, token_ids=tuple(self.ids) or None, tokens=tokens)
 
     def take(self, chunk: Any, now: float | None) -> None:
         """Add a chunk, or a whole response. now: seconds since the request was sent; None where that is not known."""
@@ -27,8 +30,10 @@ class Parts:
         if usage is not None and getattr(usage, "completion_tokens", None) is not None:
             answer = replace(answer, tokens=int(usage.completion_tokens))
         prompt_ids = getattr(chunk, "prompt_token_ids", None)
-        if chunk.choices:
-            choice = chunk.choices[0]
+        choices = [choice for choice in chunk.choices or () if not getattr(choice, "index", 0)]
+        self.others |= len(choices) < len(chunk.choices or ())
+        if choices:
+            choice = choices[0]
             prompt_ids = prompt_ids or getattr(choice, "prompt_token_ids", None)
             self.ids += getattr(choice, "token_ids", None) or []
             said = getattr(choice, "delta", None) or getattr(choice, "message", None)

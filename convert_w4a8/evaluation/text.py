@@ -176,7 +176,7 @@ def _production(evaluation: Evaluation) -> Section:
     for place, share in enumerate(("median", "p90", "p99")):
         values = [_at(one, place) for one in took]
         rows.append((f"seconds, {share}", *("-" if value is None else f"{value:,.2f}" for value in values)))
-    note = "Of all lines of the logs. Failed: no answer, or status 5xx."
+    note = "Of all lines of the logs. Failed: no answer, or 5xx; of the candidate also 4xx where the baseline answered."
     return Section("In production", ("", *SIDES), tuple(rows), note)
 
 
@@ -188,13 +188,13 @@ def _prefix_share(evaluation: Evaluation, side: Side) -> float | None:
 
 
 def _cached_unlike(evaluation: Evaluation) -> str:
-    """Return what is wrong with times to the first token, where one side had more of the prompts in its cache."""
+    """Return what is wrong with times from the request on, where one side had more of the prompts in its cache."""
     before, after = (_prefix_share(evaluation, side) for side in SIDES)
     if before is None or after is None or abs(before - after) <= _CACHED_ALIKE:
         return ""
     return (
-        f" Times to the first token do not compare: prefix caches had {before:.0%} of the baseline's prompts and"
-        f" {after:.0%} of the candidate's. Start both servers anew."
+        f" Times to the first token and tokens/s do not compare: prefix caches had {before:.0%} of the baseline's"
+        f" prompts and {after:.0%} of the candidate's. Start both servers anew."
     )
 
 

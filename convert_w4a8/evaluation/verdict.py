@@ -5,9 +5,10 @@
 exact McNemar test finds more losses than wins. *cannot tell*: everything else. A divergence that is not to be exceeded
 is judged by its bounds in the same way.
 
-That every bound must hold for *ship* needs no correction for their number. For *do not ship* one is enough, so the
-level of 5 % is divided (Bonferroni) into equal parts: for all prompts, for the tags, which share theirs, and for the
-divergence, as far as there are any.
+That every bound must hold for *ship* needs no correction for their number. Without a limit of the divergence it must
+hold for the prompts alone that have checks of their own or a rating: the form that a logged request asks for (JSON,
+calls of its tools) shows what is bad only. For *do not ship* one is enough, so the level of 5 % is divided (Bonferroni)
+into equal parts: for all prompts, for the tags, which share theirs, and for the divergence, as far as there are any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +28,18 @@ ALL = ""
 
 @dataclass(frozen=True)
 class Pair:
-    """The scores of one prompt on both sides, from 0 to 1. passed: whether each passed; None where it is graded."""
+    """The scores of one prompt on both sides, from 0 to 1. passed: whether each passed; None where it is graded.
+
+    own: whether a check, a rating or a reference says what a good answer is; False where only the form is checked that
+    a logged request asks for.
+    """
 
     prompt: str
     tags: tuple[str, ...]
     baseline: float
     candidate: float
     passed: tuple[bool, bool] | None
+    own: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,8 @@ def decide(
         _group(name, of_name, tolerance.of(name), level / (len(tags) if name else 1))
         for name, of_name in members.items()
     )
+    if limit is None:
+        unanswered = (*unanswered, *(line for group in groups for line in _unproven(group, members[group.name])))
     found: list[Group | Drift] = [*groups, *([] if drift is None else [drift])]
     bad = [one for one in found if one.decision == "do not ship"]
     if bad:
@@ -133,8 +141,23 @@ def decide(
         least = min(groups, key=lambda group: group.bounds.lower + group.tolerance)
         reasons = [f"{_name(least)}: at most {_points(-least.bounds.lower)} lost, {_points(least.tolerance)} may be"]
     if drift is not None and drift.bounds is not None:
-        reasons.append(f"divergence: at most {drift.bounds.upper:.4f} nats per token, {drift.limit:g} may be")
+        reasons.append(
+            f"divergence: at most {drift.bounds.upper:.4f} nats per token of what the likeliest tokens show,"
+            f" {drift.limit:g} may be"
+        )
     return Verdict("ship", tuple(reasons), groups, drift)
+
+
+def _unproven(group: Group, pairs: Sequence[Pair]) -> list[str]:
+    """Return why a group is not shipped although its bound would allow it: few of its prompts say what is good."""
+    own = np.array([pair.candidate - pair.baseline for pair in pairs if pair.own])
+    if group.decision != "ship" or len(own) == len(pairs) or (len(own) and bounds(own).lower > -group.tolerance):
+        return []
+    few = f"{len(own)} of {counted(len(pairs), 'prompt')} have checks of their own or a rating"
+    return [
+        f"{_name(group)}: only {few}; the form that requests ask for is not enough: give checks, rate the answers in"
+        " the page of --out, or say --max-divergence"
+    ]
 
 
 def _drift(losses: Sequence[tuple[float, int]], limit: float, level: float) -> Drift:

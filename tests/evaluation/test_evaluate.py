@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import pytest
 from chat_server import Behaviour, chat_server
 
+from convert_w4a8.cli.main import main
 from convert_w4a8.evaluation.evaluate import contents
+from convert_w4a8.evaluation.options import EvaluateOptions
 
 METRICS = (
     'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0\n'
@@ -367,11 +370,65 @@ def test_a_directory_that_was_replaced_is_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("limit", "code"), [("0.001", 3), ("0.5", 0)])
 def test_divergence_decides_where_nothing_is_checked(evaluate: Any, limit: str, code: int) -> None:
     """As of logs of production."""
-    evaluate.lines = [{"prompt": f"What is {n} + {n}?"} for n in range(24)]
+    evaluate.lines = [{"prompt": f"What is {n} + {n}?"} for n in range(64)]
     better, worse = (Behaviour(answer=right, token_ids=True, logprobs=logprobs(x)) for x in (-0.5, -0.75))
     with chat_server(better) as a, chat_server(worse) as b:
         result = evaluate(a, b, "--json", "--max-divergence", limit)
     assert result.exit_code == code, result.output
     found = json.loads(result.stdout)["verdict"]["divergence"]
-    assert found["answers"] == 24
+    assert found["answers"] == 64
     assert found["limit"] == float(limit)
+
+
+def test_answers_without_a_divergence_are_not_shipped_over(evaluate: Any) -> None:
+    """As where a server ran out of memory between; --resume has it read the others."""
+    evaluate.lines = [{"prompt": f"What is {n} + {n}?"} for n in range(70)]
+    scored: list[int] = []
+
+    def fails_late(ids: list[int]) -> Any:
+        scored.append(len(ids))
+        return logprobs(-0.5)(ids) if len(scored) <= 64 or mended else ["out of memory"]
+
+    mended: list[bool] = []
+    a_side, b_side = (Behaviour(answer=right, token_ids=True, logprobs=f) for f in (logprobs(-0.5), fails_late))
+    arguments = ("--out", str(evaluate.out), "--max-divergence", "0.5")
+    with chat_server(a_side) as a, chat_server(b_side) as b:
+        first = evaluate(a, b, *arguments)
+        mended.append(True)
+        asked = sum("prompt_logprobs" in request for request in b_side.seen)
+        second = evaluate(a, b, *arguments, "--resume")
+    assert first.exit_code == 4, first.output
+    assert "divergence: 6 of 70 answers could not be scored: --resume tries again" in first.stdout
+    assert second.exit_code == 0, second.output
+    assert sum("prompt_logprobs" in request for request in b_side.seen) == asked + 6
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"server": "vlm"},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"timeout": 0},
+        {"start_timeout": -1},
+        {"max_model_len": 0},
+    ],
+)
+def test_options_are_checked_in_python_too(odd: dict[str, Any]) -> None:
+    """As the command line does; a misspelt server would be another one."""
+    with pytest.raises(ValueError, match=f"{next(iter(odd))} is "):
+        EvaluateOptions(**odd)
+
+
+@pytest.mark.parametrize("of_logs", [True, False])
+def test_what_users_wrote_is_for_the_owner(evaluate: Any, tmp_path: Path, of_logs: bool) -> None:
+    """A directory that is made for answers to logged requests."""
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"request": {"prompt": "What is 1 + 1?"}}) + "\n")
+    more = ["--logs", str(log)] if of_logs else ["--prompts", str(log)]
+    if not of_logs:
+        log.write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
+    with chat_server(Behaviour(answer=right)) as a:
+        arguments = ["evaluate", "--baseline", a, "--candidate", a, *more, "--out", str(evaluate.out)]
+        assert click.testing.CliRunner().invoke(main, arguments).exit_code == 4
+    assert (evaluate.out.stat().st_mode & 0o077 == 0) == of_logs

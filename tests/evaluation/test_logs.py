@@ -31,7 +31,7 @@ def chat(text: str, **more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": text}], **more}
 
 
-def line(name: str, side: str, request: Any, **more: Any) -> dict[str, Any]:
+def line(name: str | int, side: str, request: Any, **more: Any) -> dict[str, Any]:
     """Return a line as nginx writes it: the request as a string."""
     found: dict[str, Any] = {
         "id": name,
@@ -241,8 +241,9 @@ def test_requests_are_asked_of_both_servers(tmp_path: Path, monkeypatch: pytest.
     pytest.importorskip("openai", reason="the extra `evaluate` is not installed")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     form = {"response_format": {"type": "json_object"}, "temperature": 1}
+    own = {"checks": [{"type": "contains", "value": '{"a": 1'}]}
     lines = [
-        line(f"r{n}", side, chat(f"q{n}", **form), seconds="0.2" if side == "baseline" else "0.1")
+        line(f"r{n}", side, chat(f"q{n}", **form), **own, seconds="0.2" if side == "baseline" else "0.1")
         for n in range(80)
         for side in ("baseline", "candidate")
     ]
@@ -298,10 +299,11 @@ def test_a_candidate_that_failed_in_production_is_not_shipped(tmp_path: Path, mo
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     form = {"response_format": {"type": "json_object"}}
     with chat_server(Behaviour(answer=lambda _prompt: "{}")) as url:
-        for failed, code in ((1, 0), (8, 4)):
-            lines = [line(f"r{n}", "baseline", chat(f"q{n}", **form)) for n in range(80)]
+        for failed, status_, code in ((1, "502", 0), (8, "400", 4), (8, "502", 4)):
+            own = {"checks": [{"type": "exact", "value": "{}"}]}
+            lines = [line(f"r{n}", "baseline", chat(f"q{n}", **form), **own) for n in range(80)]
             lines += [
-                line(f"r{n}", "candidate", chat(f"q{n}", **form), status="502" if n < failed else "200")
+                line(f"r{n}", "candidate", chat(f"q{n}", **form), status=status_ if n < failed else "200")
                 for n in range(80)
             ]
             log = write(tmp_path / f"{failed}.jsonl", *lines)
@@ -361,3 +363,146 @@ def test_a_log_that_does_not_say_how_it_went(tmp_path: Path) -> None:
     assert len(found.prompts.prompts) == 2
     assert [one.requests for one in found.production.values()] == [0, 0]
     assert (found.lost, found.won) == (0, 0)
+
+
+def paired(count: int, baseline: Any, candidate: Any, **more: Any) -> list[dict[str, Any]]:
+    """Return lines of both sides with answers; more: of the request."""
+    return [
+        line(f"r{n}", side, chat(f"q{n}", **more), body=body)
+        for n in range(count)
+        for side, body in (("baseline", baseline), ("candidate", candidate))
+    ]
+
+
+@pytest.fixture
+def verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return how to get the verdict of lines."""
+    pytest.importorskip("openai", reason="the extra `evaluate` is not installed")
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+    def decide(lines: list[dict[str, Any]], *arguments: str) -> click.testing.Result:
+        return run("--logs", str(write(tmp_path / "l.jsonl", *lines)), *arguments)
+
+    return decide
+
+
+USAGE = {"usage": {"completion_tokens": 3}}
+CALL = {"tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]}
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "request_", "code"),
+    [
+        (response("", **CALL), response("!!!!!!"), {"tools": TOOLS}, 3),
+        (response("It rains"), response("!!!!!!"), {"tools": TOOLS}, 4),
+        (response('{"a": 1}'), response("{}"), {"response_format": {"type": "json_object"}}, 4),
+        (response('{"a": 1}'), response("{"), {"response_format": {"type": "json_object"}}, 3),
+    ],
+)
+def test_the_form_alone_is_not_shipped(verdict: Any, baseline: Any, candidate: Any, request_: Any, code: int) -> None:
+    """It says what is bad, and never that it is good; a few checks of one's own are not enough either."""
+    lines = paired(80, baseline, candidate, **request_)
+    result = verdict(lines)
+    assert result.exit_code == code, result.output
+    lines[0]["checks"] = [{"type": "regex", "pattern": ""}]
+    result = verdict(lines)
+    assert result.exit_code == code, result.output
+    if code == 4:
+        assert "all prompts: only 1 of 80 prompts have checks of their own or a rating" in result.stdout
+        for one in lines:
+            one["checks"] = [{"type": "regex", "pattern": ""}]
+        assert verdict(lines).exit_code == 0
+
+
+@pytest.mark.parametrize("how", [{"error": "reset"}, {"status": "502"}, {"status": "-"}, {"status": 400}])
+def test_a_failure_without_a_body_is_one(verdict: Any, how: dict[str, Any]) -> None:
+    """A proxy has none to write then."""
+    lines = paired(75, response("yes"), response("yes"))
+    for number, one in enumerate(lines):
+        one["checks"] = [{"type": "contains", "value": "yes"}]
+        if one["side"] == "candidate" and number < 10:
+            del one["body"]
+            one.update(how)
+    result = verdict(lines)
+    assert result.exit_code == 4, result.output
+    assert "5 of 75 answers of the candidate are missing" in result.stdout
+
+
+def test_what_only_the_candidate_refuses_is_a_failure(tmp_path: Path) -> None:
+    """4xx; where the baseline refuses it too, the request is at fault, and too many requests are nobody's."""
+    lines = [line(f"r{n}", side, chat(f"q{n}")) for n in range(5) for side in ("baseline", "candidate")]
+    lines[1]["status"] = 400
+    lines[2]["status"] = lines[3]["status"] = 400
+    lines[5]["status"] = 429
+    lines[6]["status"] = 400
+    found = read_logs([write(tmp_path / "l.jsonl", *lines)], 9, answered=False)
+    assert (found.lost, found.won, found.production["candidate"].failed) == (1, 0, 1)
+
+
+def test_ids_that_are_used_again_are_not_paired(tmp_path: Path) -> None:
+    """Answers to different requests say nothing of each other."""
+    lines = [line("a", "baseline", chat("one")), line("a", "candidate", chat("two"))]
+    lines += [line("b", "baseline", chat("x", tools=TOOLS)), line("b", "candidate", chat("x"))]
+    lines += [line(7, "baseline", chat("x", max_tokens=3)), line(7, "candidate", chat("x", max_tokens=2))]
+    for one in lines:
+        one["body"] = response("yes")
+    found = read_logs([write(tmp_path / "l.jsonl", *lines)], 9, answered=True)
+    assert [prompt.id for prompt in found.prompts.prompts] == ["7"]
+    assert found.notes[0].startswith("logs: 2 lines left out: another request on the other side")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": [{"message": {"content": "a"}, "finish_reason": {"a": 1}}]},
+        {"choices": [{"message": {"content": "a"}, "finish_reason": "stop", "token_ids": [{"a": 1}]}]},
+        {"choices": [{"text": "a", "finish_reason": "stop", "prompt_token_ids": "ab"}]},
+        {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"completion_tokens": 10**400}},
+        '{"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"completion_tokens": 1e999}}',
+        response("", tool_calls=[{"index": i, "function": {"name": "f", "arguments": "{}"}} for i in ("a", 1)]),
+    ],
+)
+def test_odd_answers_are_no_tracebacks(tmp_path: Path, body: Any) -> None:
+    """But answers that are missing."""
+    assert str(recorded("candidate", "a", {"body": body}).failure).startswith("truncated: ")
+    lines = [line("a", "baseline", chat("x"), body=response("y")), line("a", "candidate", chat("x"), body=body)]
+    assert len(read_logs([write(tmp_path / "l.jsonl", *lines)], 9, answered=True).answers) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"checks": 5}, "checks is a number, not a list"),
+        ({"request": {"messages": [{"role": "user", "tool_calls": 7}]}}, "a message has tool_calls that are no list"),
+    ],
+)
+def test_odd_lines_are_left_out(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    """With the reason."""
+    log = write(tmp_path / "l.jsonl", line("a", "baseline", chat("x")) | more, line("b", "baseline", chat("y")))
+    found = read_logs([log], 9, answered=False)
+    assert [prompt.id for prompt in found.prompts.prompts] == ["b"]
+    assert said in found.notes[0]
+
+
+def test_odd_numbers() -> None:
+    """Of which a time or a status is none."""
+    assert [seconds(value) for value in (5e-05, "5e-05", -1, 10**400, "9" * 400, "1, " + "9" * 400)] == [
+        5e-05,
+        5e-05,
+        None,
+        None,
+        None,
+        None,
+    ]
+    assert [status({"status": value}) for value in ("9" * 400, 10**400, 1e300, 7)] == [None] * 4
+
+
+def test_of_several_choices_the_first_counts() -> None:
+    """They are not joined; what they took together is not the tokens of one."""
+    pieces = [{"index": i, "delta": {"content": f"{i}"}, "finish_reason": "stop"} for i in (1, 0, 1)]
+    for body in (
+        "".join(f"data: {json.dumps({'choices': [piece], 'usage': {'completion_tokens': 3}})}\n\n" for piece in pieces),
+        {"choices": [{"index": i, "text": f"{i}", "finish_reason": "stop"} for i in (1, 0)], **USAGE},
+    ):
+        found = recorded("baseline", "a", {"body": body})
+        assert (found.text, found.tokens, found.failure) == ("0", None, None)

@@ -10,6 +10,7 @@ import pytest
 from chat_server import Behaviour, chat_server
 
 from convert_w4a8 import EvaluateOptions, evaluate
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation import run
 from convert_w4a8.evaluation.metrics import Room, as_dict, merged
 
@@ -98,6 +99,20 @@ def test_what_a_turn_lacks_is_asked_again_and_read(models: dict[str, Any], tmp_p
     assert models["started"] == ["baseline", "candidate"]
     assert models["asked"] == {"baseline": [["p2"]], "candidate": [[]]}
     assert len(found.losses) == PROMPTS
+
+
+def test_answers_of_another_server_are_not_mixed(
+    models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor those of sequences of another length, which are cut elsewhere."""
+    places = (models["baseline"], models["candidate"], models["prompts"])
+    out = tmp_path / "out"
+    evaluate(*places, out=out)
+    with pytest.raises(ConvertError, match="answers were given with another max_model_len"):
+        evaluate(*places, EvaluateOptions(max_model_len=9), out=out, resume=True)
+    monkeypatch.setattr("convert_w4a8.evaluation.evaluate.find_server", lambda _wanted: "transformers")
+    with pytest.raises(ConvertError, match="answers were given with another server"):
+        evaluate(*places, out=out, resume=True)
 
 
 def test_looks_at_metrics_are_merged() -> None:

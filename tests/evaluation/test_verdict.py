@@ -91,6 +91,20 @@ def test_without_any_loss_the_bound_is_the_rule_of_three(count: int) -> None:
     assert -paired.bounds(np.zeros(count)).lower == pytest.approx(exact, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "counts"), [(0.05, (60, 80, 93, 126, 200, 300)), (0.02, (150, 200, 206)), (0.1, (40,)), (0.2, (85,))]
+)
+def test_where_nothing_is_won_ship_is_wrong_up_to_9_percent(tolerance: float, counts: tuple[int, ...]) -> None:
+    """The exact chance to see so few losses that it is shipped, where the true loss is the tolerance itself."""
+    chances = []
+    for count in counts:
+        shipped = 0
+        while paired.bounds(np.array([-1.0] * shipped + [0.0] * (count - shipped))).lower > -tolerance:
+            shipped += 1
+        chances.append(sum(math.comb(count, n) * tolerance**n * (1 - tolerance) ** (count - n) for n in range(shipped)))
+    assert max(chances) <= 0.09
+
+
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=2, max_size=60))
 def test_bounds_enclose_the_mean(values: list[float]) -> None:
@@ -146,7 +160,7 @@ def drifts(mean: float, count: int, seed: int = 0) -> list[tuple[float, int]]:
         ([], drifts(0.003, 100), "ship", "divergence: at most 0.00"),
         ([], drifts(0.03, 100), "do not ship", "divergence: at least 0.02"),
         ([], drifts(0.01, 100), "cannot tell", "divergence: between 0.0"),
-        ([], drifts(0.003, 19), "cannot tell", "divergence: 19 answers tell nothing; 20 are needed"),
+        ([], drifts(0.003, 59), "cannot tell", "divergence: 59 answers tell nothing; 60 are needed"),
         ([], [], "cannot tell", "divergence: no log-probabilities were to be had"),
         (pairs(0, 0, 100), drifts(0.003, 100), "ship", "all prompts: at most"),
         (pairs(0, 0, 100), drifts(0.03, 100), "do not ship", "divergence: at least 0.02"),
@@ -166,7 +180,7 @@ def test_a_divergence_that_is_not_to_be_exceeded(
 
 def test_equal_models_have_no_divergence() -> None:
     """And bounds without width."""
-    assert decide([], TOLERANCE, (), 0.001, [(0.0, 5)] * 30).decision == "ship"
+    assert decide([], TOLERANCE, (), 0.001, [(0.0, 5)] * 60).decision == "ship"
 
 
 def test_bounds_of_divergences_are_wrong_as_seldom_as_they_say() -> None:
