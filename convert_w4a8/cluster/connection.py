@@ -8,12 +8,13 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
 from convert_w4a8.version import __version__, install_command
@@ -33,6 +34,10 @@ MOST_THREADS = 4
 """Threads of a task, at most, unless somebody asks for more; so many CPUs are one process of a node."""
 _NOTICE_SECONDS = 40.0
 """How long Ray may take to notice that a node is lost."""
+
+
+SEES_ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+"""With it, Ray says which GPU a task has, and does not hide the others from its process."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +193,12 @@ class Cluster:
             self.nodes()
         return self._names.get(node_id, node_id[:6])
 
-    def on_node(self, node: Node, function: Any, arguments: Sequence[Any]) -> Any:
+    def on_node(self, node: Node, function: Any, arguments: Sequence[Any], *, sees_gpus: bool = False) -> Any:
         """Call a function on one node, without asking for resources; returns Ray's reference to the result."""
         affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
         remote = self.ray.remote(num_cpus=0, max_retries=1, max_calls=0)(function)
-        return remote.options(scheduling_strategy=affinity).remote(*arguments)
+        options = {"runtime_env": SEES_ALL_GPUS} if sees_gpus else {}
+        return remote.options(scheduling_strategy=affinity, **options).remote(*arguments)
 
     def ask_all(self, function: Any, *arguments: Any) -> list[tuple[Node, Any]]:
         """Call a function on every node that is alive, and return what they answer; nodes that get lost are left out.
@@ -229,6 +235,22 @@ class Cluster:
             time.sleep(0.5)
         return True
 
+    def gpus(self) -> dict[str, list[str]]:
+        """Return the names of the GPUs of nodes that have any, as torch calls them, by the node's name.
+
+        Raises:
+            ClusterError: torch on a node cannot use them.
+
+        """
+        asked = [(node, self.on_node(node, gpu_names(), (), sees_gpus=True)) for node in self.nodes() if node.gpus >= 1]
+        found = {}
+        for node, (names, problem) in self._answers(asked):
+            if not names:
+                reason = f"has GPUs for Ray, but none that torch can use{problem and f' ({problem})'}"
+                raise ClusterError(f"node {node.name}", reason, "mend that, take it out, or use --device cpu")
+            found[node.name] = names
+        return found
+
     def check_versions(self) -> None:
         """Check that all nodes have this version of this package.
 
@@ -238,28 +260,3 @@ class Cluster:
         """
         for node, answer in self._answers([(node, first) for node, (first, *_) in self._greetings]):
             check_version(node.name, answer)
-
-
-def check_version(node: str, found: str | None) -> None:
-    """Raise ClusterError where a node has another version of this package than we have, or none."""
-    if found != __version__:
-        reason = f"has w4a8-convert {found}, here is {__version__}" if found else "has no w4a8-convert"
-        raise ClusterError(f"node {node}", reason, f"install {__version__} there: {install_command('ray')}")
-
-
-def greeting() -> Callable[[str], str | None]:
-    """Return a function that returns the version of this package on a node, and imports what tasks need.
-
-    It travels by value, as functions inside of functions do: a node without this package can call it, too.
-    """
-
-    def greet(ours: str) -> str | None:
-        try:
-            from convert_w4a8.version import __version__ as theirs  # noqa: PLC0415
-        except ImportError:
-            return None
-        if theirs == ours:
-            import convert_w4a8.conversion.shard  # noqa: F401, PLC0415
-        return str(theirs)
-
-    return greet

@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from convert_w4a8.cluster.connection import Cluster, Node, check_version
+from convert_w4a8.cluster.connection import SEES_ALL_GPUS, Cluster, Node
+from convert_w4a8.cluster.greetings import check_version
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem, W4A8Error
 from convert_w4a8.text import counted, human_bytes
@@ -21,8 +22,6 @@ SLOW = 3.0
 PATIENCE_SECONDS = 30.0
 """But not before this time; and so long may there be no node that is large enough, after some were lost."""
 _POLL_SECONDS = 0.5
-_SEES_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
-"""Where it is set, Ray says which GPU a task has, and does not hide the others from its process."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Runner:
         strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
-            options["runtime_env"] = {"env_vars": {_SEES_ALL_GPUS: "1"}}
+            options["runtime_env"] = SEES_ALL_GPUS
         remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
         reference = remote.remote(__version__, payload)
         state.running[reference] = number

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,16 @@ from convert_w4a8.quantization.layer import LayerStats
 
 WriteShards = Callable[[Sequence[ShardTask], CheckpointWriter], None]
 """Writes the unfinished ones of some files of an output."""
+
+
+class WriteShardsElsewhere(Protocol):
+    """WriteShards on other machines."""
+
+    def kind_of_device(self) -> str:
+        """Return the kind of the devices that do the work, as `devices.kind_of` calls it."""
+
+    def __call__(self, tasks: Sequence[ShardTask], writer: CheckpointWriter, /) -> None:
+        """Write the unfinished ones of some files of an output."""
 
 
 def check_paths(
@@ -103,11 +113,12 @@ def carry_out(
     progress: Progress = lambda _nbytes: None,
     write: WriteShards | None = None,
     recipe: Recipe | None = None,
+    kind_of_device: str | None = None,
 ) -> Result:
     """Carry out a plan. `out` appears whole, at the end, or not at all.
 
     resume: continue a conversion that was interrupted, if there is one; the output is the same, byte for byte.
-    write: instead of `write_shards`. recipe: what to say of it.
+    write: instead of `write_shards`. recipe: what to say of it. kind_of_device: as `fingerprint` has it.
 
     Raises:
         ConvertError, PlanError: the input, the output path, the options or the GPU's memory do not allow it.
@@ -117,7 +128,7 @@ def carry_out(
     check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
     check_tensors(plan)
     tasks = shard_tasks(plan)
-    before = fingerprint(checkpoint, plan.options)
+    before = fingerprint(checkpoint, plan.options, kind_of_device)
     with CheckpointWriter(
         out,
         plan.shards,
@@ -138,7 +149,7 @@ def carry_out(
             writer.copy_file(checkpoint.root / relative, relative)
         writer.write_json(CONFIG, output_config(checkpoint, plan, layers, recipe))
         writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers], recipe))
-        check_unchanged(before, fingerprint(checkpoint, plan.options))
+        check_unchanged(before, fingerprint(checkpoint, plan.options, kind_of_device))
         writer.commit()
     return Result(plan, layers, time.perf_counter() - started, warnings)
 

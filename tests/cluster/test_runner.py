@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from convert_w4a8.cluster.connection import Node, check_version
+from convert_w4a8.cluster.connection import Node
+from convert_w4a8.cluster.greetings import check_version
 from convert_w4a8.cluster.record import Ran, as_dict, as_text
 from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem

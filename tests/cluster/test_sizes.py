@@ -4,16 +4,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from checkpoint_edits import write_case
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cluster.attempts import Bars
 from convert_w4a8.cluster.connection import Cluster, Node
-from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, _Bars, threads_of
+from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, _device_here, threads_of
 from convert_w4a8.conversion.jobs import MEMORY_BYTES
 from convert_w4a8.conversion.layer import layer_memory
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.shard import ShardTask, shard_tasks
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ClusterError, ConvertError
 from convert_w4a8.options import Options
 
 NOBODY = cast("Cluster", None)
@@ -66,6 +68,51 @@ def test_gpus_are_asked_for(device: str, gpus: int, expected: tuple[str, int]) -
     assert ShardsOnCluster(NOBODY, device=device)._device_on([node(4), node(4, gpus)]) == expected
 
 
+class Gpus:
+    """A cluster, of whose nodes it is known which GPUs they have."""
+
+    def __init__(self, found: dict[str, list[str]]) -> None:
+        self._found = found
+
+    def nodes(self) -> list[Node]:
+        """Return nodes."""
+        return [Node(name, name, 4, len(gpus), 10**10) for name, gpus in self._found.items()]
+
+    def gpus(self) -> dict[str, list[str]]:
+        """Return what nodes with GPUs have."""
+        return {name: gpus for name, gpus in self._found.items() if gpus}
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "expected"),
+    [
+        ("auto", {"a": [], "b": []}, "cpu"),
+        ("cpu", {"a": ["NVIDIA H100"], "b": ["NVIDIA H200"]}, "cpu"),
+        ("auto", {"a": [], "b": ["NVIDIA H100"] * 2, "c": ["NVIDIA H100"]}, "cuda (NVIDIA H100)"),
+        ("cuda", {"a": ["NVIDIA H100"], "b": ["NVIDIA H200"]}, None),
+        ("auto", {"a": ["NVIDIA H100", "NVIDIA L4"]}, None),
+    ],
+)
+def test_one_kind_of_device_quantizes(device: str, found: dict[str, list[str]], expected: str | None) -> None:
+    """GPUs of several kinds are refused, and each node's are named: their codes and tables differ."""
+    write = ShardsOnCluster(cast("Cluster", Gpus(found)), device=device)
+    if expected is not None:
+        assert write.kind_of_device() == expected
+        return
+    with pytest.raises(ClusterError, match="GPUs of several kinds.*a: NVIDIA H100") as caught:
+        write.kind_of_device()
+    assert all(name in str(caught.value) for name in found)
+
+
+def test_a_device_of_a_node_that_cannot_be_used() -> None:
+    """Is the node's fault, after which `--resume` continues: no such GPU, none that works, or another kind."""
+    assert _device_here("cpu", None) == _device_here("cpu", "cpu") == torch.device("cpu")
+    with pytest.raises(ClusterError, match="cannot be used on this node"):
+        _device_here("cuda:99", None)
+    with pytest.raises(ClusterError, match=r"is cpu on this node, not cuda \(NVIDIA H100\)"):
+        _device_here("cpu", "cuda (NVIDIA H100)")
+
+
 def test_a_gpu_by_number_is_refused() -> None:
     """Ray gives tasks theirs."""
     with pytest.raises(ConvertError, match="does not go with --ray"):
@@ -76,7 +123,7 @@ def test_a_gpu_by_number_is_refused() -> None:
 def test_every_byte_counts_once(wanted: slice, tasks: list[ShardTask]) -> None:
     """Though layers lie in several files, and attempts begin again."""
     seen: list[int] = []
-    bars = _Bars(tasks, tasks[wanted], seen.append)
+    bars = Bars(tasks, tasks[wanted], seen.append)
     for task in tasks[wanted]:
         for done in (1, 10**4, 10**3, 10**9, 0):
             before = sum(seen)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from convert_w4a8 import devices
-from convert_w4a8.operations import Codes
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.linear import DenseLinear, Packing, W4A8Linear, W4Linear
+from convert_w4a8.operations import Codes
 from convert_w4a8.quantization.codes import SCALE_CANDIDATES
 
 KINDS = ["gauss", "few values", "one-sided", "tiny", "huge", "mostly zero", "constant"]
