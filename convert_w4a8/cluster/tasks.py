@@ -1,5 +1,6 @@
 """Many calls on a cluster: a bounded number side by side, tried again where a worker or a node is lost."""
 
+import math
 import pickle
 import statistics
 import time
@@ -87,14 +88,19 @@ class Runner:
             self._check_fits(nodes, task, task.memory)
         waiting = deque(_State(task, task.memory) for task in tasks)
         running: dict[Any, _State] = {}
+        cpus = max(1, min((task.cpus for task in tasks), default=1))
+        polled_at = -math.inf
         try:
             while waiting or running:
                 nodes = self._cluster.nodes()
-                window = max(2, 2 * int(sum(node.cpus for node in nodes)))
+                window = max(2, 2 * int(sum(node.cpus for node in nodes)) // cpus)
                 while waiting and len(running) < window:
                     self._begin(waiting.popleft(), running)
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
-                self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
+                now = time.monotonic()
+                if not ready or now - polled_at >= _POLL_SECONDS:
+                    polled_at = now
+                    self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
                 for reference in ready:
                     state = running.pop(reference)
                     number = state.running.pop(reference)
@@ -145,12 +151,13 @@ class Runner:
             raise
         except errors.RayError as error:
             state.failures += 1
+            self._poll([(state.task, number)])
             why, where = _why(error), self._where(state.task, number)
+            self._drop(state.task, number)
             state.lost.append(why + (f" on node {self._cluster.name(where)}" if where else ""))
             if isinstance(error, errors.OutOfMemoryError):
-                state.memory = min(
-                    2 * state.memory, int(max((node.memory for node in self._cluster.nodes()), default=state.memory))
-                )
+                able = [node.memory for node in self._cluster.nodes() if node.has(state.task.cpus, state.task.gpus, 0)]
+                state.memory = max(state.memory, min(2 * state.memory, int(max(able, default=0))))
             if state.failures >= ATTEMPTS and not state.running:
                 reasons = ", ".join(dict.fromkeys(state.lost))
                 raise ClusterError(

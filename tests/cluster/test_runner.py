@@ -106,16 +106,18 @@ class Dropped(list[tuple[str, int]]):
 @pytest.mark.parametrize("kind", LOST.values(), ids=LOST)
 def test_an_attempt_that_is_lost_is_made_again(kind: type[Exception]) -> None:
     """Whatever Ray says of it."""
-    stand_in = StandIn([kind(), kind(), {"value": 7}])
-    assert run(stand_in, task()) == [("model-00001-of-00001.safetensors", 2, 7)]
+    stand_in, dropped = StandIn([kind(), kind(), {"value": 7}]), Dropped()
+    assert run(stand_in, task(), drop=dropped) == [("model-00001-of-00001.safetensors", 2, 7)]
+    assert dropped == [("model-00001-of-00001.safetensors", 0), ("model-00001-of-00001.safetensors", 1)]
     assert [asked["call"] for asked in stand_in.asked] == [(len, (f"{n}",)) for n in range(3)]
     assert [asked["num_cpus"] for asked in stand_in.asked] == [1, 1, 1]
     assert stand_in.ran == [Ran("model-00001-of-00001.safetensors", "10.0.0.1", 1.0, 3)]
 
 
 def test_after_too_little_memory_more_is_asked_for() -> None:
-    """Twice as much, so that fewer run side by side; never more than a node has, for which Ray would wait."""
-    stand_in = StandIn([*[LOST["OutOfMemoryError"]() for _ in range(3)], {"value": 7}])
+    """Twice as much, so that fewer run side by side; never more than a node for it has, for which Ray would wait."""
+    nodes = [Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB), Node("b" * 9, "10.0.0.2", 0, 0, 64 * GB)]
+    stand_in = StandIn([*[LOST["OutOfMemoryError"]() for _ in range(3)], {"value": 7}], nodes)
     run(stand_in, task(memory=3 * GB))
     assert [asked["memory"] for asked in stand_in.asked] == [3 * GB, 6 * GB, 8 * GB, 8 * GB]
 
@@ -227,6 +229,19 @@ def test_so_many_are_under_way() -> None:
     next(tasks)
     assert len(stand_in.asked) == 8
     assert len(list(tasks)) == 99
+
+
+def test_large_tasks_do_not_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two a place where a task may run. And how far they are is looked at twice a second, however fast they end."""
+    monkeypatch.setattr("convert_w4a8.cluster.tasks.time.monotonic", iter(n / 100 for n in range(10**6)).__next__)
+    stand_in = StandIn([{"value": n} for n in range(100)])
+    polls: list[int] = []
+    runner = Runner(stand_in, poll=lambda attempts: polls.append(len(attempts)))  # type: ignore[arg-type]
+    tasks = runner.run([task(f"{n}", cpus=2) for n in range(100)])
+    next(tasks)
+    assert len(stand_in.asked) == 4
+    assert len(list(tasks)) == 99
+    assert 1 <= len(polls) <= 3
 
 
 def test_what_is_said() -> None:

@@ -99,7 +99,7 @@ def test_one_kind_of_device_quantizes(device: str, found: dict[str, list[str]], 
     if expected is not None:
         assert write.kind_of_device() == expected
         return
-    with pytest.raises(ClusterError, match="GPUs of several kinds.*a: NVIDIA H100") as caught:
+    with pytest.raises(ClusterError, match=r"GPUs of several kinds.*a: NVIDIA H100") as caught:
         write.kind_of_device()
     assert all(name in str(caught.value) for name in found)
 
