@@ -23,7 +23,7 @@ from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_header, re
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion import run
 from convert_w4a8.conversion.layer import convert_layer, copy_tensor
-from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.conversion.memory import check_memory, memory_errors
 from convert_w4a8.conversion.plan import LayerPlan, Plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import WriteShardsElsewhere, carry_out
@@ -70,6 +70,8 @@ def quantize(
         else:
             _Run(checkpoint, plan, options, samples, writer, device, states_bytes, progress).write(tasks)
 
+    if write_shards is None:
+        check_memory(plan)
     return carry_out(
         checkpoint,
         plan,

@@ -153,7 +153,15 @@ def quantize_command(
         finished = resume and not dry_run and is_finished(output.path, checkpoint, output.plan)
         if not (finished and render.same_recipe(output.path, output.options, samples)):
             others = {other.path: other.plan.disk_nbytes for other in unfinished}
-            check_paths(checkpoint, output.path, output.plan, overwrite=overwrite, resume=resume, before=others)
+            check_paths(
+                checkpoint,
+                output.path,
+                output.plan,
+                overwrite=overwrite,
+                resume=resume,
+                before=others,
+                works_here=ray is None,
+            )
             unfinished.append(output)
         elif not (quiet or as_json):
             command = render.verify_command(output.path, model)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting
+from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, one_line
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
 from convert_w4a8.version import __version__, install_command
@@ -62,7 +62,7 @@ def load_ray() -> Any:
     """Import Ray, which is an extra.
 
     Raises:
-        ConvertError: it is not installed.
+        ConvertError: it is not installed, or cannot be imported.
 
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and when it starts
@@ -70,11 +70,27 @@ def load_ray() -> Any:
     try:
         import ray  # noqa: PLC0415  (an extra; it takes half a second)
     except ImportError as error:
-        raise ConvertError("--ray", "needs ray, which is not installed", install_command("ray")) from error
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters is said by us, in one line
-    # Of lost nodes Ray prints on stdout, where a JSON document may be; there is no public way to keep it from that.
-    vars(ray._private.worker)["print_to_stdstream"] = _print_nothing  # noqa: SLF001
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "ray"
+        reason = "is not installed" if absent else f"cannot be imported ({one_line(error)})"
+        raise ConvertError("--ray", f"needs ray, which {reason}", install_command("ray")) from error
     return ray
+
+
+@contextmanager
+def _muted(ray: Any) -> Iterator[None]:
+    """Keep Ray from printing: what matters is said by us, in one line.
+
+    Of lost nodes it prints on stdout, where a JSON document may be; there is no public way to keep it from that.
+    """
+    logger, worker = logging.getLogger("ray"), vars(ray._private.worker)  # noqa: SLF001
+    level, printer = logger.level, worker["print_to_stdstream"]
+    logger.setLevel(logging.CRITICAL)
+    worker["print_to_stdstream"] = _print_nothing
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        worker["print_to_stdstream"] = printer
 
 
 def _print_nothing(*_arguments: Any, **_keywords: Any) -> None:
@@ -99,6 +115,21 @@ def connect(address: str) -> Iterator["Cluster"]:
     _check_answers(address)
     if ray.is_initialized():
         raise ConvertError("--ray", "this process uses Ray already", "call ray.shutdown() before")
+    with _muted(ray):
+        _begin(ray, address)
+        try:
+            yield Cluster(ray, is_local=address == LOCAL)
+        finally:
+            ray.shutdown()
+
+
+def _begin(ray: Any, address: str) -> None:
+    """Have Ray connect to a cluster, or start one.
+
+    Raises:
+        ConvertError: that fails.
+
+    """
     keywords: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     with _undisturbed():
         try:
@@ -112,13 +143,8 @@ def connect(address: str) -> Iterator["Cluster"]:
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
-            first = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             remedy = "free memory and /dev/shm" if address == LOCAL else _START
-            raise ConvertError(f"--ray {address}", f"cannot be reached ({first})", remedy) from error
-    try:
-        yield Cluster(ray)
-    finally:
-        ray.shutdown()
+            raise ConvertError(f"--ray {address}", f"cannot be reached ({one_line(error)})", remedy) from error
 
 
 def _check_answers(address: str) -> None:
@@ -158,10 +184,13 @@ def _undisturbed() -> Iterator[None]:
 
 
 class Cluster:
-    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan."""
+    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan.
 
-    def __init__(self, ray: Any) -> None:
-        self.ray = ray
+    is_local: whether it is a Ray that was started on this machine.
+    """
+
+    def __init__(self, ray: Any, *, is_local: bool = False) -> None:
+        self.ray, self.is_local = ray, is_local
         self.ran: list[Ran] = []
         """What was carried out, in the order in which it was finished."""
         self._names: dict[str, str] = {}
@@ -255,8 +284,8 @@ class Cluster:
         """Check that all nodes have this version of this package.
 
         Raises:
-            ClusterError: a node has another one, or none.
+            ClusterError: a node has another one, none, or one that it cannot import.
 
         """
         for node, answer in self._answers([(node, first) for node, (first, *_) in self._greetings]):
-            check_version(node.name, answer)
+            check_version(node.name, *answer)

@@ -11,27 +11,38 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
 
 
-def check_version(node: str, found: str | None) -> None:
-    """Raise ClusterError where a node has another version of this package than we have, or none."""
-    if found != __version__:
-        reason = f"has w4a8-convert {found}, here is {__version__}" if found else "has no w4a8-convert"
-        raise ClusterError(f"node {node}", reason, f"install {__version__} there: {install_command('ray')}")
+def check_version(node: str, found: str | None, problem: str = "") -> None:
+    """Raise ClusterError where a node has another version of this package, none, or one that it cannot import."""
+    if found is not None and found != __version__:
+        reason = f"has w4a8-convert {found}, here is {__version__}"
+    elif problem:
+        reason = f"cannot import w4a8-convert or what it needs ({problem})"
+    elif found is None:
+        reason = "has no w4a8-convert"
+    else:
+        return
+    raise ClusterError(f"node {node}", reason, f"install {__version__} there: {install_command('ray')}")
 
 
-def greeting() -> Callable[[str], str | None]:
-    """Return a function that returns the version of this package on a node, and imports what tasks need.
+def greeting() -> Callable[[str], tuple[str | None, str]]:
+    """Return a function that returns the version of this package on a node, and why it cannot be used.
 
-    It travels by value, as functions inside of functions do: a node without this package can call it, too.
+    It imports what tasks need.
     """
 
-    def greet(ours: str) -> str | None:
+    def greet(ours: str) -> tuple[str | None, str]:
+        theirs: str | None = None
         try:
-            from convert_w4a8.version import __version__ as theirs  # noqa: PLC0415
-        except ImportError:
-            return None
-        if theirs == ours:
-            import convert_w4a8.conversion.shard  # noqa: F401, PLC0415
-        return str(theirs)
+            from convert_w4a8 import version  # noqa: PLC0415
+
+            theirs = version.__version__
+            if theirs == ours:
+                import convert_w4a8.conversion.shard  # noqa: F401, PLC0415
+        except ModuleNotFoundError as error:
+            return theirs, "" if error.name == "convert_w4a8" else f"{error}"
+        except Exception as error:  # noqa: BLE001 - whatever it is, the node is at fault
+            return theirs, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return theirs, ""
 
     return greet
 

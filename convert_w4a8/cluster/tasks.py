@@ -167,7 +167,7 @@ class Runner:
                 ) from error
             return None
         answer["node"] = self._cluster.name(answer["node"])
-        check_version(answer["node"], answer["version"])
+        check_version(answer["node"], answer["version"], answer["broken"])
         return answer
 
     def _look_after(self, nodes: Sequence[Node], waiting: deque[_State], running: dict[Any, _State]) -> None:
@@ -206,7 +206,11 @@ class Runner:
             if have is None
             else f"the largest node offers {have.cpus:g} CPUs, {human_bytes(have.memory)}, {have.gpus:g} GPUs"
         )
-        raise ClusterError(task.name, f"needs {needs}; {has}", "add a larger node (memory: `ray start --memory`)")
+        remedy = "add a larger node (memory: `ray start --memory`)"
+        if self._cluster.is_local:
+            few = not any(node.cpus >= task.cpus for node in nodes)
+            remedy = "give fewer --workers, or leave out --ray" if few else "leave out --ray"
+        raise ClusterError(task.name, f"needs {needs}; {has}", remedy)
 
 
 def _fits(node: Node, task: Task, memory: int) -> bool:
@@ -253,17 +257,20 @@ def _entry() -> Callable[[str, bytes], dict[str, Any]]:
         import ray  # noqa: PLC0415
 
         started = clock.monotonic()
-        answer: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id(), "version": None}
+        answer: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id(), "version": None, "broken": ""}
         try:
             from convert_w4a8.errors import ConvertError, PlanError, W4A8Error  # noqa: PLC0415
             from convert_w4a8.version import __version__ as ours  # noqa: PLC0415
-        except ImportError:
-            return answer
-        answer["version"] = ours
-        if ours != version:
+
+            answer["version"] = ours
+            if ours != version:
+                return answer
+            function, arguments = pickles.loads(payload)  # noqa: S301  (from the driver, through Ray, which does so too)
+        except Exception as error:  # noqa: BLE001 - whatever a node cannot import, the node is at fault
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "convert_w4a8"
+            answer["broken"] = "" if absent else f"{type(error).__name__}: {error}".splitlines()[0][:200]
             return answer
         try:
-            function, arguments = pickles.loads(payload)  # noqa: S301  (from the driver, through Ray, which does so too)
             answer["value"] = function(*arguments)
         except W4A8Error as error:
             found = error.problems if isinstance(error, PlanError) else ()

@@ -53,10 +53,12 @@ def check_paths(
     overwrite: bool,
     resume: bool = False,
     before: Mapping[Path, int] = MappingProxyType({}),
+    works_here: bool = True,
 ) -> None:
     """Check that the output can be written at `out`, without touching anything.
 
     before: other outputs that are to be written before this one, and the bytes that each will take.
+    works_here: whether this process converts, so that its memory counts.
 
     Raises:
         ConvertError: `out` is taken, overlaps the input or another output, or the disk or the memory is too small.
@@ -81,7 +83,8 @@ def check_paths(
         check_replaceable(out, checkpoint)
     existing = _existing(target)
     free = shutil.disk_usage(existing).free + occupied(work_path(target))  # what was interrupted is used or replaced
-    check_memory(plan)
+    if works_here:
+        check_memory(plan)
     needed = plan.disk_nbytes + sum(
         nbytes for other, nbytes in before.items() if _on_one_disk(real_path(other), existing)
     )
@@ -125,7 +128,7 @@ def carry_out(
 
     """
     started = time.perf_counter()
-    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
+    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume, works_here=write is None)
     check_tensors(plan)
     tasks = shard_tasks(plan)
     before = fingerprint(checkpoint, plan.options, kind_of_device)
