@@ -55,6 +55,11 @@ class ShardsOnCluster:
         self._function, self._bytes_per_weight, self._patience = function, bytes_per_weight, patience
         self._kind: str | None = None
 
+    @property
+    def device_type(self) -> str:
+        """The type of the device that tasks take, as nodes are now: cpu or cuda."""
+        return self._device_on(self._cluster.nodes())[0]
+
     def kind_of_device(self) -> str:
         """Return the kind of device that all tasks run on from now on, as `devices.kind_of` calls it.
 
@@ -62,9 +67,8 @@ class ShardsOnCluster:
             ClusterError: the cluster has GPUs of several kinds, or such as torch cannot use.
 
         """
-        device, _ = self._device_on(self._cluster.nodes())
-        self._kind = device
-        if device == "cuda":
+        self._kind = self.device_type
+        if self._kind == "cuda":
             gpus = self._cluster.gpus()
             names = sorted({name for of_node in gpus.values() for name in of_node})
             if len(names) != 1:

@@ -1,11 +1,16 @@
 """What a task asks a node for, and how far all of them are: arithmetic, without Ray."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from checkpoint_edits import write_case
+from paths import ROOT
+from tiny_models import write_llama
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cluster.attempts import Bars
@@ -59,6 +64,43 @@ def test_memory_is_that_of_layers_side_by_side(tasks: list[ShardTask]) -> None:
     assert heavy._memory(task) == PROCESS_BYTES + largest
 
 
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from convert_w4a8.calibration.matrix import BYTES_PER_WEIGHT
+from convert_w4a8.calibration.options import QuantizeOptions
+from convert_w4a8.calibration.plan import plan_quantization
+from convert_w4a8.calibration.run import quantize_shard
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cluster.shards import ShardsOnCluster
+from convert_w4a8.conversion.jobs import use_workers
+from convert_w4a8.conversion.shard import shard_tasks
+
+model, out, workers = sys.argv[1:]
+(task,) = shard_tasks(plan_quantization(open_checkpoint(Path(model)), QuantizeOptions()))
+with use_workers(int(workers)):
+    quantize_shard(task, Path(out), torch.device("cpu"), lambda _nbytes: None)
+lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+said = ShardsOnCluster(None, bytes_per_weight=BYTES_PER_WEIGHT)._memory(task)
+print(1024 * int(lines["VmHWM"].split()[0]), said)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure the memory of a process")
+def test_a_worker_takes_no_more_than_is_said(tmp_path: Path) -> None:
+    """The most that a process of its own had, with all that it imports and compiles; and not much less."""
+    (tmp_path / "model").mkdir()
+    model = write_llama(tmp_path / "model", layers=1, hidden_size=1024, intermediate_size=8192)
+    command = [sys.executable, "-c", MEASURE, str(model), str(tmp_path), "4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    took, said = map(int, result.stdout.split())
+    assert took <= said <= 3 * took
+
+
 @pytest.mark.parametrize(
     ("device", "gpus", "expected"),
     [("auto", 2, ("cuda", 1)), ("cuda", 2, ("cuda", 1)), ("cpu", 2, ("cpu", 0)), ("auto", 0, ("cpu", 0))],
@@ -98,6 +140,7 @@ def test_one_kind_of_device_quantizes(device: str, found: dict[str, list[str]], 
     write = ShardsOnCluster(cast("Cluster", Gpus(found)), device=device)
     if expected is not None:
         assert write.kind_of_device() == expected
+        assert write.device_type == expected.partition(" ")[0]
         return
     with pytest.raises(ClusterError, match=r"GPUs of several kinds.*a: NVIDIA H100") as caught:
         write.kind_of_device()
