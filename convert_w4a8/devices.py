@@ -123,6 +123,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return of_torch or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
+def kind_of(device: torch.device) -> str:
+    """Return "cpu", or "cuda" and the GPU's name: devices of one kind give the same bytes, of `codebooks` too."""
+    return device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What does an operation: Triton, numba or torch. why_not: why it is not the first choice, or None where it is."""

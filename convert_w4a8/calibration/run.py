@@ -23,11 +23,12 @@ from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_header, re
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion import run
 from convert_w4a8.conversion.layer import convert_layer, copy_tensor
-from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.conversion.memory import check_memory, memory_errors
 from convert_w4a8.conversion.plan import LayerPlan, Plan
 from convert_w4a8.conversion.result import Result
-from convert_w4a8.conversion.run import WriteShards, carry_out
+from convert_w4a8.conversion.run import WriteShardsElsewhere, carry_out
 from convert_w4a8.conversion.shard import Progress, ShardResult, ShardTask, convert_shard
+from convert_w4a8.devices import kind_of
 from convert_w4a8.linear import ServedLinear
 from convert_w4a8.samples.sample import SampleSet
 
@@ -46,7 +47,7 @@ def quantize(
     resume: bool = False,
     states_bytes: int = STATES_BYTES,
     progress: Progress = lambda _nbytes: None,
-    write_shards: WriteShards | None = None,
+    write_shards: WriteShardsElsewhere | None = None,
 ) -> Result:
     """Carry out a plan of `plan_quantization`. `out` appears whole, at the end, or not at all.
 
@@ -69,6 +70,8 @@ def quantize(
         else:
             _Run(checkpoint, plan, options, samples, writer, device, states_bytes, progress).write(tasks)
 
+    if write_shards is None:
+        check_memory(plan)
     return carry_out(
         checkpoint,
         plan,
@@ -79,6 +82,7 @@ def quantize(
         progress=progress,
         write=write,
         recipe=recipe(options, samples),
+        kind_of_device=kind_of(device) if write_shards is None else write_shards.kind_of_device(),
     )
 
 

@@ -138,7 +138,7 @@ class CheckpointWriter:
         path = self._work.path / STATES
         with disk_errors(path):
             shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
-            path.mkdir()
+            path.mkdir(exist_ok=True)  # its workers may still write there
         try:
             yield path
         finally:

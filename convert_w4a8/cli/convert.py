@@ -82,7 +82,7 @@ def convert_command(
         elif not quiet:
             echo(f"finished   {out} is this conversion already; see {render.verify_command(out, source)}")
         return
-    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
+    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume, works_here=ray is None)
     if dry_run:
         check_tensors(plan)
         if as_json:

@@ -113,6 +113,8 @@ def quantize_command(
     MODEL is a local directory or a Hub id, org/name[@revision]. OUT must not exist or be empty; it appears whole or not
     at all. With --data, codes and tables are chosen for what the layers see; that needs transformers.
     """
+    import torch
+
     from convert_w4a8.calibration.matrix import BYTES_PER_WEIGHT
     from convert_w4a8.calibration.plan import plan_quantization, with_samples
     from convert_w4a8.calibration.prediction import predict_cost
@@ -139,12 +141,14 @@ def quantize_command(
     for _, options in wanted:
         plan_quantization(checkpoint, options)  # refuses what it must before the data is read
     samples = read_data(checkpoint, data, mask, max_tokens) if data else None
+    elsewhere = shards_on(cluster, device, None, lambda _nbytes: None)
+    predicted_on = torch_device if elsewhere is None else torch.device(elsewhere.device_type)
     outputs = []
     for path, chosen in wanted:
         plan = plan_quantization(checkpoint, with_samples(chosen, samples))
         carried_out = plan.options
         assert isinstance(carried_out, QuantizeOptions)
-        cost = predict_cost(checkpoint, plan, carried_out, samples, torch_device, states_memory)
+        cost = predict_cost(checkpoint, plan, carried_out, samples, predicted_on, states_memory)
         outputs.append(_Output(path, carried_out, plan, cost))
         if not (quiet or as_json):
             echo(render.plan_text(plan, carried_out, samples, cost))
@@ -153,7 +157,15 @@ def quantize_command(
         finished = resume and not dry_run and is_finished(output.path, checkpoint, output.plan)
         if not (finished and render.same_recipe(output.path, output.options, samples)):
             others = {other.path: other.plan.disk_nbytes for other in unfinished}
-            check_paths(checkpoint, output.path, output.plan, overwrite=overwrite, resume=resume, before=others)
+            check_paths(
+                checkpoint,
+                output.path,
+                output.plan,
+                overwrite=overwrite,
+                resume=resume,
+                before=others,
+                works_here=ray is None,
+            )
             unfinished.append(output)
         elif not (quiet or as_json):
             command = render.verify_command(output.path, model)

@@ -8,12 +8,13 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, one_line
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
 from convert_w4a8.version import __version__, install_command
@@ -33,6 +34,10 @@ MOST_THREADS = 4
 """Threads of a task, at most, unless somebody asks for more; so many CPUs are one process of a node."""
 _NOTICE_SECONDS = 40.0
 """How long Ray may take to notice that a node is lost."""
+
+
+SEES_ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+"""With it, Ray says which GPU a task has, and does not hide the others from its process."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def load_ray() -> Any:
     """Import Ray, which is an extra.
 
     Raises:
-        ConvertError: it is not installed.
+        ConvertError: it is not installed, or cannot be imported.
 
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and when it starts
@@ -65,11 +70,27 @@ def load_ray() -> Any:
     try:
         import ray  # noqa: PLC0415  (an extra; it takes half a second)
     except ImportError as error:
-        raise ConvertError("--ray", "needs ray, which is not installed", install_command("ray")) from error
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters is said by us, in one line
-    # Of lost nodes Ray prints on stdout, where a JSON document may be; there is no public way to keep it from that.
-    vars(ray._private.worker)["print_to_stdstream"] = _print_nothing  # noqa: SLF001
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "ray"
+        reason = "is not installed" if absent else f"cannot be imported ({one_line(error)})"
+        raise ConvertError("--ray", f"needs ray, which {reason}", install_command("ray")) from error
     return ray
+
+
+@contextmanager
+def _muted(ray: Any) -> Iterator[None]:
+    """Keep Ray from printing: what matters is said by us, in one line.
+
+    Of lost nodes it prints on stdout, where a JSON document may be; there is no public way to keep it from that.
+    """
+    logger, worker = logging.getLogger("ray"), vars(ray._private.worker)  # noqa: SLF001
+    level, printer = logger.level, worker["print_to_stdstream"]
+    logger.setLevel(logging.CRITICAL)
+    worker["print_to_stdstream"] = _print_nothing
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        worker["print_to_stdstream"] = printer
 
 
 def _print_nothing(*_arguments: Any, **_keywords: Any) -> None:
@@ -94,6 +115,21 @@ def connect(address: str) -> Iterator["Cluster"]:
     _check_answers(address)
     if ray.is_initialized():
         raise ConvertError("--ray", "this process uses Ray already", "call ray.shutdown() before")
+    with _muted(ray):
+        _begin(ray, address)
+        try:
+            yield Cluster(ray, is_local=address == LOCAL)
+        finally:
+            ray.shutdown()
+
+
+def _begin(ray: Any, address: str) -> None:
+    """Have Ray connect to a cluster, or start one.
+
+    Raises:
+        ConvertError: that fails.
+
+    """
     keywords: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     with _undisturbed():
         try:
@@ -107,13 +143,8 @@ def connect(address: str) -> Iterator["Cluster"]:
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
-            first = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             remedy = "free memory and /dev/shm" if address == LOCAL else _START
-            raise ConvertError(f"--ray {address}", f"cannot be reached ({first})", remedy) from error
-    try:
-        yield Cluster(ray)
-    finally:
-        ray.shutdown()
+            raise ConvertError(f"--ray {address}", f"cannot be reached ({one_line(error)})", remedy) from error
 
 
 def _check_answers(address: str) -> None:
@@ -153,10 +184,13 @@ def _undisturbed() -> Iterator[None]:
 
 
 class Cluster:
-    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan."""
+    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan.
 
-    def __init__(self, ray: Any) -> None:
-        self.ray = ray
+    is_local: whether it is a Ray that was started on this machine.
+    """
+
+    def __init__(self, ray: Any, *, is_local: bool = False) -> None:
+        self.ray, self.is_local = ray, is_local
         self.ran: list[Ran] = []
         """What was carried out, in the order in which it was finished."""
         self._names: dict[str, str] = {}
@@ -188,11 +222,12 @@ class Cluster:
             self.nodes()
         return self._names.get(node_id, node_id[:6])
 
-    def on_node(self, node: Node, function: Any, arguments: Sequence[Any]) -> Any:
+    def on_node(self, node: Node, function: Any, arguments: Sequence[Any], *, sees_gpus: bool = False) -> Any:
         """Call a function on one node, without asking for resources; returns Ray's reference to the result."""
         affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
         remote = self.ray.remote(num_cpus=0, max_retries=1, max_calls=0)(function)
-        return remote.options(scheduling_strategy=affinity).remote(*arguments)
+        options = {"runtime_env": SEES_ALL_GPUS} if sees_gpus else {}
+        return remote.options(scheduling_strategy=affinity, **options).remote(*arguments)
 
     def ask_all(self, function: Any, *arguments: Any) -> list[tuple[Node, Any]]:
         """Call a function on every node that is alive, and return what they answer; nodes that get lost are left out.
@@ -229,37 +264,28 @@ class Cluster:
             time.sleep(0.5)
         return True
 
+    def gpus(self) -> dict[str, list[str]]:
+        """Return the names of the GPUs of nodes that have any, as torch calls them, by the node's name.
+
+        Raises:
+            ClusterError: torch on a node cannot use them.
+
+        """
+        asked = [(node, self.on_node(node, gpu_names(), (), sees_gpus=True)) for node in self.nodes() if node.gpus >= 1]
+        found = {}
+        for node, (names, problem) in self._answers(asked):
+            if not names:
+                reason = f"has GPUs for Ray, but none that torch can use{problem and f' ({problem})'}"
+                raise ClusterError(f"node {node.name}", reason, "mend that, take it out, or use --device cpu")
+            found[node.name] = names
+        return found
+
     def check_versions(self) -> None:
         """Check that all nodes have this version of this package.
 
         Raises:
-            ClusterError: a node has another one, or none.
+            ClusterError: a node has another one, none, or one that it cannot import.
 
         """
         for node, answer in self._answers([(node, first) for node, (first, *_) in self._greetings]):
-            check_version(node.name, answer)
-
-
-def check_version(node: str, found: str | None) -> None:
-    """Raise ClusterError where a node has another version of this package than we have, or none."""
-    if found != __version__:
-        reason = f"has w4a8-convert {found}, here is {__version__}" if found else "has no w4a8-convert"
-        raise ClusterError(f"node {node}", reason, f"install {__version__} there: {install_command('ray')}")
-
-
-def greeting() -> Callable[[str], str | None]:
-    """Return a function that returns the version of this package on a node, and imports what tasks need.
-
-    It travels by value, as functions inside of functions do: a node without this package can call it, too.
-    """
-
-    def greet(ours: str) -> str | None:
-        try:
-            from convert_w4a8.version import __version__ as theirs  # noqa: PLC0415
-        except ImportError:
-            return None
-        if theirs == ours:
-            import convert_w4a8.conversion.shard  # noqa: F401, PLC0415
-        return str(theirs)
-
-    return greet
+            check_version(node.name, *answer)

@@ -4,38 +4,31 @@ Every attempt writes into a directory of its own, in `states/` of the work direc
 first attempt that succeeds to where it belongs, so that one that was thought lost, and is not, harms nothing.
 """
 
-import json
 import os
-import secrets
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from convert_w4a8.checkpoint.disk import disk_errors
 from convert_w4a8.checkpoint.shards import ShardWriter
 from convert_w4a8.checkpoint.writer import CheckpointWriter
+from convert_w4a8.cluster.attempts import Attempts, Bars, reporting
 from convert_w4a8.cluster.connection import MOST_THREADS, Cluster, Node
+from convert_w4a8.cluster.greetings import one_line
 from convert_w4a8.cluster.paths import check_inputs, check_output
 from convert_w4a8.cluster.tasks import PATIENCE_SECONDS, Runner, Task
 from convert_w4a8.conversion.jobs import MEMORY_BYTES, use_workers
 from convert_w4a8.conversion.layer import layer_memory
 from convert_w4a8.conversion.shard import Progress, ShardResult, ShardTask, convert_shard
-from convert_w4a8.devices import resolve_device
+from convert_w4a8.devices import kind_of, resolve_device
 from convert_w4a8.errors import ClusterError, ConvertError
 
 Convert = Callable[[ShardTask, Path, torch.device, Progress], ShardResult]
 """Carries out one task, such as `convert_shard`: a function that a node can import."""
 PROCESS_BYTES = 700 << 20
 """What a worker takes beside the layers: torch and what it compiles, and parts of files."""
-_PROGRESS = "progress.json"
-_PROGRESS_SECONDS = 0.5
-_REMOVALS = 20
 
 
 class ShardsOnCluster:
@@ -60,6 +53,30 @@ class ShardsOnCluster:
             raise ConvertError(f"--device {device}", "does not go with --ray, which chooses GPUs", "use --device cuda")
         self._cluster, self._device, self._workers, self._progress = cluster, device, workers, progress
         self._function, self._bytes_per_weight, self._patience = function, bytes_per_weight, patience
+        self._kind: str | None = None
+
+    @property
+    def device_type(self) -> str:
+        """The type of the device that tasks take, as nodes are now: cpu or cuda."""
+        return self._device_on(self._cluster.nodes())[0]
+
+    def kind_of_device(self) -> str:
+        """Return the kind of device that all tasks run on from now on, as `devices.kind_of` calls it.
+
+        Raises:
+            ClusterError: the cluster has GPUs of several kinds, or such as torch cannot use.
+
+        """
+        self._kind = self.device_type
+        if self._kind == "cuda":
+            gpus = self._cluster.gpus()
+            names = sorted({name for of_node in gpus.values() for name in of_node})
+            if len(names) != 1:
+                where = ", ".join(f"{node}: {' and '.join(sorted(set(gpus[node])))}" for node in sorted(gpus))
+                reason = f"has GPUs of several kinds, whose codes and tables differ ({where or 'none any more'})"
+                raise ClusterError("Ray cluster", reason, "take out nodes until one kind is left, or use --device cpu")
+            self._kind = f"cuda ({names[0]})"
+        return self._kind
 
     def __call__(self, tasks: Sequence[ShardTask], writer: CheckpointWriter) -> None:
         """Write the unfinished ones of some files.
@@ -70,7 +87,7 @@ class ShardsOnCluster:
         """
         unfinished = set(writer.unfinished)
         wanted = [task for task in tasks if task.shard.file_name in unfinished]
-        bars = _Bars(tasks, wanted, self._progress)
+        bars = Bars(tasks, wanted, self._progress)
         if not wanted:
             return
         self._cluster.check_versions()
@@ -80,7 +97,7 @@ class ShardsOnCluster:
         check_inputs(self._cluster, states)
         with writer.states() as directory:
             check_output(self._cluster, directory)
-            attempts = _Attempts(directory, bars)
+            attempts = Attempts(directory, bars)
             runner = Runner(
                 self._cluster,
                 poll=attempts.poll,
@@ -96,7 +113,14 @@ class ShardsOnCluster:
                 Task(
                     name,
                     write_on_node,
-                    lambda number, task=task: (self._function, task, attempts.make(task, number), device, cpus),  # type: ignore[misc]
+                    lambda number, task=task: (  # type: ignore[misc]
+                        self._function,
+                        task,
+                        attempts.make(task, number),
+                        device,
+                        cpus,
+                        self._kind,
+                    ),
                     cpus,
                     self._memory(task),
                     gpus,
@@ -137,19 +161,39 @@ def threads_of(nodes: Sequence[Node], workers: int | None) -> int:
     return max(used, key=lambda n: (used[n], n))
 
 
-def write_on_node(function: Convert, task: ShardTask, directory: str, device: str, threads: int) -> ShardResult:
-    """Carry out one task on a node, and say now and then how far it is.
+def write_on_node(
+    function: Convert, task: ShardTask, directory: str, device: str, threads: int, kind: str | None = None
+) -> ShardResult:
+    """Carry out one task on a node, and say now and then how far it is. kind: of the device, where that counts.
 
     Raises:
-        W4A8Error: what the function raises, or the node cannot see the directory.
+        W4A8Error: what the function raises; ClusterError: the node lacks a path, or a device of this kind.
 
     """
     for path in (directory, *task.inputs):
         if not Path(path).exists():
             raise ClusterError(path, "cannot be seen", "mount its file system there, or take the node out")
-    device = gpu_of_task() if device == "cuda" else device
-    with use_workers(threads), _reporting(Path(directory)) as progress:
-        return function(task, Path(directory), resolve_device(device), progress)
+    on = _device_here(gpu_of_task() if device == "cuda" else device, kind)
+    with use_workers(threads), reporting(Path(directory)) as progress:
+        return function(task, Path(directory), on, progress)
+
+
+def _device_here(name: str, kind: str | None) -> torch.device:
+    """Return a device of this node.
+
+    Raises:
+        ClusterError: there is none of this name, or it is of another kind.
+
+    """
+    try:
+        device = resolve_device(name)
+        found = kind and kind_of(device)
+    except (ConvertError, RuntimeError, AssertionError) as error:  # torch raises the latter two
+        reason = f"cannot be used on this node ({one_line(error)})"
+        raise ClusterError(f"device {name}", reason, "mend or take out the node, or use --device cpu") from error
+    if found != kind:
+        raise ClusterError(f"device {name}", f"is {found} on this node, not {kind}", "take out the node")
+    return device
 
 
 def gpu_of_task() -> str:
@@ -159,109 +203,3 @@ def gpu_of_task() -> str:
     (number,) = map(str, ray.get_gpu_ids())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return f"cuda:{visible.split(',').index(number) if visible else int(number)}"
-
-
-@contextmanager
-def _reporting(directory: Path) -> Iterator[Progress]:
-    """Write now and then how many bytes are done with, and on which node, into a file of a directory.
-
-    Raises:
-        ClusterError: the directory is gone, in what is yielded.
-
-    """
-    import ray  # noqa: PLC0415
-
-    node = ray.get_runtime_context().get_node_id()
-    lock, done, last = threading.Lock(), 0, 0.0
-
-    def write() -> None:
-        with suppress(OSError):
-            part = directory / f"{_PROGRESS}.part"
-            part.write_text(json.dumps({"node": node, "done": done}))
-            part.replace(directory / _PROGRESS)
-
-    def update(nbytes: int) -> None:
-        nonlocal done, last
-        with lock:
-            done += nbytes
-            if time.monotonic() - last >= _PROGRESS_SECONDS:
-                last = time.monotonic()
-                write()
-                if not directory.is_dir():
-                    raise ClusterError(str(directory), "is gone: this attempt is not needed any more", "look at others")
-
-    write()
-    yield update
-
-
-class _Attempts:
-    """Directories of attempts, and what lies in them."""
-
-    def __init__(self, directory: Path, bars: "_Bars") -> None:
-        self._root, self._bars = directory / secrets.token_hex(4), bars  # a process that was killed has another one
-        self._nodes: dict[tuple[str, int], str] = {}
-
-    def path(self, name: str, number: int) -> Path:
-        """Return where an attempt writes its file."""
-        return self._root / f"{name}.{number}" / name
-
-    def make(self, task: ShardTask, number: int) -> str:
-        """Make a directory for an attempt."""
-        directory = self.path(task.shard.file_name, number).parent
-        directory.mkdir(parents=True)
-        return str(directory)
-
-    def drop(self, task: Task, number: int) -> None:
-        """Remove the directory of an attempt, which ends it; it may write there in the meantime."""
-        directory = self.path(task.name, number).parent
-        for _ in range(_REMOVALS):
-            shutil.rmtree(directory, ignore_errors=True)
-            if not directory.exists():
-                return
-            time.sleep(0.05)
-
-    def where(self, task: Task, number: int) -> str | None:
-        """Return the id of the node that has an attempt, if that is known."""
-        return self._nodes.get((task.name, number))
-
-    def poll(self, attempts: Sequence[tuple[Task, int]]) -> None:
-        """Look how far attempts are."""
-        for task, number in attempts:
-            with suppress(OSError, ValueError, KeyError):
-                found: dict[str, Any] = json.loads((self.path(task.name, number).parent / _PROGRESS).read_bytes())
-                self._nodes[task.name, number] = found["node"]
-                self._bars.reach(task.name, found["done"])
-
-
-class _Bars:
-    """Tells one progress of all tasks. A layer that lies in several files counts in the first of them."""
-
-    def __init__(self, tasks: Sequence[ShardTask], wanted: Sequence[ShardTask], progress: Progress) -> None:
-        self._progress = progress
-        self._shares: dict[str, int] = {}
-        self._totals: dict[str, int] = {}
-        self._done: dict[str, int] = {}
-        counted: set[str] = set()
-        names = {task.shard.file_name for task in wanted}
-        for task in (*wanted, *(task for task in tasks if task.shard.file_name not in names)):
-            name = task.shard.file_name
-            copied = sum(tensor.info.nbytes for tensor in task.tensors)
-            layers = {layer.module: layer.spec.nbytes for layer in task.layers}
-            self._totals[name] = copied + sum(layers.values())
-            self._shares[name] = copied + sum(nbytes for module, nbytes in layers.items() if module not in counted)
-            counted |= layers.keys()
-            self._done[name] = 0
-            if name not in names:
-                self.finish(name)
-
-    def reach(self, name: str, done: int) -> None:
-        """Note how many bytes a task has done; an attempt that begins again does not count backwards."""
-        share = self._shares[name] * min(done, self._totals[name]) // max(1, self._totals[name])
-        if share > self._done[name]:
-            self._progress(share - self._done[name])
-            self._done[name] = share
-
-    def finish(self, name: str) -> None:
-        """Note that a task is finished."""
-        self._progress(self._shares[name] - self._done[name])
-        self._done[name] = self._shares[name]

@@ -1,5 +1,6 @@
 """Many calls on a cluster: a bounded number side by side, tried again where a worker or a node is lost."""
 
+import math
 import pickle
 import statistics
 import time
@@ -8,7 +9,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from convert_w4a8.cluster.connection import Cluster, Node, check_version
+from convert_w4a8.cluster.connection import SEES_ALL_GPUS, Cluster, Node
+from convert_w4a8.cluster.greetings import check_version
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem, W4A8Error
 from convert_w4a8.text import counted, human_bytes
@@ -21,8 +23,6 @@ SLOW = 3.0
 PATIENCE_SECONDS = 30.0
 """But not before this time; and so long may there be no node that is large enough, after some were lost."""
 _POLL_SECONDS = 0.5
-_SEES_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
-"""Where it is set, Ray says which GPU a task has, and does not hide the others from its process."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,19 @@ class Runner:
             self._check_fits(nodes, task, task.memory)
         waiting = deque(_State(task, task.memory) for task in tasks)
         running: dict[Any, _State] = {}
+        cpus = max(1, min((task.cpus for task in tasks), default=1))
+        polled_at = -math.inf
         try:
             while waiting or running:
                 nodes = self._cluster.nodes()
-                window = max(2, 2 * int(sum(node.cpus for node in nodes)))
+                window = max(2, 2 * int(sum(node.cpus for node in nodes)) // cpus)
                 while waiting and len(running) < window:
                     self._begin(waiting.popleft(), running)
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
-                self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
+                now = time.monotonic()
+                if not ready or now - polled_at >= _POLL_SECONDS:
+                    polled_at = now
+                    self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
                 for reference in ready:
                     state = running.pop(reference)
                     number = state.running.pop(reference)
@@ -131,7 +136,7 @@ class Runner:
         strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
-            options["runtime_env"] = {"env_vars": {_SEES_ALL_GPUS: "1"}}
+            options["runtime_env"] = SEES_ALL_GPUS
         remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
         reference = remote.remote(__version__, payload)
         state.running[reference] = number
@@ -146,12 +151,13 @@ class Runner:
             raise
         except errors.RayError as error:
             state.failures += 1
+            self._poll([(state.task, number)])
             why, where = _why(error), self._where(state.task, number)
+            self._drop(state.task, number)
             state.lost.append(why + (f" on node {self._cluster.name(where)}" if where else ""))
             if isinstance(error, errors.OutOfMemoryError):
-                state.memory = min(
-                    2 * state.memory, int(max((node.memory for node in self._cluster.nodes()), default=state.memory))
-                )
+                able = [node.memory for node in self._cluster.nodes() if node.has(state.task.cpus, state.task.gpus, 0)]
+                state.memory = max(state.memory, min(2 * state.memory, int(max(able, default=0))))
             if state.failures >= ATTEMPTS and not state.running:
                 reasons = ", ".join(dict.fromkeys(state.lost))
                 raise ClusterError(
@@ -161,7 +167,7 @@ class Runner:
                 ) from error
             return None
         answer["node"] = self._cluster.name(answer["node"])
-        check_version(answer["node"], answer["version"])
+        check_version(answer["node"], answer["version"], answer["broken"])
         return answer
 
     def _look_after(self, nodes: Sequence[Node], waiting: deque[_State], running: dict[Any, _State]) -> None:
@@ -200,7 +206,11 @@ class Runner:
             if have is None
             else f"the largest node offers {have.cpus:g} CPUs, {human_bytes(have.memory)}, {have.gpus:g} GPUs"
         )
-        raise ClusterError(task.name, f"needs {needs}; {has}", "add a larger node (memory: `ray start --memory`)")
+        remedy = "add a larger node (memory: `ray start --memory`)"
+        if self._cluster.is_local:
+            few = not any(node.cpus >= task.cpus for node in nodes)
+            remedy = "give fewer --workers, or leave out --ray" if few else "leave out --ray"
+        raise ClusterError(task.name, f"needs {needs}; {has}", remedy)
 
 
 def _fits(node: Node, task: Task, memory: int) -> bool:
@@ -247,17 +257,20 @@ def _entry() -> Callable[[str, bytes], dict[str, Any]]:
         import ray  # noqa: PLC0415
 
         started = clock.monotonic()
-        answer: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id(), "version": None}
+        answer: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id(), "version": None, "broken": ""}
         try:
             from convert_w4a8.errors import ConvertError, PlanError, W4A8Error  # noqa: PLC0415
             from convert_w4a8.version import __version__ as ours  # noqa: PLC0415
-        except ImportError:
-            return answer
-        answer["version"] = ours
-        if ours != version:
+
+            answer["version"] = ours
+            if ours != version:
+                return answer
+            function, arguments = pickles.loads(payload)  # noqa: S301  (from the driver, through Ray, which does so too)
+        except Exception as error:  # noqa: BLE001 - whatever a node cannot import, the node is at fault
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "convert_w4a8"
+            answer["broken"] = "" if absent else f"{type(error).__name__}: {error}".splitlines()[0][:200]
             return answer
         try:
-            function, arguments = pickles.loads(payload)  # noqa: S301  (from the driver, through Ray, which does so too)
             answer["value"] = function(*arguments)
         except W4A8Error as error:
             found = error.problems if isinstance(error, PlanError) else ()

@@ -13,15 +13,18 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.version import __version__
 
 
-def fingerprint(checkpoint: Checkpoint, options: Any) -> dict[str, Any]:
+def fingerprint(checkpoint: Checkpoint, options: Any, device: str | None = None) -> dict[str, Any]:
     """Describe a conversion by all that its output depends on, as JSON; `options` is a dataclass.
 
-    Weights count by size, time of change and header: reading them all would take as long as converting them. The
-    device is not part of it: all devices write the same bytes.
+    Weights count by size, time of change and header: reading them all would take as long as converting them.
+    device: the kind (`devices.kind_of`) where the bytes depend on it, as those of `codebooks` do; None where all
+    devices write the same.
     """
     found: dict[str, Any] = {"version of w4a8-convert": __version__}
     for key, value in asdict(options).items():
         found[f"--{key.replace('_', '-')}"] = value
+    if device is not None:
+        found["device"] = device
     relatives = {path.relative_to(checkpoint.root) for path in {info.path for info in checkpoint.tensors.values()}}
     relatives |= {*checkpoint.side_files, *map(Path, (CONFIG, *SETTINGS_FILES, CARD))}
     for relative in sorted(relatives):

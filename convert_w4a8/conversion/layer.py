@@ -12,7 +12,7 @@ from convert_w4a8.checkpoint.safetensors_file import DTYPE_NAMES, TORCH_DTYPES, 
 from convert_w4a8.checkpoint.values import not_finite
 from convert_w4a8.conversion.plan import LayerPlan, TensorPlan
 from convert_w4a8.encoding.dequantize import BLOCK_WEIGHTS, dequantize, output_blocks
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, DiskError
 from convert_w4a8.linear import GROUP_SIZE, DenseLinear, ServedLinear, W4Linear
 from convert_w4a8.options import Options
 from convert_w4a8.quantization.layer import LayerStats, to_w4a8
@@ -45,7 +45,7 @@ def convert_layer(
     are None where the layer is kept in BF16.
 
     Raises:
-        ConvertError: the layer is damaged, or the GPU's memory is too small for it.
+        ConvertError: the layer is damaged; DiskError: the GPU's free memory is too small for it.
 
     """
     w = source_named(layer.spec.source).read_layer(layer.spec, read)
@@ -65,25 +65,28 @@ def convert_layer(
         served, stats = made
         tensors = target.encode(layer.module, served)
     except torch.OutOfMemoryError as error:
-        raise _too_large(layer, device) from error
-    return {name: _explained(parts, layer, device) for name, parts in tensors.items()}, stats
+        raise _too_large(layer, device, quantizer) from error
+    return {name: _explained(parts, layer, device, quantizer) for name, parts in tensors.items()}, stats
 
 
 def _is_not_finite(weight: torch.Tensor) -> bool:
     return any(not_finite(weight.contiguous().view(-1).view(torch.uint8), DTYPE_NAMES[weight.dtype]))
 
 
-def _explained(parts: Iterable[torch.Tensor], layer: LayerPlan, device: torch.device) -> Iterator[torch.Tensor]:
+def _explained(
+    parts: Iterable[torch.Tensor], layer: LayerPlan, device: torch.device, quantizer: Quantizer | None
+) -> Iterator[torch.Tensor]:
     """Yield parts, some of which are made only now."""
     try:
         yield from parts
     except torch.OutOfMemoryError as error:
-        raise _too_large(layer, device) from error
+        raise _too_large(layer, device, quantizer) from error
 
 
-def _too_large(layer: LayerPlan, device: torch.device) -> ConvertError:
-    """Return the error for a GPU whose memory is full; others work on it too."""
-    return ConvertError(layer.module, f"does not fit into the free memory of {device}", "use --device cpu")
+def _too_large(layer: LayerPlan, device: torch.device, quantizer: Quantizer | None) -> DiskError:
+    """Return the error for a GPU whose memory is full: others work on it too, so what is finished is kept."""
+    remedy = "use --device cpu" if quantizer is None else "free some, or begin again with --device cpu --overwrite"
+    return DiskError(layer.module, f"does not fit into the free memory of {device}", remedy)
 
 
 def layer_memory(layer: LayerPlan, quantizer: Quantizer | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 from convert_w4a8.conversion.layer import layer_memory
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.devices import is_out_of_memory
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, DiskError
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -66,7 +66,7 @@ def memory_errors(
     what: the parts of the subject, for the line. of_gpu: also one on a GPU, which is raised as it is otherwise.
 
     Raises:
-        ConvertError: there is not enough memory.
+        DiskError: there is not enough memory, which may be so on one machine and not on another.
 
     """
     try:
@@ -75,4 +75,4 @@ def memory_errors(
         if not is_out_of_memory(error) or (isinstance(error, torch.OutOfMemoryError) and not of_gpu):
             raise
         reason = f"does not fit into the memory that there is{what and f': {what}'}"
-        raise ConvertError(subject, reason, remedy) from error
+        raise DiskError(subject, reason, remedy) from error

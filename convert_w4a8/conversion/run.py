@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -35,6 +35,16 @@ WriteShards = Callable[[Sequence[ShardTask], CheckpointWriter], None]
 """Writes the unfinished ones of some files of an output."""
 
 
+class WriteShardsElsewhere(Protocol):
+    """WriteShards on other machines."""
+
+    def kind_of_device(self) -> str:
+        """Return the kind of the devices that do the work, as `devices.kind_of` calls it."""
+
+    def __call__(self, tasks: Sequence[ShardTask], writer: CheckpointWriter, /) -> None:
+        """Write the unfinished ones of some files of an output."""
+
+
 def check_paths(
     checkpoint: Checkpoint,
     out: Path,
@@ -43,10 +53,12 @@ def check_paths(
     overwrite: bool,
     resume: bool = False,
     before: Mapping[Path, int] = MappingProxyType({}),
+    works_here: bool = True,
 ) -> None:
     """Check that the output can be written at `out`, without touching anything.
 
     before: other outputs that are to be written before this one, and the bytes that each will take.
+    works_here: whether this process converts, so that its memory counts.
 
     Raises:
         ConvertError: `out` is taken, overlaps the input or another output, or the disk or the memory is too small.
@@ -71,7 +83,8 @@ def check_paths(
         check_replaceable(out, checkpoint)
     existing = _existing(target)
     free = shutil.disk_usage(existing).free + occupied(work_path(target))  # what was interrupted is used or replaced
-    check_memory(plan)
+    if works_here:
+        check_memory(plan)
     needed = plan.disk_nbytes + sum(
         nbytes for other, nbytes in before.items() if _on_one_disk(real_path(other), existing)
     )
@@ -103,21 +116,22 @@ def carry_out(
     progress: Progress = lambda _nbytes: None,
     write: WriteShards | None = None,
     recipe: Recipe | None = None,
+    kind_of_device: str | None = None,
 ) -> Result:
     """Carry out a plan. `out` appears whole, at the end, or not at all.
 
     resume: continue a conversion that was interrupted, if there is one; the output is the same, byte for byte.
-    write: instead of `write_shards`. recipe: what to say of it.
+    write: instead of `write_shards`. recipe: what to say of it. kind_of_device: as `fingerprint` has it.
 
     Raises:
         ConvertError, PlanError: the input, the output path, the options or the GPU's memory do not allow it.
 
     """
     started = time.perf_counter()
-    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume)
+    check_paths(checkpoint, out, plan, overwrite=overwrite, resume=resume, works_here=write is None)
     check_tensors(plan)
     tasks = shard_tasks(plan)
-    before = fingerprint(checkpoint, plan.options)
+    before = fingerprint(checkpoint, plan.options, kind_of_device)
     with CheckpointWriter(
         out,
         plan.shards,
@@ -138,7 +152,7 @@ def carry_out(
             writer.copy_file(checkpoint.root / relative, relative)
         writer.write_json(CONFIG, output_config(checkpoint, plan, layers, recipe))
         writer.write_text(CARD, model_card(checkpoint, plan, [layer.stats for layer in layers], recipe))
-        check_unchanged(before, fingerprint(checkpoint, plan.options))
+        check_unchanged(before, fingerprint(checkpoint, plan.options, kind_of_device))
         writer.commit()
     return Result(plan, layers, time.perf_counter() - started, warnings)
 

@@ -16,7 +16,7 @@ from convert_w4a8.checkpoint.names import is_expert, linear_modules, output_name
 from convert_w4a8.checkpoint.shards import plan_shards
 from convert_w4a8.conversion.plan import LayerPlan, Plan, make_plan
 from convert_w4a8.conversion.run import WriteShards, carry_out
-from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error
+from convert_w4a8.errors import ClusterError, ConvertError, PlanError, Problem, W4A8Error
 from convert_w4a8.options import Options
 from convert_w4a8.regression.baseline import UNKNOWN, Figures, LayerFigures, compare
 from convert_w4a8.sources import find_source
@@ -65,6 +65,7 @@ def check(
 
     Raises:
         ConvertError: `out` cannot be read, or is not a converted checkpoint.
+        ClusterError: nodes fail, or do not see what is written.
 
     """
     name = name or source.root.resolve().name
@@ -78,6 +79,9 @@ def check(
                 fetch(source.tensors)
             figures, found = _convert(source, plan, min_sqnr_db, device, progress, write, prove)
             figures = replace(figures, scales=str(options.scales), sample=sample)
+        except ClusterError as error:  # which says nothing of the checkpoint
+            error.add_note(f"a check writes into {tempfile.gettempdir()}: set TMPDIR to a directory that all nodes see")
+            raise
         except W4A8Error as error:
             return Check(name, None, baseline, False, _problems(error), ())
     problems, notes = compare(figures, baseline, tolerance_db) if baseline is not None else ((), ())

@@ -496,3 +496,17 @@ def test_nothing_finished_is_nothing_to_keep(tmp_path: Path) -> None:
     """An interrupt before the first file is finished leaves no trace."""
     interrupted(tmp_path / "out", count=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dead_process_still_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers may live a little longer: a directory that could not be emptied is taken as it is."""
+    with CheckpointWriter(tmp_path / "out", []) as writer:
+        late = work_path(tmp_path / "out") / "states" / "0"
+        late.mkdir(parents=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", lambda *_arguments, **_keywords: None)
+            with writer.states() as directory:
+                assert directory == late.parent
+        with writer.states() as directory:
+            assert list(directory.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

@@ -1,15 +1,17 @@
 """Attempts that are lost, in every way that Ray tells of, without Ray: what a runner does about them."""
 
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from convert_w4a8.cluster.connection import Node, check_version
+from convert_w4a8.cluster.connection import Node
+from convert_w4a8.cluster.greetings import check_version, greeting
 from convert_w4a8.cluster.record import Ran, as_dict, as_text
-from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task
+from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task, _entry
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem
 from convert_w4a8.version import __version__
 
@@ -54,7 +56,7 @@ class StandIn:
         self.outcomes, self.all_nodes = list(outcomes), list(nodes)
         self.asked: list[dict[str, Any]] = []
         self.ran: list[Ran] = []
-        self.ray = self
+        self.ray, self.is_local = self, False
         self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, **LOST)
         strategy = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
         self.util = SimpleNamespace(scheduling_strategies=strategy)
@@ -81,7 +83,7 @@ class StandIn:
         outcome = self.outcomes[reference]
         if isinstance(outcome, Exception):
             raise outcome
-        return {"node": self.all_nodes[0].id, "version": __version__, "seconds": 1.0, **outcome}
+        return {"node": self.all_nodes[0].id, "version": __version__, "broken": "", "seconds": 1.0, **outcome}
 
 
 def task(name: str = "model-00001-of-00001.safetensors", **keywords: Any) -> Task:
@@ -105,16 +107,18 @@ class Dropped(list[tuple[str, int]]):
 @pytest.mark.parametrize("kind", LOST.values(), ids=LOST)
 def test_an_attempt_that_is_lost_is_made_again(kind: type[Exception]) -> None:
     """Whatever Ray says of it."""
-    stand_in = StandIn([kind(), kind(), {"value": 7}])
-    assert run(stand_in, task()) == [("model-00001-of-00001.safetensors", 2, 7)]
+    stand_in, dropped = StandIn([kind(), kind(), {"value": 7}]), Dropped()
+    assert run(stand_in, task(), drop=dropped) == [("model-00001-of-00001.safetensors", 2, 7)]
+    assert dropped == [("model-00001-of-00001.safetensors", 0), ("model-00001-of-00001.safetensors", 1)]
     assert [asked["call"] for asked in stand_in.asked] == [(len, (f"{n}",)) for n in range(3)]
     assert [asked["num_cpus"] for asked in stand_in.asked] == [1, 1, 1]
     assert stand_in.ran == [Ran("model-00001-of-00001.safetensors", "10.0.0.1", 1.0, 3)]
 
 
 def test_after_too_little_memory_more_is_asked_for() -> None:
-    """Twice as much, so that fewer run side by side; never more than a node has, for which Ray would wait."""
-    stand_in = StandIn([*[LOST["OutOfMemoryError"]() for _ in range(3)], {"value": 7}])
+    """Twice as much, so that fewer run side by side; never more than a node for it has, for which Ray would wait."""
+    nodes = [Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB), Node("b" * 9, "10.0.0.2", 0, 0, 64 * GB)]
+    stand_in = StandIn([*[LOST["OutOfMemoryError"]() for _ in range(3)], {"value": 7}], nodes)
     run(stand_in, task(memory=3 * GB))
     assert [asked["memory"] for asked in stand_in.asked] == [3 * GB, 6 * GB, 8 * GB, 8 * GB]
 
@@ -168,6 +172,60 @@ def test_a_node_that_came_later_with_another_version(version: str | None) -> Non
     check_version("10.0.0.1", __version__)
 
 
+def test_a_node_that_cannot_import_what_it_needs() -> None:
+    """Is named, in one line, though the version is ours."""
+    with pytest.raises(ClusterError, match=r"node 10\.0\.0\.1: cannot import .*libcudart"):
+        run(StandIn([{"broken": "OSError: libcudart.so: cannot open shared object file"}]), task())
+
+
+class Broken:
+    """Cannot be unpickled where it arrives, as a function whose module fails to import."""
+
+    def __reduce__(self) -> Any:
+        """Return what fails."""
+        return int, ("libcudart",)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [(__version__, ValueError.__name__), ("0.0.1", "")],
+)
+def test_what_a_node_answers_that_cannot_begin(version: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kept it from that; nothing is unpickled for another version."""
+    context = SimpleNamespace(get_node_id=lambda: "a" * 9)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: context))
+    answer = _entry()(version, pickle.dumps(Broken()))
+    assert (answer["node"], answer["version"]) == ("a" * 9, __version__)
+    assert answer["broken"].startswith(expected)
+    assert bool(answer["broken"]) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("libcudart.so: cannot open\nmore"), r"cannot import .*OSError: libcudart\.so: cannot open\)"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), r"cannot import .*No module named 'torch'"),
+        (ModuleNotFoundError("No module named 'convert_w4a8'", name="convert_w4a8"), "has no w4a8-convert"),
+    ],
+)
+def test_a_greeting_where_imports_fail(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names the node, and says what is wrong there."""
+
+    class Fails:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "convert_w4a8.conversion.shard":
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Fails(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "convert_w4a8.conversion.shard", raising=False)
+    version, problem = greeting()(__version__)
+    assert version == __version__
+    if "has no" in expected:
+        version = None
+    with pytest.raises(ClusterError, match=f"node n1: {expected}"):
+        check_version("n1", version, problem)
+
+
 def test_the_last_large_node_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would wait for ever for another; we wait a little."""
     stand_in = StandIn([None])
@@ -219,6 +277,17 @@ def test_what_fits_nowhere_is_not_begun() -> None:
         assert stand_in.asked == []
 
 
+@pytest.mark.parametrize(("keywords", "remedy"), [({"cpus": 5}, "give fewer --workers"), ({"memory": 9 * GB}, "leave")])
+def test_what_does_not_fit_here(keywords: dict[str, Any], remedy: str) -> None:
+    """A Ray of this machine gets no larger nodes."""
+    stand_in = StandIn([])
+    stand_in.is_local = True
+    with pytest.raises(ClusterError, match="leave out --ray") as caught:
+        run(stand_in, task(**keywords))
+    assert remedy in caught.value.problem.remedy
+    assert "add a larger node" not in str(caught.value)
+
+
 def test_so_many_are_under_way() -> None:
     """Two a CPU; the others wait here, so that what a driver holds does not grow with the model."""
     stand_in = StandIn([{"value": n} for n in range(100)])
@@ -226,6 +295,19 @@ def test_so_many_are_under_way() -> None:
     next(tasks)
     assert len(stand_in.asked) == 8
     assert len(list(tasks)) == 99
+
+
+def test_large_tasks_do_not_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two a place where a task may run. And how far they are is looked at twice a second, however fast they end."""
+    monkeypatch.setattr("convert_w4a8.cluster.tasks.time.monotonic", iter(n / 100 for n in range(10**6)).__next__)
+    stand_in = StandIn([{"value": n} for n in range(100)])
+    polls: list[int] = []
+    runner = Runner(stand_in, poll=lambda attempts: polls.append(len(attempts)))  # type: ignore[arg-type]
+    tasks = runner.run([task(f"{n}", cpus=2) for n in range(100)])
+    next(tasks)
+    assert len(stand_in.asked) == 4
+    assert len(list(tasks)) == 99
+    assert 1 <= len(polls) <= 3
 
 
 def test_what_is_said() -> None:

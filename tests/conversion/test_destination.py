@@ -15,6 +15,7 @@ from convert_w4a8 import ConvertError, Options, convert, verify
 from convert_w4a8.checkpoint import writer
 from convert_w4a8.conversion import memory, shard
 from convert_w4a8.conversion.layer import convert_layer
+from convert_w4a8.errors import DiskError
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_a_failed_allocation_is_one_line(
         raise error
 
     monkeypatch.setattr(shard, "convert_layer", full)
-    with pytest.raises(ConvertError, match=r"model\.layers.*: does not fit into the memory"):
+    with pytest.raises(DiskError, match=r"model\.layers.*: does not fit into the memory"):
         convert(source, tmp_path / "out", device="cpu")
 
 

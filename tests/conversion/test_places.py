@@ -95,3 +95,13 @@ def test_auto_takes_gpus_that_triton_supports(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert resolve_device("auto").type == expected
+
+
+def test_memory_counts_where_the_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that only plans needs none for layers."""
+    checkpoint = open_checkpoint(write_case("gptq-v1", tmp_path / "in").path)
+    plan = make_plan(checkpoint, Options())
+    monkeypatch.setattr("convert_w4a8.conversion.memory.available_memory", lambda: 1000)
+    check_paths(checkpoint, tmp_path / "out", plan, overwrite=False, works_here=False)
+    with pytest.raises(ConvertError, match="bytes of memory"):
+        check_paths(checkpoint, tmp_path / "out", plan, overwrite=False)

@@ -18,7 +18,7 @@ from convert_w4a8.conversion.plan import LayerPlan, make_plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.encoding import dequantize
-from convert_w4a8.errors import ConvertError, PlanError
+from convert_w4a8.errors import ConvertError, DiskError, PlanError
 from convert_w4a8.options import Options, Policy, ScalesMode, Unsupported
 
 FORMATS = ("lut", "compressed-tensors")
@@ -336,6 +336,6 @@ def test_a_gpu_that_is_too_small(place: str, tmp_path: Path, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr(place, full)
-    with pytest.raises(ConvertError, match=r"model\.layers\.0.* does not fit into the free memory.*--device cpu"):
+    with pytest.raises(DiskError, match=r"model\.layers\.0.* does not fit into the free memory.*--device cpu"):
         run(source.path, tmp_path / "out")
     assert snapshot(tmp_path) == before

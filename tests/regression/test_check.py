@@ -21,6 +21,8 @@ from convert_w4a8.cli.convert import convert_command as convert
 from convert_w4a8.cli.main import main
 from convert_w4a8.cli.options import read_options
 from convert_w4a8.conversion.plan import make_plan
+from convert_w4a8.errors import ClusterError
+from convert_w4a8.options import Options
 from convert_w4a8.regression import check as checks
 from convert_w4a8.regression.baseline import Figures, LayerFigures, compare, read_baseline
 
@@ -395,3 +397,16 @@ def test_workflow_runs_commands_that_exist() -> None:
         assert "--baseline" in arguments
         with main.commands[name].make_context(name, arguments, resilient_parsing=True) as context:
             assert context.params["source"] == "org/name"
+
+
+def test_a_cluster_that_fails_says_nothing_of_a_checkpoint(source: Path, temporary: Path) -> None:
+    """It is an error, and no problem of the checkpoint; where a check writes is said, and which variable names it."""
+
+    def fail(*_: object) -> None:
+        raise ClusterError("node n1", "cannot write into the directory", "mount it")
+
+    with pytest.raises(ClusterError) as caught:
+        checks.check(open_checkpoint(source), Options(), device=torch.device("cpu"), write=fail)
+    (note,) = (note for note in caught.value.__notes__ if "TMPDIR" in note)
+    assert str(temporary) in note
+    assert list(temporary.iterdir()) == []

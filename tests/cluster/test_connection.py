@@ -1,0 +1,70 @@
+"""Importing Ray and connecting to it, without Ray: what is said where that fails, and that nothing of it stays."""
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from convert_w4a8.cluster import connection
+from convert_w4a8.cluster.connection import connect, load_ray
+from convert_w4a8.errors import ConvertError
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ModuleNotFoundError("No module named 'ray'", name="ray"), "which is not installed"),
+        (ModuleNotFoundError("No module named 'msgpack'", name="msgpack"), r"imported \(No module named 'msgpack'\)"),
+        (ImportError("_raylet.so: undefined symbol: x\nmore"), r"imported \(_raylet\.so: undefined symbol: x\)"),
+    ],
+)
+def test_ray_that_cannot_be_imported(error: ImportError, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named, which may be something that Ray needs."""
+
+    class Fails:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "ray":
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Fails(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with pytest.raises(ConvertError, match=f"--ray: needs ray, which .*{expected.removeprefix('which ')}"):
+        load_ray()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ray_prints_again_afterwards(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is silent while we use it, and not for the rest of the process; also where no connection comes about."""
+    printed: list[str] = []
+    worker = SimpleNamespace(print_to_stdstream=printed.append)
+
+    def init(**_keywords: Any) -> None:
+        worker.print_to_stdstream("init")
+        if fails:
+            raise RuntimeError("no")
+
+    ray = ModuleType("ray")
+    vars(ray).update(
+        _private=SimpleNamespace(worker=worker),
+        exceptions=SimpleNamespace(RayError=RuntimeError),
+        init=init,
+        is_initialized=lambda: False,
+        nodes=list,
+        shutdown=lambda: worker.print_to_stdstream("shutdown"),
+    )
+    monkeypatch.setattr(connection, "load_ray", lambda: ray)
+    logger = logging.getLogger("ray")
+    level = logger.level
+    try:
+        with connect("local") as cluster:
+            assert logger.level == logging.CRITICAL
+            assert cluster.is_local
+            assert not fails
+    except ConvertError:
+        assert fails
+    assert printed == []
+    assert logger.level == level
+    worker.print_to_stdstream("other")
+    assert printed == ["other"]
