@@ -250,6 +250,8 @@ def test_a_task_takes_the_gpu_that_it_is_given(nodes: Nodes) -> None:
         assert {device for device, _, _ in found} == {"cuda:0", "cuda:1"}
         assert {visible for _, visible, _ in found} == {"4,7"}
         assert len({process for _, _, process in found}) < 6
+        with pytest.raises(ClusterError, match="has GPUs for Ray, but none that torch can use"):
+            ShardsOnCluster(Cluster(nodes.ray)).kind_of_device()
     finally:
         nodes.cluster.remove_node(node)
 
