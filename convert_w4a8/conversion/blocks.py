@@ -44,7 +44,8 @@ def lacking_of_llamas(modules: Iterable[str]) -> dict[str, set[str]]:
         common = {path for paths in kinds.values() for path in paths if path.startswith((*_NORMS, "self_attn"))}
         mlps = {path for paths in kinds.values() for path in paths if path in ("mlp", "block_sparse_moe")}
         for number, paths in blocks.items():
-            wanted = common | (kinds[_is_mixture(paths)] if paths & mlps else mlps)
+            own = {path for path in kinds[_is_mixture(paths)] if path.partition(".")[0] in paths & mlps}
+            wanted = common | (own or mlps)  # of two names for the same, a block needs one
             found |= _by_part(f"{above}.{number}", _highest(wanted - paths))
         parent = above.rpartition(".")[0]
         around = {name.removeprefix(f"{parent}.") for name in modules if name.startswith(parent)}
