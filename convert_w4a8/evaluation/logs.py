@@ -16,7 +16,7 @@ from typing import Any
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import SIDES, Answer, Side
-from convert_w4a8.evaluation.checks import parse_check
+from convert_w4a8.evaluation.checks import library, parse_check
 from convert_w4a8.evaluation.prompts import Prompt, Prompts, make_prompt
 from convert_w4a8.evaluation.recorded import recorded, seconds, status
 from convert_w4a8.samples.lines import a_json, read_objects
@@ -168,9 +168,10 @@ def read_logs(paths: Sequence[Path], number: int, *, answered: bool) -> Logs:
     """Draw requests from logs. number: how many at most; answered: only those with answers of both sides.
 
     Raises:
-        ConvertError: a file cannot be read, or nothing in them can be compared.
+        ConvertError: a file cannot be read, nothing in them can be compared, or the extra `evaluate` is not installed.
 
     """
+    library("jsonschema", "jsonschema")  # no check of a request is left out for want of it
     reading = _Reading(_Draw(number), answered)
     for path in paths:
         for origin, line in read_objects(path, _SHAPE, reading.unreadable):

@@ -16,6 +16,8 @@ from convert_w4a8.evaluation.checks import score
 from convert_w4a8.evaluation.logs import read_logs
 from convert_w4a8.evaluation.recorded import recorded, seconds, status
 
+pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
+
 TOOLS: list[Any] = [
     {
         "type": "function",
