@@ -113,13 +113,13 @@ def test_shards_are_cut_at_the_limit(limit: int, tmp_path: Path) -> None:
 
 
 def test_layers_come_in_natural_order(tmp_path: Path) -> None:
-    """layers.2 before layers.10, so that a shard holds layers that follow each other."""
+    """adapters.2 before adapters.10, so that a shard holds layers that follow each other."""
     model = llama()
-    model.linears.update({f"model.layers.{i}.adapter.o_proj": (256, 256) for i in (10, 2)})
+    model.linears.update({f"model.adapters.{i}.o_proj": (256, 256) for i in (10, 2)})
     p = plan(written_as(Gptq(), model, tmp_path / "in"))
     order = [layer.module for layer in p.layers if layer.module.endswith("o_proj")]
-    parts = ("0.self_attn", "1.self_attn", "2.adapter", "10.adapter")
-    assert order == [f"model.layers.{part}.o_proj" for part in parts]
+    parts = ("adapters.2", "adapters.10", "layers.0.self_attn", "layers.1.self_attn")
+    assert order == [f"model.{part}.o_proj" for part in parts]
 
 
 @pytest.mark.parametrize("name", ["", "7", "a", "a.10.b", "10a", "²", "a.².b", "٣.x", "layers.007", "a." + "9" * 5000])
