@@ -137,14 +137,7 @@ def _json(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
         found = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError) as error:
         return 0.0, f"is not JSON ({error})"
-    jsonschema = library("jsonschema", "jsonschema")
-    schema = check.settings.get("schema", True)
-    try:
-        first = next(jsonschema.validators.validator_for(schema)(schema).iter_errors(found), None)
-    except RecursionError as error:
-        raise ConvertError(
-            "a json check", "has a schema that refers to itself without end", "mend the schema"
-        ) from error
+    first = _first_error(check, check.settings.get("schema", True), found)
     return float(first is None), "as the schema wants it" if first is None else f"{first.json_path}: {first.message}"
 
 
@@ -160,16 +153,26 @@ def _tool_call(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float, 
 
 def _valid_calls(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float, str]:
     """Compare every call with the tools; an answer without calls passes."""
-    validator = library("jsonschema", "jsonschema").validators.validator_for
     tools = {tool["function"]["name"]: tool["function"].get("parameters") or True for tool in check.settings["tools"]}
     for call in calls:
         if call.name not in tools:
             return 0.0, f"calls {call.name}, which is none of the tools"
-        found, schema = _parsed(call.arguments), tools[call.name]
-        first = next(validator(schema)(schema).iter_errors(found), None) if found is not None else None
+        found = _parsed(call.arguments)
+        first = _first_error(check, tools[call.name], found) if found is not None else None
         if found is None or first is not None:
             return 0.0, f"calls {call.name} with {call.arguments}" + (f": {first.message}" if first else "")
     return 1.0, f"{len(calls)} calls, as the tools are"
+
+
+def _first_error(check: Check, schema: Any, found: Any) -> Any:
+    """Return the first error of a value, as jsonschema has it; None where it is as the schema wants."""
+    jsonschema = library("jsonschema", "jsonschema")
+    try:
+        return next(jsonschema.validators.validator_for(schema)(schema).iter_errors(found), None)
+    except RecursionError as error:
+        raise ConvertError(
+            f"a {check.type} check", "has a schema that refers to itself without end", "mend the schema"
+        ) from error
 
 
 def _bleu(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:

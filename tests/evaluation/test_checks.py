@@ -124,3 +124,18 @@ def test_references_of_schemas_lead_somewhere(schema: dict[str, Any], right: boo
     else:
         with pytest.raises(ConvertError, match="line 1"):
             parse_check("line 1", "checks[0]", line, ())
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        {"type": "json", "schema": {"$ref": "#"}},
+        {"type": "valid_calls", "tools": [{"function": {"name": "f", "parameters": {"$ref": "#"}}}]},
+    ],
+    ids=lambda check: str(check["type"]),
+)
+def test_a_schema_that_is_nothing_but_itself(check: dict[str, Any]) -> None:
+    """Is named, whichever check has it."""
+    pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
+    with pytest.raises(ConvertError, match=f"a {check['type']} check.*refers to itself without end"):
+        value(check, "{}", (Call("f", "{}"),))
