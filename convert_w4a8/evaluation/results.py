@@ -119,11 +119,7 @@ def collect(
         places=plan.places,
         models={side: str(store.noted.get(f"model {side}", "")) for side in SIDES},
         verdict=verdict.decide(
-            _pairs(compared, ratings),
-            tolerance,
-            notes,
-            tolerance.divergence,
-            [(loss.kl, loss.tokens) for loss in losses],
+            _pairs(compared, ratings), tolerance, notes, [(loss.kl, loss.tokens) for loss in losses]
         ),
         compared=tuple(compared),
         failures=tuple(answer for answer in store.answers.values() if answer.failure),

@@ -106,14 +106,14 @@ def decide(
     pairs: Sequence[Pair],
     tolerance: Tolerance,
     unanswered: Sequence[str] = (),
-    limit: float | None = None,
     losses: Sequence[tuple[float, int]] = (),
 ) -> Verdict:
     """Return the verdict.
 
-    unanswered: what has no answer, in words; with it, nothing is shipped. limit: nats per token that the divergence may
-    be; None: it does not matter. losses: divergence and tokens of each of the baseline's answers.
+    unanswered: what has no answer, in words; with it, nothing is shipped. losses: divergence and tokens of each of the
+    baseline's answers.
     """
+    limit = tolerance.divergence
     if not pairs and limit is None:
         reason = (
             "no prompt has checks, a reference or a rating: give some, rate the answers in the page of --out, or say"

@@ -1,6 +1,7 @@
 """The verdict: what the statistics say, and that they are what they claim to be."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,15 +173,16 @@ def test_a_divergence_that_is_not_to_be_exceeded(
     found: list[Pair], losses: list[tuple[float, int]], decision: str, reason: str
 ) -> None:
     """With checks both must hold; without any it decides alone."""
-    verdict = decide(found, TOLERANCE, (), 0.01, losses)
+    tolerance = replace(TOLERANCE, divergence=0.01)
+    verdict = decide(found, tolerance, (), losses)
     assert verdict.decision == decision
     assert verdict.reasons[0].startswith(reason)
-    assert decide(found, TOLERANCE, ("something is missing",), 0.01, losses).decision != "ship"
+    assert decide(found, tolerance, ("something is missing",), losses).decision != "ship"
 
 
 def test_equal_models_have_no_divergence() -> None:
     """And bounds without width."""
-    assert decide([], TOLERANCE, (), 0.001, [(0.0, 5)] * 60).decision == "ship"
+    assert decide([], replace(TOLERANCE, divergence=0.001), (), [(0.0, 5)] * 60).decision == "ship"
 
 
 def test_bounds_of_divergences_are_wrong_as_seldom_as_they_say() -> None:
