@@ -211,7 +211,7 @@ def read_logs(paths: Sequence[Path], number: int, *, answered: bool) -> Logs:
     if not prompts:
         first = notes[0] if notes else "they are empty"
         raise ConvertError(", ".join(map(str, paths)), f"nothing in them can be compared ({first})", _SHAPE)
-    found = Prompts(tuple(prompts.values()), digest.hexdigest(), {prompt.id: prompt for prompt in prompts.values()})
+    found = Prompts(tuple(prompts.values()), digest.hexdigest())
     both = [(went["baseline"], went["candidate"]) for went in reading.went.values() if len(went) == len(SIDES)]
     lost = sum(_answered(before) and not _answered(after) for before, after in both)
     won = sum(_answered(after) and (before is None or before >= 500) for before, after in both)

@@ -52,7 +52,6 @@ class Prompts:
 
     prompts: tuple[Prompt, ...]
     digest: str
-    by_id: dict[str, Prompt] = field(repr=False)
 
 
 def read_prompts(path: Path) -> Prompts:
@@ -79,7 +78,7 @@ def read_prompts(path: Path) -> Prompts:
         digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
     if not found:
         raise ConvertError(str(path), "holds no prompts", _SHAPE)
-    return Prompts(tuple(found), digest.hexdigest(), {prompt.id: prompt for prompt in found})
+    return Prompts(tuple(found), digest.hexdigest())
 
 
 def make_prompt(
