@@ -67,7 +67,7 @@ def carry_out(plan: Plan, store: Store, *, progress: Callable[[int], None], say:
         return
     if all(is_url(plan.places[side]) for side in SIDES):
         if any(_unfinished(plan, store, side) for side in SIDES):
-            asyncio.run(_session(plan, store, plan.places, progress))
+            asyncio.run(_session(plan, store, plan.places, progress, plan.jobs))
         return
     turns = _turns(plan)
     for number, turn in enumerate(turns):
@@ -135,11 +135,11 @@ async def _session(
     store: Store,
     urls: Mapping[Side, str],
     progress: Callable[[int], None],
-    jobs: Sequence[Job] | None = None,
+    jobs: Sequence[Job],
     *,
     score: bool = True,
 ) -> None:
-    """Talk to the servers that run now. jobs: what they are asked; None: everything. score: have them read answers."""
+    """Talk to the servers that run now. jobs: what they are asked. score: have them read answers."""
     async with AsyncExitStack() as stack:
         endpoints = [
             await stack.enter_async_context(Endpoint(side, url, plan.models[side], plan.timeout))
@@ -151,7 +151,7 @@ async def _session(
             await _warm_up(endpoint, plan)
         async with AsyncExitStack() as watching:
             watches = [await watching.enter_async_context(metrics.Watch(endpoint.base_url)) for endpoint in endpoints]
-            await _ask_all(plan, store, endpoints, progress, plan.jobs if jobs is None else jobs)
+            await _ask_all(plan, store, endpoints, progress, jobs)
             for endpoint, watch in zip(endpoints, watches, strict=True):
                 name, room = f"room {endpoint.side}", metrics.as_dict(await watch.result())
                 store.note(name, metrics.merged(store.noted.get(name), room))
