@@ -13,7 +13,7 @@ from chat_server import Behaviour, chat_server
 from checkpoint_edits import write_case
 from paths import ROOT
 from proxy_client import ask
-from rollout_proxy import KIT, Proxy, tool, until
+from rollout_proxy import KIT, Proxy, port_of, tool, until
 from vllm_sources import VERSIONS, sources
 
 from convert_w4a8.cli.main import main
@@ -22,10 +22,6 @@ PAGE = (KIT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (\S.*)$", PAGE, re.MULTILINE)
 LEFT_OUT = ("vllm serve ", "sudo apt-get ", "sudo systemctl ")
 """They need a GPU, or change the machine."""
-
-
-def port_of(url: str) -> int:
-    return int(url.rpartition(":")[2])
 
 
 def ask_until_logged(proxy: Proxy, question: str, lines: int) -> None:

@@ -5,16 +5,12 @@ from pathlib import Path
 
 import pytest
 from proxy_client import ask
-from rollout_proxy import Proxy, until
+from rollout_proxy import Proxy, port_of, until
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.servers import Caps, find_server, serve
 
 pytestmark = pytest.mark.slow
-
-
-def port_of(url: str) -> int:
-    return int(url.rpartition(":")[2])
 
 
 def test_real_servers_stream_and_get_copies(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

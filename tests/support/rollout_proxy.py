@@ -61,6 +61,11 @@ def free_port() -> int:
         return port
 
 
+def port_of(url: str) -> int:
+    """Return the port of a server's URL."""
+    return int(url.rpartition(":")[2])
+
+
 def until(condition: Callable[[], object], what: str) -> None:
     """Wait for something; fail with what it was."""
     end = time.monotonic() + _SECONDS
