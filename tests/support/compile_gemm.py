@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 
 import triton
-from compile_gemm_types import TYPES, machine_code
+from compile_gemm_types import arguments, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,15 +33,7 @@ def compiled(capability: int, tokens: int) -> tuple[str, int]:
         "WHOLE": True,
         "INTERPRETED": False,
     }
-    names = gpu._gemm_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    sixteen = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name in TYPES
-        if name in names and name not in ("M", "SPLITS")
-    }
-    source = ASTSource(gpu._gemm_kernel, signature, places, sixteen)
+    source = ASTSource(gpu._gemm_kernel, *arguments(gpu._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
     return machine_code(found), found.metadata.shared
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ TYPES = {
     **dict.fromkeys(("M", "N", "K", "SPLITS"), "i32"),
 }
 _DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+
+
+def arguments(
+    names: Sequence[str], constants: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Return what a GEMM is compiled for, from its arguments' names: types, constants, and what 16 divides."""
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    sixteen = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name in TYPES
+        if name in names and name not in ("M", "SPLITS")
+    }
+    return signature, places, sixteen
 
 
 def machine_code(compiled: Any) -> str:

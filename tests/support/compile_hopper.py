@@ -8,7 +8,7 @@ import re
 from collections import Counter
 
 import triton
-from compile_gemm_types import TYPES, machine_code
+from compile_gemm_types import arguments, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -36,15 +36,7 @@ for tokens, terms, width, warps, indexed in FORMS:
         "EARLY": True,
         "INDEXED": indexed,
     }
-    names = hopper_kernel._gemm_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    sixteen = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name in TYPES
-        if name in names and name not in ("M", "SPLITS")
-    }
-    source = GluonASTSource(hopper_kernel._gemm_kernel, signature, places, sixteen)
+    source = GluonASTSource(hopper_kernel._gemm_kernel, *arguments(hopper_kernel._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
     words = Counter(re.findall(r"\w+", machine_code(found)))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
