@@ -142,7 +142,7 @@ class _Tolerance(click.ParamType):  # type: ignore[type-arg]  # a generic from C
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Divide the prompts into so many parts, and have DIRs take turns: each is started more than once.",
+    help="Divide the prompts into so many parts, and have DIRs take turns: one server more than parts is started.",
 )
 @click.option(
     "--start-timeout",

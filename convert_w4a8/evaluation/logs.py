@@ -50,7 +50,7 @@ Lines = dict[str, dict[str, Any]]
 class Production:
     """How the requests of one side went. seconds: that whole answers took.
 
-    failed: no answer, or status 5xx; of the candidate also 4xx where the baseline answered.
+    failed: no answer, or status 5xx; of the candidate also 3xx, and 4xx but for `_BUSY`, where the baseline answered.
     """
 
     requests: int = 0

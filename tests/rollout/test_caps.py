@@ -251,7 +251,7 @@ def test_nobody_gets_more(capped: Proxy, server: StreamingServer, path: str, bod
         assert error["param"] in json.loads(body) or "NaN" in body or "Infinity" in body
 
 
-def test_without_a_request_nothing_is_filled_in(tmp_path: Path, server: StreamingServer) -> None:
+def test_the_cap_that_comes_with_the_guide(tmp_path: Path, server: StreamingServer) -> None:
     """The cap of the guide holds where nobody edits it."""
     with Proxy(tmp_path / "nginx", server.port, server.port) as proxy:
         server.asked.clear()
