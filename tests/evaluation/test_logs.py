@@ -12,7 +12,7 @@ from paths import ROOT
 
 from convert_w4a8.cli.main import main
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.evaluation.checks import score
+from convert_w4a8.evaluation.checks import Call, score
 from convert_w4a8.evaluation.logs import read_logs
 from convert_w4a8.evaluation.recorded import recorded, seconds, status
 
@@ -117,8 +117,6 @@ def test_checks_come_from_the_request(tmp_path: Path, form: Any, schema: Any) ->
 )
 def test_valid_calls(tmp_path: Path, calls: Any, value: int) -> None:
     """Of the tools that there are, with arguments as their schemas want."""
-    from convert_w4a8.evaluation.checks import Call
-
     log = write(tmp_path / "l.jsonl", line("a", "baseline", chat("Hi", tools=TOOLS)))
     (prompt,) = read_logs([log], 5, answered=False).prompts.prompts
     assert score(prompt.checks[0], "", [Call(*call) for call in calls]).value == value
