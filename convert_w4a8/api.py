@@ -6,10 +6,8 @@ Paths are strings or `Path`s; a source may also be a Hub id, `org/name[@revision
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convert_w4a8.calibration import run as calibration
 from convert_w4a8.calibration.matrix import BYTES_PER_WEIGHT
@@ -17,12 +15,12 @@ from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.plan import plan_quantization, with_samples
 from convert_w4a8.checkpoint import directory
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.cluster.access import cluster_at, path_on, shards_on, units_on
 from convert_w4a8.conversion import plan as planning
 from convert_w4a8.conversion.jobs import use_workers
 from convert_w4a8.conversion.plan import Plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out
-from convert_w4a8.conversion.shard import convert_shard
 from convert_w4a8.devices import resolve_device
 from convert_w4a8.distillation import run as distillation
 from convert_w4a8.distillation.mix import DROP, training_data
@@ -40,10 +38,6 @@ from convert_w4a8.regression.baseline import Figures, read_baseline
 from convert_w4a8.report import collect, inspection
 from convert_w4a8.samples.sample import SampleSet
 from convert_w4a8.verification import either, proof
-
-if TYPE_CHECKING:
-    from convert_w4a8.cluster.connection import Cluster
-    from convert_w4a8.cluster.shards import Convert, ShardsOnCluster
 
 __all__ = [
     "check",
@@ -101,47 +95,7 @@ def open_checkpoint(source: PathOrId) -> Checkpoint:
 def _directory(source: PathOrId, ray: str | None = None) -> Path:
     """Return the directory that a path or an id stands for; absolute where other processes are to open it."""
     name = os.fspath(source)
-    path = resolve_input(str(local_path(name)) if name.startswith("~") else name)
-    return path if ray is None else path.absolute()
-
-
-def _cluster(ray: str | None) -> AbstractContextManager["Cluster | None"]:
-    """Return the cluster at an address, while a block lasts; None where there is no address."""
-    if ray is None:
-        return nullcontext()
-    from convert_w4a8.cluster.connection import connect  # noqa: PLC0415  (Ray is an extra)
-
-    return connect(ray)
-
-
-def _shards(
-    cluster: "Cluster",
-    device: str,
-    workers: int | None,
-    progress: Callable[[int], None],
-    function: "Convert | None" = None,
-    bytes_per_weight: int = 0,
-) -> "ShardsOnCluster":
-    """Return what writes the files of an output on a cluster. function, bytes_per_weight: as `ShardsOnCluster` has."""
-    from convert_w4a8.cluster.shards import ShardsOnCluster  # noqa: PLC0415
-
-    return ShardsOnCluster(
-        cluster,
-        device=device,
-        workers=workers,
-        progress=progress,
-        function=function or convert_shard,
-        bytes_per_weight=bytes_per_weight,
-    )
-
-
-def _units(cluster: "Cluster | None") -> proof.CheckUnits | None:
-    """Return what checks the units of a proof on a cluster."""
-    if cluster is None:
-        return None
-    from convert_w4a8.cluster.proof import UnitsOnCluster  # noqa: PLC0415
-
-    return UnitsOnCluster(cluster)
+    return path_on(ray, resolve_input(str(local_path(name)) if name.startswith("~") else name))
 
 
 def make_plan(source: PathOrId, options: Options = _DEFAULTS) -> Plan:
@@ -180,7 +134,7 @@ def convert(
     """
     checkpoint = directory.open_checkpoint(_directory(source, ray))
     plan = planning.make_plan(checkpoint, options)
-    with use_workers(workers), _cluster(ray) as cluster:
+    with use_workers(workers), cluster_at(ray) as cluster:
         return carry_out(
             checkpoint,
             plan,
@@ -189,7 +143,7 @@ def convert(
             overwrite=overwrite,
             resume=resume,
             progress=progress,
-            write=None if cluster is None else _shards(cluster, device, workers, progress),
+            write=shards_on(cluster, device, workers, progress),
         )
 
 
@@ -218,7 +172,7 @@ def quantize(
         raise ConvertError("ray", "does not go with samples: a block needs what the block before it gives", "pass one")
     checkpoint = directory.open_checkpoint(_directory(model, ray))
     plan = plan_quantization(checkpoint, with_samples(options, samples))
-    with _cluster(ray) as cluster:
+    with cluster_at(ray) as cluster:
         return calibration.quantize(
             checkpoint,
             plan,
@@ -228,9 +182,7 @@ def quantize(
             overwrite=overwrite,
             resume=resume,
             progress=progress,
-            write_shards=None
-            if cluster is None
-            else _shards(cluster, device, None, progress, calibration.quantize_shard, BYTES_PER_WEIGHT),
+            write_shards=shards_on(cluster, device, None, progress, calibration.quantize_shard, BYTES_PER_WEIGHT),
         )
 
 
@@ -295,8 +247,8 @@ def verify(
     Raises ConvertError if one of the two cannot be read.
     """
     converted, original = (directory.open_checkpoint(_directory(path, ray)) for path in (out, source))
-    with _cluster(ray) as cluster:
-        return either.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress, check=_units(cluster))
+    with cluster_at(ray) as cluster:
+        return either.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress, check=units_on(cluster))
 
 
 def inspect(source: PathOrId) -> inspection.Inspection:
@@ -334,17 +286,17 @@ def check(
     Raises ConvertError if `source` or `out` cannot be read.
     """
     checkpoint = directory.open_checkpoint(_directory(source, ray))
-    with use_workers(workers), _cluster(ray) as cluster:
+    with use_workers(workers), cluster_at(ray) as cluster:
         return regression.check(
             checkpoint,
             options,
-            out=None if out is None else local_path(out) if ray is None else local_path(out).absolute(),
+            out=None if out is None else path_on(ray, local_path(out)),
             sample=sample,
             baseline=read_baseline(local_path(baseline)) if isinstance(baseline, str | PathLike) else baseline,
             tolerance_db=tolerance_db,
             device=resolve_device(device if cluster is None else "cpu"),
-            write=None if cluster is None else _shards(cluster, device, workers, _ignore),
-            prove=_units(cluster),
+            write=shards_on(cluster, device, workers, _ignore),
+            prove=units_on(cluster),
         )
 
 

@@ -15,8 +15,9 @@ from convert_w4a8.cli.options import RAY, Number, NumberRange, conversion_option
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, shards_on, units_on
+from convert_w4a8.cli.ray import enter_cluster, ray_dict
 from convert_w4a8.cli.start import say_verbose
+from convert_w4a8.cluster.access import path_on, shards_on, units_on
 
 
 @click.command("check", cls=W4A8Command)

@@ -11,8 +11,9 @@ from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
 from convert_w4a8.cli.push import verify_and_push
-from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, ray_lines, shards_on
+from convert_w4a8.cli.ray import enter_cluster, ray_dict, ray_lines
 from convert_w4a8.cli.start import say_compiling, say_verbose
+from convert_w4a8.cluster.access import path_on, shards_on
 from convert_w4a8.version import __version__
 
 

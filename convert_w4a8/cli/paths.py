@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem
 
 _SCHEME = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl|wasbs?|hdfs|oss|cos|r2|file)://", re.IGNORECASE)
 """Object stores, and others that fsspec reads; http is an address of a server for `w4a8 evaluate`."""
-_HUB = re.compile(r"hf://(?:models/)?", re.IGNORECASE)
+_HUB = re.compile(r"^hf://(?:models/)?", re.IGNORECASE)
 """How fsspec writes a Hub id."""
 
 
@@ -52,10 +52,10 @@ class CheckpointName(click.ParamType):  # type: ignore[type-arg]  # a generic fr
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name, with `~` expanded; a usage error where it is the address of an object store."""
-        value = _HUB.sub("", str(value), count=1) if _HUB.match(str(value)) else str(value)
-        if _SCHEME.match(value):
-            self.fail(_storage(value), param, ctx)
-        return os.path.expanduser(str(value))  # noqa: PTH111 - raises nothing
+        name = _HUB.sub("", str(value))
+        if _SCHEME.match(name):
+            self.fail(_storage(name), param, ctx)
+        return os.path.expanduser(name)  # noqa: PTH111 - raises nothing
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
         """Leave it to the shell to complete a directory."""

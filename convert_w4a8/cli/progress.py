@@ -58,28 +58,31 @@ def training_progress(steps: int, *, quiet: bool) -> Iterator[Callable[[int, flo
 
             yield show
     else:
-        last = [time.monotonic()]
-
-        def line(step: int, loss: float) -> None:
-            if step == steps or time.monotonic() - last[0] >= _SECONDS:
-                last[0] = time.monotonic()
-                echo_error(f"distill    step {step:,} of {steps:,}, KL {loss:.5f} nats per token")
-
-        yield line
+        log = _Log()
+        yield lambda step, loss: log.add(
+            f"distill    step {step:,} of {steps:,}, KL {loss:.5f} nats per token", is_last=step == steps
+        )
 
 
 def storing_progress(*, quiet: bool) -> Callable[[int, int], None]:
     """Return what shows on stderr how far the pass over a teacher is; it is called with tokens done and all tokens."""
     if quiet:
         return lambda _done, _of: None
-    last = [time.monotonic()]
+    log = _Log()
+    return lambda done, of: log.add(f"teacher    {done:,} of {of:,} tokens written", is_last=done == of)
 
-    def line(done: int, of: int) -> None:
-        if done == of or time.monotonic() - last[0] >= _SECONDS:
-            last[0] = time.monotonic()
-            echo_error(f"teacher    {done:,} of {of:,} tokens written")
 
-    return line
+class _Log:
+    """Prints a line every 30 s, and the last one."""
+
+    def __init__(self) -> None:
+        self._last_time = time.monotonic()
+
+    def add(self, line: str, *, is_last: bool) -> None:
+        """Print a line if it is time."""
+        if is_last or time.monotonic() - self._last_time >= _SECONDS:
+            self._last_time = time.monotonic()
+            echo_error(line)
 
 
 class ProgressLines:

@@ -13,7 +13,8 @@ from convert_w4a8.cli.options import LAYERS, RAY, SIZE, data_options, max_tokens
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, ray_lines, shards_on
+from convert_w4a8.cli.ray import enter_cluster, ray_dict, ray_lines
+from convert_w4a8.cluster.access import path_on, shards_on
 from convert_w4a8.targets import W4A16, target_names
 
 if TYPE_CHECKING:

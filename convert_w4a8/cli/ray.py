@@ -1,63 +1,19 @@
 """What `--ray` does to a command: the cluster it works on, and what it says of that."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from convert_w4a8.cluster.access import cluster_at
+
 if TYPE_CHECKING:
     from convert_w4a8.cluster.connection import Cluster
-    from convert_w4a8.cluster.shards import Convert, ShardsOnCluster
-    from convert_w4a8.verification.proof import CheckUnits
 
 
 def enter_cluster(address: str | None) -> "Cluster | None":
     """Return the cluster at an address until the command ends; None where there is no `--ray`."""
-    if address is None:
-        return None
-    from convert_w4a8.cluster.connection import connect
-
-    cluster: Cluster = click.get_current_context().with_resource(connect(address))
+    cluster: Cluster | None = click.get_current_context().with_resource(cluster_at(address))
     return cluster
-
-
-def path_on(address: str | None, path: Path) -> Path:
-    """Return a path as it is, or absolute where other processes are to open it."""
-    return path if address is None else path.absolute()
-
-
-def shards_on(
-    cluster: "Cluster | None",
-    device: str,
-    workers: int | None,
-    progress: Callable[[int], None],
-    function: "Convert | None" = None,
-    bytes_per_weight: int = 0,
-) -> "ShardsOnCluster | None":
-    """Return what writes the files of an output on a cluster. function, bytes_per_weight: as `ShardsOnCluster` has."""
-    if cluster is None:
-        return None
-    from convert_w4a8.cluster.shards import ShardsOnCluster
-    from convert_w4a8.conversion.shard import convert_shard
-
-    return ShardsOnCluster(
-        cluster,
-        device=device,
-        workers=workers,
-        progress=progress,
-        function=function or convert_shard,
-        bytes_per_weight=bytes_per_weight,
-    )
-
-
-def units_on(cluster: "Cluster | None") -> "CheckUnits | None":
-    """Return what checks the units of a proof on a cluster."""
-    if cluster is None:
-        return None
-    from convert_w4a8.cluster.proof import UnitsOnCluster
-
-    return UnitsOnCluster(cluster)
 
 
 def ray_dict(cluster: "Cluster | None") -> dict[str, Any]:

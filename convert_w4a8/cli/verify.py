@@ -7,7 +7,8 @@ from convert_w4a8.cli.options import RAY, Number
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.cli.ray import enter_cluster, path_on, ray_dict, ray_lines, units_on
+from convert_w4a8.cli.ray import enter_cluster, ray_dict, ray_lines
+from convert_w4a8.cluster.access import path_on, units_on
 
 
 @click.command("verify", cls=W4A8Command)

@@ -16,6 +16,9 @@ from convert_w4a8.errors import Problem
 from convert_w4a8.sources.base import LayerSpec
 from convert_w4a8.text import shortened
 
+Parts = Mapping[str, set[str]]
+"""What has layers → the last parts of their names."""
+
 _NUMBER = re.compile(r"\d+")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>\d{1,6})$")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,9 +44,19 @@ class _Incomplete:
     is_other: bool
 
 
-def missing_problems(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iterator[Problem]:
+def parts_of(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Parts:
+    """Return what has layers, in natural order."""
+    modules = {name.rpartition(".")[0] for name in checkpoint.tensors if not name.endswith(".bias")}
+    found: dict[str, set[str]] = {}
+    for module in sorted(modules | {spec.name for spec in specs}, key=natural_key):
+        part, _, leaf = module.rpartition(".")
+        found.setdefault(part, set()).add(leaf)
+    return found
+
+
+def missing_problems(parts: Parts, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield layers without which a part of the model would be served wrongly."""
-    parts, strict = _parts(checkpoint, specs), is_llama(checkpoint.config)
+    strict = is_llama(config)
     found: dict[str, set[str]] = lacking_of_llamas(_modules(parts)) if strict else {}
     for odd in _incomplete(parts):
         if strict or not (odd.is_other or odd.lacking in _SHARED):
@@ -56,9 +69,8 @@ def missing_problems(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iter
             yield Problem(experts, f"has no {shortened(list(map(str, missing)))}, but a {max(numbers)}", REMEDY)
 
 
-def missing_warnings(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iterator[str]:
+def missing_warnings(parts: Parts, config: Mapping[str, Any]) -> Iterator[str]:
     """Yield layers that may be missing, and that some models do without."""
-    parts, config = _parts(checkpoint, specs), checkpoint.config
     incomplete = list(_incomplete(parts))
     lacking = {odd.part: odd.lacking for odd in incomplete}
     if not is_llama(config):
@@ -84,21 +96,11 @@ def missing_warnings(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> Iter
         yield "no lm_head, and tie_word_embeddings = false: wrong, unless only hidden states are used"
 
 
-def _parts(checkpoint: Checkpoint, specs: Iterable[LayerSpec]) -> dict[str, set[str]]:
-    """Return what has layers → the last parts of their names."""
-    modules = {name.rpartition(".")[0] for name in checkpoint.tensors if not name.endswith(".bias")}
-    found: dict[str, set[str]] = {}
-    for module in sorted(modules | {spec.name for spec in specs}, key=natural_key):
-        part, _, leaf = module.rpartition(".")
-        found.setdefault(part, set()).add(leaf)
-    return found
-
-
-def _modules(parts: Mapping[str, set[str]]) -> list[str]:
+def _modules(parts: Parts) -> list[str]:
     return [f"{part}.{leaf}" if part else leaf for part, leaves in parts.items() for leaf in leaves]
 
 
-def _incomplete(parts: dict[str, set[str]]) -> Iterator[_Incomplete]:
+def _incomplete(parts: Parts) -> Iterator[_Incomplete]:
     """Yield the parts that lack layers of a set."""
     for whole in _SETS:
         by_kind: dict[str, dict[str, frozenset[str]]] = {}

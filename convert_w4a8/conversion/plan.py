@@ -21,7 +21,7 @@ from convert_w4a8.conversion.fused import mixed_problems
 from convert_w4a8.conversion.ignore import ignore_list
 from convert_w4a8.conversion.layers import Codes, LayerPlan, plan_layers
 from convert_w4a8.conversion.leftovers import leftover_notes, leftover_problems
-from convert_w4a8.conversion.missing import missing_problems, missing_warnings
+from convert_w4a8.conversion.missing import missing_problems, missing_warnings, parts_of
 from convert_w4a8.conversion.sixteen_bits import Kind, find_kinds
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.linear import GROUP_SIZE, kept_zeros
@@ -122,7 +122,8 @@ def make_plan(
             else Problem(str(checkpoint.root), f"has no {source.NAME} layers", "check quantization_config")
         )
     problems.extend(mixed_problems(checkpoint, specs, carried, known))
-    problems.extend(missing_problems(checkpoint, specs))
+    parts = parts_of(checkpoint, specs)
+    problems.extend(missing_problems(parts, checkpoint.config))
     if options.scales not in target.MODES:
         problems.append(
             Problem(
@@ -173,7 +174,7 @@ def make_plan(
             *find_notes(source, checkpoint),
             *leftover_notes(checkpoint, known),
             *setting_warnings(checkpoint, specs),
-            *missing_warnings(checkpoint, specs),
+            *missing_warnings(parts, checkpoint.config),
             *(content_warnings(source, specs) if contents else ()),
             *unlisted_warnings(checkpoint),
             *left_out_warnings(checkpoint),

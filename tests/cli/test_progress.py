@@ -8,7 +8,7 @@ import pytest
 from checkpoint_edits import write_case
 
 from convert_w4a8.cli import progress as module
-from convert_w4a8.cli.progress import ProgressLines, progress
+from convert_w4a8.cli.progress import ProgressLines, progress, storing_progress, training_progress
 from convert_w4a8.text import human_seconds
 
 
@@ -80,6 +80,21 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: py
         with progress(100, "convert", quiet=quiet) as update:
             update(100)
         assert bool(capsys.readouterr().err) != quiet
+
+
+def test_lines_of_a_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One every 30 s, and the last one; of the pass over the teacher, too."""
+    clock = Clock()
+    monkeypatch.setattr("convert_w4a8.cli.progress.time.monotonic", clock)
+    stored = storing_progress(quiet=False)
+    with training_progress(5, quiet=False) as trained:
+        for step in range(1, 6):
+            clock.now += 20
+            trained(step, 0.5)
+            stored(1000 * step, 5000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[::2] == [f"distill    step {step} of 5, KL 0.50000 nats per token" for step in (2, 4, 5)]
+    assert lines[1::2] == [f"teacher    {step},000 of 5,000 tokens written" for step in (2, 4, 5)]
 
 
 @pytest.mark.parametrize(

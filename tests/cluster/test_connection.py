@@ -1,11 +1,11 @@
 """Importing Ray and connecting to it, without Ray: what is said where that fails, and that nothing of it stays."""
 
 import logging
-import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from failing_import import fail_import
 
 from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.connection import connect, load_ray
@@ -22,14 +22,7 @@ from convert_w4a8.errors import ConvertError
 )
 def test_ray_that_cannot_be_imported(error: ImportError, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is named, which may be something that Ray needs."""
-
-    class Fails:
-        def find_spec(self, name: str, *_: Any) -> None:
-            if name == "ray":
-                raise error
-
-    monkeypatch.setattr(sys, "meta_path", [Fails(), *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    fail_import("ray", error, monkeypatch)
     with pytest.raises(ConvertError, match=f"--ray: needs ray, which .*{expected.removeprefix('which ')}"):
         load_ray()
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from failing_import import fail_import
 
 from convert_w4a8.cluster.connection import Node
 from convert_w4a8.cluster.greetings import check_version, greeting
@@ -210,14 +211,7 @@ def test_what_a_node_answers_that_cannot_begin(version: str, expected: str, monk
 )
 def test_a_greeting_where_imports_fail(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the node, and says what is wrong there."""
-
-    class Fails:
-        def find_spec(self, name: str, *_: Any) -> None:
-            if name == "convert_w4a8.conversion.shard":
-                raise error
-
-    monkeypatch.setattr(sys, "meta_path", [Fails(), *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "convert_w4a8.conversion.shard", raising=False)
+    fail_import("convert_w4a8.conversion.shard", error, monkeypatch)
     version, problem = greeting()(__version__)
     assert version == __version__
     if "has no" in expected:

@@ -13,6 +13,7 @@ from paths import ROOT
 from tiny_models import write_llama
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.cluster.access import path_on
 from convert_w4a8.cluster.attempts import Bars
 from convert_w4a8.cluster.connection import Cluster, Node
 from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, _device_here, threads_of
@@ -181,8 +182,6 @@ def test_every_byte_counts_once(wanted: slice, tasks: list[ShardTask]) -> None:
 
 def test_results_of_a_path_that_is_relative(tmp_path: Path) -> None:
     """Are not asked for on nodes: commands make paths absolute, where Ray is used."""
-    from convert_w4a8.cli.ray import path_on
-
     assert path_on(None, Path("in")) == Path("in")
     assert path_on("local", Path("in")).is_absolute()
     assert path_on("local", tmp_path) == tmp_path

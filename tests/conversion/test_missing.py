@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_edits import edit_json
-from safetensors.torch import load_file, save_file
+from checkpoint_edits import Tensors, edit_json, edit_tensors
 from tiny_models import write_llama, write_mixtral, write_qwen3_moe
 
 from convert_w4a8.calibration.options import QuantizeOptions
@@ -19,35 +18,31 @@ from convert_w4a8.errors import PlanError
 MIXTURES = ("mlp", "block_sparse_moe")
 
 
+def take_away(model: Path, is_gone: Callable[[str], bool]) -> Path:
+    """Take tensors away."""
+
+    def take(tensors: Tensors) -> None:
+        gone = list(filter(is_gone, tensors))
+        assert gone
+        for name in gone:
+            del tensors[name]
+
+    edit_tensors(model, take)
+    return model
+
+
 def without(model: Path, names: Iterable[str]) -> Path:
     """Take tensors away, by the ends of what is before `.weight`."""
-    (file,) = model.glob("*.safetensors")
-    tensors = load_file(file)
-    left = {name: tensor for name, tensor in tensors.items() if not name.removesuffix(".weight").endswith(tuple(names))}
-    assert len(left) < len(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in left.items()}, file, {"format": "pt"})
-    return model
+    ends = tuple(names)
+    return take_away(model, lambda name: name.removesuffix(".weight").endswith(ends))
 
 
 def without_parts(model: Path, name: str) -> Path:
     """Take away all tensors of a module, which is given by the end of its name."""
-
-    def take(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        left = {key: tensor for key, tensor in tensors.items() if f".{name}." not in f".{key}"}
-        assert len(left) < len(tensors)
-        return left
-
-    return edit_tensors(model, take)
+    return take_away(model, lambda key: f".{name}." in f".{key}")
 
 
-def edit_tensors(model: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    """Write the tensors of a model anew."""
-    (file,) = model.glob("*.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in edit(load_file(file)).items()}, file, {"format": "pt"})
-    return model
-
-
-def merge_block_1(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_block_1(tensors: Tensors) -> None:
     """Merge queries, keys and values, and gate and up, of one block."""
     for part, merged, leaves in (
         ("self_attn", "qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -55,20 +50,20 @@ def merge_block_1(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ):
         rows = [tensors.pop(f"model.layers.1.{part}.{leaf}.weight") for leaf in leaves]
         tensors[f"model.layers.1.{part}.{merged}.weight"] = torch.cat(rows)
-    return tensors
 
 
 def write_other(directory: Path, renames: Mapping[str, str] | None = None) -> Path:
     """Write a model of three blocks and of a type of which nothing is known. renames: pattern → instead."""
 
-    def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def rename(tensors: Tensors) -> None:
         for pattern, instead in (renames or {}).items():
-            tensors = {re.sub(pattern, instead, name): tensor for name, tensor in tensors.items()}
-        return tensors
+            for name in list(tensors):
+                tensors[re.sub(pattern, instead, name)] = tensors.pop(name)
 
     model = write_llama(directory, layers=3)
     edit_json(model / "config.json", model_type="other", architectures=["OtherForCausalLM"])
-    return edit_tensors(model, rename)
+    edit_tensors(model, rename)
+    return model
 
 
 def problems(model: Path) -> list[str]:
@@ -277,6 +272,6 @@ def test_layers_of_another_kind(renames: dict[str, str], quiet: bool, tmp_path: 
 def test_a_block_more_of_another_kind(tmp_path: Path) -> None:
     """One block that has more than all others, as for multi-token prediction, says nothing of the others."""
     model = write_other(tmp_path / "in")
-    edit_tensors(model, lambda tensors: {**tensors, "model.layers.2.enorm.weight": torch.ones(128)})
+    edit_tensors(model, lambda tensors: tensors.update({"model.layers.2.enorm.weight": torch.ones(128)}))
     assert problems(model) == []
     assert warnings(model) == []
