@@ -25,7 +25,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import graph_timing
 from expert_contestants import COMPILED, CONTESTANTS, SAME_WEIGHTS, Experts, Mixture
 from graph_timing import Call, bytes_per_microsecond, microseconds
 from results import VLLM_PACKAGES, add_options, line, save
@@ -245,7 +244,6 @@ def main() -> None:
     deadline = start + args.seconds
     chosen = [mixture for mixture in MIXTURES if mixture.name in args.mixtures]
     if args.tune:
-        graph_timing.REPLAYS = 9
         with _pool() as pool:
             pool.map(compile_one, variants(), chunksize=1)
     else:
