@@ -101,7 +101,8 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if not is_filled(layer.weight_chan_scale, self.shards) and channel.isnan().any():
             raise not_loaded(layer.prefix)
         compat.require_op_dtypes(packed, table, channel)
-        indices = self._indices(layer, table) if decode_kernel(packed.device) else None  # and prepares the kernel
+        ours = decode_kernel(packed.device)  # which prepares it, before CUDA graphs are captured
+        indices = self._indices(layer, table) if ours else None
         if self.tables is TableForm.SCALE:
             table = multiply_tables(table)
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
@@ -114,7 +115,7 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             shown |= dict(zip(_INDICES, indices, strict=True))
         for name, data in shown.items():  # vLLM's replace_parameter takes twice as long
             setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
-        if decode_kernel(packed.device):  # which prepares it, before CUDA graphs are captured
+        if ours:
             warm_up.linear(*shown.values())
 
     def _indices(self, layer: LinearBase, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

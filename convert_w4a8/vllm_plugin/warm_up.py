@@ -8,11 +8,9 @@ are left out: of layers of one size, only the first costs anything.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 
-from convert_w4a8.kernels.gemm import workspace
 from convert_w4a8.vllm_plugin import activations, gemm
 from convert_w4a8.vllm_plugin.experts import lut_experts
 
@@ -39,7 +37,8 @@ def linear(packed: torch.Tensor, *weights: torch.Tensor) -> None:
         return few_terms if m <= gemm.TWO_TERMS_TOKENS else 1
 
     def needed(m: int) -> set[Hashable]:
-        return {(len(weights), key) for key in products(m, n, k, terms(m), device)}
+        kernel = gemm.our_kernel(m, n, k, device)
+        return set() if kernel is None else {(len(weights), kernel.compiled_for(m, n, k, device, terms(m)))}
 
     for m in representatives(needed, _MOST_TOKENS, _compiled.setdefault(device, set())):
         tokens = torch.zeros(terms(m) * m, k, device=device).to(torch.float8_e4m3fn)
@@ -68,17 +67,6 @@ def experts(
         ids = torch.zeros(m, choices, dtype=torch.int32, device=device)
         scores = torch.zeros(m, choices, dtype=torch.float32, device=device)
         lut_experts(x, scores, ids, *weights, expert_map, activation)
-
-
-def products(m: int, n: int, k: int, terms: int, device: torch.device) -> set[Hashable]:
-    """Return what the kernel for the product of m tokens and a layer is compiled for; nothing where CUTLASS does it."""
-    kernel = gemm.our_kernel(m, n, k, device)
-    if kernel is None:
-        return set()
-    if hasattr(kernel, "compiled_for"):
-        return {kernel.compiled_for(m, n, k, device)}
-    launch = kernel.choose_launch(m, n, k, workspace.multiprocessors(device), terms)
-    return {(replace(launch, splits=min(launch.splits, 2)), terms)}
 
 
 def representatives(needed: Callable[[int], Iterable[Hashable]], most: int, compiled: set[Hashable]) -> list[int]:

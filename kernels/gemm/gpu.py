@@ -91,8 +91,11 @@ def _copied(block_m: int) -> int:
     return GROUP * block_m + BLOCK_N * (GROUP // 2 + 8)
 
 
-def compiled_for(m: int, n: int, k: int, device: torch.device) -> Hashable:
-    """Return what the kernel for an [m, n, k] product is compiled for: products for which it is the same share one."""
+def compiled_for(m: int, n: int, k: int, device: torch.device, terms: int) -> Hashable:  # noqa: ARG001
+    """Return what the kernel for an [m, n, k] product is compiled for: products for which it is the same share one.
+
+    terms: of the activations, of which this kernel multiplies the first alone.
+    """
     launch = _launch(m, n, k, device)
     return replace(launch, splits=min(launch.splits, 2)), m > launch.block_m, n % launch.block_n == 0
 

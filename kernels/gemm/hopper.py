@@ -12,7 +12,8 @@ Activations are one or two FP8 terms. Two, x = hi + lo / 16, hold a bfloat16 val
 below the largest of its token (`kernels.activations`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -75,6 +76,16 @@ def _block_m(m: int) -> int:
     return max(8, power)
 
 
+def compiled_for(m: int, n: int, k: int, device: torch.device, terms: int) -> Hashable:
+    """Return what the kernel for an [m, n, k] product is compiled for; see `gpu.compiled_for`."""
+    launch = _launch(m, n, k, device, terms)
+    return replace(launch, splits=min(launch.splits, 2)), terms
+
+
+def _launch(m: int, n: int, k: int, device: torch.device, terms: int) -> Launch:
+    return choose_launch(m, n, k, workspace.multiprocessors(device), terms)
+
+
 def probe(device: torch.device) -> None:
     """Run a small product by tables and by indices; raises whatever goes wrong, ArithmeticError if it is that."""
     ones = torch.ones(1, 128, device=device).to(torch.float8_e4m3fn)
@@ -114,7 +125,7 @@ def gemm(
     ValueError for M > `MAX_TOKENS`, and for M > `MAX_TOKENS_OF_TWO_TERMS` where the tokens have two terms.
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1] // 4
-    launch = choose_launch(m, n, k, workspace.multiprocessors(tokens.device), tokens.shape[0] // max(1, m))
+    launch = _launch(m, n, k, tokens.device, tokens.shape[0] // max(1, m))
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, index, distinct, launch=launch)
 
 

@@ -68,6 +68,14 @@ STEPS: Columns = (
     ("sampling", "{sampling_us:.0f}"),
     ("rest", "{rest_us:.0f}"),
 )
+LOAD_TIME: Columns = (
+    ("model", "{model}"),
+    ("what", "{what}"),
+    ("stock ms", "{stock_ms:~}"),
+    ("plugin ms", "{plugin_ms:~}"),
+    ("without its decode kernel ms", "{without_ms:~}"),
+    ("plugin / stock", "{ratio:~%}"),
+)
 GAPS: Columns = (
     ("model", "{model}"),
     ("mode", "`{mode}`"),
@@ -356,14 +364,7 @@ COLUMNS: dict[str, Columns] = {
     "serving-moe": SERVING,
     "steps-moe": STEPS,
     "steps": STEPS,
-    "load-time": (
-        ("model", "{model}"),
-        ("what", "{what}"),
-        ("stock ms", "{stock_ms:~}"),
-        ("plugin ms", "{plugin_ms:~}"),
-        ("without its decode kernel ms", "{without_ms:~}"),
-        ("plugin / stock", "{ratio:~%}"),
-    ),
+    "load-time": LOAD_TIME,
     "kernel-checks": (
         ("kernels", "{what}"),
         ("results", "{results:.0f}"),
@@ -380,14 +381,7 @@ COLUMNS: dict[str, Columns] = {
         ("kernels", "{compiled:.0f}"),
         ("compiled later", "{compiled_later:.0f}"),
     ),
-    "load-time-kernels": (
-        ("model", "{model}"),
-        ("what", "{what}"),
-        ("stock ms", "{stock_ms:~}"),
-        ("plugin ms", "{plugin_ms:~}"),
-        ("without its decode kernel ms", "{without_ms:~}"),
-        ("plugin / stock", "{ratio:~%}"),
-    ),
+    "load-time-kernels": LOAD_TIME,
     "equality": (
         ("model", "{model}"),
         ("mode", "`{mode}`"),

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from contestants import (
     humming_tuning,
     load_vllm_ops,
 )
-from graph_timing import Call, microseconds
+from graph_timing import Call, bytes_per_microsecond, microseconds
 from random_layers import Layers
 from results import VLLM_PACKAGES, add_options, line, save
 
@@ -141,13 +140,6 @@ def standing(row: Mapping[str, Any]) -> Row:
         return {}
     best = min(times, key=lambda name: times[name])
     return {"best_peer": best, "gain": times[best] / row["ours_us"] - 1, "bandwidth": row["floor_us"] / row["ours_us"]}
-
-
-@cache
-def bytes_per_microsecond() -> float:
-    """Return how fast a reduction of 2 GiB reads."""
-    words = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
-    return words.nbytes / microseconds([partial(torch.sum, words)] * 2, LAUNCHES)
 
 
 def compile_humming(names: Sequence[str], shapes: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> None:

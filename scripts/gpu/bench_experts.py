@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import graph_timing
 from expert_contestants import COMPILED, CONTESTANTS, SAME_WEIGHTS, Experts, Mixture
-from graph_timing import Call, microseconds
+from graph_timing import Call, bytes_per_microsecond, microseconds
 from results import VLLM_PACKAGES, add_options, line, save
 
 from convert_w4a8.kernels.gemm import grouped
@@ -62,13 +61,6 @@ def routed(mixture: Mixture, m: int) -> list[Routed]:
 def calls_of(experts: Experts, mixture: Mixture, inputs: Sequence[Routed]) -> list[Call]:
     """Return a call for each input, the layers by turns."""
     return [partial(experts, number % mixture.layers, *given) for number, given in enumerate(inputs)]
-
-
-@cache
-def bytes_per_microsecond() -> float:
-    """Return how fast a reduction of 2 GiB reads."""
-    numbers = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
-    return numbers.nbytes / microseconds([partial(torch.sum, numbers)] * 2, CALLS)
 
 
 def floor(mixture: Mixture, inputs: Sequence[Routed]) -> float:
@@ -252,7 +244,6 @@ def main() -> None:
     deadline = start + args.seconds
     chosen = [mixture for mixture in MIXTURES if mixture.name in args.mixtures]
     if args.tune:
-        graph_timing.REPLAYS = 9
         with _pool() as pool:
             pool.map(compile_one, variants(), chunksize=1)
     else:

@@ -184,45 +184,36 @@ def text_of(rows: Sequence[Mapping[str, Any]], base: str) -> str:
     return vllm_engine.table((*header, *faster), cells)
 
 
-def engine(
-    model: str,
-    layers: int | None,
-    cases: Sequence[tuple[int, int]],
-    kind: Kind,
-    directory: Path,
-    graphs: Sequence[int] = GRAPHS,
-) -> dict[str, Any]:
-    """Return vLLM's options for an engine that serves these cases. graphs: batch sizes of CUDA graphs."""
-    shape = SHAPES[model]
+def engine(args: argparse.Namespace, kind: Kind, directory: Path) -> dict[str, Any]:
+    """Return vLLM's options for an engine that serves all cases."""
+    shape = SHAPES[args.model]
     # Keys and values in BF16 of all requests of the largest case, and a little.
-    cached = max(batch * (length + NEW_TOKENS + 16) for batch, length in cases)
-    token_bytes = 2 * 2 * shape.kv_heads * shape.head_dim * (layers or shape.layers)
+    cached = max(batch * (length + NEW_TOKENS + 16) for batch, length in args.cases)
+    token_bytes = 2 * 2 * shape.kv_heads * shape.head_dim * (args.layers or shape.layers)
     return {
         "model": str(directory),
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
-        "max_model_len": max(length for _, length in cases) + 2 * NEW_TOKENS,
-        "max_num_seqs": max(128, *(batch for batch, _ in cases)),
+        "max_model_len": max(length for _, length in args.cases) + 2 * NEW_TOKENS,
+        "max_num_seqs": max(128, *(batch for batch, _ in args.cases)),
         "max_num_batched_tokens": STEP,
         "kv_cache_memory_bytes": int(1.2 * cached * token_bytes) + 2**28,
         "gpu_memory_utilization": 0.3,  # is only checked to be free
         "enable_prefix_caching": False,
-        "compilation_config": {"cudagraph_capture_sizes": list(graphs)},
+        "compilation_config": {"cudagraph_capture_sizes": list(args.graphs)},
         "disable_log_stats": False,  # or requests have no metrics
         "generation_config": "vllm",
         **kind.options,
     }
 
 
-def environment(
-    model: str, cases: Sequence[tuple[int, int]], kind: Kind, graphs: Sequence[int] = GRAPHS
-) -> dict[str, str]:
+def environment(args: argparse.Namespace, kind: Kind) -> dict[str, str]:
     """Return the environment variables of an engine."""
     # Sizes of CUDA graphs, and of the steps in which prompts are read, each in a step of at most 8192 tokens.
-    sizes = {*graphs, *(min(STEP, batch * length) for batch, length in cases)}
+    sizes = {*args.graphs, *(min(STEP, batch * length) for batch, length in args.cases)}
     return {
         few_humming.SETTING: ",".join(map(str, sorted(sizes))),
-        few_humming.CHOICES: str(SHAPES[model].experts_per_token),
+        few_humming.CHOICES: str(SHAPES[args.model].experts_per_token),
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for traces
         **kind.environment,
     }
@@ -230,11 +221,10 @@ def environment(
 
 def serve(args: argparse.Namespace, kind: Kind, directory: Path, turn: Path | None = None) -> dict[str, Any]:
     """Run all cases on one engine, and return what `worker` found. turn: the file that it is to wait for."""
-    llm = engine(args.model, args.layers, args.cases, kind, directory, args.graphs)
     vocabulary = SHAPES[args.model].vocabulary
-    payload = {"llm": llm, "cases": args.cases, "seconds": args.seconds, "vocabulary": vocabulary}
-    payload |= {"turn": turn and str(turn), "trace": args.trace}
-    variables = environment(args.model, args.cases, kind, args.graphs)
+    payload = {"llm": engine(args, kind, directory), "cases": args.cases, "seconds": args.seconds}
+    payload |= {"vocabulary": vocabulary, "turn": turn and str(turn), "trace": args.trace}
+    variables = environment(args, kind)
     return vllm_engine.run_worker(__file__, payload, args.timeout or kind.timeout, variables, kind.plugins)
 
 

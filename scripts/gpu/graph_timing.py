@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 
@@ -34,3 +35,10 @@ def microseconds(calls: Sequence[Call], least: int = 1, replays: int = REPLAYS) 
         times.append(start.elapsed_time(end) * 1e3 / len(outputs))
     del graph, outputs
     return statistics.median(times[1:])
+
+
+@cache
+def bytes_per_microsecond() -> float:
+    """Return how fast a reduction of 2 GiB reads."""
+    numbers = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
+    return numbers.nbytes / microseconds([partial(torch.sum, numbers)] * 2, 12)

@@ -1,6 +1,7 @@
 """What is compiled while a model is loaded: everything that any number of tokens needs later."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -77,7 +78,7 @@ def test_no_product_needs_another_kernel(
     monkeypatch.setattr(warm_up, "_seen", set())
     monkeypatch.setattr(warm_up, "_compiled", {})
     gemm._cutlass_can.cache_clear()
-    monkeypatch.setitem(importlib.import_module("sys").modules, "vllm", SimpleNamespace(_custom_ops=_no_ops()))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(_custom_ops=_no_ops()))
     monkeypatch.setattr(gemm, "_hopper", lambda _device: hopper if with_hopper else None)
     monkeypatch.setattr(gemm, "terms", lambda _device: 2 if with_hopper else 1)
     monkeypatch.setattr(warm_up.activations, "quantize", lambda *_: None)
