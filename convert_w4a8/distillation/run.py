@@ -194,7 +194,7 @@ class _Run:
                 reason = f"is {loss} at step {trainer.step}: the training does not converge"
                 raise ConvertError("divergence", reason, "give a lower --rate")
             losses.append(loss)
-            self._tokens += sum(len(self._data.samples[number]) for number in batch.samples)
+            self._tokens += sum(map(len, batch.samples))
             progress(trainer.step, loss)
             if trainer.step % options.every == 0 or trainer.step == options.steps:
                 self._measure(losses, time.monotonic() - began)

@@ -81,7 +81,7 @@ def train(args: argparse.Namespace) -> Iterator[Row]:
             for step in range(args.steps):
                 one = batch(step)
                 trainer.train(one)
-                for sample in one.members:
+                for sample in one.samples:
                     seen[sample.origin.partition(".")[0]] += len(sample)
             seconds = time.monotonic() - at
             after = trainer.measure(test)
