@@ -6,6 +6,7 @@ which tests/distillation/test_prediction.py compares the numbers here).
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
@@ -234,7 +235,4 @@ def _chosen(checkpoint: Checkpoint) -> float:
 
 
 def _count(info: TensorInfo) -> int:
-    found = 1
-    for size in info.shape:
-        found *= size
-    return found
+    return prod(info.shape)
