@@ -16,6 +16,7 @@ from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.destination import privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.devices import kind_of
 from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
 from convert_w4a8.distillation.hidden import check_blocks, sizes_of_blocks
 from convert_w4a8.distillation.machine import deterministic
@@ -262,9 +263,9 @@ def _fingerprint(
     """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise."""
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
-    found["--device"] = device.type
+    found["--device"] = kind_of(device)
     if isinstance(predictions, StoredTeacher):
         found["--teacher-logits"] = predictions.digest
     else:
-        found["--teacher-device"] = predictions.type
+        found["--teacher-device"] = kind_of(predictions)
     return found | {"rates": asdict(rates_for(options.preset, options.steps)), "data": data.digest()}
