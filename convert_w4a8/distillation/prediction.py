@@ -60,8 +60,8 @@ class Sizes:
 
     weights: quantized ones. active: those that a token goes through: of experts, the chosen ones. channels: outputs of
     all layers. width: inputs and outputs that a token has of the layers of all blocks. block, layer: weights of the
-    largest block, and of its largest layer or the experts' of it. others: trained parameters beside the layers, norms
-    and biases. fixed: parameters that are not trained. hidden: channels between the `blocks` blocks.
+    largest block, and of the largest layer, of experts each by itself. others: trained parameters beside the layers,
+    norms and biases. fixed: parameters that are not trained. hidden: channels between the `blocks` blocks.
     """
 
     weights: int
