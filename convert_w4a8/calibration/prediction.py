@@ -202,7 +202,7 @@ def _share(checkpoint: Checkpoint, layer: LayerPlan) -> float:
     """Return through what part of the tokens a layer goes: an expert only where it is chosen."""
     if not is_expert(layer.module):
         return 1.0
-    found = [_setting(checkpoint, key) for key in ("num_experts_per_tok", "num_experts", "num_local_experts")]
+    found = [checkpoint.number(key) for key in ("num_experts_per_tok", "num_experts", "num_local_experts")]
     chosen, count = found[0] or 1, found[1] or found[2] or 1
     return min(1.0, chosen / count)
 
@@ -226,14 +226,4 @@ def _block_bytes(layers: list[LayerPlan], size: int) -> int:
 
 
 def _hidden(checkpoint: Checkpoint) -> int:
-    return _setting(checkpoint, "hidden_size") or 0
-
-
-def _setting(checkpoint: Checkpoint, key: str) -> int | None:
-    """Return a number of the language model's configuration."""
-    text = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
-        value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+    return checkpoint.number("hidden_size") or 0

@@ -44,6 +44,15 @@ class Checkpoint:
         suffix = "." + role
         return sorted(name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix))
 
+    def number(self, key: str) -> int | None:
+        """Return a number above 0 of the language model's configuration, as `hidden_size`; None where it has none."""
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            value = config.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

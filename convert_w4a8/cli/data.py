@@ -49,7 +49,7 @@ def read_data(
         mask or NO_MASK,
         max_tokens=max_tokens,
         max_length=max_length,
-        vocab_size=_vocabulary(checkpoint),
+        vocab_size=checkpoint.number("vocab_size"),
     )
 
 
@@ -59,13 +59,3 @@ def page_of(samples: "SampleSet", checkpoint: "Checkpoint") -> bytes:
     from convert_w4a8.samples.tokenizer import open_tokenizer
 
     return tokens.page(samples, open_tokenizer(checkpoint.root)).encode(errors="backslashreplace")
-
-
-def _vocabulary(checkpoint: "Checkpoint") -> int | None:
-    """Return how many tokens the model has embeddings of, if its configuration says so."""
-    text = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
-        size = config.get("vocab_size")
-        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-            return size
-    return None

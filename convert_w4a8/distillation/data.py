@@ -14,13 +14,12 @@ class Batch:
     """Some samples.
 
     ids: int64 [B, T], zeros behind the end of a sample. counts: bool [B, T], whether the prediction made at a token
-    counts: that of a next token which is there and is not masked. samples: their numbers [B]. members: themselves.
+    counts: that of a next token which is there and is not masked. samples: themselves; none where they are not known.
     """
 
     ids: torch.Tensor
     counts: torch.Tensor
-    samples: tuple[int, ...]
-    members: tuple[Sample, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
 
 def rows_of(sample: Sample) -> int:
@@ -37,7 +36,7 @@ def make_batch(samples: Sequence[Sample], numbers: Sequence[int]) -> Batch:
         sample = samples[number]
         ids[row, : len(sample)] = torch.from_numpy(sample.tokens.astype(np.int64))
         counts[row, : len(sample) - 1] = torch.from_numpy(sample.kept[1:])
-    return Batch(ids, counts, tuple(numbers), tuple(samples[number] for number in numbers))
+    return Batch(ids, counts, tuple(samples[number] for number in numbers))
 
 
 def in_batches(samples: Sequence[Sample], order: Iterable[int], tokens: int) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.disk import disk_errors, fsync
 from convert_w4a8.distillation.data import by_length, in_batches, make_batch, rows_of
 from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.state import save_tensors
+from convert_w4a8.distillation.state import replace_text, save_tensors
 from convert_w4a8.distillation.stored import (
     NOTES,
     Notes,
@@ -149,12 +149,8 @@ def _check_disk(directory: Path, samples: Sequence[Sample], size: int) -> None:
 
 
 def _write(notes: Notes, directory: Path) -> None:
-    new = directory / f"{NOTES}.new"
     with disk_errors(directory):
-        new.write_text(notes.as_json(), encoding="utf-8")
-        fsync(new)
-        new.replace(directory / NOTES)
-        fsync(directory)
+        replace_text(notes.as_json(), directory / NOTES)
 
 
 @contextmanager

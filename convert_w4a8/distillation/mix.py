@@ -77,9 +77,11 @@ def training_data(
         drops = _drops_of(mix, tags, "the drops")
     elif mix not in (DROP, UNIFORM):
         drops = read_drops(Path(mix), tags)
-    elif mix == DROP and (missing := [tag for tag in tags if tag not in by_tag(held_out)]):
-        reason = "is a domain of --data, and none of --held-out: its drop is not known"
-        raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
+    elif mix == DROP:
+        measured = by_tag(held_out)
+        if missing := [tag for tag in tags if tag not in measured]:
+            reason = "is a domain of --data, and none of --held-out: its drop is not known"
+            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
     return TrainingData(tuple(samples), tuple(held_out), drops, uniform=mix == UNIFORM)
 
 

@@ -5,8 +5,8 @@ which tests/distillation/test_prediction.py compares the numbers here).
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
@@ -60,8 +60,8 @@ class Sizes:
 
     weights: quantized ones. active: those that a token goes through: of experts, the chosen ones. channels: outputs of
     all layers. width: inputs and outputs that a token has of the layers of all blocks. block, layer: weights of the
-    largest block, and of its largest layer or the experts' of it. others: trained parameters beside the layers, norms
-    and biases. fixed: parameters that are not trained. hidden: channels between the `blocks` blocks.
+    largest block, and of the largest layer, of experts each by itself. others: trained parameters beside the layers,
+    norms and biases. fixed: parameters that are not trained. hidden: channels between the `blocks` blocks.
     """
 
     weights: int
@@ -102,7 +102,7 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
     """Return the size of a W4A8 checkpoint, from its headers."""
     tensors = checkpoint.tensors
     names = find_target(checkpoint).find_layers(checkpoint)
-    chosen = _chosen(checkpoint.config)
+    chosen = _chosen(checkpoint)
     blocks: dict[Any, int] = defaultdict(int)
     weights = channels = layer = 0
     active = width = 0.0
@@ -226,18 +226,13 @@ def predict_cost(
     )
 
 
-def _chosen(config: Mapping[str, Any]) -> float:
+def _chosen(checkpoint: Checkpoint) -> float:
     """Return which part of the experts a token goes through."""
-    text = config.get("text_config")
-    found: dict[str, Any] = {**(text if isinstance(text, dict) else {}), **config}
-    chosen = found.get("num_experts_per_tok")
-    counts = [found.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
-    count = next((each for each in counts if isinstance(each, int) and each > 0), None)
-    return min(1.0, chosen / count) if isinstance(chosen, int) and count else 1.0
+    chosen = checkpoint.number("num_experts_per_tok")
+    counts = map(checkpoint.number, ("num_experts", "num_local_experts", "n_routed_experts"))
+    count = next(filter(None, counts), None)
+    return min(1.0, chosen / count) if chosen and count else 1.0
 
 
 def _count(info: TensorInfo) -> int:
-    found = 1
-    for size in info.shape:
-        found *= size
-    return found
+    return prod(info.shape)

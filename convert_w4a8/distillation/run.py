@@ -16,6 +16,7 @@ from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.destination import privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.memory import memory_errors
+from convert_w4a8.devices import kind_of
 from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
 from convert_w4a8.distillation.hidden import check_blocks, sizes_of_blocks
 from convert_w4a8.distillation.machine import deterministic
@@ -194,7 +195,7 @@ class _Run:
                 reason = f"is {loss} at step {trainer.step}: the training does not converge"
                 raise ConvertError("divergence", reason, "give a lower --rate")
             losses.append(loss)
-            self._tokens += sum(len(self._data.samples[number]) for number in batch.samples)
+            self._tokens += sum(map(len, batch.samples))
             progress(trainer.step, loss)
             if trainer.step % options.every == 0 or trainer.step == options.steps:
                 self._measure(losses, time.monotonic() - began)
@@ -262,9 +263,9 @@ def _fingerprint(
     """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise."""
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
-    found["--device"] = device.type
+    found["--device"] = kind_of(device)
     if isinstance(predictions, StoredTeacher):
         found["--teacher-logits"] = predictions.digest
     else:
-        found["--teacher-device"] = predictions.type
+        found["--teacher-device"] = kind_of(predictions)
     return found | {"rates": asdict(rates_for(options.preset, options.steps)), "data": data.digest()}

@@ -86,11 +86,7 @@ class StateDirectory:
             file = self.path / f"state-{step}.safetensors"
             save_tensors(tensors, file)
             fsync(file)
-            new = self.path / f"{_NOTES}.new"
-            new.write_text(json.dumps({**notes, "step": step}), encoding="utf-8")
-            fsync(new)
-            new.replace(self.path / _NOTES)
-            fsync(self.path)
+            replace_text(json.dumps({**notes, "step": step}), self.path / _NOTES)
             for old in self.path.glob("state-*.safetensors"):
                 if old != file:
                     old.unlink()
@@ -98,6 +94,15 @@ class StateDirectory:
     def remove(self) -> None:
         """Remove it, if there is one."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def replace_text(text: str, file: Path) -> None:
+    """Put a text in the place of a file's, whole or not at all, to survive a power loss; raises OSError."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    fsync(new)
+    new.replace(file)
+    fsync(file.parent)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:

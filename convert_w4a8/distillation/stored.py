@@ -195,7 +195,7 @@ class StoredTeacher:
     def target(self, batch: Batch, device: torch.device, *, hidden: bool = False) -> Target:
         """Return what is stored of the samples of a batch."""
         assert not hidden  # `--hidden-weight` is refused
-        parts = [self._read(sample) for sample in batch.members]
+        parts = [self._read(sample) for sample in batch.samples]
         logits = torch.cat([part["logits"] for part in parts]).to(device)
         if not self.top_k:
             return Logits(logits)

@@ -64,19 +64,12 @@ def check_models(start: Checkpoint, teacher: Checkpoint, *, blocks: bool = False
             str(start.root), "has no tables of its own to train", "make it with w4a8 quantize --tables free"
         )
     (ours, *our_blocks), (theirs, *their_blocks) = (
-        [_configured(each, key) for key in ("vocab_size", "num_hidden_layers", "hidden_size")]
-        for each in (start, teacher)
+        [each.number(key) for key in ("vocab_size", "num_hidden_layers", "hidden_size")] for each in (start, teacher)
     )
     if ours is not None and theirs is not None:
         check_vocabulary(teacher, ours, theirs)
     if blocks and None not in (*our_blocks, *their_blocks):
         check_blocks(our_blocks, their_blocks)
-
-
-def _configured(checkpoint: Checkpoint, key: str) -> int | None:
-    text = checkpoint.config.get("text_config")
-    found = {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get(key)
-    return found if isinstance(found, int) else None
 
 
 def check_vocabulary(teacher: Checkpoint, ours: int, theirs: int) -> None:

@@ -196,7 +196,7 @@ def measure(blocks: int, preset: Preset, options: DistillOptions, length: int) -
     trainer = Trainer(student, LiveTeacher(teacher), options, DEVICE)
     rows = options.batch_tokens // length
     ids = torch.randint(0, 8192, (rows, length))
-    batch = Batch(ids, torch.ones(rows, length, dtype=torch.bool), tuple(range(rows)))
+    batch = Batch(ids, torch.ones(rows, length, dtype=torch.bool))
     trainer.train(batch)
     kept = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

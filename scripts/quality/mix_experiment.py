@@ -12,7 +12,6 @@ which see the same samples of a domain in the same order, one mix more of them t
 
 import argparse
 import gc
-import gzip
 import json
 import math
 import sys
@@ -22,17 +21,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.distillation.linear import Preset
-from convert_w4a8.distillation.mix import DROP, UNIFORM, by_tag, mixed, shares
+from convert_w4a8.distillation.mix import DROP, UNIFORM, by_tag, mixed, shares, tag_of
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, mean
+from convert_w4a8.samples.read import read_samples
 from convert_w4a8.samples.sample import Sample
+from convert_w4a8.samples.tokenizer import Tokenizer, open_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from results import PACKAGES, add_options, save
@@ -40,17 +40,9 @@ from results import PACKAGES, add_options, save
 Row = dict[str, Any]
 
 
-def read(directory: Path, kind: str) -> list[Sample]:
+def read(directory: Path, kind: str, tokenizer: Tokenizer) -> tuple[Sample, ...]:
     """Return the windows of all domains; the tag of each is the name of its domain."""
-    found = []
-    for path in sorted(directory.glob(f"*.{kind}.jsonl*")):
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-        for number, line in enumerate(text.splitlines(), 1):
-            ids = np.array(json.loads(line)["input_ids"], dtype=np.int32)
-            zeros = np.zeros(len(ids), dtype=np.uint8)
-            found.append(Sample(ids, zeros, zeros, f"{path.name.partition('.')[0]}.jsonl line {number}"))
-    return found
+    return read_samples(sorted(directory.glob(f"*.{kind}.jsonl*")), tokenizer).samples
 
 
 def train(args: argparse.Namespace) -> Iterator[Row]:
@@ -58,7 +50,8 @@ def train(args: argparse.Namespace) -> Iterator[Row]:
     began = time.monotonic()
     device = torch.device(args.device)
     source, start = open_checkpoint(args.teacher), open_checkpoint(args.student)
-    samples, held_out, test = (read(args.directory, kind) for kind in ("train", "held", "test"))
+    tokenizer = open_tokenizer(source.root)
+    samples, held_out, test = (read(args.directory, kind, tokenizer) for kind in ("train", "held", "test"))
     teacher = LiveTeacher(load_teacher(source, device))
     longest = 0.0
     before: torch.Tensor | None = None
@@ -81,8 +74,8 @@ def train(args: argparse.Namespace) -> Iterator[Row]:
             for step in range(args.steps):
                 one = batch(step)
                 trainer.train(one)
-                for sample in one.members:
-                    seen[sample.origin.partition(".")[0]] += len(sample)
+                for sample in one.samples:
+                    seen[tag_of(sample)] += len(sample)
             seconds = time.monotonic() - at
             after = trainer.measure(test)
             del trainer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray_nodes import digests
+from checkpoint_edits import snapshot
 from tiny_models import write_llama
 
 from convert_w4a8.calibration.options import QuantizeOptions
@@ -54,4 +54,4 @@ def test_only_the_same_kind_of_device_goes_on(kind: str, tmp_path: Path, monkeyp
             quantize(checkpoint, plan, out, None, device=CPU, resume=True)
     monkeypatch.setattr("convert_w4a8.calibration.run.kind_of", lambda _device: kind)
     quantize(checkpoint, plan, out, None, device=CPU, resume=True)
-    assert digests(out) == digests(tmp_path / "expected")
+    assert snapshot(out) == snapshot(tmp_path / "expected")

@@ -1,6 +1,7 @@
 """Predictions of a training against what was measured, whose file a table of the documents is made of."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,27 @@ from convert_w4a8.distillation import prediction
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.mix import training_data
 from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.prediction import Sizes, predict, predict_cost, sizes_of
+from convert_w4a8.distillation.prediction import predict, predict_cost, sizes_of
 from convert_w4a8.distillation.student import load_student
 from convert_w4a8.distillation.train import Trainer
 from convert_w4a8.samples.read import read_samples
+
+sys.path.append(str(ROOT / "scripts" / "gpu"))
+from predict_distill import MODELS, sizes
 
 ROWS: list[dict[str, Any]] = json.loads(
     (ROOT / "docs" / "benchmarks" / "results" / "distill-block.json").read_text(encoding="utf-8")
 )["rows"]
 """Of each way to train: seconds and bytes of one more block of Llama 8B."""
-H, I, KV = 4096, 14336, 1024
-LAYERS = ((H, H), (KV, H), (KV, H), (H, H), (I, H), (I, H), (H, I))
-BLOCK = sum(n * k for n, k in LAYERS)
-
-
-def llama(blocks: int) -> Sizes:
-    """Return the sizes of what was measured."""
-    return Sizes(
-        weights=blocks * BLOCK,
-        active=blocks * BLOCK,
-        channels=blocks * sum(n for n, _ in LAYERS),
-        width=blocks * sum(n + k for n, k in LAYERS),
-        block=BLOCK,
-        layer=H * I,
-        others=blocks * 2 * H + H,
-        fixed=8192 * H,
-        hidden=H,
-        blocks=blocks,
-        vocabulary=8192,
-    )
+MEASURED = MODELS["Llama 8B"] | {"vocabulary": 8192, "tied": True}
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{row['preset']}-{row['recompute']}") for row in ROWS])
 def test_a_block_takes_what_is_predicted(row: dict[str, Any]) -> None:
     """Time within a quarter; what is kept, which must not be too little, within a quarter."""
     options = DistillOptions(Preset(row["preset"]), batch_tokens=row["tokens"], recompute=row["recompute"])
-    one, two = (predict_cost(llama(blocks), options, teacher_bytes=2 * blocks * BLOCK) for blocks in (1, 2))
+    models = (sizes(**(MEASURED | {"blocks": blocks})) for blocks in (1, 2))
+    one, two = (predict_cost(model, options, teacher_bytes=2 * model.weights) for model in models)
     assert two.seconds_per_step - one.seconds_per_step == pytest.approx(row["seconds_per_block"], rel=0.25)
     more = two.gpu_memory - one.gpu_memory
     assert 0.95 * row["bytes_kept_per_block"] < more + 0.25 * row["bytes_kept_per_block"]

@@ -13,7 +13,17 @@ from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import training_data
 from convert_w4a8.samples.read import read_samples
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
+CPU, GPU, ANOTHER = torch.device("cpu"), torch.device("cuda:1"), torch.device("cuda:2")
+
+
+@pytest.fixture(autouse=True)
+def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that there are GPUs: two of one kind, and another one."""
+
+    def name(device: torch.device) -> str:
+        return "NVIDIA H200" if device == ANOTHER else "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", name)
 
 
 def test_the_kind_of_device_is_part_of_a_training(model: Path, start: Path, data: list[Path]) -> None:
@@ -21,11 +31,12 @@ def test_the_kind_of_device_is_part_of_a_training(model: Path, start: Path, data
     checkpoints = api.open_checkpoint(start), api.open_checkpoint(model)
     samples = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop")
     options = DistillOptions()
-    places = [(CPU, CPU), (GPU, CPU), (CPU, GPU), (torch.device("cuda:0"), CPU)]
+    places = [(CPU, CPU), (GPU, CPU), (CPU, GPU), (torch.device("cuda:0"), CPU), (ANOTHER, CPU), (CPU, ANOTHER)]
     first, *others = (run._fingerprint(*checkpoints, options, samples, *place) for place in places)
     differing = [{key for key in first if first[key] != other.get(key)} for other in others]
-    assert differing == [{"--device"}, {"--teacher-device"}, {"--device"}]
-    assert others[0] == others[2]
+    assert differing == [{"--device"}, {"--teacher-device"}, {"--device"}, {"--device"}, {"--teacher-device"}]
+    assert others[0] == others[2] != others[3]
+    assert others[1] != others[4]
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(CPU, GPU), (GPU, CPU)])
