@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.checkpoint.disk import disk_errors, fsync
+from convert_w4a8.checkpoint.disk import disk_errors
 from convert_w4a8.distillation.data import by_length, in_batches, make_batch, rows_of
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.state import replace_text, save_tensors
@@ -87,7 +87,6 @@ def stored_teacher(
         for tensors in _computed(teacher, samples, top_k, batch_tokens, progress):
             files.append(f"logits-{len(files) + 1:05}.safetensors")
             save_tensors(tensors, directory / files[-1])
-            fsync(directory / files[-1])
             notes = replace(notes, files=tuple(files))
             _write(notes, directory)
         notes = replace(notes, complete=True)

@@ -85,7 +85,6 @@ class StateDirectory:
             self.path.mkdir(mode=0o700, exist_ok=True)
             file = self.path / f"state-{step}.safetensors"
             save_tensors(tensors, file)
-            fsync(file)
             replace_text(json.dumps({**notes, "step": step}), self.path / _NOTES)
             for old in self.path.glob("state-*.safetensors"):
                 if old != file:
@@ -106,9 +105,11 @@ def replace_text(text: str, file: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write tensors to a file; raises DiskError where the system fails."""
+    """Write tensors to a file, to survive a power loss; raises DiskError where the system fails."""
     try:
         save_file(dict(tensors), file)
     except SafetensorError as error:  # the library's own word for what the system says
         file.unlink(missing_ok=True)
         raise DiskError(str(file), f"cannot be written ({error})", "free space, or choose another disk") from error
+    with disk_errors(file):
+        fsync(file)

@@ -1,5 +1,6 @@
 """A teacher's logits on the disk: what is read is what the teacher gave, and nothing of another teacher is used."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,13 +13,14 @@ from small_training import distill, run, tensors, write_data
 from tiny_models import VOCABULARY, samples_of
 
 from convert_w4a8 import api
-from convert_w4a8.distillation import first_pass
+from convert_w4a8.distillation import first_pass, state
 from convert_w4a8.distillation.data import make_batch
 from convert_w4a8.distillation.first_pass import stored_teacher
+from convert_w4a8.distillation.state import save_tensors
 from convert_w4a8.distillation.student import load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher, Logits
 from convert_w4a8.distillation.top_k import TopK
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, DiskError
 
 CPU = torch.device("cpu")
 
@@ -261,3 +263,14 @@ def test_a_disk_that_is_too_small(model: Path, tmp_path: Path, monkeypatch: pyte
         stored_teacher(
             api.open_checkpoint(model), samples_of([20]).samples, tmp_path / "l", 4, device=CPU, batch_tokens=64
         )
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the system notices it only as the file is synced."""
+
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "fsync", full)
+    with pytest.raises(DiskError, match=r"cannot be written \(No space left on device\); free space"):
+        save_tensors({"x": torch.zeros(2)}, tmp_path / "logits-00001.safetensors")
