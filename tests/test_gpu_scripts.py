@@ -363,6 +363,19 @@ def test_gaps_are_judged_by_what_stock_differs_from_itself(answers: list[dict[st
     assert gaps.is_within(gaps.compare(answers, exact), own) is within
 
 
+def test_one_token_is_chance() -> None:
+    """A large gap of a single token carries the mean, and says nothing of all others."""
+    exact, answers = _answers(0.0, 0), _answers(0.01, 1)
+    answers[3]["prompt"][5] += 30
+    own = [gaps.compare(_answers(0.01, 7), exact)]
+    row = gaps.compare(answers, exact)
+    assert row["mean_gap"] > gaps.SLACK * own[0]["mean_gap"]
+    assert gaps.is_within(row, own)
+    for answer in answers:
+        answer["prompt"][5] += 30
+    assert not gaps.is_within(gaps.compare(answers, exact), own)
+
+
 def test_a_shift_has_the_error_of_its_prompts() -> None:
     """Tokens of a prompt that shift together count once."""
     exact = [{"prompt": [0.0] * 9, "best": [0] * 9, "tokens": [1]} for _ in range(4)]

@@ -20,10 +20,11 @@ That is asked of the plugin without its decode kernel: the same bytes by the sam
 With `--decode` prompts are read token by token, so that all log-probabilities come through decode, 16 tokens a step,
 and the plugin's decode kernel is compared with CUTLASS. Kernels that add up in another order round differently, and
 that is what vLLM's own ways of running one checkpoint do: compiled and eager, by decode and by prefill. These show what
-it differs from itself, and `gaps.is_within` what is asked: mean gap and likeliest tokens within 1.5 times that, and no
-shift of all log-probabilities. That this is able to fail, a damaged copy must show: one in which, of every down
-projection, 64 output channels lack the last quarter of K, as if a kernel lost a part of it. Without the decode kernel,
-eager outputs must be those of stock, and compiled ones within the same. `--env NAME=VALUE` sets the plugin's options.
+it differs from itself, and `gaps.is_within` what is asked: mean gap and likeliest tokens within 1.5 times that and
+chance, and no shift of all log-probabilities. That this is able to fail, a damaged copy must show: one in which, of
+every down projection, 64 output channels lack the last quarter of K, as if a kernel lost a part of it. Without the
+decode kernel, eager outputs must be those of stock, and compiled ones within the same. `--env NAME=VALUE` sets the
+plugin's options.
 
 Each engine runs in a process of its own, which schedules by itself (no engine-core process whose batches depend on
 when requests arrive: other batch sizes are other kernels and other roundings).
