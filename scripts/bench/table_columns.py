@@ -306,6 +306,12 @@ COLUMNS: dict[str, Columns] = {
         ("by drop less uniform", "{difference:+.5f} ± {difference_standard_error:.5f}"),
         ("seeds", "{seeds}"),
     ),
+    "distill-stored": (
+        *(("teacher", "{teacher}"), ("logits of a token", "{top_k}"), ("hidden states", "{hidden:g}")),
+        *(("bytes a token", "{bytes_per_token:,.0f}"), ("s of the pass", "{pass_seconds:.0f}"), ("s", "{seconds:.0f}")),
+        *(("divergence it sees before", "{bound:.5f}"), ("after, by all logits", "{after:.5f}")),
+        ("more than the first", "{over_live:+.5f} ± {over_live_standard_error:.5f}"),
+    ),
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),
