@@ -403,6 +403,7 @@ COLUMNS: dict[str, Columns] = {
         ("after level 2", "{level_2}"),
         ("level 2 s", "{level_2_s:.1f}"),
     ),
+    "tensor-parallel-decode": GAPS,
     "tensor-parallel": (
         ("model", "{model}"),
         ("mode", "`{mode}`"),

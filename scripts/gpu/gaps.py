@@ -11,7 +11,9 @@ from typing import Any
 SLACK = 1.5
 """Two independent deviations add up to √2 of one."""
 SIGMAS = 4
-"""Chance alone goes beyond in one of 1,000 comparisons of 16 prompts."""
+"""Of shifts. Chance alone goes beyond in one of 1,000 comparisons of 16 prompts."""
+GAP_SIGMAS = 2
+"""Of mean gaps. A damaged layer doubles them, so no more can be left to chance; more prompts leave less to it."""
 
 Answers = Sequence[Mapping[str, Any]]
 Row = Mapping[str, Any]
@@ -59,7 +61,7 @@ def is_within(row: Row, own: Sequence[Row]) -> bool:
     chance: a few tokens with large gaps carry a mean, where routers choose other experts. And the log-probabilities
     must not be higher or lower on the whole.
     """
-    gap = SLACK * max(float(other["mean_gap"]) for other in own) + SIGMAS * float(row["mean_gap_error"])
+    gap = SLACK * max(float(other["mean_gap"]) for other in own) + GAP_SIGMAS * float(row["mean_gap_error"])
     choices = SLACK * max(int(other["choices_other"]) for other in own)
     shift = max(SIGMAS * float(row["shift_error"]), SLACK * max(abs(float(other["shift"])) for other in own))
     return (
