@@ -4,21 +4,20 @@ A check gives a score from 0 to 1. All but BLEU and ROUGE-L without a `minimum` 
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
-from urllib.parse import unquote
 
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.evaluation.library import library
+from convert_w4a8.evaluation.schemas import check_schema, first_error
 from convert_w4a8.samples.lines import a_json
-from convert_w4a8.version import install_command
 
 _MEND = "mend the line, or leave it out"
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n?[ \t]*```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,10 @@ def parse_check(origin: str, name: str, value: Any, references: tuple[str, ...])
     if known.library:
         library(*known.library)
     if kind == "json" and "schema" in settings:
-        _check_schema(origin, f"{name}.schema", settings["schema"])
+        check_schema(origin, f"{name}.schema", settings["schema"])
     for place, tool in enumerate(settings["tools"] if kind == "valid_calls" else []):
-        _check_schema(origin, f"{name}.tools[{place}].function.parameters", tool["function"].get("parameters") or True)
+        check_schema(origin, f"{name}.tools[{place}].function.parameters", tool["function"].get("parameters") or True)
     return Check(kind, settings, references)
-
-
-def library(module: str, package: str) -> Any:
-    """Return a library of the extra `evaluate`. Raises ConvertError if it is not installed."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConvertError(
-            "w4a8 evaluate", f"needs {package}, which is not installed", install_command("evaluate")
-        ) from error
 
 
 def score(check: Check, text: str, calls: Sequence[Call]) -> Score:
@@ -134,11 +123,11 @@ def _json(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
     """Parse an answer, or what it has between ``` fences, and compare it with a schema."""
     fenced = _FENCE.search(text)
     try:
-        found = json.loads(fenced[1] if fenced else text)
+        found = json.loads(fenced[1] if fenced else text, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
         return 0.0, f"is not JSON ({error})"
-    first = _first_error(check, check.settings.get("schema", True), found)
-    return float(first is None), "as the schema wants it" if first is None else f"{first.json_path}: {first.message}"
+    wrong = first_error(check.settings.get("schema", True), found)
+    return float(wrong is None), wrong or "as the schema wants it"
 
 
 def _tool_call(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float, str]:
@@ -158,21 +147,10 @@ def _valid_calls(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float
         if call.name not in tools:
             return 0.0, f"calls {call.name}, which is none of the tools"
         found = _parsed(call.arguments)
-        first = _first_error(check, tools[call.name], found) if found is not None else None
-        if found is None or first is not None:
-            return 0.0, f"calls {call.name} with {call.arguments}" + (f": {first.message}" if first else "")
+        wrong = "no JSON" if found is None else first_error(tools[call.name], found)
+        if wrong is not None:
+            return 0.0, f"calls {call.name} with {call.arguments}: {wrong}"
     return 1.0, f"{len(calls)} calls, as the tools are"
-
-
-def _first_error(check: Check, schema: Any, found: Any) -> Any:
-    """Return the first error of a value, as jsonschema has it; None where it is as the schema wants."""
-    jsonschema = library("jsonschema", "jsonschema")
-    try:
-        return next(jsonschema.validators.validator_for(schema)(schema).iter_errors(found), None)
-    except RecursionError as error:
-        raise ConvertError(
-            f"a {check.type} check", "has a schema that refers to itself without end", "mend the schema"
-        ) from error
 
 
 def _bleu(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
@@ -196,50 +174,15 @@ def _strings(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
+def _no_json(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
 def _parsed(arguments: str) -> Any:
     try:
-        return json.loads(arguments or "{}")
+        return json.loads(arguments or "{}", parse_constant=_no_json)
     except (ValueError, RecursionError):
         return None
-
-
-def _check_schema(origin: str, name: str, schema: Any) -> None:
-    far = next((ref for ref in _references(schema) if not ref.startswith("#")), None)
-    if far is not None:
-        raise ConvertError(origin, f"{name} refers to {far}", "put what it refers to into $defs; nothing is fetched")
-    if lost := next((ref for ref in _references(schema) if not _leads(schema, ref)), None):
-        raise ConvertError(origin, f"{name} refers to {lost}, which it does not have", _MEND)
-    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
-        raise ConvertError(origin, f"{name} has a $schema that is no string", _MEND)
-    jsonschema = library("jsonschema", "jsonschema")
-    try:
-        jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)
-    except jsonschema.exceptions.SchemaError as error:
-        raise ConvertError(origin, f"{name} is no JSON schema ({error.message})", _MEND) from error
-
-
-def _leads(schema: Any, ref: str) -> bool:
-    """Whether a reference within a schema, a JSON pointer or an anchor, leads somewhere."""
-    if ref[1:] and not ref.startswith("#/"):
-        return f'"{ref[1:]}"' in json.dumps(schema)  # an anchor's name
-    place = schema
-    for part in unquote(ref[2:]).split("/") if ref[2:] else []:
-        key = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(place, dict) and key in place:
-            place = place[key]
-        elif isinstance(place, list) and key.isdecimal() and int(key) < len(place):
-            place = place[int(key)]
-        else:
-            return False
-    return True
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, dict):
-        yield from (value for key, value in schema.items() if key in ("$ref", "$dynamicRef") and isinstance(value, str))
-    if isinstance(schema, dict | list):
-        for item in schema.values() if isinstance(schema, dict) else schema:
-            yield from _references(item)
 
 
 # What a setting must be: each returns what is wrong with a value, or nothing.
@@ -265,8 +208,9 @@ def _is_pattern(value: Any) -> str:
 
 
 def _is_number(value: Any) -> str:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return "" if whole else f"is {a_json(value)}, not a number"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return f"is {a_json(value)}, not a number"
+    return "" if abs(value) <= sys.float_info.max else "is too large"
 
 
 def _is_distance(value: Any) -> str:

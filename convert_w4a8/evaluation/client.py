@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import Answer, Side
-from convert_w4a8.evaluation.checks import library
+from convert_w4a8.evaluation.library import library
 from convert_w4a8.evaluation.prompts import Prompt
 from convert_w4a8.evaluation.stream import Parts
 from convert_w4a8.text import printable

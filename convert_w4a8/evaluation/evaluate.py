@@ -7,8 +7,8 @@ from typing import Any
 
 from convert_w4a8.errors import ConvertError, W4A8Error
 from convert_w4a8.evaluation import run
-from convert_w4a8.evaluation.checks import library
 from convert_w4a8.evaluation.client import Sampling
+from convert_w4a8.evaluation.library import library
 from convert_w4a8.evaluation.logs import read_logs
 from convert_w4a8.evaluation.options import EvaluateOptions
 from convert_w4a8.evaluation.prompts import read_prompts

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.evaluation import checks
+from convert_w4a8.evaluation import library
 from convert_w4a8.evaluation.checks import Call, parse_check, score
 
 
@@ -98,44 +98,27 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(_name: str) -> None:
         raise ImportError
 
-    monkeypatch.setattr(checks, "import_module", nothing)
+    monkeypatch.setattr(library, "import_module", nothing)
     with pytest.raises(ConvertError, match=r"needs sacrebleu, which is not installed; pip install .*\[evaluate\]"):
         parse_check("line 1", "checks[0]", {"type": "bleu"}, ("a",))
 
 
-@pytest.mark.parametrize(
-    ("schema", "right"),
-    [
-        ({"$ref": "#/components/schemas/Foo"}, False),
-        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "integer"}}}, True),
-        ({"$ref": "#here", "$defs": {"x": {"$anchor": "here", "type": "integer"}}}, True),
-        ({"$ref": "#nowhere"}, False),
-        ({"anyOf": [{"type": "integer"}, {"$ref": "#/anyOf/0"}]}, True),
-        ({"anyOf": [{"type": "integer"}, {"$ref": "#/anyOf/7"}]}, False),
-        ({"$schema": 5}, False),
-    ],
-)
-def test_references_of_schemas_lead_somewhere(schema: dict[str, Any], right: bool) -> None:
-    """Said with the line, before anything is asked."""
-    pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
-    line = {"type": "json", "schema": schema}
-    if right:
-        assert score(parse_check("line 1", "checks[0]", line, ()), "3", ()).value == 1.0
-    else:
-        with pytest.raises(ConvertError, match="line 1"):
-            parse_check("line 1", "checks[0]", line, ())
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400])
+def test_a_number_that_is_too_large(number: str) -> None:
+    """A whole number may be larger than any float."""
+    for key in ("value", "within"):
+        check = {"type": "number", "value": 1, "within": 0} | {key: int(number)}
+        with pytest.raises(ConvertError, match=rf"line: check.{key} is too large"):
+            parse_check("line", "check", check, ())
 
 
 @pytest.mark.parametrize(
-    "check",
-    [
-        {"type": "json", "schema": {"$ref": "#"}},
-        {"type": "valid_calls", "tools": [{"function": {"name": "f", "parameters": {"$ref": "#"}}}]},
-    ],
-    ids=lambda check: str(check["type"]),
+    ("text", "passes"), [("[NaN]", False), ("[-Infinity]", False), ("```json\r\n[1]\r\n```", True), ("[null]", True)]
 )
-def test_a_schema_that_is_nothing_but_itself(check: dict[str, Any]) -> None:
-    """Is named, whichever check has it."""
+def test_what_is_json(text: str, passes: bool) -> None:
+    """As programs read it, not as Python does."""
     pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
-    with pytest.raises(ConvertError, match=f"a {check['type']} check.*refers to itself without end"):
-        value(check, "{}", (Call("f", "{}"),))
+    assert value({"type": "json"}, text) == float(passes)
+    calls = (Call("f", text),)
+    if not text.startswith("`"):
+        assert value({"type": "valid_calls", "tools": [{"function": {"name": "f"}}]}, calls=calls) == float(passes)
