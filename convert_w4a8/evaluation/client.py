@@ -42,6 +42,12 @@ def is_local(url: str) -> bool:
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
+def endpoint_url(url: str) -> str:
+    """Return the address of a server's API, which ends in `/v1`."""
+    base = url.rstrip("/")
+    return base if base.endswith("/v1") else f"{base}/v1"
+
+
 class Endpoint:
     """One side's server. Used as an asynchronous context manager.
 
@@ -51,8 +57,7 @@ class Endpoint:
 
     def __init__(self, side: Side, url: str, model: str | None, timeout: float) -> None:
         self.side: Side = side
-        base = url.rstrip("/")
-        self.base_url = base if base.endswith("/v1") else f"{base}/v1"
+        self.base_url = endpoint_url(url)
         self.model = model or ""
         self.timeout = timeout
         self._openai = library("openai", "openai")

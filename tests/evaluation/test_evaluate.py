@@ -432,3 +432,29 @@ def test_what_users_wrote_is_for_the_owner(evaluate: Any, tmp_path: Path, of_log
         arguments = ["evaluate", "--baseline", a, "--candidate", a, *more, "--out", str(evaluate.out)]
         assert click.testing.CliRunner().invoke(main, arguments).exit_code == 4
     assert (evaluate.out.stat().st_mode & 0o077 == 0) == of_logs
+
+
+def test_a_server_is_not_compared_with_itself(evaluate: Any) -> None:
+    """An address that was given twice by mistake loses nothing; another model of the same server is another."""
+    behaviour = Behaviour(answer=right, models=("a", "b"))
+    with chat_server(behaviour) as url:
+        same = evaluate(url, f"{url}/v1/", "--tolerance", "1")
+        named = evaluate(url, url, "--tolerance", "1", "--candidate-model", "a")
+        other = evaluate(url, url, "--tolerance", "1", "--candidate-model", "b")
+    assert [result.exit_code for result in (same, named, other)] == [4, 4, 0]
+    assert "the same server and model: this compares it with itself" in same.stdout
+
+
+def test_a_tag_of_which_nothing_is_checked_is_not_shipped(evaluate: Any) -> None:
+    """Scores of others say nothing of it; what is unchecked besides is said."""
+    evaluate.lines += [{"prompt": f"1{n} + 1{n}", "tags": ["code"]} for n in range(3)]
+    evaluate.lines += [{"prompt": "20 + 20"}, {"prompt": "21 + 21", "tags": ["odd"]}]
+    with chat_server(Behaviour(answer=right)) as a, chat_server(Behaviour(answer=right)) as b:
+        result = evaluate(a, b, "--tolerance", "1")
+        evaluate.lines = [line for line in evaluate.lines if line.get("tags") != ["code"]]
+        without = evaluate(a, b, "--tolerance", "1")
+    assert result.exit_code == 4, result.output
+    assert "tag code: none of 3 prompts has checks, a reference or a rating" in result.stdout
+    assert "left out   quality: 5 of 13 prompts have no checks, reference or rating" in result.stdout
+    assert without.exit_code == 0, without.output
+    assert "left out   quality: 2 of 10 prompts" in without.stdout

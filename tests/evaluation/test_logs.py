@@ -249,8 +249,12 @@ def test_requests_are_asked_of_both_servers(tmp_path: Path, monkeypatch: pytest.
     ]
     log = str(write(tmp_path / "l.jsonl", *lines))
     good = Behaviour(answer=lambda _prompt: '{"a": 1}')
-    with chat_server(good) as a, chat_server(Behaviour(answer=lambda _prompt: '{"a": 1')) as b:
-        result = run("--logs", log, "--baseline", a, "--candidate", a, "--json")
+    with (
+        chat_server(good) as a,
+        chat_server(Behaviour(answer=good.answer)) as same,
+        chat_server(Behaviour(answer=lambda _prompt: '{"a": 1')) as b,
+    ):
+        result = run("--logs", log, "--baseline", a, "--candidate", same, "--json")
         bad = run("--logs", log, "--requests", "50", "--baseline", a, "--candidate", b)
     found = json.loads(result.stdout)
     assert result.exit_code == 0, result.output
@@ -298,7 +302,8 @@ def test_a_candidate_that_failed_in_production_is_not_shipped(tmp_path: Path, mo
     pytest.importorskip("openai", reason="the extra `evaluate` is not installed")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     form = {"response_format": {"type": "json_object"}}
-    with chat_server(Behaviour(answer=lambda _prompt: "{}")) as url:
+    good = Behaviour(answer=lambda _prompt: "{}")
+    with chat_server(good) as url, chat_server(good) as other:
         for failed, status_, code in ((1, "502", 0), (8, "400", 4), (8, "502", 4)):
             own = {"checks": [{"type": "exact", "value": "{}"}]}
             lines = [line(f"r{n}", "baseline", chat(f"q{n}", **form), **own) for n in range(80)]
@@ -307,7 +312,7 @@ def test_a_candidate_that_failed_in_production_is_not_shipped(tmp_path: Path, mo
                 for n in range(80)
             ]
             log = write(tmp_path / f"{failed}.jsonl", *lines)
-            result = run("--logs", str(log), "--baseline", url, "--candidate", url)
+            result = run("--logs", str(log), "--baseline", url, "--candidate", other)
             assert result.exit_code == code, result.output
     assert "in production the candidate failed 8 requests that the baseline answered" in result.stdout
 

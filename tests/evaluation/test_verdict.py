@@ -36,6 +36,36 @@ def test_verdicts(found: list[Pair], decision: str) -> None:
     assert decide(found, TOLERANCE).decision == decision
 
 
+@pytest.mark.parametrize("score", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize("tag", ["", "niche"])
+def test_nothing_to_lose_is_no_proof(score: float, tag: str) -> None:
+    """Where the baseline scores no more than may be lost, as with a wrong reference, anything would be shipped."""
+    empty = [Pair(f"x{n}", (tag,) if tag else (), score, score, None) for n in range(400)]
+    found = empty + (pairs(0, 0, 4000) if tag else [])
+    verdict = decide(found, TOLERANCE)
+    assert verdict.decision == "cannot tell"
+    assert len(verdict.reasons) == 1
+    assert f"the baseline scores {100 * score:.1f} points, and 5.0 points may be lost" in verdict.reasons[0]
+    assert verdict.groups[-1].more is None
+    above = [replace(pair, baseline=pair.baseline + 0.06, candidate=pair.candidate + 0.06) for pair in empty]
+    assert decide(above + found[400:], TOLERANCE).decision == "ship"
+    assert decide(found, Tolerance(1, 1, {})).decision == "ship"  # all may be lost: nobody asks for quality
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), min_size=1, max_size=80),
+    st.sampled_from([0.0, 0.01, 0.05, 0.3, 0.99]),
+    st.integers(1, 40),
+)
+def test_a_candidate_that_answers_nothing_right_is_never_shipped(
+    scores: list[float], tolerance: float, times: int
+) -> None:
+    """Whatever the baseline scores, the tolerance is, and however many prompts there are."""
+    found = [Pair(str(n), ("t",) if n % 2 else (), score, 0.0, None) for n, score in enumerate(scores * times)]
+    assert decide(found, Tolerance(tolerance, tolerance, {})).decision != "ship"
+
+
 def test_exit_codes() -> None:
     """0 for ship alone; 1 and 2 are errors'."""
     assert EXIT_CODES == {"ship": 0, "do not ship": 3, "cannot tell": 4}
