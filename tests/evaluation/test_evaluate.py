@@ -25,6 +25,11 @@ def number_of(prompt: str) -> int:
     return int(found[1])
 
 
+def delta(said: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return an odd chunk."""
+    return {"choices": [{"index": 0, "delta": said, "finish_reason": None} | more]}
+
+
 def is_warm_up(prompt: str) -> bool:
     return prompt.startswith("(")
 
@@ -111,7 +116,25 @@ def test_what_a_server_refuses_is_left_out(evaluate: Any) -> None:
     [
         (500, "5xx: status 500, status 500 was wanted"),
         (400, "4xx: status 400"),
-        ("cut", "truncated: the stream ended without a finish_reason"),
+        ("cut", "truncated: no finish_reason came"),
+        (delta({}, finish_reason="abort"), "truncated: the server gave up (finish_reason abort)"),
+        (delta({}, finish_reason="error"), "truncated: the server gave up (finish_reason error)"),
+        (delta({"content": 5}), "truncated: what came is not a stream of answers"),
+        (delta({"content": {"a": [1]}}), "truncated: what came is not a stream of answers"),
+        (delta({"tool_calls": 5}), "truncated: what came is not a stream of answers"),
+        (b"5", "truncated: what came is not a stream of answers"),
+        (b'"x"', "truncated: what came is not a stream of answers"),
+        (b"[1]", "truncated: what came is not a stream of answers"),
+        (b"null", "truncated: what came is not a stream of answers"),
+        (b"[" * 100_000, "truncated: what came is not a stream of answers"),
+        (b"\xff\xfe", "truncated: what came is not a stream of answers"),
+        (delta({"tool_calls": [{"index": "a", "function": {}}]}), "truncated: what came is not a stream of answers"),
+        (delta({}, finish_reason=[1]), "truncated: what came is not a stream of answers"),
+        (delta({}, token_ids="ab"), "truncated: what came is not a stream of answers"),
+        (delta({}, prompt_token_ids=[-1]), "truncated: what came is not a stream of answers"),
+        ({"choices": 5}, "truncated: what came is not a stream of answers"),
+        ({"choices": [], "usage": {"completion_tokens": "many"}}, "truncated: what came is not a stream of answers"),
+        ({"choices": [], "usage": {"completion_tokens": -3}}, "truncated: what came is not a stream of answers"),
         ("garbage", "truncated: what came is not a stream of answers"),
         ("error", "the engine is dead"),
         ("drop", "dead: "),
@@ -135,6 +158,19 @@ def test_failures_have_names_and_are_asked_again(evaluate: Any, failure: Any, na
     assert second.exit_code == 0, second.output
     again = [request["messages"][-1]["content"] for request in behaviour.seen[asked:]]
     assert [prompt for prompt in again if not is_warm_up(prompt)] == ["What is 5 + 5?"]
+
+
+@pytest.mark.parametrize(
+    "listing", [{}, {"data": "abc"}, {"data": 5}, {"data": [5]}, {"data": [{"id": 5}]}, {"data": [{"id": ""}]}, [], "x"]
+)
+def test_odd_lists_of_models(evaluate: Any, listing: Any) -> None:
+    """Are said, with what helps."""
+    with chat_server(Behaviour(answer=right)) as a, chat_server(Behaviour(answer=right, listing=listing)) as b:
+        result = evaluate(a, b)
+        named = evaluate(a, b, "--candidate-model", "model", "--tolerance", "1")
+    assert (result.exit_code, named.exit_code) == (1, 0), result.output
+    assert result.exception.__class__ is SystemExit
+    assert re.search("lists no model; name one with --candidate-model|is not a stream", result.stderr)
 
 
 def test_a_server_that_dies_is_given_up(evaluate: Any) -> None:

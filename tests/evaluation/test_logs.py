@@ -224,7 +224,8 @@ def test_recorded_calls() -> None:
         ({"body": "<html>"}, "truncated: no response in the log"),
         ({"body": stream("a", "b")[:70]}, "truncated: "),
         ({"body": {"error": {"message": "too long"}}}, "refused: too long"),
-        ({"body": {"choices": []}}, "truncated: the answer in the log has no finish_reason"),
+        ({"body": {"choices": [{"text": "", "finish_reason": "abort"}]}}, "truncated: the server gave up"),
+        ({"body": {"choices": []}}, "truncated: no finish_reason came, as the log says"),
     ],
 )
 def test_recorded_failures_have_names(entry: Any, failure: str) -> None:
