@@ -27,6 +27,9 @@ from convert_w4a8.text import printable
 _OPTIONAL: dict[str, Any] = {"stream_options": {"include_usage": True}, "return_token_ids": True}
 """What is asked for beyond the common core, and no more once a server refuses it by name."""
 
+_SECRET = 8
+"""Characters of a key; a shorter one is a word."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -61,14 +64,14 @@ class Endpoint:
         self.model = model or ""
         self.timeout = timeout
         self._openai = library("openai", "openai")
+        self._key = os.environ.get("OPENAI_API_KEY", "")
         self._client: Any = None
         self._refused: set[str] = set()
 
     async def __aenter__(self) -> Self:
-        key = os.environ.get("OPENAI_API_KEY") or "none"
         own = {"http_client": self._openai.DefaultAsyncHttpxClient(trust_env=False)} if is_local(self.base_url) else {}
         self._client = self._openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout, **own
+            base_url=self.base_url, api_key=self._key or "none", max_retries=0, timeout=self.timeout, **own
         )
         return self
 
@@ -171,7 +174,11 @@ class Endpoint:
         return isinstance(error, network) or type(error).__module__.partition(".")[0].startswith("http")
 
     def _failure(self, error: Exception) -> str:
-        """Name a failure."""
+        """Name a failure; a server may say the key that it was shown."""
+        named = self._named(error)
+        return named.replace(self._key, "(the key)") if len(self._key) >= _SECRET else named
+
+    def _named(self, error: Exception) -> str:
         if isinstance(error, TimeoutError | self._openai.APITimeoutError) or "Timeout" in type(error).__name__:
             return f"hung: no end of it within {self.timeout:g} s"
         if isinstance(error, self._openai.APIStatusError):

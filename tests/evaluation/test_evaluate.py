@@ -334,6 +334,10 @@ def test_ratings_are_checks(evaluate: Any, tmp_path: Path) -> None:
     second = evaluate(a, b, "--out", str(evaluate.out), "--ratings", str(ratings))
     assert second.exit_code == 3, second.output
     assert evaluate.document()["ratings"] == 7
+    other = evaluate.directory / "other"
+    none = evaluate(a, b, "--out", str(other), "--ratings", str(ratings))
+    assert "has no answers that could be rated" in none.stderr
+    assert (none.exit_code, other.exists()) == (1, False)
     ratings.write_text(json.dumps({"answers": "0", "ratings": entries}))
     assert "rates other answers" in evaluate(a, b, "--out", str(evaluate.out), "--ratings", str(ratings)).stderr
 
@@ -494,3 +498,44 @@ def test_a_tag_of_which_nothing_is_checked_is_not_shipped(evaluate: Any) -> None
     assert "left out   quality: 5 of 13 prompts have no checks, reference or rating" in result.stdout
     assert without.exit_code == 0, without.output
     assert "left out   quality: 2 of 10 prompts" in without.stdout
+
+
+def test_a_run_without_any_answer_leaves_nothing_in_the_way(evaluate: Any) -> None:
+    """The same command, once the server is there; a file that is no run's stays as it is."""
+    with chat_server(Behaviour(answer=right)) as a:
+        with chat_server(Behaviour(answer=right)) as b:
+            pass
+        first = evaluate(a, b, "--out", str(evaluate.out), "--tolerance", "1")
+        assert (first.exit_code, "start the server" in first.stderr) == (1, True), first.output
+        with chat_server(Behaviour(answer=right)) as b:
+            second = evaluate(a, b, "--out", str(evaluate.out), "--tolerance", "1")
+            third = evaluate(a, b, "--out", str(evaluate.out), "--tolerance", "1")
+            assert (second.exit_code, third.exit_code) == (0, 1), second.output
+            assert "is there already; pass --resume" in third.stderr
+            for text in ('{"answer": "yes"}\n', '{"a": 1}\n', "[]\n", "5\n", "settings\n"):
+                (evaluate.out / "answers.jsonl").write_text(text, encoding="utf-8")
+                assert "is there already" in evaluate(a, b, "--out", str(evaluate.out)).stderr
+                assert (evaluate.out / "answers.jsonl").read_text(encoding="utf-8") == text
+                assert "is damaged" in evaluate(a, b, "--out", str(evaluate.out), "--resume").stderr
+
+
+def test_keys_are_not_written(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of the environment, which a server may say, nor one among the options of servers."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    error = {"error": {"message": "the key sk-secret-1 may not do this"}}
+    behaviour = Behaviour(answer=right, failure=lambda prompt: None if is_warm_up(prompt) else error)
+    with chat_server(Behaviour(answer=right)) as a, chat_server(behaviour) as b:
+        result = evaluate(a, b, "--out", str(evaluate.out), "--serve-options", "--api-key sk-secret-2")
+    written = "".join(path.read_text(encoding="utf-8") for path in evaluate.out.iterdir())
+    assert "the key (the key) may not do this" in written
+    assert "sk-secret" not in written + result.output
+
+
+@pytest.mark.parametrize("settings", [5, [], "x", None, {"prompts": {}}])
+def test_odd_settings_of_a_run(evaluate: Any, settings: Any) -> None:
+    """Are no traceback."""
+    evaluate.out.mkdir()
+    (evaluate.out / "answers.jsonl").write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+    result = evaluate("http://127.0.0.1:9", "http://127.0.0.1:8", "--out", str(evaluate.out), "--resume")
+    assert re.search("is damaged|were given with another", result.stderr)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
