@@ -13,6 +13,7 @@ from typing import Any
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.library import library
 from convert_w4a8.evaluation.schemas import check_schema, first_error
+from convert_w4a8.evaluation.words import as_ascii, is_unspaced, words
 from convert_w4a8.samples.lines import a_json
 
 _MEND = "mend the line, or leave it out"
@@ -73,6 +74,9 @@ def parse_check(origin: str, name: str, value: Any, references: tuple[str, ...])
         raise ConvertError(origin, f"{name} ({kind}) has no {missing}", _MEND)
     if (kind in ("bleu", "rouge_l") or (kind == "exact" and "value" not in settings)) and not references:
         raise ConvertError(origin, f"{name} ({kind}) needs a reference", "give the line a reference, or another check")
+    if kind == "rouge_l" and (empty := next((text for text in references if not words(text)), None)) is not None:
+        remedy = "give another reference, or another check, such as exact"
+        raise ConvertError(origin, f"{name} (rouge_l) counts words, and the reference {empty!r} has none", remedy)
     if known.library:
         library(*known.library)
     if kind == "json" and "schema" in settings:
@@ -154,15 +158,17 @@ def _valid_calls(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float
 
 
 def _bleu(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
-    """Score with sacrebleu's sentence BLEU, as a share of 1."""
-    found = library("sacrebleu", "sacrebleu").sentence_bleu(text, list(check.references)).score / 100
+    """Score with sacrebleu's sentence BLEU, as a share of 1; by characters, where references have no spaces."""
+    by = {"tokenize": "char"} if any(map(is_unspaced, check.references)) else {}
+    found = library("sacrebleu", "sacrebleu").sentence_bleu(text, list(check.references), **by).score / 100
     return min(1.0, max(0.0, found)), f"BLEU {found:.3f}"
 
 
 def _rouge_l(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
     """Score with rouge-score's F-measure of ROUGE-L, against the nearest of the references."""
     scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
-    found = float(max(scorer.score(reference, text)["rougeL"].fmeasure for reference in check.references))
+    said = as_ascii(text)
+    found = float(max(scorer.score(as_ascii(wanted), said)["rougeL"].fmeasure for wanted in check.references))
     return found, f"ROUGE-L {found:.3f}"
 
 

@@ -1,12 +1,16 @@
 """Checks: what passes, what does not, and the libraries' own scores."""
 
+import unicodedata
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation import library
 from convert_w4a8.evaluation.checks import Call, parse_check, score
+from convert_w4a8.evaluation.words import words
 
 
 def value(
@@ -122,3 +126,46 @@ def test_what_is_json(text: str, passes: bool) -> None:
     calls = (Call("f", text),)
     if not text.startswith("`"):
         assert value({"type": "valid_calls", "tools": [{"function": {"name": "f"}}]}, calls=calls) == float(passes)
+
+
+@pytest.mark.parametrize(
+    ("reference", "near", "far"),
+    [
+        ("Столица Франции — Париж", "столица Франции: Лион", "Я не знаю"),
+        ("法国的首都是巴黎。", "法国的首都是里昂。", "我不知道"),
+        ("フランスの首都はパリです", "フランスの首都はリヨンです", "わかりません"),
+        ("เมืองหลวงคือปารีส", "เมืองหลวงคือลียง", "ไม่รู้"),
+        ("عاصمة فرنسا هي باريس", "عاصمة فرنسا هي ليون", "لا أعرف"),
+        ("फ़्रांस की राजधानी पेरिस है", "फ़्रांस की राजधानी ल्यों है", "मुझे नहीं पता"),
+        ("La société a été créée", "La societe a été créée", "Je ne sais pas"),
+    ],
+)
+def test_texts_of_all_scripts_are_compared(reference: str, near: str, far: str) -> None:
+    """The right answer has all points, another one fewer; rouge-score and sacrebleu alone give many of them none."""
+    pytest.importorskip("sacrebleu", reason="the extra `evaluate` is not installed")
+    for kind in ("rouge_l", "bleu"):
+        right, less, none = (value({"type": kind}, text, reference=(reference,)) for text in (reference, near, far))
+        assert right == pytest.approx(1)
+        assert 0.95 > less > none + (0 if kind == "bleu" else 0.3)
+
+
+def test_composed_and_decomposed_letters_are_the_same() -> None:
+    """As they look the same."""
+    pytest.importorskip("rouge_score", reason="the extra `evaluate` is not installed")
+    assert value({"type": "rouge_l"}, unicodedata.normalize("NFD", "été"), reference=("été",)) == 1
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=40), st.text(st.characters(max_codepoint=127), max_size=40))
+def test_ascii_is_scored_as_rouge_score_does(reference: str, text: str) -> None:
+    """To the last bit."""
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="the extra `evaluate` is not installed")
+    if words(reference):
+        wanted = scorer.RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
+        assert value({"type": "rouge_l"}, text, reference=(reference,)) == wanted
+
+
+def test_a_reference_without_words_is_refused() -> None:
+    """Nothing would ever score."""
+    pytest.importorskip("rouge_score", reason="the extra `evaluate` is not installed")
+    with pytest.raises(ConvertError, match=r"reference '→ 🙂' has none; give another reference, or another check"):
+        parse_check("line", "check", {"type": "rouge_l"}, ("a", "→ 🙂"))
