@@ -108,7 +108,8 @@ def evaluate(
             error.add_note("what was answered is kept, and --resume continues" if out else "no answers are kept")
             raise
         answers = store.digest()
-        rated = {} if ratings is None else read_ratings(ratings, answers)
+        asked = {(prompt.id, sample) for prompt, sample in prepared.plan.jobs}
+        rated = {} if ratings is None else read_ratings(ratings, answers, asked)
         return collect(prepared.plan, store, prepared.tolerance, rated, answers)
 
 
