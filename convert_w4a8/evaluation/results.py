@@ -138,11 +138,14 @@ def collect(
 
 
 def _scores(prompt: Prompt, answers: Mapping[Side, Answer], side: Side) -> tuple[Score, ...]:
-    """Return what the checks give an answer. One without calls, where the other side calls, fails those of requests."""
+    """Return what the checks give an answer. The candidate's without calls, where the baseline calls, fails requests'.
+
+    The other way round nothing is won: that the candidate calls a tool is no sign that the baseline should have.
+    """
     answer = answers[side]
-    without = not answer.calls and any(other.calls for other in answers.values())
+    without = not answer.calls and bool(answers["baseline"].calls)
     return tuple(
-        Score(check.type, 0.0, False, "calls no tool, as the other side does")
+        Score(check.type, 0.0, False, "calls no tool, as the baseline does")
         if check.derived and check.type == "valid_calls" and without
         else score(check, answer.text, answer.calls)
         for check in prompt.checks

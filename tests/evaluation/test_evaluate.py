@@ -58,6 +58,7 @@ def test_equal_servers_ship(evaluate: Any) -> None:
     assert found["verdict"]["decision"] == "ship"
     assert found["verdict"]["groups"][0]["mcnemar_p"] == 1
     assert found["agreement"]["identical"] == 1
+    assert "All are the same: is the candidate what it should be?" in result.stdout
     assert found["speed"]["ttft"]["candidate"]["answers"] == 8
     assert (evaluate.out / "evaluation.md").read_text(encoding="utf-8").startswith("## w4a8 evaluate: ship\n")
     assert '<p class="verdict ship">ship</p>' in (evaluate.out / "evaluation.html").read_text(encoding="utf-8")

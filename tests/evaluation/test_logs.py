@@ -420,6 +420,15 @@ def test_the_form_alone_is_not_shipped(verdict: Any, baseline: Any, candidate: A
         assert verdict(lines).exit_code == 0
 
 
+def test_calls_that_the_baseline_does_not_make_win_nothing(verdict: Any) -> None:
+    """They would outweigh what a check of one's own says of them."""
+    lines = paired(80, response("It rains"), response("", **CALL), tools=TOOLS)
+    for one in lines:
+        one["checks"] = [{"type": "contains", "value": "rains"}]
+    result = verdict(lines)
+    assert result.exit_code == 3, result.output
+
+
 @pytest.mark.parametrize("how", [{"error": "reset"}, {"status": "502"}, {"status": "-"}, {"status": 400}])
 def test_a_failure_without_a_body_is_one(verdict: Any, how: dict[str, Any]) -> None:
     """A proxy has none to write then."""
