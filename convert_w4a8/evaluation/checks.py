@@ -4,6 +4,7 @@ A check gives a score from 0 to 1. All but BLEU and ROUGE-L without a `minimum` 
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from convert_w4a8.evaluation.words import as_ascii, is_unspaced, words
 from convert_w4a8.samples.lines import a_json
 
 _MEND = "mend the line, or leave it out"
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n?[ \t]*```", re.DOTALL)
 
 
@@ -115,11 +116,12 @@ def _regex(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]
 
 def _number(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
     """Compare the last number of an answer: reasoning comes before it."""
-    found = [match for match in _NUMBER.findall(text) if any(map(str.isdigit, match))]
+    found = [match for match in _NUMBER.findall(text.replace("\u2212", "-")) if any(map(str.isdigit, match))]
     if not found:
         return 0.0, "has no number"
     number = float(found[-1].replace(",", ""))
-    near = abs(number - check.settings["value"]) <= check.settings.get("within", 0)
+    off, most = abs(number - check.settings["value"]), check.settings.get("within", 0)
+    near = off <= most or math.isclose(off, most)  # 0.4 is within 0.1 of 0.3
     return float(near), f"says {number:g}, {check.settings['value']:g} is wanted"
 
 
