@@ -40,7 +40,7 @@ class Parts:
     def take(self, chunk: Any, now: float | None) -> None:
         """Add a chunk, or a whole response. now: seconds since the request was sent; None where that is not known.
 
-        Raises one of `ODD` where it is none; what came before stays as it was.
+        Raises one of `ODD` where it is none; the answer can be no whole one then, but what came can be kept.
         """
         answer = self.answer
         usage = getattr(chunk, "usage", None)
