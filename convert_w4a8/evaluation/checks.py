@@ -16,8 +16,11 @@ from convert_w4a8.evaluation.library import library
 from convert_w4a8.evaluation.schemas import check_schema, first_error
 from convert_w4a8.evaluation.words import as_ascii, is_unspaced, words
 from convert_w4a8.samples.lines import a_json
+from convert_w4a8.time_limit import time_limit
 
 _MEND = "mend the line, or leave it out"
+_SECONDS = 10.0
+"""For a check of an answer: patterns that repeat what repeats, and schemas that double, take years."""
 _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n?[ \t]*```", re.DOTALL)
 
@@ -89,7 +92,11 @@ def parse_check(origin: str, name: str, value: Any, references: tuple[str, ...])
 
 def score(check: Check, text: str, calls: Sequence[Call]) -> Score:
     """Return what an answer gets. text: what the model said; calls: the tools that it called."""
-    value, detail = _KINDS[check.type].score(check, text, calls)
+    try:
+        with time_limit(_SECONDS):
+            value, detail = _KINDS[check.type].score(check, text, calls)
+    except TimeoutError:
+        return Score(check.type, 0.0, False, f"was not compared within {_SECONDS:g} s")
     minimum = check.settings.get("minimum")
     if minimum is not None:
         return Score(check.type, float(value >= minimum), False, f"{detail}, at least {minimum:g} wanted")

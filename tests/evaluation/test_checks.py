@@ -1,5 +1,7 @@
 """Checks: what passes, what does not, and the libraries' own scores."""
 
+import signal
+import threading
 import unicodedata
 from typing import Any
 
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.evaluation import library
+from convert_w4a8.evaluation import checks, library
 from convert_w4a8.evaluation.checks import Call, parse_check, score
 from convert_w4a8.evaluation.words import words
 
@@ -176,3 +178,37 @@ def test_a_reference_without_words_is_refused() -> None:
     pytest.importorskip("rouge_score", reason="the extra `evaluate` is not installed")
     with pytest.raises(ConvertError, match=r"reference '→ 🙂' has none; give another reference, or another check"):
         parse_check("line", "check", {"type": "rouge_l"}, ("a", "→ 🙂"))
+
+
+def doubling(depth: int) -> dict[str, Any]:
+    """Return a schema of few lines that asks the same 2^depth times."""
+    parts = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(depth)}
+    return {"$ref": "#/$defs/a0", "$defs": parts | {f"a{depth}": {}}}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        {"type": "regex", "pattern": "(a+)+$"},
+        {"type": "json", "schema": {"pattern": "(a+)+$"}},
+        {"type": "json", "schema": doubling(60)},
+        {"type": "valid_calls", "tools": [{"function": {"name": "f", "parameters": doubling(60)}}]},
+    ],
+    ids=["regex", "pattern", "doubling", "calls"],
+)
+def test_a_check_that_takes_years_fails(monkeypatch: pytest.MonkeyPatch, check: dict[str, Any]) -> None:
+    """A logged request may bring one, and the others are still to be compared."""
+    pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
+    monkeypatch.setattr(checks, "_SECONDS", 0.3)
+    before = signal.getsignal(signal.SIGALRM)
+    text = '"' + "a" * 60 + '!"'
+    found = score(parse_check("line", "check", check, ()), text, (Call("f", text),))
+    assert (found.value, found.detail) == (0, "was not compared within 0.3 s")
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    elsewhere: list[float] = []
+    ordinary = parse_check("line", "check", {"type": "regex", "pattern": "a"}, ())
+    thread = threading.Thread(target=lambda: elsewhere.append(score(ordinary, text, ()).value))
+    thread.start()
+    thread.join()
+    assert elsewhere == [1]
