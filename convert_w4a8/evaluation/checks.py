@@ -6,19 +6,23 @@ A check gives a score from 0 to 1. All but BLEU and ROUGE-L without a `minimum` 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
-from urllib.parse import unquote
 
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.evaluation.library import library
+from convert_w4a8.evaluation.schemas import check_schema, first_error
+from convert_w4a8.evaluation.words import as_ascii, is_unspaced, words
 from convert_w4a8.samples.lines import a_json
-from convert_w4a8.version import install_command
+from convert_w4a8.time_limit import time_limit
 
 _MEND = "mend the line, or leave it out"
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_SECONDS = 10.0
+"""For a check of an answer: patterns that repeat what repeats, and schemas that double, take years."""
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n?[ \t]*```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -74,28 +78,25 @@ def parse_check(origin: str, name: str, value: Any, references: tuple[str, ...])
         raise ConvertError(origin, f"{name} ({kind}) has no {missing}", _MEND)
     if (kind in ("bleu", "rouge_l") or (kind == "exact" and "value" not in settings)) and not references:
         raise ConvertError(origin, f"{name} ({kind}) needs a reference", "give the line a reference, or another check")
+    if kind == "rouge_l" and (empty := next((text for text in references if not words(text)), None)) is not None:
+        remedy = "give another reference, or another check, such as exact"
+        raise ConvertError(origin, f"{name} (rouge_l) counts words, and the reference {empty!r} has none", remedy)
     if known.library:
         library(*known.library)
     if kind == "json" and "schema" in settings:
-        _check_schema(origin, f"{name}.schema", settings["schema"])
+        check_schema(origin, f"{name}.schema", settings["schema"])
     for place, tool in enumerate(settings["tools"] if kind == "valid_calls" else []):
-        _check_schema(origin, f"{name}.tools[{place}].function.parameters", tool["function"].get("parameters") or True)
+        check_schema(origin, f"{name}.tools[{place}].function.parameters", tool["function"].get("parameters") or True)
     return Check(kind, settings, references)
-
-
-def library(module: str, package: str) -> Any:
-    """Return a library of the extra `evaluate`. Raises ConvertError if it is not installed."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConvertError(
-            "w4a8 evaluate", f"needs {package}, which is not installed", install_command("evaluate")
-        ) from error
 
 
 def score(check: Check, text: str, calls: Sequence[Call]) -> Score:
     """Return what an answer gets. text: what the model said; calls: the tools that it called."""
-    value, detail = _KINDS[check.type].score(check, text, calls)
+    try:
+        with time_limit(_SECONDS):
+            value, detail = _KINDS[check.type].score(check, text, calls)
+    except TimeoutError:
+        return Score(check.type, 0.0, False, f"was not compared within {_SECONDS:g} s")
     minimum = check.settings.get("minimum")
     if minimum is not None:
         return Score(check.type, float(value >= minimum), False, f"{detail}, at least {minimum:g} wanted")
@@ -122,11 +123,12 @@ def _regex(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]
 
 def _number(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
     """Compare the last number of an answer: reasoning comes before it."""
-    found = [match for match in _NUMBER.findall(text) if any(map(str.isdigit, match))]
+    found = [match for match in _NUMBER.findall(text.replace("\u2212", "-")) if any(map(str.isdigit, match))]
     if not found:
         return 0.0, "has no number"
     number = float(found[-1].replace(",", ""))
-    near = abs(number - check.settings["value"]) <= check.settings.get("within", 0)
+    off, most = abs(number - check.settings["value"]), check.settings.get("within", 0)
+    near = off <= most or math.isclose(off, most)  # 0.4 is within 0.1 of 0.3
     return float(near), f"says {number:g}, {check.settings['value']:g} is wanted"
 
 
@@ -134,11 +136,11 @@ def _json(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
     """Parse an answer, or what it has between ``` fences, and compare it with a schema."""
     fenced = _FENCE.search(text)
     try:
-        found = json.loads(fenced[1] if fenced else text)
+        found = json.loads(fenced[1] if fenced else text, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
         return 0.0, f"is not JSON ({error})"
-    first = _first_error(check, check.settings.get("schema", True), found)
-    return float(first is None), "as the schema wants it" if first is None else f"{first.json_path}: {first.message}"
+    wrong = first_error(check.settings.get("schema", True), found)
+    return float(wrong is None), wrong or "as the schema wants it"
 
 
 def _tool_call(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float, str]:
@@ -158,33 +160,24 @@ def _valid_calls(check: Check, _text: str, calls: Sequence[Call]) -> tuple[float
         if call.name not in tools:
             return 0.0, f"calls {call.name}, which is none of the tools"
         found = _parsed(call.arguments)
-        first = _first_error(check, tools[call.name], found) if found is not None else None
-        if found is None or first is not None:
-            return 0.0, f"calls {call.name} with {call.arguments}" + (f": {first.message}" if first else "")
+        wrong = "no JSON" if found is None else first_error(tools[call.name], found)
+        if wrong is not None:
+            return 0.0, f"calls {call.name} with {call.arguments}: {wrong}"
     return 1.0, f"{len(calls)} calls, as the tools are"
 
 
-def _first_error(check: Check, schema: Any, found: Any) -> Any:
-    """Return the first error of a value, as jsonschema has it; None where it is as the schema wants."""
-    jsonschema = library("jsonschema", "jsonschema")
-    try:
-        return next(jsonschema.validators.validator_for(schema)(schema).iter_errors(found), None)
-    except RecursionError as error:
-        raise ConvertError(
-            f"a {check.type} check", "has a schema that refers to itself without end", "mend the schema"
-        ) from error
-
-
 def _bleu(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
-    """Score with sacrebleu's sentence BLEU, as a share of 1."""
-    found = library("sacrebleu", "sacrebleu").sentence_bleu(text, list(check.references)).score / 100
+    """Score with sacrebleu's sentence BLEU, as a share of 1; by characters, where references have no spaces."""
+    by = {"tokenize": "char"} if any(map(is_unspaced, check.references)) else {}
+    found = library("sacrebleu", "sacrebleu").sentence_bleu(text, list(check.references), **by).score / 100
     return min(1.0, max(0.0, found)), f"BLEU {found:.3f}"
 
 
 def _rouge_l(check: Check, text: str, _calls: Sequence[Call]) -> tuple[float, str]:
     """Score with rouge-score's F-measure of ROUGE-L, against the nearest of the references."""
     scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
-    found = float(max(scorer.score(reference, text)["rougeL"].fmeasure for reference in check.references))
+    said = as_ascii(text)
+    found = float(max(scorer.score(as_ascii(wanted), said)["rougeL"].fmeasure for wanted in check.references))
     return found, f"ROUGE-L {found:.3f}"
 
 
@@ -196,50 +189,15 @@ def _strings(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
+def _no_json(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
 def _parsed(arguments: str) -> Any:
     try:
-        return json.loads(arguments or "{}")
+        return json.loads(arguments or "{}", parse_constant=_no_json)
     except (ValueError, RecursionError):
         return None
-
-
-def _check_schema(origin: str, name: str, schema: Any) -> None:
-    far = next((ref for ref in _references(schema) if not ref.startswith("#")), None)
-    if far is not None:
-        raise ConvertError(origin, f"{name} refers to {far}", "put what it refers to into $defs; nothing is fetched")
-    if lost := next((ref for ref in _references(schema) if not _leads(schema, ref)), None):
-        raise ConvertError(origin, f"{name} refers to {lost}, which it does not have", _MEND)
-    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
-        raise ConvertError(origin, f"{name} has a $schema that is no string", _MEND)
-    jsonschema = library("jsonschema", "jsonschema")
-    try:
-        jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)
-    except jsonschema.exceptions.SchemaError as error:
-        raise ConvertError(origin, f"{name} is no JSON schema ({error.message})", _MEND) from error
-
-
-def _leads(schema: Any, ref: str) -> bool:
-    """Whether a reference within a schema, a JSON pointer or an anchor, leads somewhere."""
-    if ref[1:] and not ref.startswith("#/"):
-        return f'"{ref[1:]}"' in json.dumps(schema)  # an anchor's name
-    place = schema
-    for part in unquote(ref[2:]).split("/") if ref[2:] else []:
-        key = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(place, dict) and key in place:
-            place = place[key]
-        elif isinstance(place, list) and key.isdecimal() and int(key) < len(place):
-            place = place[int(key)]
-        else:
-            return False
-    return True
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, dict):
-        yield from (value for key, value in schema.items() if key in ("$ref", "$dynamicRef") and isinstance(value, str))
-    if isinstance(schema, dict | list):
-        for item in schema.values() if isinstance(schema, dict) else schema:
-            yield from _references(item)
 
 
 # What a setting must be: each returns what is wrong with a value, or nothing.
@@ -265,8 +223,9 @@ def _is_pattern(value: Any) -> str:
 
 
 def _is_number(value: Any) -> str:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return "" if whole else f"is {a_json(value)}, not a number"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return f"is {a_json(value)}, not a number"
+    return "" if abs(value) <= sys.float_info.max else "is too large"
 
 
 def _is_distance(value: Any) -> str:

@@ -3,8 +3,8 @@
 Every way in which a request can fail has a name, which stands at the beginning of `Answer.failure`:
 
 dead: no connection, or it broke off · hung: no end within the time limit · 4xx, 5xx: the server's status ·
-truncated: the stream ended without a reason to finish, or with what is not a stream · refused: an error within
-a stream.
+truncated: the stream ended without a reason to finish, or because the server gave up, or with what is not a stream ·
+refused: an error within a stream.
 """
 
 import asyncio
@@ -19,13 +19,16 @@ from urllib.parse import urlsplit
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import Answer, Side
-from convert_w4a8.evaluation.checks import library
+from convert_w4a8.evaluation.library import library
 from convert_w4a8.evaluation.prompts import Prompt
-from convert_w4a8.evaluation.stream import Parts
+from convert_w4a8.evaluation.stream import ODD, Parts
 from convert_w4a8.text import printable
 
 _OPTIONAL: dict[str, Any] = {"stream_options": {"include_usage": True}, "return_token_ids": True}
 """What is asked for beyond the common core, and no more once a server refuses it by name."""
+
+_SECRET = 8
+"""Characters of a key; a shorter one is a word."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ def is_local(url: str) -> bool:
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
+def endpoint_url(url: str) -> str:
+    """Return the address of a server's API, which ends in `/v1`."""
+    base = url.rstrip("/")
+    return base if base.endswith("/v1") else f"{base}/v1"
+
+
 class Endpoint:
     """One side's server. Used as an asynchronous context manager.
 
@@ -51,19 +60,18 @@ class Endpoint:
 
     def __init__(self, side: Side, url: str, model: str | None, timeout: float) -> None:
         self.side: Side = side
-        base = url.rstrip("/")
-        self.base_url = base if base.endswith("/v1") else f"{base}/v1"
+        self.base_url = endpoint_url(url)
         self.model = model or ""
         self.timeout = timeout
         self._openai = library("openai", "openai")
+        self._key = os.environ.get("OPENAI_API_KEY", "")
         self._client: Any = None
         self._refused: set[str] = set()
 
     async def __aenter__(self) -> Self:
-        key = os.environ.get("OPENAI_API_KEY") or "none"
         own = {"http_client": self._openai.DefaultAsyncHttpxClient(trust_env=False)} if is_local(self.base_url) else {}
         self._client = self._openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout, **own
+            base_url=self.base_url, api_key=self._key or "none", max_retries=0, timeout=self.timeout, **own
         )
         return self
 
@@ -84,8 +92,9 @@ class Endpoint:
                 raise
             remedy = "start the server, or check the address and OPENAI_API_KEY"
             raise ConvertError(f"{self.side} {self.base_url}", self._failure(error), remedy) from error
-        names = [model.id for model in getattr(listed, "data", None) or []]
-        if not names:
+        models = getattr(listed, "data", None)
+        names = [getattr(model, "id", None) for model in models] if isinstance(models, list) else []
+        if not names or not isinstance(names[0], str) or not names[0]:
             raise ConvertError(f"{self.side} {self.base_url}", "lists no model", f"name one with --{self.side}-model")
         self.model = names[0]
 
@@ -104,10 +113,8 @@ class Endpoint:
                 if not self._is_failure(error):
                     raise
                 return replace(parts.whole(), failure=printable(self._failure(error)))
-            answer = parts.whole()
-            if answer.finish is None:
-                return replace(answer, failure="truncated: the stream ended without a finish_reason")
-            return answer
+            why = parts.unfinished
+            return replace(parts.whole(), failure=f"truncated: {why}" if why else None)
 
     async def score_tokens(self, token_ids: list[int], top: int) -> list[dict[str, Any] | None]:
         """Return vLLM's `prompt_logprobs` of a sequence: for each token {id: {"logprob", "rank", …}}.
@@ -163,16 +170,20 @@ class Endpoint:
         return bool(found)
 
     def _is_failure(self, error: Exception) -> bool:
-        network = (self._openai.OpenAIError, TimeoutError, OSError, json.JSONDecodeError, _NotAStream)
+        network = (self._openai.OpenAIError, TimeoutError, OSError, *ODD)
         return isinstance(error, network) or type(error).__module__.partition(".")[0].startswith("http")
 
     def _failure(self, error: Exception) -> str:
-        """Name a failure."""
+        """Name a failure; a server may say the key that it was shown."""
+        named = self._named(error)
+        return named.replace(self._key, "(the key)") if len(self._key) >= _SECRET else named
+
+    def _named(self, error: Exception) -> str:
         if isinstance(error, TimeoutError | self._openai.APITimeoutError) or "Timeout" in type(error).__name__:
             return f"hung: no end of it within {self.timeout:g} s"
         if isinstance(error, self._openai.APIStatusError):
             return f"{error.status_code // 100}xx: status {error.status_code}, {_first_line(_said(error))}"
-        if isinstance(error, json.JSONDecodeError | _NotAStream):
+        if isinstance(error, ODD):
             return f"truncated: what came is not a stream of answers ({_first_line(str(error))})"
         if isinstance(error, self._openai.APIConnectionError):
             return f"dead: {_first_line(str(error.__cause__ or error))}"
@@ -181,16 +192,12 @@ class Endpoint:
         return f"dead: {_first_line(str(error) or type(error).__name__)}"
 
 
-class _NotAStream(Exception):  # noqa: N818 - a name for what came, not for an error of ours
-    """What a server sent is not a stream of chunks."""
-
-
 async def _checked(stream: Any) -> AsyncIterator[Any]:
     if not hasattr(stream, "__aiter__"):
-        raise _NotAStream(type(stream).__name__)
+        raise TypeError(type(stream).__name__)
     async for chunk in stream:
         if not hasattr(chunk, "choices"):
-            raise _NotAStream(str(chunk))
+            raise TypeError(str(chunk))
         yield chunk
 
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from convert_w4a8.evaluation import verdict
 from convert_w4a8.evaluation.answer import SIDES
+from convert_w4a8.evaluation.paired import CONFIDENCE, LEAST
 from convert_w4a8.evaluation.results import Evaluation, Measure, losses_by_tag, measure
+from convert_w4a8.evaluation.verdict import ALL, Drift, Verdict
 
 
 def as_dict(evaluation: Evaluation) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
         "baseline": evaluation.places["baseline"],
         "candidate": evaluation.places["candidate"],
         "models": dict(evaluation.models),
-        "verdict": verdict.as_dict(evaluation.verdict),
+        "verdict": _verdict(evaluation.verdict),
         "ratings": evaluation.rated,
         "agreement": {
             "answers": len(evaluation.compared),
@@ -54,11 +55,49 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "decision": verdict.decision,
+        "reasons": list(verdict.reasons),
+        "confidence": CONFIDENCE,
+        "divergence": None if verdict.drift is None else _drift(verdict.drift),
+        "groups": [
+            {
+                "tag": group.name or None,
+                "prompts": group.prompts,
+                "baseline": group.baseline,
+                "candidate": group.candidate,
+                "difference": group.bounds.mean,
+                "lower": group.bounds.lower,
+                "upper": group.bounds.upper,
+                "tolerance": group.tolerance,
+                "losses": group.losses,
+                "wins": group.wins,
+                "mcnemar_p": group.p,
+                "decision": group.decision,
+                "more_prompts": group.more,
+            }
+            for group in verdict.groups
+        ],
+    }
+
+
+def _drift(drift: Drift) -> dict[str, Any]:
+    known = drift.bounds if drift.answers >= LEAST else None
+    return {
+        "answers": drift.answers,
+        "lower": known.lower if known else None,
+        "upper": known.upper if known else None,
+        "limit": drift.limit,
+        "decision": drift.decision,
+    }
+
+
 def _divergence(evaluation: Evaluation) -> dict[str, Any] | None:
     if not evaluation.losses:
         return None
     by_tag = losses_by_tag(evaluation)
-    surprise, kl = by_tag.pop(verdict.ALL)
+    surprise, kl = by_tag.pop(ALL)
     return {
         "answers": len(evaluation.losses),
         "tokens": sum(loss.tokens for loss in evaluation.losses),

@@ -1,5 +1,7 @@
 """A whole evaluation: from what the user names to what was found."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +9,8 @@ from typing import Any
 
 from convert_w4a8.errors import ConvertError, W4A8Error
 from convert_w4a8.evaluation import run
-from convert_w4a8.evaluation.checks import library
 from convert_w4a8.evaluation.client import Sampling
+from convert_w4a8.evaluation.library import library
 from convert_w4a8.evaluation.logs import read_logs
 from convert_w4a8.evaluation.options import EvaluateOptions
 from convert_w4a8.evaluation.prompts import read_prompts
@@ -16,7 +18,7 @@ from convert_w4a8.evaluation.ratings import read_ratings
 from convert_w4a8.evaluation.results import Evaluation, collect
 from convert_w4a8.evaluation.run import Plan
 from convert_w4a8.evaluation.servers import Caps, check_directory, check_url, find_server, is_url
-from convert_w4a8.evaluation.store import Store
+from convert_w4a8.evaluation.store import FILE, Store
 from convert_w4a8.evaluation.verdict import Tolerance
 
 
@@ -95,6 +97,8 @@ def evaluate(
     """
     if out is None and (resume or ratings is not None):
         raise ValueError("resume and ratings need the directory of the run that they go on with")
+    if out is not None and ratings is not None and not (out / FILE).exists():
+        raise ConvertError(str(out), "has no answers that could be rated", "name the --out of the run that was rated")
     private = prepared.plan.logs is not None
     with Store(out, prepared.identity, resume=resume or ratings is not None, private=private) as store:
         try:
@@ -104,7 +108,8 @@ def evaluate(
             error.add_note("what was answered is kept, and --resume continues" if out else "no answers are kept")
             raise
         answers = store.digest()
-        rated = {} if ratings is None else read_ratings(ratings, answers)
+        asked = {(prompt.id, sample) for prompt, sample in prepared.plan.jobs}
+        rated = {} if ratings is None else read_ratings(ratings, answers, asked)
         return collect(prepared.plan, store, prepared.tolerance, rated, answers)
 
 
@@ -130,10 +135,15 @@ def _identity(plan: Plan, digest: str, local: Sequence[str]) -> dict[str, Any]:
         "samples": plan.sampling.samples,
         "temperature": plan.sampling.temperature,
         "concurrency": plan.concurrency,
-        "serve_options": list(plan.caps.options),
+        "serve_options": _digest(plan.caps.options),
         **({"server": plan.server, "max_model_len": plan.caps.max_model_len} if local else {}),
         "rounds": plan.rounds,
     }
+
+
+def _digest(options: Sequence[str]) -> str:
+    """Return what tells options of a server from others, and does not say them: a key may be among them."""
+    return hashlib.sha256(json.dumps(options).encode()).hexdigest() if options else ""
 
 
 def contents(directory: str) -> list[Any]:

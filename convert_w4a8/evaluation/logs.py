@@ -16,7 +16,8 @@ from typing import Any
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation.answer import SIDES, Answer, Side
-from convert_w4a8.evaluation.checks import library, parse_check
+from convert_w4a8.evaluation.checks import parse_check
+from convert_w4a8.evaluation.library import library
 from convert_w4a8.evaluation.prompts import Prompt, Prompts, make_prompt
 from convert_w4a8.evaluation.recorded import recorded, seconds, status
 from convert_w4a8.samples.lines import a_json, read_objects

@@ -55,7 +55,7 @@ def parse(text: str) -> Room:
                 blocks.append(int(labels["num_gpu_blocks"]) * int(labels["block_size"]))
             with suppress(KeyError, ValueError):
                 tokens.append(int(labels["kv_cache_size_tokens"]))
-        elif name == _USAGE:
+        elif name == _USAGE and math.isfinite(value):
             usage.append(value)
         elif name in _COUNTED:
             counted[name] = counted.get(name, 0.0) + value

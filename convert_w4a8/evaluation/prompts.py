@@ -63,6 +63,7 @@ def read_prompts(path: Path) -> Prompts:
     """
     found: list[Prompt] = []
     origins: dict[str, str] = {}
+    same: dict[str, str] = {}
     digest = hashlib.sha256()
     for number, (origin, line) in enumerate(read_objects(path, _SHAPE), 1):
         odd = sorted(line.keys() - set(COLUMNS))
@@ -73,7 +74,11 @@ def read_prompts(path: Path) -> Prompts:
             raise ConvertError(
                 origin, f"has the id {prompt.id!r}, as {origins[prompt.id]} has", "give every line its own id"
             )
-        origins[prompt.id] = origin
+        asked = json.dumps([prompt.prompt, prompt.messages, prompt.tools], sort_keys=True)
+        if asked in same:
+            remedy = "leave it out, put its checks into that line, or ask for --samples"
+            raise ConvertError(origin, f"asks the same as {same[asked]}, which tells nothing more", remedy)
+        origins[prompt.id] = same[asked] = origin
         found.append(prompt)
         digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
     if not found:

@@ -9,12 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from convert_w4a8.evaluation.answer import Answer, Side
-from convert_w4a8.evaluation.stream import Parts
+from convert_w4a8.evaluation.stream import ODD, Parts
 from convert_w4a8.text import printable
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_MOST = 2**31
-"""More tokens than these, or a greater id, is none."""
 
 
 def status(line: Mapping[str, Any]) -> int | None:
@@ -50,22 +48,11 @@ def recorded(side: Side, name: str, line: Mapping[str, Any]) -> Answer:
                 said = getattr(getattr(chunk, "error", None), "message", "it is none of completions")
                 return Answer(side, name, 0, failure=printable(f"refused: {said}")[:300])
             parts.take(chunk, took)
-        whole = parts.whole()
-        _check(whole)
-    except (ArithmeticError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except ODD as error:
         return Answer(side, name, 0, failure=printable(f"truncated: no response in the log ({error})")[:300])
-    if whole.finish is None:
-        return Answer(side, name, 0, failure="truncated: the answer in the log has no finish_reason")
-    return replace(whole, first_token=first, last_token=took)
-
-
-def _check(answer: Answer) -> None:
-    """Raise ValueError or TypeError for values that are none of an answer; texts were put together: they are texts."""
-    numbers = (*(answer.token_ids or ()), *(answer.prompt_token_ids or ()), *([answer.tokens] if answer.tokens else []))
-    if not all(type(number) is int and 0 <= number < _MOST for number in numbers):
-        raise ValueError("tokens are no whole numbers")
-    if not isinstance(answer.finish, str | None):
-        raise TypeError("finish_reason is no string")
+    if parts.unfinished:
+        return Answer(side, name, 0, failure=f"truncated: {parts.unfinished}, as the log says")
+    return replace(parts.whole(), first_token=first, last_token=took)
 
 
 def _chunks(body: Any) -> Iterator[Any]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from convert_w4a8.evaluation import divergence, verdict
+from convert_w4a8.evaluation import divergence, reservations, verdict
 from convert_w4a8.evaluation.answer import SIDES, Answer, Side
 from convert_w4a8.evaluation.checks import Score, score
-from convert_w4a8.evaluation.logs import Logs, Production
+from convert_w4a8.evaluation.logs import Production
 from convert_w4a8.evaluation.memory import predict
-from convert_w4a8.evaluation.paired import CONFIDENCE, mcnemar
 from convert_w4a8.evaluation.prompts import Prompt
 from convert_w4a8.evaluation.ratings import Rating
 from convert_w4a8.evaluation.run import Plan, baseline_answers
@@ -99,13 +98,15 @@ def collect(
         for side in SIDES
         if side in unanswered
     ]
-    notes += _lost_in_production(plan.logs)
     unrated = sum(
         one.difference is not None and not one.prompt.own and (one.prompt.id, one.sample) not in ratings
         for one in compared
     )
     if ratings and unrated:
         notes.append(f"{counted(unrated, 'pair')} of answers that differ, without checks: not rated")
+    pairs = _pairs(compared, ratings)
+    models = {side: str(store.noted.get(f"model {side}", "")) for side in SIDES}
+    notes += reservations.found(plan, models, pairs, by_scores=tolerance.divergence is None)
     read = baseline_answers(store)
     losses = tuple(divergence.losses(read, store.noted))
     unscored = divergence.unscored(read, store.noted)
@@ -117,10 +118,8 @@ def collect(
     room = {side: store.noted[f"room {side}"] for side in SIDES if f"room {side}" in store.noted}
     return Evaluation(
         places=plan.places,
-        models={side: str(store.noted.get(f"model {side}", "")) for side in SIDES},
-        verdict=verdict.decide(
-            _pairs(compared, ratings), tolerance, notes, [(loss.kl, loss.tokens) for loss in losses]
-        ),
+        models=models,
+        verdict=verdict.decide(pairs, tolerance, notes, [(loss.kl, loss.tokens) for loss in losses]),
         compared=tuple(compared),
         failures=tuple(answer for answer in store.answers.values() if answer.failure),
         speed=speed,
@@ -128,7 +127,7 @@ def collect(
         losses=losses,
         room=room,
         predicted={} if recorded else {s: found for s in SIDES if (found := predict(plan.places[s])) is not None},
-        missing=(*(plan.logs.notes if plan.logs else ()), *_missing(store, room)),
+        missing=(*(plan.logs.notes if plan.logs else ()), *reservations.unscored(plan, pairs), *_missing(store, room)),
         tags={prompt.id: prompt.tags for prompt in plan.prompts},
         rated=len(ratings),
         digest=digest,
@@ -139,11 +138,14 @@ def collect(
 
 
 def _scores(prompt: Prompt, answers: Mapping[Side, Answer], side: Side) -> tuple[Score, ...]:
-    """Return what the checks give an answer. One without calls, where the other side calls, fails those of requests."""
+    """Return what the checks give an answer. The candidate's without calls, where the baseline calls, fails requests'.
+
+    The other way round nothing is won: that the candidate calls a tool is no sign that the baseline should have.
+    """
     answer = answers[side]
-    without = not answer.calls and any(other.calls for other in answers.values())
+    without = not answer.calls and bool(answers["baseline"].calls)
     return tuple(
-        Score(check.type, 0.0, False, "calls no tool, as the other side does")
+        Score(check.type, 0.0, False, "calls no tool, as the baseline does")
         if check.derived and check.type == "valid_calls" and without
         else score(check, answer.text, answer.calls)
         for check in prompt.checks
@@ -207,13 +209,6 @@ def _pairs(compared: Sequence[Compared], ratings: Mapping[tuple[str, int], Ratin
             passed = (all(entries[0][1]), all(entries[0][2]))
         pairs.append(Pair(name, entries[0][0].tags, before, after, passed, all(entry[4] for entry in entries)))
     return pairs
-
-
-def _lost_in_production(logs: Logs | None) -> list[str]:
-    """Return why nothing is shipped, where the candidate failed more logged requests than chance explains."""
-    if logs is None or logs.lost <= logs.won or mcnemar(logs.lost, logs.won) > 1 - CONFIDENCE:
-        return []
-    return [f"in production the candidate failed {counted(logs.lost, 'request')} that the baseline answered"]
 
 
 def _whole(store: Store, side: Side) -> list[Answer]:

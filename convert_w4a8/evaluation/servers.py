@@ -89,7 +89,7 @@ def check_directory(side: Side, place: str) -> Path:
     config = path / "config.json"
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConvertError(str(config), f"cannot be read ({error})", f"name a checkpoint with --{side}") from error
     settings = found.get("quantization_config") if isinstance(found, dict) else None
     method = settings.get("quant_method") if isinstance(settings, dict) else None

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -90,14 +90,15 @@ class Store:
         if lines and not lines[-1].endswith(b"\n"):
             file.truncate(sum(map(len, lines[:-1])))
             lines.pop()
-        if not lines:
+        if not lines or (not self._resume and _without_answers(lines)):
+            file.truncate(0)
             self._write({"settings": self._settings})
             return
         if not self._resume:
             raise ConvertError(str(path), "is there already", "pass --resume to go on with it, or choose another --out")
         try:
             documents = [json.loads(line) for line in lines]
-            settings = documents[0]["settings"]
+            settings = dict(documents[0]["settings"])
             for document in documents[1:]:
                 if "note" in document:
                     self.noted[document["note"]] = document["value"]
@@ -122,3 +123,12 @@ class Store:
             raise ConvertError(
                 str(self._file.name), f"cannot be written ({error.strerror})", "free space, then --resume"
             ) from error
+
+
+def _without_answers(lines: Sequence[bytes]) -> bool:
+    """Whether this is the file of a run that got no answer, of which nothing is worth keeping."""
+    try:
+        documents = [json.loads(line) for line in lines]
+        return "settings" in documents[0] and not any("answer" in document for document in documents)
+    except (ValueError, TypeError, RecursionError):
+        return False

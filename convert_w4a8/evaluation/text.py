@@ -74,7 +74,7 @@ def as_markdown(evaluation: Evaluation) -> str:
 
 def _quality(evaluation: Evaluation) -> Section:
     rows = [_quality_row(group) for group in evaluation.verdict.groups]
-    rated = f" {evaluation.rated} ratings are among the checks." if evaluation.rated else ""
+    rated = f" Ratings among the checks: {evaluation.rated}." if evaluation.rated else ""
     return Section(
         "Quality",
         (
@@ -121,7 +121,8 @@ def _agreement(evaluation: Evaluation) -> Section:
         ("identical", f"{evaluation.agreement:.1%}"),
         ("first different character, median of the others", f"{differ[len(differ) // 2] + 1:,}" if differ else "-"),
     ]
-    return Section("Agreement with the baseline", ("answers", ""), tuple(rows))
+    note = "All are the same: is the candidate what it should be?" if evaluation.agreement == 1 else ""
+    return Section("Agreement with the baseline", ("answers", ""), tuple(rows), note)
 
 
 def _divergences(evaluation: Evaluation) -> Section:

@@ -1,6 +1,7 @@
 """The verdict: whether the candidate may take the baseline's place.
 
-*ship*: the lower bound of the quality difference is above -tolerance, over all prompts and for every tag.
+*ship*: the lower bound of the quality difference is above -tolerance, over all prompts and for every tag, and the
+baseline scores more than the tolerance there: else no candidate, however bad, could lose more than it may.
 *do not ship*: the upper bound is below -tolerance, over all or for a tag, and, where checks are passed or failed, the
 exact McNemar test finds more losses than wins. *cannot tell*: everything else. A divergence that is not to be exceeded
 is judged by its bounds in the same way.
@@ -13,11 +14,21 @@ into equal parts: for all prompts, for the tags, which share theirs, and for the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from convert_w4a8.evaluation.paired import CONFIDENCE, LEAST, Bounds, bounds, mcnemar, more_prompts, ratio_bounds
+from convert_w4a8.evaluation.answer import Side
+from convert_w4a8.evaluation.paired import (
+    CONFIDENCE,
+    LEAST,
+    Bounds,
+    Differences,
+    bounds,
+    mcnemar,
+    more_prompts,
+    ratio_bounds,
+)
 from convert_w4a8.text import counted, printable
 
 Decision = Literal["ship", "do not ship", "cannot tell"]
@@ -77,6 +88,11 @@ class Group:
     p: float | None
     decision: Decision
     more: int | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether the baseline scores so little that nothing could show a loss."""
+        return _empty(self.baseline, self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -150,8 +166,10 @@ def decide(
 
 def _unproven(group: Group, pairs: Sequence[Pair]) -> list[str]:
     """Return why a group is not shipped although its bound would allow it: few of its prompts say what is good."""
-    own = np.array([pair.candidate - pair.baseline for pair in pairs if pair.own])
-    if group.decision != "ship" or len(own) == len(pairs) or (len(own) and bounds(own).lower > -group.tolerance):
+    own = [pair for pair in pairs if pair.own]
+    if group.decision != "ship" or len(own) == len(pairs):
+        return []
+    if own and not _empty(_mean(own, "baseline"), group.tolerance) and bounds(_gains(own)).lower > -group.tolerance:
         return []
     few = f"{len(own)} of {counted(len(pairs), 'prompt')} have checks of their own or a rating"
     return [
@@ -176,13 +194,14 @@ def _drift(losses: Sequence[tuple[float, int]], limit: float, level: float) -> D
 
 def _group(name: str, pairs: Sequence[Pair], tolerance: float, level: float) -> Group:
     """Return a group. level: the chance with which harm may be found where there is none."""
-    differences = np.array([pair.candidate - pair.baseline for pair in pairs])
+    differences, baseline = _gains(pairs), _mean(pairs, "baseline")
     passed = [pair.passed for pair in pairs if pair.passed is not None]
     losses = sum(before and not after for before, after in passed)
     wins = sum(after and not before for before, after in passed)
     found, p = bounds(differences), mcnemar(losses, wins)
     decision: Decision = "cannot tell"
-    if found.lower > -tolerance:
+    empty = _empty(baseline, tolerance)
+    if found.lower > -tolerance and not empty:
         decision = "ship"
     elif bounds(differences, 1 - level).upper < -tolerance and (
         len(passed) < len(pairs) or (losses > wins and p / 2 <= level)
@@ -191,16 +210,29 @@ def _group(name: str, pairs: Sequence[Pair], tolerance: float, level: float) -> 
     return Group(
         name,
         len(pairs),
-        float(np.mean([pair.baseline for pair in pairs])),
-        float(np.mean([pair.candidate for pair in pairs])),
+        baseline,
+        _mean(pairs, "candidate"),
         found,
         tolerance,
         losses,
         wins,
         p if passed else None,
         decision,
-        more_prompts(differences, tolerance, 1 - level) if decision == "cannot tell" else None,
+        more_prompts(differences, tolerance, 1 - level) if decision == "cannot tell" and not empty else None,
     )
+
+
+def _empty(baseline: float, tolerance: float) -> bool:
+    """Whether a candidate that fails everything would lose no more than it may. All may be lost: nobody asks that."""
+    return baseline <= tolerance < 1
+
+
+def _gains(pairs: Sequence[Pair]) -> Differences:
+    return np.array([pair.candidate - pair.baseline for pair in pairs])
+
+
+def _mean(pairs: Sequence[Pair], side: Side) -> float:
+    return float(np.mean([getattr(pair, side) for pair in pairs]))
 
 
 def _name(group: Group) -> str:
@@ -226,6 +258,9 @@ def _open(group: Group | Drift) -> str:
             return f"divergence: {counted(group.answers, 'answer')} tell nothing; {LEAST} are needed"
         between = f"between {group.bounds.lower:.4f} and {group.bounds.upper:.4f} nats per token"
         return f"divergence: {between}, {group.limit:g} may be; more prompts would narrow that"
+    if group.empty:
+        few = f"the baseline scores {_points(group.baseline)}, and {_points(group.tolerance)} may be lost"
+        return f"{_name(group)}: {few}, so nothing could show a loss; look at its answers, its checks and the tolerance"
     if group.more is not None:
         count = counted(group.more, "more prompt")
         what = f"about {count} would decide, if differences stay as they are"
@@ -236,42 +271,3 @@ def _open(group: Group | Drift) -> str:
 
 def _signed(share: float) -> str:
     return f"{100 * share:+.1f}"
-
-
-def as_dict(verdict: Verdict) -> dict[str, Any]:
-    """Return a JSON-ready dict."""
-    return {
-        "decision": verdict.decision,
-        "reasons": list(verdict.reasons),
-        "confidence": CONFIDENCE,
-        "divergence": None if verdict.drift is None else _drift_as_dict(verdict.drift),
-        "groups": [
-            {
-                "tag": group.name or None,
-                "prompts": group.prompts,
-                "baseline": group.baseline,
-                "candidate": group.candidate,
-                "difference": group.bounds.mean,
-                "lower": group.bounds.lower,
-                "upper": group.bounds.upper,
-                "tolerance": group.tolerance,
-                "losses": group.losses,
-                "wins": group.wins,
-                "mcnemar_p": group.p,
-                "decision": group.decision,
-                "more_prompts": group.more,
-            }
-            for group in verdict.groups
-        ],
-    }
-
-
-def _drift_as_dict(drift: Drift) -> dict[str, Any]:
-    known = drift.bounds if drift.answers >= LEAST else None
-    return {
-        "answers": drift.answers,
-        "lower": known.lower if known else None,
-        "upper": known.upper if known else None,
-        "limit": drift.limit,
-        "decision": drift.decision,
-    }

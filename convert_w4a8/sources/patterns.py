@@ -1,17 +1,14 @@
 """Regular expressions from a configuration. They may be hostile, and made to take for ever."""
 
 import re
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from convert_w4a8.errors import ConvertError, PlanError, Problem
 from convert_w4a8.sources.checks import setting
+from convert_w4a8.time_limit import time_limit
 
 _SECONDS = 0.5
 """The longest that one pattern may take for one text."""
@@ -45,7 +42,7 @@ def first_match(pattern: str, texts: Iterable[str], key: str, *, anywhere: bool 
     began = time.thread_time()
     text = ""
     try:
-        with _time_limit():
+        with time_limit(_SECONDS):
             compiled = re.compile(pattern)
             match = compiled.search if anywhere else compiled.match
             found, count = None, 0
@@ -98,25 +95,6 @@ def find_exclusions(config: Mapping[str, Any]) -> Iterator[Exclusion]:
 
 def _strings(value: object) -> list[str]:
     return [item for item in value if isinstance(item, str) and item] if isinstance(value, list | dict) else []
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise TimeoutError in what takes too long: `re` looks for signals while it matches. Restores other timers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    before = signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *before)
-        signal.signal(signal.SIGALRM, handler)
 
 
 def overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:

@@ -1,12 +1,18 @@
 """Checks: what passes, what does not, and the libraries' own scores."""
 
+import signal
+import threading
+import unicodedata
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.evaluation import checks
+from convert_w4a8.evaluation import checks, library
 from convert_w4a8.evaluation.checks import Call, parse_check, score
+from convert_w4a8.evaluation.words import words
 
 
 def value(
@@ -28,6 +34,13 @@ def value(
         ({"type": "number", "value": 1234.5}, "3 times, so 1,234.5.", True),
         ({"type": "number", "value": -2, "within": 0.1}, "it is -2.05", True),
         ({"type": "number", "value": 2}, "2 or 3", False),
+        ({"type": "number", "value": -5}, "x = \u22125", True),
+        ({"type": "number", "value": 2024}, "in 2020-2024", True),
+        ({"type": "number", "value": 5}, "10 - 5", True),
+        ({"type": "number", "value": -5}, "(-5)", True),
+        ({"type": "number", "value": 0.3, "within": 0.1}, "0.4", True),
+        ({"type": "number", "value": 0.3, "within": 0.1}, "0.4001", False),
+        ({"type": "number", "value": 0.3}, "0.3000001", False),
         ({"type": "number", "value": 2}, "none at all.", False),
         ({"type": "number", "value": 1.5e-3}, "1.5e-3", True),
     ],
@@ -98,44 +111,104 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(_name: str) -> None:
         raise ImportError
 
-    monkeypatch.setattr(checks, "import_module", nothing)
+    monkeypatch.setattr(library, "import_module", nothing)
     with pytest.raises(ConvertError, match=r"needs sacrebleu, which is not installed; pip install .*\[evaluate\]"):
         parse_check("line 1", "checks[0]", {"type": "bleu"}, ("a",))
 
 
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400])
+def test_a_number_that_is_too_large(number: str) -> None:
+    """A whole number may be larger than any float."""
+    for key in ("value", "within"):
+        check = {"type": "number", "value": 1, "within": 0} | {key: int(number)}
+        with pytest.raises(ConvertError, match=rf"line: check.{key} is too large"):
+            parse_check("line", "check", check, ())
+
+
 @pytest.mark.parametrize(
-    ("schema", "right"),
+    ("text", "passes"), [("[NaN]", False), ("[-Infinity]", False), ("```json\r\n[1]\r\n```", True), ("[null]", True)]
+)
+def test_what_is_json(text: str, passes: bool) -> None:
+    """As programs read it, not as Python does."""
+    pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
+    assert value({"type": "json"}, text) == float(passes)
+    calls = (Call("f", text),)
+    if not text.startswith("`"):
+        assert value({"type": "valid_calls", "tools": [{"function": {"name": "f"}}]}, calls=calls) == float(passes)
+
+
+@pytest.mark.parametrize(
+    ("reference", "near", "far"),
     [
-        ({"$ref": "#/components/schemas/Foo"}, False),
-        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "integer"}}}, True),
-        ({"$ref": "#here", "$defs": {"x": {"$anchor": "here", "type": "integer"}}}, True),
-        ({"$ref": "#nowhere"}, False),
-        ({"anyOf": [{"type": "integer"}, {"$ref": "#/anyOf/0"}]}, True),
-        ({"anyOf": [{"type": "integer"}, {"$ref": "#/anyOf/7"}]}, False),
-        ({"$schema": 5}, False),
+        ("Столица Франции — Париж", "столица Франции: Лион", "Я не знаю"),
+        ("法国的首都是巴黎。", "法国的首都是里昂。", "我不知道"),
+        ("フランスの首都はパリです", "フランスの首都はリヨンです", "わかりません"),
+        ("เมืองหลวงคือปารีส", "เมืองหลวงคือลียง", "ไม่รู้"),
+        ("عاصمة فرنسا هي باريس", "عاصمة فرنسا هي ليون", "لا أعرف"),
+        ("फ़्रांस की राजधानी पेरिस है", "फ़्रांस की राजधानी ल्यों है", "मुझे नहीं पता"),
+        ("La société a été créée", "La societe a été créée", "Je ne sais pas"),
     ],
 )
-def test_references_of_schemas_lead_somewhere(schema: dict[str, Any], right: bool) -> None:
-    """Said with the line, before anything is asked."""
-    pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
-    line = {"type": "json", "schema": schema}
-    if right:
-        assert score(parse_check("line 1", "checks[0]", line, ()), "3", ()).value == 1.0
-    else:
-        with pytest.raises(ConvertError, match="line 1"):
-            parse_check("line 1", "checks[0]", line, ())
+def test_texts_of_all_scripts_are_compared(reference: str, near: str, far: str) -> None:
+    """The right answer has all points, another one fewer; rouge-score and sacrebleu alone give many of them none."""
+    pytest.importorskip("sacrebleu", reason="the extra `evaluate` is not installed")
+    for kind in ("rouge_l", "bleu"):
+        right, less, none = (value({"type": kind}, text, reference=(reference,)) for text in (reference, near, far))
+        assert right == pytest.approx(1)
+        assert 0.95 > less > none + (0 if kind == "bleu" else 0.3)
+
+
+def test_composed_and_decomposed_letters_are_the_same() -> None:
+    """As they look the same."""
+    pytest.importorskip("rouge_score", reason="the extra `evaluate` is not installed")
+    assert value({"type": "rouge_l"}, unicodedata.normalize("NFD", "été"), reference=("été",)) == 1
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=40), st.text(st.characters(max_codepoint=127), max_size=40))
+def test_ascii_is_scored_as_rouge_score_does(reference: str, text: str) -> None:
+    """To the last bit."""
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="the extra `evaluate` is not installed")
+    if words(reference):
+        wanted = scorer.RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
+        assert value({"type": "rouge_l"}, text, reference=(reference,)) == wanted
+
+
+def test_a_reference_without_words_is_refused() -> None:
+    """Nothing would ever score."""
+    pytest.importorskip("rouge_score", reason="the extra `evaluate` is not installed")
+    with pytest.raises(ConvertError, match=r"reference '→ 🙂' has none; give another reference, or another check"):
+        parse_check("line", "check", {"type": "rouge_l"}, ("a", "→ 🙂"))
+
+
+def doubling(depth: int) -> dict[str, Any]:
+    """Return a schema of few lines that asks the same 2^depth times."""
+    parts = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(depth)}
+    return {"$ref": "#/$defs/a0", "$defs": parts | {f"a{depth}": {}}}
 
 
 @pytest.mark.parametrize(
     "check",
     [
-        {"type": "json", "schema": {"$ref": "#"}},
-        {"type": "valid_calls", "tools": [{"function": {"name": "f", "parameters": {"$ref": "#"}}}]},
+        {"type": "regex", "pattern": "(a+)+$"},
+        {"type": "json", "schema": {"pattern": "(a+)+$"}},
+        {"type": "json", "schema": doubling(60)},
+        {"type": "valid_calls", "tools": [{"function": {"name": "f", "parameters": doubling(60)}}]},
     ],
-    ids=lambda check: str(check["type"]),
+    ids=["regex", "pattern", "doubling", "calls"],
 )
-def test_a_schema_that_is_nothing_but_itself(check: dict[str, Any]) -> None:
-    """Is named, whichever check has it."""
+def test_a_check_that_takes_years_fails(monkeypatch: pytest.MonkeyPatch, check: dict[str, Any]) -> None:
+    """A logged request may bring one, and the others are still to be compared."""
     pytest.importorskip("jsonschema", reason="the extra `evaluate` is not installed")
-    with pytest.raises(ConvertError, match=f"a {check['type']} check.*refers to itself without end"):
-        value(check, "{}", (Call("f", "{}"),))
+    monkeypatch.setattr(checks, "_SECONDS", 0.3)
+    before = signal.getsignal(signal.SIGALRM)
+    text = '"' + "a" * 60 + '!"'
+    found = score(parse_check("line", "check", check, ()), text, (Call("f", text),))
+    assert (found.value, found.detail) == (0, "was not compared within 0.3 s")
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    elsewhere: list[float] = []
+    ordinary = parse_check("line", "check", {"type": "regex", "pattern": "a"}, ())
+    thread = threading.Thread(target=lambda: elsewhere.append(score(ordinary, text, ()).value))
+    thread.start()
+    thread.join()
+    assert elsewhere == [1]

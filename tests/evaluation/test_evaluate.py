@@ -25,6 +25,11 @@ def number_of(prompt: str) -> int:
     return int(found[1])
 
 
+def delta(said: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return an odd chunk."""
+    return {"choices": [{"index": 0, "delta": said, "finish_reason": None} | more]}
+
+
 def is_warm_up(prompt: str) -> bool:
     return prompt.startswith("(")
 
@@ -53,6 +58,7 @@ def test_equal_servers_ship(evaluate: Any) -> None:
     assert found["verdict"]["decision"] == "ship"
     assert found["verdict"]["groups"][0]["mcnemar_p"] == 1
     assert found["agreement"]["identical"] == 1
+    assert "All are the same: is the candidate what it should be?" in result.stdout
     assert found["speed"]["ttft"]["candidate"]["answers"] == 8
     assert (evaluate.out / "evaluation.md").read_text(encoding="utf-8").startswith("## w4a8 evaluate: ship\n")
     assert '<p class="verdict ship">ship</p>' in (evaluate.out / "evaluation.html").read_text(encoding="utf-8")
@@ -111,7 +117,25 @@ def test_what_a_server_refuses_is_left_out(evaluate: Any) -> None:
     [
         (500, "5xx: status 500, status 500 was wanted"),
         (400, "4xx: status 400"),
-        ("cut", "truncated: the stream ended without a finish_reason"),
+        ("cut", "truncated: no finish_reason came"),
+        (delta({}, finish_reason="abort"), "truncated: the server gave up (finish_reason abort)"),
+        (delta({}, finish_reason="error"), "truncated: the server gave up (finish_reason error)"),
+        (delta({"content": 5}), "truncated: what came is not a stream of answers"),
+        (delta({"content": {"a": [1]}}), "truncated: what came is not a stream of answers"),
+        (delta({"tool_calls": 5}), "truncated: what came is not a stream of answers"),
+        (b"5", "truncated: what came is not a stream of answers"),
+        (b'"x"', "truncated: what came is not a stream of answers"),
+        (b"[1]", "truncated: what came is not a stream of answers"),
+        (b"null", "truncated: what came is not a stream of answers"),
+        (b"[" * 100_000, "truncated: what came is not a stream of answers"),
+        (b"\xff\xfe", "truncated: what came is not a stream of answers"),
+        (delta({"tool_calls": [{"index": "a", "function": {}}]}), "truncated: what came is not a stream of answers"),
+        (delta({}, finish_reason=[1]), "truncated: what came is not a stream of answers"),
+        (delta({}, token_ids="ab"), "truncated: what came is not a stream of answers"),
+        (delta({}, prompt_token_ids=[-1]), "truncated: what came is not a stream of answers"),
+        ({"choices": 5}, "truncated: what came is not a stream of answers"),
+        ({"choices": [], "usage": {"completion_tokens": "many"}}, "truncated: what came is not a stream of answers"),
+        ({"choices": [], "usage": {"completion_tokens": -3}}, "truncated: what came is not a stream of answers"),
         ("garbage", "truncated: what came is not a stream of answers"),
         ("error", "the engine is dead"),
         ("drop", "dead: "),
@@ -135,6 +159,19 @@ def test_failures_have_names_and_are_asked_again(evaluate: Any, failure: Any, na
     assert second.exit_code == 0, second.output
     again = [request["messages"][-1]["content"] for request in behaviour.seen[asked:]]
     assert [prompt for prompt in again if not is_warm_up(prompt)] == ["What is 5 + 5?"]
+
+
+@pytest.mark.parametrize(
+    "listing", [{}, {"data": "abc"}, {"data": 5}, {"data": [5]}, {"data": [{"id": 5}]}, {"data": [{"id": ""}]}, [], "x"]
+)
+def test_odd_lists_of_models(evaluate: Any, listing: Any) -> None:
+    """Are said, with what helps."""
+    with chat_server(Behaviour(answer=right)) as a, chat_server(Behaviour(answer=right, listing=listing)) as b:
+        result = evaluate(a, b)
+        named = evaluate(a, b, "--candidate-model", "model", "--tolerance", "1")
+    assert (result.exit_code, named.exit_code) == (1, 0), result.output
+    assert result.exception.__class__ is SystemExit
+    assert re.search("lists no model; name one with --candidate-model|is not a stream", result.stderr)
 
 
 def test_a_server_that_dies_is_given_up(evaluate: Any) -> None:
@@ -298,6 +335,10 @@ def test_ratings_are_checks(evaluate: Any, tmp_path: Path) -> None:
     second = evaluate(a, b, "--out", str(evaluate.out), "--ratings", str(ratings))
     assert second.exit_code == 3, second.output
     assert evaluate.document()["ratings"] == 7
+    other = evaluate.directory / "other"
+    none = evaluate(a, b, "--out", str(other), "--ratings", str(ratings))
+    assert "has no answers that could be rated" in none.stderr
+    assert (none.exit_code, other.exists()) == (1, False)
     ratings.write_text(json.dumps({"answers": "0", "ratings": entries}))
     assert "rates other answers" in evaluate(a, b, "--out", str(evaluate.out), "--ratings", str(ratings)).stderr
 
@@ -432,3 +473,70 @@ def test_what_users_wrote_is_for_the_owner(evaluate: Any, tmp_path: Path, of_log
         arguments = ["evaluate", "--baseline", a, "--candidate", a, *more, "--out", str(evaluate.out)]
         assert click.testing.CliRunner().invoke(main, arguments).exit_code == 4
     assert (evaluate.out.stat().st_mode & 0o077 == 0) == of_logs
+
+
+def test_a_server_is_not_compared_with_itself(evaluate: Any) -> None:
+    """An address that was given twice by mistake loses nothing; another model of the same server is another."""
+    behaviour = Behaviour(answer=right, models=("a", "b"))
+    with chat_server(behaviour) as url:
+        same = evaluate(url, f"{url}/v1/", "--tolerance", "1")
+        named = evaluate(url, url, "--tolerance", "1", "--candidate-model", "a")
+        other = evaluate(url, url, "--tolerance", "1", "--candidate-model", "b")
+    assert [result.exit_code for result in (same, named, other)] == [4, 4, 0]
+    assert "the same server and model: this compares it with itself" in same.stdout
+
+
+def test_a_tag_of_which_nothing_is_checked_is_not_shipped(evaluate: Any) -> None:
+    """Scores of others say nothing of it; what is unchecked besides is said."""
+    evaluate.lines += [{"prompt": f"1{n} + 1{n}", "tags": ["code"]} for n in range(3)]
+    evaluate.lines += [{"prompt": "20 + 20"}, {"prompt": "21 + 21", "tags": ["odd"]}]
+    with chat_server(Behaviour(answer=right)) as a, chat_server(Behaviour(answer=right)) as b:
+        result = evaluate(a, b, "--tolerance", "1")
+        evaluate.lines = [line for line in evaluate.lines if line.get("tags") != ["code"]]
+        without = evaluate(a, b, "--tolerance", "1")
+    assert result.exit_code == 4, result.output
+    assert "tag code: none of 3 prompts has checks, a reference or a rating" in result.stdout
+    assert "left out   quality: 5 of 13 prompts have no checks, reference or rating" in result.stdout
+    assert without.exit_code == 0, without.output
+    assert "left out   quality: 2 of 10 prompts" in without.stdout
+
+
+def test_a_run_without_any_answer_leaves_nothing_in_the_way(evaluate: Any) -> None:
+    """The same command, once the server is there; a file that is no run's stays as it is."""
+    with chat_server(Behaviour(answer=right)) as a:
+        with chat_server(Behaviour(answer=right)) as b:
+            pass
+        first = evaluate(a, b, "--out", str(evaluate.out), "--tolerance", "1")
+        assert (first.exit_code, "start the server" in first.stderr) == (1, True), first.output
+        with chat_server(Behaviour(answer=right)) as b:
+            second = evaluate(a, b, "--out", str(evaluate.out), "--tolerance", "1")
+            third = evaluate(a, b, "--out", str(evaluate.out), "--tolerance", "1")
+            assert (second.exit_code, third.exit_code) == (0, 1), second.output
+            assert "is there already; pass --resume" in third.stderr
+            for text in ('{"answer": "yes"}\n', '{"a": 1}\n', "[]\n", "5\n", "settings\n"):
+                (evaluate.out / "answers.jsonl").write_text(text, encoding="utf-8")
+                assert "is there already" in evaluate(a, b, "--out", str(evaluate.out)).stderr
+                assert (evaluate.out / "answers.jsonl").read_text(encoding="utf-8") == text
+                assert "is damaged" in evaluate(a, b, "--out", str(evaluate.out), "--resume").stderr
+
+
+def test_keys_are_not_written(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of the environment, which a server may say, nor one among the options of servers."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    error = {"error": {"message": "the key sk-secret-1 may not do this"}}
+    behaviour = Behaviour(answer=right, failure=lambda prompt: None if is_warm_up(prompt) else error)
+    with chat_server(Behaviour(answer=right)) as a, chat_server(behaviour) as b:
+        result = evaluate(a, b, "--out", str(evaluate.out), "--serve-options", "--api-key sk-secret-2")
+    written = "".join(path.read_text(encoding="utf-8") for path in evaluate.out.iterdir())
+    assert "the key (the key) may not do this" in written
+    assert "sk-secret" not in written + result.output
+
+
+@pytest.mark.parametrize("settings", [5, [], "x", None, {"prompts": {}}])
+def test_odd_settings_of_a_run(evaluate: Any, settings: Any) -> None:
+    """Are no traceback."""
+    evaluate.out.mkdir()
+    (evaluate.out / "answers.jsonl").write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+    result = evaluate("http://127.0.0.1:9", "http://127.0.0.1:8", "--out", str(evaluate.out), "--resume")
+    assert re.search("is damaged|were given with another", result.stderr)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)

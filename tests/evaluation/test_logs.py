@@ -224,7 +224,8 @@ def test_recorded_calls() -> None:
         ({"body": "<html>"}, "truncated: no response in the log"),
         ({"body": stream("a", "b")[:70]}, "truncated: "),
         ({"body": {"error": {"message": "too long"}}}, "refused: too long"),
-        ({"body": {"choices": []}}, "truncated: the answer in the log has no finish_reason"),
+        ({"body": {"choices": [{"text": "", "finish_reason": "abort"}]}}, "truncated: the server gave up"),
+        ({"body": {"choices": []}}, "truncated: no finish_reason came, as the log says"),
     ],
 )
 def test_recorded_failures_have_names(entry: Any, failure: str) -> None:
@@ -249,8 +250,12 @@ def test_requests_are_asked_of_both_servers(tmp_path: Path, monkeypatch: pytest.
     ]
     log = str(write(tmp_path / "l.jsonl", *lines))
     good = Behaviour(answer=lambda _prompt: '{"a": 1}')
-    with chat_server(good) as a, chat_server(Behaviour(answer=lambda _prompt: '{"a": 1')) as b:
-        result = run("--logs", log, "--baseline", a, "--candidate", a, "--json")
+    with (
+        chat_server(good) as a,
+        chat_server(Behaviour(answer=good.answer)) as same,
+        chat_server(Behaviour(answer=lambda _prompt: '{"a": 1')) as b,
+    ):
+        result = run("--logs", log, "--baseline", a, "--candidate", same, "--json")
         bad = run("--logs", log, "--requests", "50", "--baseline", a, "--candidate", b)
     found = json.loads(result.stdout)
     assert result.exit_code == 0, result.output
@@ -298,7 +303,8 @@ def test_a_candidate_that_failed_in_production_is_not_shipped(tmp_path: Path, mo
     pytest.importorskip("openai", reason="the extra `evaluate` is not installed")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     form = {"response_format": {"type": "json_object"}}
-    with chat_server(Behaviour(answer=lambda _prompt: "{}")) as url:
+    good = Behaviour(answer=lambda _prompt: "{}")
+    with chat_server(good) as url, chat_server(good) as other:
         for failed, status_, code in ((1, "502", 0), (8, "400", 4), (8, "502", 4)):
             own = {"checks": [{"type": "exact", "value": "{}"}]}
             lines = [line(f"r{n}", "baseline", chat(f"q{n}", **form), **own) for n in range(80)]
@@ -307,7 +313,7 @@ def test_a_candidate_that_failed_in_production_is_not_shipped(tmp_path: Path, mo
                 for n in range(80)
             ]
             log = write(tmp_path / f"{failed}.jsonl", *lines)
-            result = run("--logs", str(log), "--baseline", url, "--candidate", url)
+            result = run("--logs", str(log), "--baseline", url, "--candidate", other)
             assert result.exit_code == code, result.output
     assert "in production the candidate failed 8 requests that the baseline answered" in result.stdout
 
@@ -412,6 +418,15 @@ def test_the_form_alone_is_not_shipped(verdict: Any, baseline: Any, candidate: A
         for one in lines:
             one["checks"] = [{"type": "regex", "pattern": ""}]
         assert verdict(lines).exit_code == 0
+
+
+def test_calls_that_the_baseline_does_not_make_win_nothing(verdict: Any) -> None:
+    """They would outweigh what a check of one's own says of them."""
+    lines = paired(80, response("It rains"), response("", **CALL), tools=TOOLS)
+    for one in lines:
+        one["checks"] = [{"type": "contains", "value": "rains"}]
+    result = verdict(lines)
+    assert result.exit_code == 3, result.output
 
 
 @pytest.mark.parametrize("how", [{"error": "reset"}, {"status": "502"}, {"status": "-"}, {"status": 400}])

@@ -1,5 +1,7 @@
 """What vLLM's `/metrics` say of room."""
 
+import pytest
+
 from convert_w4a8.evaluation.metrics import parse
 
 REST = "vllm:kv_cache_usage_perc 0.5\nvllm:num_preemptions_total 2.0\n"
@@ -36,3 +38,11 @@ def test_counts_are_those_of_all_engines() -> None:
     assert (found.prefix_queries, found.prefix_hits, found.preemptions) == (200, 60, 2)
     assert parse(REST).prefix_queries is None
     assert parse("vllm:prefix_cache_hits_total NaN\n").prefix_hits is None
+
+
+@pytest.mark.parametrize("number", ["NaN", "+Inf", "-Inf"])
+def test_what_is_no_number_is_not_there(number: str) -> None:
+    """A gauge that was never set."""
+    room = parse(f'vllm:kv_cache_usage_perc{{engine="0"}} {number}\nvllm:num_preemptions_total {number}\n')
+    assert (room.usage, room.preemptions) == (None, None)
+    assert "vllm:kv_cache_usage_perc is not in /metrics" in room.missing

@@ -153,7 +153,7 @@ def test_blind_review_in_a_browser(tmp_path: Path) -> None:
     assert seen["name"] == "ratings.json"
     ratings_file = tmp_path / "ratings.json"
     ratings_file.write_text(seen["file"], encoding="utf-8")
-    ratings = read_ratings(ratings_file, DIGEST)
+    ratings = read_ratings(ratings_file, DIGEST, {(f"p{n}", 0) for n in range(41)})
     found = [(ratings[f"p{n}", 0].baseline, ratings[f"p{n}", 0].candidate) for n in range(40)]
     wanted = [(0.0, 1.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)] * 10
     wanted[38] = (1.0, 1.0)  # rated again, by the button

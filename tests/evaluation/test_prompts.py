@@ -103,3 +103,18 @@ def test_the_example_of_the_documents_can_be_read() -> None:
     assert all(prompt.checks and prompt.tags for prompt in found)
     kinds = {check.type for prompt in found for check in prompt.checks}
     assert kinds == {"exact", "contains", "regex", "number", "json", "tool_call", "bleu", "rouge_l"}
+
+
+def test_the_same_prompt_twice_is_named(tmp_path: Path) -> None:
+    """It counts once: the same answer again is no more evidence."""
+    path = tmp_path / "prompts.jsonl"
+    lines: list[dict[str, Any]] = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+    lines.append({"messages": [{"role": "user", "content": "a"}], "tools": [{"function": {"name": "f"}}]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert len(read_prompts(path).prompts) == 3
+    again = {"id": "x", "max_tokens": 3, "messages": [{"content": "a", "role": "user"}], "tags": ["b"]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, again]), encoding="utf-8")
+    with pytest.raises(
+        ConvertError, match=r"line 4: asks the same as .*line 2, which tells nothing more; leave it out"
+    ):
+        read_prompts(path)

@@ -147,6 +147,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, model: Path, monkeypat
     (model / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "w4a8_lut"}}))
     with pytest.raises(ConvertError, match="is in the lut format"):
         check_directory("candidate", str(model))
+    (model / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConvertError, match=r"config\.json: cannot be read"):
+        check_directory("candidate", str(model))
     with pytest.raises(ConvertError, match="vLLM is not installed here"):
         find_server("vllm")
     with pytest.raises(ConvertError, match="missing for transformers serve"):

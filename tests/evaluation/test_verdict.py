@@ -36,6 +36,36 @@ def test_verdicts(found: list[Pair], decision: str) -> None:
     assert decide(found, TOLERANCE).decision == decision
 
 
+@pytest.mark.parametrize("score", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize("tag", ["", "niche"])
+def test_nothing_to_lose_is_no_proof(score: float, tag: str) -> None:
+    """Where the baseline scores no more than may be lost, as with a wrong reference, anything would be shipped."""
+    empty = [Pair(f"x{n}", (tag,) if tag else (), score, score, None) for n in range(400)]
+    found = empty + (pairs(0, 0, 4000) if tag else [])
+    verdict = decide(found, TOLERANCE)
+    assert verdict.decision == "cannot tell"
+    assert len(verdict.reasons) == 1
+    assert f"the baseline scores {100 * score:.1f} points, and 5.0 points may be lost" in verdict.reasons[0]
+    assert verdict.groups[-1].more is None
+    above = [replace(pair, baseline=pair.baseline + 0.06, candidate=pair.candidate + 0.06) for pair in empty]
+    assert decide(above + found[400:], TOLERANCE).decision == "ship"
+    assert decide(found, Tolerance(1, 1, {})).decision == "ship"  # all may be lost: nobody asks for quality
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), min_size=1, max_size=80),
+    st.sampled_from([0.0, 0.01, 0.05, 0.3, 0.99]),
+    st.integers(1, 40),
+)
+def test_a_candidate_that_answers_nothing_right_is_never_shipped(
+    scores: list[float], tolerance: float, times: int
+) -> None:
+    """Whatever the baseline scores, the tolerance is, and however many prompts there are."""
+    found = [Pair(str(n), ("t",) if n % 2 else (), score, 0.0, None) for n, score in enumerate(scores * times)]
+    assert decide(found, Tolerance(tolerance, tolerance, {})).decision != "ship"
+
+
 def test_exit_codes() -> None:
     """0 for ship alone; 1 and 2 are errors'."""
     assert EXIT_CODES == {"ship": 0, "do not ship": 3, "cannot tell": 4}
@@ -97,13 +127,33 @@ def test_without_any_loss_the_bound_is_the_rule_of_three(count: int) -> None:
 )
 def test_where_nothing_is_won_ship_is_wrong_up_to_9_percent(tolerance: float, counts: tuple[int, ...]) -> None:
     """The exact chance to see so few losses that it is shipped, where the true loss is the tolerance itself."""
+    assert max(_wrong(tolerance, counts)) <= 0.09
+
+
+def test_of_few_prompts_that_may_lose_half_it_is_wrong_up_to_11_percent() -> None:
+    """The worst tolerance for each number of losses: just what its bound allows."""
+    chances = [0.0]
+    for count in range(1, 11):
+        for lost in range(count):
+            most = -paired.bounds(np.array([-1.0] * lost + [0.0] * (count - lost))).lower
+            if most < 1:
+                chances += [_binomial(count, lost + 1, most)]
+    assert 0.11 < max(chances) < 0.112
+
+
+def _wrong(tolerance: float, counts: tuple[int, ...]) -> list[float]:
     chances = []
     for count in counts:
         shipped = 0
         while paired.bounds(np.array([-1.0] * shipped + [0.0] * (count - shipped))).lower > -tolerance:
             shipped += 1
-        chances.append(sum(math.comb(count, n) * tolerance**n * (1 - tolerance) ** (count - n) for n in range(shipped)))
-    assert max(chances) <= 0.09
+        chances.append(_binomial(count, shipped, tolerance))
+    return chances
+
+
+def _binomial(count: int, below: int, share: float) -> float:
+    """Return the chance that fewer than `below` of `count` are lost."""
+    return sum(math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in range(below))
 
 
 @settings(max_examples=30)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_server_that_is_killed_and_then_resumed(
 
     monkeypatch.setattr(servers, "_process", process)
     arguments = ["--server", "transformers", "--out", str(evaluate.out), "--tolerance", "0.3"]
-    both = [str(tmp_path / "w4a8")] * 2
+    both = [str(tmp_path / "w4a8"), str(shutil.copytree(tmp_path / "w4a8", tmp_path / "copy"))]
     killer = threading.Thread(target=kill)
     killer.start()
     first = evaluate(*both, *arguments)

@@ -16,8 +16,10 @@ Request = dict[str, Any]
 class Behaviour:
     """What the server does. answer: the text for a prompt. failure: the name of a failure, or nothing, for a prompt.
 
-    failures: a number (status), "hang", "cut" (no finish_reason), "drop" (connection closed), "garbage", "error".
+    failures: a number (status), "hang", "cut" (no finish_reason), "drop" (connection closed), "garbage", "error"; an
+    object: the chunk that comes instead of the end; bytes: the event that comes instead of the answer.
     metrics: what /metrics says. logprobs: for token ids, vLLM's prompt_logprobs. refuses: fields that are refused.
+    listing: what /v1/models says, if not `models`.
     """
 
     answer: Callable[[str], str] = lambda prompt: f"answer to {prompt}"
@@ -29,6 +31,7 @@ class Behaviour:
     logprobs: Callable[[list[int]], Any] | None = None
     refuses: tuple[str, ...] = ()
     models: tuple[str, ...] = ("model",)
+    listing: Any = None
     seen: list[Request] = field(default_factory=list)
 
 
@@ -42,9 +45,8 @@ def chat_server(behaviour: Behaviour) -> Iterator[str]:
 
         def do_GET(self) -> None:
             if self.path == "/v1/models":
-                self._reply(
-                    200, {"object": "list", "data": [{"id": name, "object": "model"} for name in behaviour.models]}
-                )
+                listed = [{"id": name, "object": "model"} for name in behaviour.models]
+                self._reply(200, {"object": "list", "data": listed} if behaviour.listing is None else behaviour.listing)
             elif self.path == "/metrics" and behaviour.metrics is not None:
                 self._reply(200, behaviour.metrics)
             else:
@@ -84,8 +86,8 @@ def chat_server(behaviour: Behaviour) -> Iterator[str]:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
-            if failure == "garbage":
-                self.wfile.write(b"data: {not json\n\n")
+            if failure == "garbage" or isinstance(failure, bytes):
+                self.wfile.write(b"data: " + (failure if isinstance(failure, bytes) else b"{not json") + b"\n\n")
                 return
             if failure == "error":
                 self._chunk({"error": {"message": "the engine is dead", "type": "server_error", "code": 500}})
@@ -104,6 +106,9 @@ def chat_server(behaviour: Behaviour) -> Iterator[str]:
             for number, call in enumerate(behaviour.calls(prompt)):
                 part_of_call = {"index": number, "id": "c", "type": "function", "function": call}
                 self._chunk({"choices": [{"index": 0, "finish_reason": None, "delta": {"tool_calls": [part_of_call]}}]})
+            if isinstance(failure, dict):
+                self._chunk(failure)
+                return
             end: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
             self._chunk({"choices": [{"index": 0, "finish_reason": "stop", **end}]})
             if behaviour.usage:
@@ -116,7 +121,7 @@ def chat_server(behaviour: Behaviour) -> Iterator[str]:
             self.wfile.write(b"data: " + json.dumps(common | content).encode() + b"\n\n")
             self.wfile.flush()
 
-        def _reply(self, status: int, content: dict[str, Any] | str) -> None:
+        def _reply(self, status: int, content: Any) -> None:
             body = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
