@@ -13,7 +13,7 @@ from convert_w4a8.cli.options import LAYERS, RAY, SIZE, data_options, max_tokens
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.cli.ray import enter_cluster, ray_dict, ray_lines
+from convert_w4a8.cli.ray import cluster_of_command, ray_dict, ray_lines
 from convert_w4a8.cluster.access import path_on, shards_on
 from convert_w4a8.targets import W4A16, target_names
 
@@ -135,7 +135,7 @@ def quantize_command(
     check_writable(*([html] if html is not None else []))
     torch_device = resolve_device(device if ray is None else "cpu")
     checkpoint = open_checkpoint(path_on(ray, resolve_input(model)))
-    cluster = enter_cluster(None if dry_run else ray)
+    cluster = cluster_of_command()
     wanted = [(out, _options(choices))]
     if keep_w4a16 is not None:
         wanted.append((keep_w4a16, replace(wanted[0][1], format=W4A16)))

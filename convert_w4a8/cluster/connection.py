@@ -9,20 +9,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, one_line
+from convert_w4a8.cluster.local import lean
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
 from convert_w4a8.version import __version__, install_command
 
 LOCAL = "local"
 """The address of a Ray that is started on this machine, and ends with the command."""
-_STORE_BYTES = 128 << 20
-"""Shared memory for Ray's objects on a local Ray: tasks and results are small, weights go through files."""
 _GREETING_SECONDS = 120.0
 """How long a node may take to say which version it has; it imports torch meanwhile."""
 
@@ -130,15 +129,14 @@ def _begin(ray: Any, address: str) -> None:
         ConvertError: that fails.
 
     """
-    keywords: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    with _undisturbed():
+    with _undisturbed(), lean(ray) if address == LOCAL else nullcontext({}) as keywords:
         try:
             ray.init(
                 address=address,
                 log_to_driver=False,
                 configure_logging=False,
                 namespace="w4a8-convert",
-                **(keywords if address == LOCAL else {}),
+                **keywords,
             )
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             with contextlib.suppress(Exception):

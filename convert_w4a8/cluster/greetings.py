@@ -37,7 +37,15 @@ def greeting() -> Callable[[str], tuple[str | None, str]]:
 
             theirs = version.__version__
             if theirs == ours:
+                from convert_w4a8.startup import import_torch  # noqa: PLC0415
+
+                import_torch()
+                import torch  # noqa: PLC0415
+
                 import convert_w4a8.conversion.shard  # noqa: F401, PLC0415
+                from convert_w4a8.devices import repack  # noqa: PLC0415
+
+                repack(torch.device("cpu"))  # imports numba
         except ModuleNotFoundError as error:
             return theirs, "" if error.name == "convert_w4a8" else f"{error}"
         except Exception as error:  # noqa: BLE001 - whatever it is, the node is at fault

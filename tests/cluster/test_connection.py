@@ -40,7 +40,7 @@ def test_ray_prints_again_afterwards(fails: bool, monkeypatch: pytest.MonkeyPatc
 
     ray = ModuleType("ray")
     vars(ray).update(
-        _private=SimpleNamespace(worker=worker),
+        _private=SimpleNamespace(worker=worker, node=SimpleNamespace(Node=object)),
         exceptions=SimpleNamespace(RayError=RuntimeError),
         init=init,
         is_initialized=lambda: False,

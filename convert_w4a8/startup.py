@@ -1,4 +1,4 @@
-"""What a command imports, and from where."""
+"""What a process imports when it begins, and from where."""
 
 import gc
 import os
