@@ -22,7 +22,7 @@ def import_torch() -> None:
         return
     gc.disable()
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401, PLC0415
     finally:
         gc.enable()
     gc.freeze()

@@ -9,12 +9,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, one_line
+from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, holder, name_of_gpu, one_line
 from convert_w4a8.cluster.local import lean
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
@@ -129,7 +129,8 @@ def _begin(ray: Any, address: str) -> None:
         ConvertError: that fails.
 
     """
-    with _undisturbed(), lean(ray) if address == LOCAL else nullcontext({}) as keywords:
+    started: AbstractContextManager[dict[str, Any]] = lean(ray) if address == LOCAL else nullcontext({})
+    with _undisturbed(), started as keywords:
         try:
             ray.init(
                 address=address,
@@ -277,6 +278,24 @@ class Cluster:
                 raise ClusterError(f"node {node.name}", reason, "mend that, take it out, or use --device cpu")
             found[node.name] = names
         return found
+
+    def hold_gpu(self) -> str:
+        """Take a GPU of this machine from what tasks get, until the connection ends; returns its name for torch here.
+
+        Raises:
+            ClusterError: this machine has none in the cluster.
+
+        """
+        node = self.ray.get_runtime_context().get_node_id()
+        affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": affinity, "runtime_env": SEES_ALL_GPUS}
+        try:
+            self._held = self.ray.remote(holder()).options(**options).remote()
+            return name_of_gpu(self.ray.get(self._held.number.remote(), timeout=_GREETING_SECONDS))
+        except (self.ray.exceptions.RayError, ValueError) as error:
+            remedy = "give the command on a node with a GPU that is not in use, or use --device cpu"
+            reason = f"has no GPU of the cluster for itself ({type(error).__name__})"
+            raise ClusterError("this machine", reason, remedy) from error
 
     def check_versions(self) -> None:
         """Check that all nodes have this version of this package.

@@ -22,7 +22,7 @@ _SETTINGS = {
 
 @contextmanager
 def lean(ray: Any) -> Iterator[dict[str, Any]]:
-    """Let `ray.init` start no more than is needed, in the block; yields more arguments for it. torch is imported meanwhile.
+    """Let `ray.init` start no more than is needed, in the block, while torch is imported; yields more arguments for it.
 
     There is no public way to leave out these processes, which take a second and two of a processor; where Ray calls
     them otherwise, they are started.
