@@ -35,8 +35,10 @@ def lean(ray: Any) -> Iterator[dict[str, Any]]:
         setattr(node, name, _start_nothing)
     importing = threading.Thread(target=_import_torch)
     importing.start()
+    cores = len(os.sched_getaffinity(0))  # which Ray does not look at
+    cpus = {"num_cpus": cores} if cores < (os.cpu_count() or 1) else {}
     try:
-        yield {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        yield {"include_dashboard": False, "object_store_memory": _STORE_BYTES, **cpus}
     finally:
         importing.join()
         for name, function in kept.items():

@@ -329,7 +329,8 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
         source = root / kind
         make_checkpoint(source, kind, args.gigabytes)
         runs: dict[str, list[Outcome]] = {"without": [], "local": [], "running": []}
-        cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+        options = ("--max-shard-size", args.shard_size, "--workers", min(4, cores))
         with cluster(cores) as made:
             for _ in range(args.rounds):
                 for name, more in (
@@ -338,7 +339,7 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
                     ("running", ("--ray", made.address)),
                 ):
                     time.sleep(args.rest)
-                    outcome = convert(source, root / "out", "--quiet", "--max-shard-size", args.shard_size, *more)
+                    outcome = convert(source, root / "out", "--quiet", *options, *more)
                     shutil.rmtree(root / "out")
                     print(
                         kind,
@@ -355,6 +356,7 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
                 {
                     "input": kind,
                     "gigabytes": args.gigabytes,
+                    "cores": cores,
                     "run": words,
                     "wall_s": walls[name],
                     "cpu_s": statistics.median(run.cpu_seconds for run in runs[name]) if name != "running" else None,
