@@ -280,6 +280,11 @@ def kills(args: argparse.Namespace, root: Path) -> None:
             shutil.rmtree(root / "out", ignore_errors=True)
             if victim == "node" and hit:
                 add_node(made, 2)
+            _save_kills(args, runs)
+
+
+def _save_kills(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """Save what was found so far."""
     rows = []
     for victim in ("worker", "node", "driver"):
         ours = [run for run in runs if run["victim"] == victim]
