@@ -433,6 +433,9 @@ def gpus(args: argparse.Namespace, root: Path) -> None:
                         "gpu": torch.cuda.get_device_name(0),
                     }
                 )
+                alone = next(row for row in rows if row["command"] == command)
+                rows[-1]["faster"] = alone["work_s"] / rows[-1]["work_s"] if rows[-1] is not alone else None
+                rows[-1]["same"] = "yes" if rows[-1]["sha256"] == alone["sha256"] else "NO"
                 print(rows[-1], file=sys.stderr, flush=True)
                 shutil.rmtree(root / "out")
         save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)

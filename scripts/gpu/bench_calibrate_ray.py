@@ -99,6 +99,9 @@ def main() -> None:
                 except (subprocess.SubprocessError, ValueError, IndexError) as error:
                     print(f"{name}, {words}: {error}: {getattr(error, 'stderr', '')}"[-3000:], file=sys.stderr)
                     continue
+                alone = next((other for other in rows if other["model"] == name), None)
+                row["faster"] = alone and alone["seconds"] / row["seconds"]
+                row["same"] = "yes" if alone is None or row["sha256"] == alone["sha256"] else "NO"
                 rows.append(row)
                 print(row, flush=True)
                 save(args, QUESTION, rows, packages=PACKAGES)
