@@ -1,7 +1,8 @@
 """Time `w4a8 quantize --data` of one decoder block on one GPU, and on all GPUs of this machine through Ray.
 
     python scripts/gpu/bench_calibrate_ray.py [--models llama-8b qwen3-30b-a3b] [--samples 32] [--length 2048]
-                                              [--device cuda] [--small] [--json FILE] [--keep NAME]
+                                              [--experts 64] [--device cuda] [--small]
+                                              [--json FILE] [--keep NAME]
 
 The models and samples are those of `bench_quantize_block.py`. Each run is a process of its own, which quantizes the
 model twice: what counts is the second time, when kernels are compiled and the workers of Ray have begun. sha256 is
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from bench_quantize_block import MODELS, SMALL, random_samples, write_model
-from results import add_options, save
+from results import add_options, save, visible_gpus
 
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "ray")
 QUESTION = "How much faster is calibration on two GPUs?"
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--preset", default="full", choices=["full", "fast"])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--experts", type=int, help="of a mixture, instead of all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="models of the same kinds that a CPU can do")
     parser.add_argument("--directory", type=Path, help="where models are made; a temporary one by default")
@@ -78,18 +80,23 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     is_gpu = args.device == "cuda"
-    count = torch.cuda.device_count() if is_gpu else 1
+    gpus = visible_gpus() if is_gpu else ["0"]
     with tempfile.TemporaryDirectory(prefix="w4a8-calibrate-", dir=args.directory) as root:
         for name in args.models:
-            settings = MODELS[name] | ({key: SMALL[key] for key in SMALL if key in MODELS[name]} if args.small else {})
+            settings: dict[str, Any] = MODELS[name] | (
+                {key: SMALL[key] for key in SMALL if key in MODELS[name]} if args.small else {}
+            )
+            if args.experts and "num_experts" in settings:
+                settings["num_experts"] = args.experts
             million, matrices = write_model(Path(root) / name, settings, torch.device(args.device))
-            for words, visible, more in (("1 GPU, without Ray", "0", []), (f"{count} GPUs", "", ["--ray"])):
-                environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": visible} if visible and is_gpu else {})}
+            for words, visible, more in (("1 GPU, without Ray", gpus[:1], []), (f"{len(gpus)} GPUs", gpus, ["--ray"])):
+                environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(visible)} if is_gpu else {})}
                 command = [sys.executable, __file__, "--one", str(Path(root) / name), str(Path(root) / "out"), *more]
                 command += ["--samples", str(args.samples), "--length", str(args.length)]
                 command += ["--device", args.device, "--preset", args.preset]
                 row: dict[str, Any] = {"model": name, "million_weights": million, "matrices": matrices, "run": words}
                 row |= {"preset": args.preset, "tokens": args.samples * args.length}
+                row["experts"] = settings.get("num_experts")
                 row["gpu"] = torch.cuda.get_device_name(0) if is_gpu else "none"
                 try:
                     done = subprocess.run(
