@@ -13,9 +13,10 @@ from convert_w4a8.calibration import run as calibration
 from convert_w4a8.calibration.matrix import BYTES_PER_WEIGHT
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.plan import plan_quantization, with_samples
+from convert_w4a8.calibration.spread import one_by_one
 from convert_w4a8.checkpoint import directory
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.cluster.access import cluster_at, path_on, shards_on, units_on
+from convert_w4a8.cluster.access import calls_on, cluster_at, path_on, shards_on, units_on
 from convert_w4a8.conversion import plan as planning
 from convert_w4a8.conversion.jobs import use_workers
 from convert_w4a8.conversion.plan import Plan
@@ -162,27 +163,30 @@ def quantize(
     """Quantize a model that is in 16 or 32 bits; `out` appears whole, at the end, or not at all.
 
     samples: calibration data, from `convert_w4a8.samples`; None: codes and tables from the weights alone. The other
-    parameters are those of `convert`; with samples, `ray` has to be None.
+    parameters are those of `convert`; with samples, tasks of Ray quantize matrices, and this process does the rest.
 
     Raises:
         ConvertError, PlanError: the model, the output path, the options or the device do not allow it.
 
     """
-    if samples is not None and ray is not None:
-        raise ConvertError("ray", "does not go with samples: a block needs what the block before it gives", "pass one")
     checkpoint = directory.open_checkpoint(_directory(model, ray))
     plan = plan_quantization(checkpoint, with_samples(options, samples))
     with cluster_at(ray) as cluster:
+        calls = None if samples is None else calls_on(cluster, device)
+        here = resolve_device(device if cluster is None else "cpu")
         return calibration.quantize(
             checkpoint,
             plan,
             local_path(out),
             samples,
-            device=resolve_device(device if cluster is None else "cpu"),
+            device=here if calls is None else calls.device,
             overwrite=overwrite,
             resume=resume,
             progress=progress,
-            write_shards=shards_on(cluster, device, None, progress, calibration.quantize_shard, BYTES_PER_WEIGHT),
+            write_shards=shards_on(
+                None if calls else cluster, device, None, progress, calibration.quantize_shard, BYTES_PER_WEIGHT
+            ),
+            spread=calls or one_by_one,
         )
 
 

@@ -7,7 +7,7 @@ from import_graph import circles, import_graph, reachable, rooms
 from paths import ROOT
 
 ORDER = (
-    ("fp8", "linear", "options", "text", "threads", "time_limit", "version"),
+    ("fp8", "linear", "options", "startup", "text", "threads", "time_limit", "version"),
     ("errors", "experts"),
     ("lut_format",),
     ("kernels", "operations"),

@@ -1,6 +1,8 @@
 """What calibration runs of the experts of a block, as transformers 5 holds them."""
 
+from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import nn
@@ -26,6 +28,14 @@ def check_experts(name: str, module: nn.Module) -> None:
 def stored_weights(module: nn.Module, dtype: torch.dtype) -> Weights:
     """Return the weights that a module holds."""
     return lambda expert: (module.gate_up_proj[expert].to(dtype), module.down_proj[expert].to(dtype))  # type: ignore[index]
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """Return what a module computes beside products with its weights, so that it can be sent elsewhere."""
+    found = copy(module)
+    vars(found).update(_parameters={}, _forward_pre_hooks=OrderedDict())
+    vars(found).pop("forward", None)
+    return found
 
 
 def down_inputs(module: nn.Module, x: torch.Tensor, gate_up: torch.Tensor, rounding: Rounding) -> torch.Tensor:

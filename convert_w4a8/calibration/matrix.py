@@ -86,6 +86,13 @@ def quantize_weight(
     return served, _stats(weight, served), found.sqnr_db
 
 
+def quantize_parameter(
+    name: str, weight: torch.Tensor, inputs: Inputs | None, options: QuantizeOptions
+) -> tuple[ServedLinear, LayerStats, float]:
+    """Do what `quantize_weight` does to a weight in the dtype that it is stored in."""
+    return quantize_weight(name, weight.float(), inputs, options)
+
+
 def quantize_weights(
     names: Sequence[str], weights: Sequence[torch.Tensor], inputs: Sequence[Inputs], options: QuantizeOptions
 ) -> list[tuple[ServedLinear, LayerStats, float]]:

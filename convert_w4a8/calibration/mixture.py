@@ -5,8 +5,9 @@ inputs of its layers, so that a second moment says little, it borrows others, sp
 a never-routed expert is calibrated on borrowed tokens alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,16 +15,19 @@ import torch
 from torch import nn
 
 from convert_w4a8.calibration.block import Block, as_is
-from convert_w4a8.calibration.experts import down_inputs, stored_weights
+from convert_w4a8.calibration.experts import Rounding, down_inputs, stored_weights, without_weights
 from convert_w4a8.calibration.matrix import Inputs, inputs_of, method_of, quantize_weights
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
+from convert_w4a8.calibration.spread import Spread, one_by_one
 from convert_w4a8.calibration.states import States
 from convert_w4a8.codebooks import awq_exponent
 from convert_w4a8.encoding.tables import decode
 from convert_w4a8.linear import ServedLinear
 from convert_w4a8.quantization.layer import LayerStats
 
+Found = tuple[int, str, ServedLinear, LayerStats, Mapping[str, Any]]
+"""Expert, projection, layer, what that did to the weights, and what is to be noted."""
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 TOGETHER = 8
 """Experts whose codes are chosen side by side, at most. On a GPU the last bits depend on it."""
@@ -53,86 +57,119 @@ def quantize_experts(
     inputs: tuple[States, States],
     options: QuantizeOptions,
     device: torch.device,
-) -> Iterator[tuple[int, str, ServedLinear, LayerStats, Mapping[str, Any]]]:
-    """Quantize all experts of a module of a block; yields (expert, projection, layer, …).
+    spread: Spread = one_by_one,
+) -> Iterator[Found]:
+    """Quantize all experts of a module of a block, in groups.
 
     choices: the router's, int64 [M, top k], of the tokens of each batch that count. inputs: of these tokens [M, H], in
-    the original model and in the quantized one.
+    the original model and in the quantized one. spread: what quantizes the groups.
     """
     module = block.module.get_submodule(name)
     weights = stored_weights(module, block.dtype)
-    is_full = options.preset is Preset.FULL
-    tokens = _Tokens(choices, inputs, device, block.dtype, is_full=is_full)
+    tokens = _Tokens(choices, inputs, device, block.dtype, is_full=options.preset is Preset.FULL)
     stacks = block.stacks(name)
     experts = range(len(stacks["down_proj"]))
     step = max(1, min(TOGETHER, WEIGHTS_TOGETHER // stacks["gate_up_proj"][0].numel()))
-    for numbers in (experts[first : first + step] for first in experts[::step]):
-        some = [_Expert(number, f"{block.label}.{name}.{number}", *weights(number)) for number in numbers]
-        for expert in some:
-            expert.tokens, count = choose_tokens(tokens.index, expert.number, expert.gate_up.shape[1])
-            expert.notes = {"tokens": len(expert.tokens), "routed_tokens": count}
-            theirs, ours = tokens.of(expert.tokens)
-            if options.scales_inputs:
-                inner = down_inputs(module, theirs, expert.gate_up, as_is)
-                scaled = _scale(module, (expert.gate_up, expert.down), theirs, inner, options)
-                expert.gate_up, expert.down, expert.exponent = scaled
-            expert.inputs = _inputs(expert.label, block.rounding(ours), theirs, options)
-        yield from _quantized(
-            [
-                (expert, leaf, weight, rows)
-                for expert in some
-                for leaf, weight, rows in zip(
-                    LEAVES, expert.gate_up.chunk(2), stacks["gate_up_proj"][expert.number].chunk(2), strict=False
-                )
-            ],
-            options,
-        )
-        for expert in some:
-            theirs, ours = tokens.of(expert.tokens)
-            inner = inner_seen = down_inputs(module, theirs, expert.gate_up, as_is)
-            if is_full:
-                gate_up = stacks["gate_up_proj"][expert.number].to(block.dtype)
-                inner_seen = down_inputs(module, ours, gate_up, block.rounding)
-            expert.inputs = _inputs(f"{expert.label}.down_proj", block.rounding(inner_seen), inner, options)
-            if options.scales_inputs:
-                expert.notes["awq_exponent"] = expert.exponent
-        yield from _quantized(
-            [(expert, "down_proj", expert.down, stacks["down_proj"][expert.number]) for expert in some], options
-        )
-    if is_full:
+    activation = without_weights(module)
+
+    def prepared(number: int) -> _Expert:
+        gate_up, down = weights(number)
+        chosen, count = choose_tokens(tokens.index, number, gate_up.shape[1])
+        notes = {"tokens": len(chosen), "routed_tokens": count}
+        return _Expert(number, f"{block.label}.{name}.{number}", gate_up, down, partial(tokens.of, chosen), notes)
+
+    groups = (experts[first : first + step] for first in experts[::step])
+    calls = ((f"{block.label}.{name}.{n[0]}", [*map(prepared, n)], activation, block.rounding, options) for n in groups)
+    for found in spread(quantize_group, calls):
+        for expert, leaf, w4a8, stats, notes in found:
+            _rows(leaf, stacks["gate_up_proj"][expert], stacks["down_proj"][expert]).copy_(decode(w4a8))
+            yield expert, leaf, w4a8, stats, notes
+    if options.preset is Preset.FULL:
         block.take_experts(name, stacks)
 
 
 @dataclass
 class _Expert:
-    """An expert on its way. tokens: those that calibrate it. inputs: of what is quantized next.
+    """An expert on its way. seen: returns its inputs [M, H] in the original model and in the quantized one.
 
-    exponent: of the scaling of its down projection's inputs.
+    inputs: of what is quantized next. exponent: of the scaling of its down projection's inputs.
     """
 
     number: int
     label: str
     gate_up: torch.Tensor
     down: torch.Tensor
-    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    seen: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    notes: dict[str, Any]
     inputs: Inputs | None = None
     exponent: float | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is sent to another process: the inputs themselves."""
+        return {**vars(self), "seen": partial(_as_given, *self.seen())}
 
 
-def _quantized(
-    jobs: Sequence[tuple[_Expert, str, torch.Tensor, torch.Tensor]], options: QuantizeOptions
-) -> Iterator[tuple[int, str, ServedLinear, LayerStats, Mapping[str, Any]]]:
-    """Quantize projections of one shape: (expert, projection, weights, where the quantized ones go)."""
+def _as_given(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return theirs, ours
+
+
+def quantize_group(
+    _name: str, experts: Sequence[_Expert], module: nn.Module, rounding: Rounding, options: QuantizeOptions
+) -> list[Found]:
+    """Quantize some experts side by side. module: what has their activation function.
+
+    Raises:
+        ConvertError: weights or inputs are not finite.
+
+    """
+    is_full = options.preset is Preset.FULL
+    for expert in experts:
+        theirs, ours = expert.seen()
+        if options.scales_inputs:
+            inner = down_inputs(module, theirs, expert.gate_up, as_is)
+            scaled = _scale(module, (expert.gate_up, expert.down), theirs, inner, options)
+            expert.gate_up, expert.down, expert.exponent = scaled
+        expert.inputs = _inputs(expert.label, rounding(ours), theirs, options)
+    found = _quantized(
+        [
+            (expert, leaf, weight)
+            for expert in experts
+            for leaf, weight in zip(LEAVES, expert.gate_up.chunk(2), strict=False)
+        ],
+        options,
+    )
+    served = {(number, leaf): w4a8 for number, leaf, w4a8, _, _ in found}
+    for expert in experts:
+        theirs, ours = expert.seen()
+        inner = inner_seen = down_inputs(module, theirs, expert.gate_up, as_is)
+        if is_full:
+            gate_up = torch.empty_like(expert.gate_up, dtype=torch.bfloat16)
+            for leaf in LEAVES[:2]:
+                _rows(leaf, gate_up, gate_up).copy_(decode(served[expert.number, leaf]))
+            inner_seen = down_inputs(module, ours, gate_up.to(expert.gate_up.dtype), rounding)
+        expert.inputs = _inputs(f"{expert.label}.down_proj", rounding(inner_seen), inner, options)
+        if options.scales_inputs:
+            expert.notes["awq_exponent"] = expert.exponent
+    return found + _quantized([(expert, "down_proj", expert.down) for expert in experts], options)
+
+
+def _rows(leaf: str, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return where a projection lies in an expert's parameters."""
+    return down if leaf == "down_proj" else gate_up.chunk(2)[LEAVES.index(leaf)]
+
+
+def _quantized(jobs: Sequence[tuple[_Expert, str, torch.Tensor]], options: QuantizeOptions) -> list[Found]:
+    """Quantize projections of one shape: (expert, projection, weights)."""
     found = quantize_weights(
-        [f"{expert.label}.{leaf}" for expert, leaf, *_ in jobs],
-        [weight.detach().float() for _, _, weight, _ in jobs],
+        [f"{expert.label}.{leaf}" for expert, leaf, _ in jobs],
+        [weight.detach().float() for *_, weight in jobs],
         [expert.inputs for expert, *_ in jobs if expert.inputs is not None],
         options,
     )
-    for (expert, leaf, _, rows), (w4a8, stats, db) in zip(jobs, found, strict=True):
-        rows.copy_(decode(w4a8))
-        yield expert.number, leaf, w4a8, stats, {**expert.notes, "output_sqnr_db": db}
+    return [
+        (expert.number, leaf, w4a8, stats, {**expert.notes, "output_sqnr_db": db})
+        for (expert, leaf, _), (w4a8, stats, db) in zip(jobs, found, strict=True)
+    ]
 
 
 class _Tokens:

@@ -15,6 +15,7 @@ from convert_w4a8.calibration.matrix import quantizer
 from convert_w4a8.calibration.model import Model
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.recipe import recipe
+from convert_w4a8.calibration.spread import Spread, one_by_one
 from convert_w4a8.calibration.states import batches
 from convert_w4a8.calibration.walk import Walk
 from convert_w4a8.checkpoint.directory import Checkpoint
@@ -48,11 +49,13 @@ def quantize(
     states_bytes: int = STATES_BYTES,
     progress: Progress = lambda _nbytes: None,
     write_shards: WriteShardsElsewhere | None = None,
+    spread: Spread = one_by_one,
 ) -> Result:
     """Carry out a plan of `plan_quantization`. `out` appears whole, at the end, or not at all.
 
     samples: those whose digest is in the plan's options; None without data.
     write_shards: what writes files without data, by `quantize_shard`; this process if None.
+    spread: what quantizes the matrices of a block with data.
 
     Raises:
         ConvertError, PlanError: the input, the output path, the options or the memory do not allow it.
@@ -68,7 +71,7 @@ def quantize(
         if samples is None:
             (write_shards or by_threads)(tasks, writer)
         else:
-            _Run(checkpoint, plan, options, samples, writer, device, states_bytes, progress).write(tasks)
+            _Run(checkpoint, plan, options, samples, writer, device, states_bytes, progress, spread).write(tasks)
 
     if write_shards is None:
         check_memory(plan)
@@ -111,9 +114,11 @@ class _Run:
         device: torch.device,
         states_bytes: int,
         progress: Progress,
+        spread: Spread,
     ) -> None:
         self._checkpoint, self._plan, self._options, self._samples = checkpoint, plan, options, samples
         self._writer, self._device, self._states_bytes, self._progress = writer, device, states_bytes, progress
+        self._spread = spread
 
     def write(self, tasks: Sequence[ShardTask]) -> None:
         """Write all unfinished files: first those of no block, then block by block."""
@@ -135,7 +140,8 @@ class _Run:
         if last < 0:
             return
         with self._writer.states() as directory:
-            walk = Walk(model, batches(self._samples.samples), self._options, directory, self._states_bytes)
+            samples = batches(self._samples.samples)
+            walk = Walk(model, samples, self._options, directory, self._states_bytes, self._spread)
             for number in range(last + 1):
                 ours = by_block.get(number, [])
                 with memory_errors(f"{model.above}.{number}"):

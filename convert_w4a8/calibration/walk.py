@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from convert_w4a8.calibration.block import Block, Stage, as_is, round_tokens
-from convert_w4a8.calibration.matrix import inputs_of, quantize_weight
+from convert_w4a8.calibration.matrix import inputs_of, quantize_parameter
 from convert_w4a8.calibration.mixture import quantize_experts
 from convert_w4a8.calibration.model import Model
 from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import Preset, QuantizeOptions
 from convert_w4a8.calibration.scaling import Scaling, scale_block
+from convert_w4a8.calibration.spread import Spread, one_by_one
 from convert_w4a8.calibration.states import BATCH_TOKENS, Batch, States
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import in_transformers
@@ -39,13 +40,19 @@ class Walk:
     """Goes through the blocks of a model with the hidden states of two models: the original and the quantized one.
 
     The fast preset needs the original's alone. scaling: what was done to the block that is being quantized.
-    directory, limit: where hidden states lie that are beyond so many bytes.
+    directory, limit: where hidden states lie that are beyond so many bytes. spread: what quantizes matrices.
     """
 
     def __init__(
-        self, model: Model, batches: Sequence[Batch], options: QuantizeOptions, directory: Path, limit: int
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        options: QuantizeOptions,
+        directory: Path,
+        limit: int,
+        spread: Spread = one_by_one,
     ) -> None:
-        self._model, self._batches, self._options = model, batches, options
+        self._model, self._batches, self._options, self._spread = model, batches, options, spread
         self._is_full = options.preset is Preset.FULL
         self.scaling = Scaling()
         self._rounding = as_is if options.is_w4a16 else round_tokens
@@ -77,9 +84,12 @@ class Walk:
             else:
                 seen = self._moments(number, block, stage) if self._is_full else inputs[stage]
                 ready = inputs_of(named[stage.modules[0]].module, seen, self._options)
-                for name in stage.modules:
-                    weight = block.module.get_parameter(f"{name}.weight").detach().float()
-                    w4a8, stats, db = quantize_weight(named[name].module, weight, ready, self._options)
+                calls = (
+                    (named[name].module, block.module.get_parameter(f"{name}.weight").detach(), ready, self._options)
+                    for name in stage.modules
+                )
+                found = self._spread(quantize_parameter, calls)
+                for name, (w4a8, stats, db) in zip(stage.modules, found, strict=True):
                     if self._is_full:
                         block.quantized[name] = decode(w4a8).to(self._model.dtype)
                     notes = {"tokens": seen.tokens, "output_sqnr_db": db, **self._scaled(name)}
@@ -187,7 +197,7 @@ class Walk:
                 seen.put(i, x[kept])
             choices.append(index[kept].cpu())
         for expert, leaf, w4a8, stats, notes in quantize_experts(
-            block, name, choices, self._of_experts, self._options, self._model.device
+            block, name, choices, self._of_experts, self._options, self._model.device, self._spread
         ):
             shared = self._scaled(name) if leaf != "down_proj" else {}
             yield Quantized(named[f"{name}.{expert}.{leaf}"], w4a8, stats, {**notes, **shared})

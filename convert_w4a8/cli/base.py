@@ -14,9 +14,10 @@ from convert_w4a8.cli.output import (
     stdout_failure,
 )
 from convert_w4a8.cli.paths import check_homes
+from convert_w4a8.cli.ray import enter_cluster
 from convert_w4a8.cli.signals import exit_code, signal_name, signals_interrupt
-from convert_w4a8.cli.startup import import_torch, leave_out_working_directory
 from convert_w4a8.errors import ConvertError, PlanError, Problem, W4A8Error, grouped
+from convert_w4a8.startup import import_torch, leave_out_working_directory
 
 
 class _Printing(click.Command):
@@ -76,6 +77,7 @@ class W4A8Command(_Printing):
             if self.needs_torch:
                 os.getcwd()  # noqa: PTH109 - without one, MKL ends the process when torch is imported
                 check_homes(ctx)
+                enter_cluster(ctx)
                 import_torch()
             elif not _has_working_directory():
                 os.chdir("/")

@@ -15,7 +15,7 @@ from convert_w4a8.cli.options import RAY, Number, NumberRange, conversion_option
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.cli.ray import enter_cluster, ray_dict
+from convert_w4a8.cli.ray import cluster_of_command, ray_dict
 from convert_w4a8.cli.start import say_verbose
 from convert_w4a8.cluster.access import path_on, shards_on, units_on
 
@@ -101,7 +101,7 @@ def check_command(
             checkpoint, fetch = remote.checkpoint, remote.fetch
         else:
             checkpoint = open_checkpoint(path_on(ray, resolve_input(source)))
-        cluster = enter_cluster(ray)
+        cluster = cluster_of_command()
         total = checkpoint.nbytes * (1 if out else 2)
         stack.enter_context(use_workers(workers))
         update = stack.enter_context(progress(total, "check", quiet=as_json or sample))

@@ -11,7 +11,7 @@ from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
 from convert_w4a8.cli.push import verify_and_push
-from convert_w4a8.cli.ray import enter_cluster, ray_dict, ray_lines
+from convert_w4a8.cli.ray import cluster_of_command, ray_dict, ray_lines
 from convert_w4a8.cli.start import say_compiling, say_verbose
 from convert_w4a8.cluster.access import path_on, shards_on
 from convert_w4a8.version import __version__
@@ -69,7 +69,7 @@ def convert_command(
     if verbose:
         say_verbose(torch_device, workers)
     checkpoint = open_checkpoint(path_on(ray, resolve_input(source)))
-    cluster = enter_cluster(None if dry_run else ray)
+    cluster = cluster_of_command()
     plan = make_plan(checkpoint, read_options(choices, max_shard_size))
     prediction = None
     if as_json or not quiet:

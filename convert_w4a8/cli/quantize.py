@@ -13,8 +13,8 @@ from convert_w4a8.cli.options import LAYERS, RAY, SIZE, data_options, max_tokens
 from convert_w4a8.cli.output import echo, echo_error, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT, LocalPath
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.cli.ray import enter_cluster, ray_dict, ray_lines
-from convert_w4a8.cluster.access import path_on, shards_on
+from convert_w4a8.cli.ray import cluster_of_command, ray_dict, ray_lines
+from convert_w4a8.cluster.access import calls_on, path_on, shards_on
 from convert_w4a8.targets import W4A16, target_names
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def quantize_command(
     from convert_w4a8.calibration.plan import plan_quantization, with_samples
     from convert_w4a8.calibration.prediction import predict_cost
     from convert_w4a8.calibration.run import quantize, quantize_shard
+    from convert_w4a8.calibration.spread import one_by_one
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render_quantized as render
     from convert_w4a8.cli.files import check_writable, write_files
@@ -130,19 +131,20 @@ def quantize_command(
 
     if not data and (mask is not None or max_tokens is not None or html is not None):
         raise click.UsageError("--mask, --max-tokens and --html go with --data")
-    if data and ray is not None:
-        raise click.UsageError("--ray does not go with --data: a block needs what the block before it gives")
     check_writable(*([html] if html is not None else []))
     torch_device = resolve_device(device if ray is None else "cpu")
     checkpoint = open_checkpoint(path_on(ray, resolve_input(model)))
-    cluster = enter_cluster(None if dry_run else ray)
+    cluster = cluster_of_command()
+    calls = calls_on(cluster, device) if data else None
+    torch_device = torch_device if calls is None else calls.device
+    works_here = ray is None or bool(data)
     wanted = [(out, _options(choices))]
     if keep_w4a16 is not None:
         wanted.append((keep_w4a16, replace(wanted[0][1], format=W4A16)))
     for _, options in wanted:
         plan_quantization(checkpoint, options)  # refuses what it must before the data is read
     samples = read_data(checkpoint, data, mask, max_tokens) if data else None
-    elsewhere = shards_on(cluster, device, None, lambda _nbytes: None)
+    elsewhere = None if works_here else shards_on(cluster, device, None, lambda _nbytes: None)
     predicted_on = torch_device if elsewhere is None else torch.device(elsewhere.device_type)
     outputs = []
     for path, chosen in wanted:
@@ -165,7 +167,7 @@ def quantize_command(
                 overwrite=overwrite,
                 resume=resume,
                 before=others,
-                works_here=ray is None,
+                works_here=works_here,
             )
             unfinished.append(output)
         elif not (quiet or as_json):
@@ -192,7 +194,10 @@ def quantize_command(
                 resume=resume,
                 states_bytes=states_memory,
                 progress=update,
-                write_shards=shards_on(cluster, device, None, update, quantize_shard, BYTES_PER_WEIGHT),
+                write_shards=None
+                if works_here
+                else shards_on(cluster, device, None, update, quantize_shard, BYTES_PER_WEIGHT),
+                spread=calls or one_by_one,
             )
         documents[output.path] = render.result_dict(result, output.path, output.options, samples, output.cost)
         if not (quiet or as_json):

@@ -10,9 +10,21 @@ if TYPE_CHECKING:
     from convert_w4a8.cluster.connection import Cluster
 
 
-def enter_cluster(address: str | None) -> "Cluster | None":
-    """Return the cluster at an address until the command ends; None where there is no `--ray`."""
-    cluster: Cluster | None = click.get_current_context().with_resource(cluster_at(address))
+_CLUSTER = f"{__name__}.cluster"
+
+
+def enter_cluster(ctx: click.Context) -> None:
+    """Connect to the cluster that a command is given, until it ends; not for a dry run.
+
+    That is before this process imports torch, which the nodes do at the same time then.
+    """
+    address = None if ctx.params.get("dry_run") else ctx.params.get("ray")
+    ctx.meta[_CLUSTER] = ctx.with_resource(cluster_at(address))
+
+
+def cluster_of_command() -> "Cluster | None":
+    """Return the cluster that the command works on; None where there is no `--ray`."""
+    cluster: Cluster | None = click.get_current_context().meta[_CLUSTER]
     return cluster
 
 

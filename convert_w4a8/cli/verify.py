@@ -7,7 +7,7 @@ from convert_w4a8.cli.options import RAY, Number
 from convert_w4a8.cli.output import echo, echo_json
 from convert_w4a8.cli.paths import CHECKPOINT
 from convert_w4a8.cli.progress import progress
-from convert_w4a8.cli.ray import enter_cluster, ray_dict, ray_lines
+from convert_w4a8.cli.ray import cluster_of_command, ray_dict, ray_lines
 from convert_w4a8.cluster.access import path_on, units_on
 
 
@@ -39,7 +39,7 @@ def verify_command(out: str, source: str, min_sqnr_db: float | None, ray: str | 
         raise click.UsageError("--min-sqnr-db is not for what w4a8 distill wrote")
     if ray is not None and is_distilled(converted):
         raise click.UsageError("--ray is not for what w4a8 distill wrote")
-    cluster = enter_cluster(ray)
+    cluster = cluster_of_command()
     with progress(original.nbytes, "verify", quiet=as_json) as update:
         check = units_on(cluster)
         verification = run(converted, original, min_sqnr_db=min_sqnr_db, progress=update, check=check)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from convert_w4a8.cluster.calls import CallsOnCluster
     from convert_w4a8.cluster.connection import Cluster
     from convert_w4a8.cluster.proof import UnitsOnCluster
     from convert_w4a8.cluster.shards import Convert, ShardsOnCluster
@@ -50,6 +51,15 @@ def shards_on(
         function=function or convert_shard,
         bytes_per_weight=bytes_per_weight,
     )
+
+
+def calls_on(cluster: "Cluster | None", device: str) -> "CallsOnCluster | None":
+    """Return what makes independent calls on a cluster, such as those that quantize the matrices of a block."""
+    if cluster is None:
+        return None
+    from convert_w4a8.cluster.calls import CallsOnCluster  # noqa: PLC0415
+
+    return CallsOnCluster(cluster, device)
 
 
 def units_on(cluster: "Cluster | None") -> "UnitsOnCluster | None":

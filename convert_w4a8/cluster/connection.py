@@ -1,28 +1,25 @@
 """A Ray cluster, or a local Ray that lives as long as a command: its nodes, and whether they can do our work."""
 
 import contextlib
-import logging
 import os
-import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, one_line
+from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, holder, name_of_gpu, one_line
+from convert_w4a8.cluster.local import lean
+from convert_w4a8.cluster.quiet import muted, undisturbed
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
 from convert_w4a8.version import __version__, install_command
 
 LOCAL = "local"
 """The address of a Ray that is started on this machine, and ends with the command."""
-_STORE_BYTES = 128 << 20
-"""Shared memory for Ray's objects on a local Ray: tasks and results are small, weights go through files."""
 _GREETING_SECONDS = 120.0
 """How long a node may take to say which version it has; it imports torch meanwhile."""
 
@@ -77,27 +74,6 @@ def load_ray() -> Any:
 
 
 @contextmanager
-def _muted(ray: Any) -> Iterator[None]:
-    """Keep Ray from printing: what matters is said by us, in one line.
-
-    Of lost nodes it prints on stdout, where a JSON document may be; there is no public way to keep it from that.
-    """
-    logger, worker = logging.getLogger("ray"), vars(ray._private.worker)  # noqa: SLF001
-    level, printer = logger.level, worker["print_to_stdstream"]
-    logger.setLevel(logging.CRITICAL)
-    worker["print_to_stdstream"] = _print_nothing
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        worker["print_to_stdstream"] = printer
-
-
-def _print_nothing(*_arguments: Any, **_keywords: Any) -> None:
-    """Stand for what prints Ray's messages."""
-
-
-@contextmanager
 def connect(address: str) -> Iterator["Cluster"]:
     """Connect to a cluster, by host:port or "auto", or start a local Ray; nothing of that is left at the end.
 
@@ -115,7 +91,7 @@ def connect(address: str) -> Iterator["Cluster"]:
     _check_answers(address)
     if ray.is_initialized():
         raise ConvertError("--ray", "this process uses Ray already", "call ray.shutdown() before")
-    with _muted(ray):
+    with muted(ray):
         _begin(ray, address)
         try:
             yield Cluster(ray, is_local=address == LOCAL)
@@ -130,15 +106,15 @@ def _begin(ray: Any, address: str) -> None:
         ConvertError: that fails.
 
     """
-    keywords: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    with _undisturbed():
+    started: AbstractContextManager[dict[str, Any]] = lean(ray) if address == LOCAL else nullcontext({})
+    with undisturbed(), started as keywords:
         try:
             ray.init(
                 address=address,
                 log_to_driver=False,
                 configure_logging=False,
                 namespace="w4a8-convert",
-                **(keywords if address == LOCAL else {}),
+                **keywords,
             )
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             with contextlib.suppress(Exception):
@@ -161,26 +137,6 @@ def _check_answers(address: str) -> None:
     except (OSError, OverflowError, UnicodeError) as error:
         reason = f"cannot be reached ({getattr(error, 'strerror', None) or error})"
         raise ConvertError(f"--ray {address}", reason, _START) from error
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep what Ray changes of this process when it begins, and the working directory out of its workers' path.
-
-    Ray sets a handler of SIGTERM of its own, and lets workers import modules from the directory that the driver
-    works in, which may be a checkpoint's.
-    """
-    is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM) if is_main else None
-    descriptor = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.chdir("/")
-        yield
-    finally:
-        os.fchdir(descriptor)
-        os.close(descriptor)
-        if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
 
 
 class Cluster:
@@ -279,6 +235,24 @@ class Cluster:
                 raise ClusterError(f"node {node.name}", reason, "mend that, take it out, or use --device cpu")
             found[node.name] = names
         return found
+
+    def hold_gpu(self) -> str:
+        """Take a GPU of this machine from what tasks get, until the connection ends; returns its name for torch here.
+
+        Raises:
+            ClusterError: this machine has none in the cluster.
+
+        """
+        node = self.ray.get_runtime_context().get_node_id()
+        affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": affinity, "runtime_env": SEES_ALL_GPUS}
+        try:
+            self._held = self.ray.remote(holder()).options(**options).remote()
+            return name_of_gpu(self.ray.get(self._held.number.remote(), timeout=_GREETING_SECONDS))
+        except (self.ray.exceptions.RayError, ValueError) as error:
+            remedy = "give the command on a node with a GPU that is not in use, or use --device cpu"
+            reason = f"has no GPU of the cluster for itself ({type(error).__name__})"
+            raise ClusterError("this machine", reason, remedy) from error
 
     def check_versions(self) -> None:
         """Check that all nodes have this version of this package.

@@ -1,6 +1,8 @@
 """What nodes are asked before the work begins, by functions that travel by value: any node can call them."""
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 from convert_w4a8.errors import ClusterError
 from convert_w4a8.version import __version__, install_command
@@ -37,7 +39,15 @@ def greeting() -> Callable[[str], tuple[str | None, str]]:
 
             theirs = version.__version__
             if theirs == ours:
+                from convert_w4a8.startup import import_torch  # noqa: PLC0415
+
+                import_torch()
+                import torch  # noqa: PLC0415
+
                 import convert_w4a8.conversion.shard  # noqa: F401, PLC0415
+                from convert_w4a8.devices import repack  # noqa: PLC0415
+
+                repack(torch.device("cpu"))  # imports numba
         except ModuleNotFoundError as error:
             return theirs, "" if error.name == "convert_w4a8" else f"{error}"
         except Exception as error:  # noqa: BLE001 - whatever it is, the node is at fault
@@ -59,3 +69,23 @@ def gpu_names() -> Callable[[], tuple[list[str], str]]:
             return [], f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
     return names
+
+
+def name_of_gpu(number: str) -> str:
+    """Return how torch calls a GPU in this process. number: as Ray and CUDA_VISIBLE_DEVICES have it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"cuda:{visible.split(',').index(number) if visible else int(number)}"
+
+
+def holder() -> type[Any]:
+    """Return a class whose actor has a GPU, and does nothing with it. It travels by value."""
+
+    class Holder:
+        def number(self) -> str:
+            """Return the GPU as Ray calls it."""
+            import ray  # noqa: PLC0415
+
+            (found,) = map(str, ray.get_gpu_ids())
+            return found
+
+    return Holder

@@ -4,7 +4,6 @@ Every attempt writes into a directory of its own, in `states/` of the work direc
 first attempt that succeeds to where it belongs, so that one that was thought lost, and is not, harms nothing.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,7 @@ from convert_w4a8.checkpoint.shards import ShardWriter
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.cluster.attempts import Attempts, Bars, reporting
 from convert_w4a8.cluster.connection import MOST_THREADS, Cluster, Node
-from convert_w4a8.cluster.greetings import one_line
+from convert_w4a8.cluster.greetings import name_of_gpu, one_line
 from convert_w4a8.cluster.paths import check_inputs, check_output
 from convert_w4a8.cluster.tasks import PATIENCE_SECONDS, Runner, Task
 from convert_w4a8.conversion.jobs import MEMORY_BYTES, use_workers
@@ -173,12 +172,12 @@ def write_on_node(
     for path in (directory, *task.inputs):
         if not Path(path).exists():
             raise ClusterError(path, "cannot be seen", "mount its file system there, or take the node out")
-    on = _device_here(gpu_of_task() if device == "cuda" else device, kind)
+    on = device_here(gpu_of_task() if device == "cuda" else device, kind)
     with use_workers(threads), reporting(Path(directory)) as progress:
         return function(task, Path(directory), on, progress)
 
 
-def _device_here(name: str, kind: str | None) -> torch.device:
+def device_here(name: str, kind: str | None) -> torch.device:
     """Return a device of this node.
 
     Raises:
@@ -201,5 +200,4 @@ def gpu_of_task() -> str:
     import ray  # noqa: PLC0415
 
     (number,) = map(str, ray.get_gpu_ids())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return f"cuda:{visible.split(',').index(number) if visible else int(number)}"
+    return name_of_gpu(number)

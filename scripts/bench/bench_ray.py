@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, add_options, save
+from results import ROOT, add_options, save, visible_gpus
 from synthetic import layer_tensors, make_checkpoint, quantization_config
 
 PACKAGES = ("torch", "numpy", "numba", "safetensors", "ray")
@@ -280,6 +280,11 @@ def kills(args: argparse.Namespace, root: Path) -> None:
             shutil.rmtree(root / "out", ignore_errors=True)
             if victim == "node" and hit:
                 add_node(made, 2)
+            _save_kills(args, runs)
+
+
+def _save_kills(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """Save what was found so far."""
     rows = []
     for victim in ("worker", "node", "driver"):
         ours = [run for run in runs if run["victim"] == victim]
@@ -321,7 +326,7 @@ def _strike(victim: str, made: Any, command: Command, rng: random.Random) -> boo
 
 def overhead(args: argparse.Namespace, root: Path) -> None:
     """Time conversions with and without Ray, in turn. One that is not counted comes first: it compiles kernels."""
-    rows = []
+    before: list[dict[str, Any]] = []
     make_checkpoint(root / "small", "awq-zp", 0.05)
     convert(root / "small", root / "out", "--quiet")
     shutil.rmtree(root / "out")
@@ -329,7 +334,8 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
         source = root / kind
         make_checkpoint(source, kind, args.gigabytes)
         runs: dict[str, list[Outcome]] = {"without": [], "local": [], "running": []}
-        cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+        options = ("--max-shard-size", args.shard_size, "--workers", min(4, cores))
         with cluster(cores) as made:
             for _ in range(args.rounds):
                 for name, more in (
@@ -338,7 +344,7 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
                     ("running", ("--ray", made.address)),
                 ):
                     time.sleep(args.rest)
-                    outcome = convert(source, root / "out", "--quiet", "--max-shard-size", args.shard_size, *more)
+                    outcome = convert(source, root / "out", "--quiet", *options, *more)
                     shutil.rmtree(root / "out")
                     print(
                         kind,
@@ -349,29 +355,32 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
                         flush=True,
                     )
                     runs[name].append(outcome)
-        walls = {name: statistics.median(run.seconds for run in ours) for name, ours in runs.items()}
-        for name, words in (("without", "without Ray"), ("local", "`--ray`"), ("running", "`--ray ADDRESS`, one node")):
-            rows.append(
-                {
-                    "input": kind,
-                    "gigabytes": args.gigabytes,
-                    "run": words,
-                    "wall_s": walls[name],
-                    "cpu_s": statistics.median(run.cpu_seconds for run in runs[name]) if name != "running" else None,
-                    "more": walls[name] / walls["without"] - 1 if name != "without" else None,
-                    "driver_mib": statistics.median(run.driver_mib for run in runs[name]),
-                    "walls": [run.seconds for run in runs[name]],
-                }
-            )
+                _save_overhead(args, kind, cores, runs, before)
         shutil.rmtree(source)
-    load = os.getloadavg()
-    save(
-        args,
-        "How much longer does it take on Ray, with as many cores?",
-        rows,
-        packages=PACKAGES,
-        settings={"load": load},
-    )
+
+
+def _save_overhead(
+    args: argparse.Namespace, kind: str, cores: int, runs: dict[str, list[Outcome]], before: list[dict[str, Any]]
+) -> None:
+    """Save what was measured so far. before: the rows of inputs that are done, to which those of this one come."""
+    before[:] = [row for row in before if row["input"] != kind]
+    walls = {name: statistics.median(run.seconds for run in ours) for name, ours in runs.items()}
+    for name, words in (("without", "without Ray"), ("local", "`--ray`"), ("running", "`--ray ADDRESS`, one node")):
+        before.append(
+            {
+                "input": kind,
+                "gigabytes": args.gigabytes,
+                "cores": cores,
+                "run": words,
+                "wall_s": walls[name],
+                "cpu_s": statistics.median(run.cpu_seconds for run in runs[name]) if name != "running" else None,
+                "more": walls[name] / walls["without"] - 1 if name != "without" else None,
+                "driver_mib": statistics.median(run.driver_mib for run in runs[name]),
+                "walls": [run.seconds for run in runs[name]],
+            }
+        )
+    question = "How much longer does it take on Ray, with as many cores?"
+    save(args, question, before, packages=PACKAGES, settings={"load": os.getloadavg()})
 
 
 def memory(args: argparse.Namespace, root: Path) -> None:
@@ -397,16 +406,22 @@ def gpus(args: argparse.Namespace, root: Path) -> None:
     """Time conversions with new codes, and quantization without data, on one GPU and on all of them."""
     import torch
 
-    make_checkpoint(root / "awq-zp", "awq-zp", args.gigabytes)
-    make_model(root / "bf16", args.gigabytes)
     rows: list[dict[str, Any]] = []
-    for command, source in (("convert", root / "awq-zp"), ("quantize", root / "bf16")):
-        convert(source, root / "out", "--quiet", command=command, device="cuda", gpus="0")  # compiles
+    every = visible_gpus()
+    for command in args.commands:
+        source = root / command
+        if command == "convert":
+            make_checkpoint(source, "awq-zp", args.gigabytes)
+        else:
+            make_model(source, args.gigabytes)
+        convert(source, root / "out", "--quiet", command=command, device="cuda", gpus=every[0])  # compiles
         shutil.rmtree(root / "out")
         size = ("--max-shard-size", f"{args.gigabytes * (50 if command == 'convert' else 15):.0f}MB")
-        runs: list[tuple[str, tuple[object, ...], str]] = [("1 GPU, without Ray", (), "0"), ("1 GPU", ("--ray",), "0")]
-        every = ",".join(map(str, range(torch.cuda.device_count())))
-        runs.append((f"{torch.cuda.device_count()} GPUs", ("--ray",), every))
+        runs: list[tuple[str, tuple[object, ...], str]] = [
+            ("1 GPU, without Ray", (), every[0]),
+            (f"{len(every)} GPUs", ("--ray",), ",".join(every)),
+            ("1 GPU", ("--ray",), every[0]),
+        ]
         for _ in range(args.rounds):
             for words, more, visible in runs:
                 outcome = convert(
@@ -426,9 +441,12 @@ def gpus(args: argparse.Namespace, root: Path) -> None:
                         "gpu": torch.cuda.get_device_name(0),
                     }
                 )
+                alone = next(row for row in rows if row["command"] == command)
+                rows[-1]["faster"] = alone["work_s"] / rows[-1]["work_s"] if rows[-1] is not alone else None
+                rows[-1]["same"] = "yes" if rows[-1]["sha256"] == alone["sha256"] else "NO"
                 print(rows[-1], file=sys.stderr, flush=True)
                 shutil.rmtree(root / "out")
-        save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
+                save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
 
 
 def cores(args: argparse.Namespace, root: Path) -> None:
@@ -523,6 +541,7 @@ def main() -> None:
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
     parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")
+    parser.add_argument("--commands", nargs="+", default=["convert", "quantize"], help="of gpus")
     parser.add_argument("--tensors", type=int, nargs="+", default=[10_000, 100_000], help="of memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="where checkpoints are made; a temporary one by default")

@@ -65,17 +65,18 @@ def read(name: str) -> list[dict[str, Any]]:
 def measured(args: argparse.Namespace) -> None:
     """Compare with runs that were measured."""
     rows: list[dict[str, Any]] = []
-    has_overhead = (RESULTS / "ray-overhead.json").is_file()
-    for kind in dict.fromkeys(row["input"] for row in read("ray-overhead")) if has_overhead else ():
-        ours = {row["run"]: row for row in read("ray-overhead") if row["input"] == kind}
+    overhead = read("ray-overhead") if (RESULTS / "ray-overhead.json").is_file() else []
+    for kind, cores in dict.fromkeys((row["input"], row["cores"]) for row in overhead):
+        ours = {row["run"]: row for row in overhead if (row["input"], row["cores"]) == (kind, cores)}
         alone = ours["without Ray"]
-        rate = (alone["wall_s"] - args.begin) * args.cores / alone["gigabytes"]
+        rate = (alone["wall_s"] - args.begin) * cores / alone["gigabytes"]
         for name, begin in (
             ("`--ray`", args.begin + args.start),
             ("`--ray ADDRESS`, one node", args.begin + args.connect),
         ):
-            seconds, _ = predict(alone["gigabytes"], 1, rate, begin, Machines(1, args.cores, args.cores))
-            rows.append(_row(f"{alone['gigabytes']:g} GB of {kind}, {name}", seconds, ours[name]["wall_s"]))
+            seconds, _ = predict(alone["gigabytes"], 1, rate, begin, Machines(1, cores, cores))
+            words = f"{alone['gigabytes']:g} GB of {kind} on {cores} cores, {name}"
+            rows.append(_row(words, seconds, ours[name]["wall_s"]))
     equality = {row["run"]: row for row in read("ray-equality")}
     alone = equality["here, without Ray"]
     rate = (alone["wall_s"] - args.begin) * args.cores / args.gigabytes
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--begin", type=float, default=2.0, help="seconds before a conversion without Ray converts")
     parser.add_argument("--connect", type=float, default=3.0, help="further ones with Ray, until a worker converts")
     parser.add_argument("--start", type=float, default=6.0, help="the same where Ray is started and stopped, too")
-    parser.add_argument("--cores", type=int, default=2, help="of the machine that was measured")
+    parser.add_argument("--cores", type=int, default=2, help="of the machine of ray-equality")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of ray-equality")
     parser.add_argument("--node-cores", type=int, default=16, help="of a node on paper")
     parser.add_argument("--threads", type=int, default=4, help="of a task")

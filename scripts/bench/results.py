@@ -32,6 +32,14 @@ NOT_REPEATED = ("--json", "--keep", "--directory", "--dir")
 """Options that only say where files lie: left out of the command that is written."""
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES calls them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --json and --keep to a script's options."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")

@@ -130,6 +130,7 @@ COLUMNS: dict[str, Columns] = {
     "ray-overhead": (
         ("input", "{input}"),
         ("GB", "{gigabytes:g}"),
+        ("cores", "{cores:.0f}"),
         ("run", "{run}"),
         ("wall s", "{wall_s:.1f}"),
         ("more", "{more:+.0%}"),

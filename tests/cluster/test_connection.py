@@ -1,6 +1,7 @@
 """Importing Ray and connecting to it, without Ray: what is said where that fails, and that nothing of it stays."""
 
 import logging
+import os
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from failing_import import fail_import
 
 from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.connection import connect, load_ray
+from convert_w4a8.cluster.local import lean
 from convert_w4a8.errors import ConvertError
 
 
@@ -40,7 +42,7 @@ def test_ray_prints_again_afterwards(fails: bool, monkeypatch: pytest.MonkeyPatc
 
     ray = ModuleType("ray")
     vars(ray).update(
-        _private=SimpleNamespace(worker=worker),
+        _private=SimpleNamespace(worker=worker, node=SimpleNamespace(Node=object)),
         exceptions=SimpleNamespace(RayError=RuntimeError),
         init=init,
         is_initialized=lambda: False,
@@ -61,3 +63,36 @@ def test_ray_prints_again_afterwards(fails: bool, monkeypatch: pytest.MonkeyPatc
     assert logger.level == level
     worker.print_to_stdstream("other")
     assert printed == ["other"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_ray_of_our_own_is_lean_while_it_begins(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only watches is not started, and settings of the user stay; afterwards all is as it was."""
+
+    class Node:
+        def start_monitor(self) -> str:
+            return "monitor"
+
+        def start_raylet(self) -> str:
+            return "raylet"
+
+    ray = ModuleType("ray")
+    vars(ray)["_private"] = SimpleNamespace(node=SimpleNamespace(Node=Node))
+    given, added = "RAY_raylet_client_num_connect_attempts", "RAY_enable_worker_prestart"
+    monkeypatch.setenv(given, "7")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1, 2})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    before = dict(os.environ)
+    try:
+        with lean(ray) as keywords:
+            assert Node().start_monitor() is None
+            assert Node().start_raylet() == "raylet"
+            assert not hasattr(Node, "start_api_server")
+            assert keywords["num_cpus"] == 3
+            assert os.environ[given] == "7"
+            assert os.environ[added] == "0"
+            assert 1 / (not fails)
+    except ZeroDivisionError:
+        assert fails
+    assert Node().start_monitor() == "monitor"
+    assert dict(os.environ) == before

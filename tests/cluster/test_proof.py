@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from checkpoint_edits import edit_tensors, write_case
 from ray_nodes import Nodes, digests
-from tiny_models import samples_of, write_llama
+from tiny_models import write_llama
 
 from convert_w4a8 import api
 from convert_w4a8.calibration.options import QuantizeOptions
@@ -15,7 +15,6 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.connection import Cluster
 from convert_w4a8.cluster.proof import cut
-from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import Options
 from convert_w4a8.verification.proof import Proof, verify
 
@@ -65,9 +64,3 @@ def test_functions_on_a_cluster(
     api.quantize(model, tmp_path / "here", options, device="cpu")
     api.quantize(model, tmp_path / "there", options, ray="auto", device="cpu")
     assert digests(tmp_path / "there") == digests(tmp_path / "here")
-
-
-def test_samples_are_walked_in_one_process(tmp_path: Path) -> None:
-    """A block needs what the block before it gives: said before anything is opened."""
-    with pytest.raises(ConvertError, match="does not go with samples"):
-        api.quantize(tmp_path, tmp_path / "out", samples=samples_of([4]), ray="auto")

@@ -16,7 +16,7 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cluster.access import path_on
 from convert_w4a8.cluster.attempts import Bars
 from convert_w4a8.cluster.connection import Cluster, Node
-from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, _device_here, threads_of
+from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, device_here, threads_of
 from convert_w4a8.conversion.jobs import MEMORY_BYTES
 from convert_w4a8.conversion.layer import layer_memory
 from convert_w4a8.conversion.plan import make_plan
@@ -150,11 +150,11 @@ def test_one_kind_of_device_quantizes(device: str, found: dict[str, list[str]], 
 
 def test_a_device_of_a_node_that_cannot_be_used() -> None:
     """Is the node's fault, after which `--resume` continues: no such GPU, none that works, or another kind."""
-    assert _device_here("cpu", None) == _device_here("cpu", "cpu") == torch.device("cpu")
+    assert device_here("cpu", None) == device_here("cpu", "cpu") == torch.device("cpu")
     with pytest.raises(ClusterError, match="cannot be used on this node"):
-        _device_here("cuda:99", None)
+        device_here("cuda:99", None)
     with pytest.raises(ClusterError, match=r"is cpu on this node, not cuda \(NVIDIA H100\)"):
-        _device_here("cpu", "cuda (NVIDIA H100)")
+        device_here("cpu", "cuda (NVIDIA H100)")
 
 
 def test_a_gpu_by_number_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What a command imports, and from where."""
+"""What a process imports when it begins, and from where."""
 
 import gc
 import os
@@ -22,7 +22,7 @@ def import_torch() -> None:
         return
     gc.disable()
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401, PLC0415
     finally:
         gc.enable()
     gc.freeze()

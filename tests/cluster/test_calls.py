@@ -1,0 +1,83 @@
+"""Calibration with data on a cluster: matrices and experts go to nodes, and the bytes stay the same."""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import ray_nodes
+import torch
+from ray_nodes import Nodes, digests
+from tiny_models import samples_of, write_llama, write_qwen3_moe
+
+from convert_w4a8 import api
+from convert_w4a8.calibration.options import QuantizeOptions
+from convert_w4a8.cluster import connection
+from convert_w4a8.cluster.calls import CallsOnCluster
+from convert_w4a8.cluster.connection import Cluster
+from convert_w4a8.cluster.tensors import packed, unpacked
+from convert_w4a8.errors import ConvertError
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("preset", ["fast", "full"])
+@pytest.mark.parametrize("write", [write_llama, write_qwen3_moe])
+def test_calibration_on_a_cluster(
+    nodes: Nodes, write: Callable[..., Path], preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With data, matrices and experts are quantized on nodes, to the same bytes."""
+    cluster = Cluster(nodes.ray)
+    monkeypatch.setattr(connection, "connect", lambda _address: nullcontext(cluster))
+    model = write(tmp_path / "in", layers=1)
+    tables = "scale" if preset == "fast" else "free"
+    options = QuantizeOptions(preset=preset, tables=tables)  # type: ignore[arg-type]
+    samples = samples_of([200, 150, 200], masked=[10, 0, 20])
+    api.quantize(model, tmp_path / "here", options, samples=samples, device="cpu")
+    assert cluster.ran == []
+    api.quantize(model, tmp_path / "there", options, samples=samples, ray="auto", device="cpu")
+    assert digests(tmp_path / "there") == digests(tmp_path / "here")
+    assert cluster.ran
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_calls_that_are_lost_are_made_again(nodes: Nodes) -> None:
+    """In order, here and there; what a call raises is raised, with the node."""
+    for path in Path(os.environ[ray_nodes.MARKS]).iterdir():
+        path.unlink()
+    cluster = Cluster(nodes.ray)
+    calls = CallsOnCluster(cluster, "cpu")
+    found = calls(ray_nodes.doubled, ((f"call {n}", torch.tensor([float(n)]), os.getpid()) for n in range(9)))
+    assert [each.item() for each in found] == [2.0 * n for n in range(9)]
+    assert cluster.ran
+    assert {ran.attempts for ran in cluster.ran} == {2}
+    assert list(calls(ray_nodes.doubled, [])) == []
+    with pytest.raises(ConvertError, match="refused: is refused") as error:
+        list(calls(ray_nodes.doubled, [("refused", torch.ones(1), os.getpid()), ("last", torch.ones(1), os.getpid())]))
+    assert "on node" in "".join(error.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(1.5),
+        torch.empty(0, 3),
+        torch.arange(12.0).view(3, 4).t(),
+        torch.arange(24, dtype=torch.uint8).view(2, 3, 4).permute(2, 0, 1).view(torch.float8_e4m3fn),
+        torch.arange(12.0).view(3, 4)[:, 1:3].bfloat16(),
+    ],
+    ids=str,
+)
+def test_tensors_travel_as_they_lie_in_memory(value: torch.Tensor) -> None:
+    """Bytes, dtype, shape and the order of dimensions are kept."""
+    (found,) = unpacked(packed([value]), torch.device("cpu"))
+    assert found.dtype == value.dtype
+    assert found.shape == value.shape
+    assert found.contiguous().view(-1).view(torch.uint8).equal(value.contiguous().view(-1).view(torch.uint8))
+    order = sorted(range(value.dim()), key=value.stride)
+    assert sorted(range(value.dim()), key=found.stride) == order
