@@ -37,7 +37,7 @@ _BLOCKS = ((16, 9), (32, 24), (64, 64))
 _CHUNK = 1024
 """The most pairs that the sort looks at at once."""
 
-Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Layer = tuple[torch.Tensor, ...]
 """Of E experts: codes int32 [E, K/32, 4·N], tables float8_e4m3fn [E, K/128, N, 8], channel scales float32 [E, N]."""
 
 
@@ -57,6 +57,9 @@ class Launch:
     warps: int = 4
     chain: bool = False
     columns: int | None = None
+    hopper: bool = False
+    indexed: bool = True
+    early: bool = False
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
@@ -177,10 +180,11 @@ def experts(
             ONE_CHUNK=pairs <= chunk,
             BLOCK_K=triton.next_power_of_2(hidden),
             num_warps=4 if hidden <= 4096 else 8,
+            EARLY=launches[0].early,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0])
+        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], False)
         _activate_kernel[(pairs,)](
             both,
             ids,
@@ -190,10 +194,12 @@ def experts(
             BLOCK=triton.next_power_of_2(intermediate),
             ACTIVATION=activation,
             num_warps=4 if intermediate <= 2048 else 16,
+            EARLY=launches[0].early,
+            launch_pdl=launches[0].early,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1])
+        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], True)
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](
             results,
@@ -204,6 +210,8 @@ def experts(
             CHOICES=choices,
             BLOCK=block,
             num_warps=4,
+            EARLY=launches[1].early,
+            launch_pdl=launches[1].early,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
@@ -219,14 +227,50 @@ def _multiply(
     of_block: torch.Tensor,
     share: int,
     launch: Launch,
+    is_sorted: bool = False,
 ) -> None:
     """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`."""
-    packed, tables, channel_scale = layer
+    packed, tables, channel_scale, *few = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
     blocks, columns = len(of_block), n // launch.block_n
     splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
+    if launch.hopper:
+        from convert_w4a8.kernels.gemm import grouped_hopper_kernel
+
+        few = few if launch.indexed else []
+        grouped_hopper_kernel._grouped_kernel[(blocks * columns * splits,)](
+            tokens,
+            packed,
+            (few[1] if few else tables).view(torch.int64),
+            few[0] if few else packed,
+            token_scale,
+            channel_scale,
+            output,
+            rows,
+            of_block,
+            sums,
+            counters,
+            len(output),
+            n,
+            k,
+            blocks,
+            min(launch.columns or columns * splits, columns * splits),
+            splits,
+            share,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            STAGES=launch.stages,
+            CHAIN=launch.chain,
+            SPLIT=splits > 1,
+            EARLY=launch.early,
+            SORTED=is_sorted,
+            INDEXED=bool(few),
+            num_warps=launch.warps,
+            launch_pdl=launch.early,
+        )
+        return
     _grouped_kernel[(blocks * columns * splits,)](
         tokens,
         packed,

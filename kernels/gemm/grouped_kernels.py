@@ -6,6 +6,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.fp8 import to_e4m3
 from convert_w4a8.kernels.gemm.device_code import add_parts, look_up
@@ -62,9 +63,12 @@ def _prepare_kernel(
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8."""
+    if EARLY:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     if program < E:
         bins = tl.arange(0, BINS)
@@ -196,9 +200,13 @@ def _activate_kernel(
     MAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program r: activation(gate) · up of pair r, quantized; rounded to bfloat16 where vLLM's kernels round."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pair = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
@@ -228,9 +236,12 @@ def _combine_kernel(
     MAPPED: tl.constexpr,
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program (b, m): part b of the sum of token m's experts, in the order of the router's choices."""
+    if EARLY:
+        gdc_wait()
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
