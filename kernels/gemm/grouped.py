@@ -12,12 +12,12 @@ blocks there are at most is known from the number of tokens, and those without p
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
 
-from convert_w4a8.kernels.gemm import workspace
+from convert_w4a8.kernels.gemm import grouped_launch, workspace
 from convert_w4a8.kernels.gemm.device_code import INTERPRETED
 from convert_w4a8.kernels.gemm.grouped_kernels import (
     _activate_kernel,
@@ -25,96 +25,38 @@ from convert_w4a8.kernels.gemm.grouped_kernels import (
     _grouped_kernel,
     _prepare_kernel,
 )
+from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches, most_blocks
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 GROUP = 128
-_SPLITS, _LEAST_PART = 8, 512
-"""The most parts of K, and the least of their length."""
-_SHORT_K = 1024
-"""Up to here fewer copies in flight, and more blocks side by side, are the faster ones."""
-_BLOCKS = ((16, 9), (32, 24), (64, 64))
-"""Pairs of a block, by how many an expert has at most, if all have as many; 128 where they have more."""
 _CHUNK = 1024
 """The most pairs that the sort looks at at once."""
 
 Layer = tuple[torch.Tensor, ...]
-"""Of E experts: codes int32 [E, K/32, 4·N], tables float8_e4m3fn [E, K/128, N, 8], channel scales float32 [E, N]."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How one grouped GEMM is cut.
-
-    block_m: pairs of a block, a power of two from 16. block_n: output channels of a block. splits: parts of K. stages:
-    copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of channels (and parts
-    of K) that follow each other before the next block of pairs; None for all.
-    """
-
-    block_m: int
-    splits: int
-    block_n: int = 64
-    stages: int = 4
-    warps: int = 4
-    chain: bool = False
-    columns: int | None = None
-    hopper: bool = False
-    indexed: bool = True
-    early: bool = False
-
-
-def block_of_pairs(pairs: int, experts: int) -> int:
-    """Return how many pairs a block takes: about as many as an expert has, if all have as many."""
-    mean = pairs / experts
-    for size, most in _BLOCKS:
-        if mean <= most:
-            return size
-    return 128
-
-
-def most_blocks(pairs: int, experts: int, block_m: int) -> int:
-    """Return how many blocks the pairs fill at most, however they are spread over the experts."""
-    full = min(pairs, experts)
-    return full + (pairs - full) // block_m
-
-
-def choose_launch(pairs: int, experts: int, n: int, k: int, multiprocessors: int) -> Launch:
-    """Return how to cut a grouped GEMM of these pairs of tokens and experts where nothing was measured.
-
-    Blocks of 128 channels if those fill the multiprocessors; K in parts until there are a few blocks for each.
-    """
-    block_m = block_of_pairs(pairs, experts)
-    blocks = most_blocks(pairs, experts, block_m)
-    block_n = 128 if blocks * (n // 128) >= 2 * multiprocessors else 64
-    if block_m >= 64:
-        return Launch(block_m, 1, 64, stages=3, chain=True, columns=16)
-    splits = 1
-    while 2 * splits <= min(_SPLITS, k // _LEAST_PART) and blocks * (n // block_n) * splits < 4 * multiprocessors:
-        splits *= 2
-    return Launch(block_m, splits, block_n, stages=3 if k <= _SHORT_K else 4)
+"""Of E experts: codes int32 [E, K/32, 4·N], tables float8_e4m3fn [E, K/128, N, 8], channel scales float32 [E, N]; and,
+where tables are few, the same as indices uint8 [E, K/128, N] into distinct ones float8_e4m3fn [256, 8]."""
 
 
 def most_pairs(experts: int) -> int:
     """Return the pairs of tokens and experts up to which what is launched depends on their number."""
-    return max(_BLOCKS[-1][1] * experts, _CHUNK) + 1
+    return max(grouped_launch.most_pairs(experts), _CHUNK) + 1
 
 
-def compiled_for(pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device) -> set[Hashable]:
+def compiled_for(
+    pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device, *, hopper: bool = False
+) -> set[Hashable]:
     """Return what the kernels for these pairs are compiled for, each with its name: those that are the same are one.
 
     Left out is what does not depend on the number of pairs; it is in `sizes` of each.
     """
     sizes = experts, hidden, intermediate
-    launches = _launches(pairs, *sizes, device)
-    multiply = {("multiply", replace(launch, splits=min(launch.splits, 2), columns=None)) for launch in launches}
+    launches = choose_launches(pairs, *sizes, workspace.multiprocessors(device), hopper=hopper)
+    # Those for Hopper are compiled for one of the two GEMMs.
+    multiply = {
+        ("multiply", place if hopper else None, replace(launch, splits=min(launch.splits, 2), columns=None))
+        for place, launch in enumerate(launches)
+    }
     return {("prepare", sizes, launches[0].block_m, _chunk(pairs), pairs <= _CHUNK), *multiply}
-
-
-def _launches(pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device) -> tuple[Launch, Launch]:
-    sms = workspace.multiprocessors(device)
-    return (
-        choose_launch(pairs, experts, 2 * intermediate, hidden, sms),
-        choose_launch(pairs, experts, hidden, intermediate, sms),
-    )
 
 
 def _chunk(pairs: int) -> int:
@@ -130,6 +72,8 @@ def experts(
     expert_map: torch.Tensor | None,
     activation: str,
     launches: tuple[Launch, Launch] | None = None,
+    *,
+    hopper: bool = False,
 ) -> torch.Tensor:
     """Run the experts that a router chose: bfloat16 [M, hidden], Σ_t weight[m, t] · expert[m, t](x[m]).
 
@@ -137,7 +81,8 @@ def experts(
     gate_up: K = hidden, N = 2·intermediate, the gate first. down: K = intermediate, N = hidden. expert_map: int32 [all
     experts], the place of an expert in these tensors, −1 for one that is not in them and adds nothing; None where the
     ids are places. activation: one of
-    `grouped_reference.ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`.
+    `grouped_reference.ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`. hopper: multiply
+    by the kernel for Hopper, in Gluon, and launch everything before what is ahead of it has ended.
 
     Activations are quantized per token, and per pair between the projections, as vLLM's W4A8 experts do it. ValueError
     for another activation, and for sizes that are not multiples of 128.
@@ -150,12 +95,13 @@ def experts(
     if m == 0:
         return output
     if launches is None:
-        launches = _launches(pairs, count, hidden, intermediate, x.device)
+        sms = workspace.multiprocessors(x.device)
+        launches = choose_launches(pairs, count, hidden, intermediate, sms, hopper=hopper)
     block_m = launches[0].block_m
     blocks = most_blocks(pairs, count, block_m)
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     tokens = torch.empty(m, hidden, dtype=torch.float8_e4m3fn, device=x.device)
-    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks))
+    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks + 1))
     token_scale, pair_scale = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (m, pairs))
     both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
@@ -180,11 +126,12 @@ def experts(
             ONE_CHUNK=pairs <= chunk,
             BLOCK_K=triton.next_power_of_2(hidden),
             num_warps=4 if hidden <= 4096 else 8,
-            EARLY=launches[0].early,
+            EARLY=hopper,
+            launch_pdl=hopper,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], False)
+        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper)
         _activate_kernel[(pairs,)](
             both,
             ids,
@@ -194,12 +141,12 @@ def experts(
             BLOCK=triton.next_power_of_2(intermediate),
             ACTIVATION=activation,
             num_warps=4 if intermediate <= 2048 else 16,
-            EARLY=launches[0].early,
-            launch_pdl=launches[0].early,
+            EARLY=hopper,
+            launch_pdl=hopper,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], True)
+        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](
             results,
@@ -210,8 +157,8 @@ def experts(
             CHOICES=choices,
             BLOCK=block,
             num_warps=4,
-            EARLY=launches[1].early,
-            launch_pdl=launches[1].early,
+            EARLY=hopper,
+            launch_pdl=hopper,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
@@ -227,50 +174,26 @@ def _multiply(
     of_block: torch.Tensor,
     share: int,
     launch: Launch,
+    *,
+    hopper: bool = False,
     is_sorted: bool = False,
 ) -> None:
-    """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`."""
-    packed, tables, channel_scale, *few = layer
+    """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
+
+    of_block: the expert of each block of rows, −1 for blocks that are not used, which come last; then how many are used.
+    is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
+    """
+    packed, tables, channel_scale, *_ = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
-    blocks, columns = len(of_block), n // launch.block_n
-    splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
-    if launch.hopper:
-        from convert_w4a8.kernels.gemm import grouped_hopper_kernel
+    if hopper:
+        from convert_w4a8.kernels.gemm import grouped_hopper  # noqa: PLC0415 - Gluon may be absent
 
-        few = few if launch.indexed else []
-        grouped_hopper_kernel._grouped_kernel[(blocks * columns * splits,)](
-            tokens,
-            packed,
-            (few[1] if few else tables).view(torch.int64),
-            few[0] if few else packed,
-            token_scale,
-            channel_scale,
-            output,
-            rows,
-            of_block,
-            sums,
-            counters,
-            len(output),
-            n,
-            k,
-            blocks,
-            min(launch.columns or columns * splits, columns * splits),
-            splits,
-            share,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            STAGES=launch.stages,
-            CHAIN=launch.chain,
-            SPLIT=splits > 1,
-            EARLY=launch.early,
-            SORTED=is_sorted,
-            INDEXED=bool(few),
-            num_warps=launch.warps,
-            launch_pdl=launch.early,
-        )
+        grouped_hopper.multiply(tokens, token_scale, layer, output, rows, of_block, share, launch, is_sorted)
         return
+    blocks, columns = len(of_block) - 1, n // launch.block_n
+    splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
     _grouped_kernel[(blocks * columns * splits,)](
         tokens,
         packed,

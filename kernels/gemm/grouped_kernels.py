@@ -69,6 +69,7 @@ def _prepare_kernel(
     """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8."""
     if EARLY:
         gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     if program < E:
         bins = tl.arange(0, BINS)
@@ -99,6 +100,7 @@ def _prepare_kernel(
             tl.store(of_block + first + block, program + 0 * block, mask=block < mine)
         if program == 0:
             used = tl.sum(blocks_of)
+            tl.store(of_block + BLOCKS, used)
             for begin in range(used, BLOCKS, 16):
                 block = begin + tl.arange(0, 16)
                 tl.store(of_block + block, 0 * block - 1, mask=block < BLOCKS)
@@ -241,6 +243,7 @@ def _combine_kernel(
 ):
     """Program (b, m): part b of the sum of token m's experts, in the order of the router's choices."""
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -19,6 +19,7 @@ from convert_w4a8.kernels.gemm import grouped_reference, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 KERNELS: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped")
+LAUNCHES: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_launch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GAP = 0.01 if DEVICE == "cuda" else 0.001
 """How far results may be from the reference, as a share of their length: where a sum rounds the other way, so may a
@@ -150,7 +151,7 @@ def test_every_code_and_every_byte_of_a_table() -> None:
     layer = [torch.cat([torch.zeros_like(tensor), tensor]).to(DEVICE) for tensor in (packed, tables, torch.ones(1, n))]
     tokens = torch.eye(k).to(torch.float8_e4m3fn).to(DEVICE)
     found = torch.empty(k, n, dtype=torch.bfloat16, device=DEVICE)
-    rows, of_block = torch.arange(k, dtype=torch.int32, device=DEVICE), torch.ones(8, dtype=torch.int32, device=DEVICE)
+    rows, of_block = torch.arange(k, dtype=torch.int32, device=DEVICE), torch.ones(9, dtype=torch.int32, device=DEVICE)
     scales = torch.ones(k, device=DEVICE)
     launch = KERNELS.Launch(16, 1)
     KERNELS._multiply(tokens, scales, layer, found, rows, of_block, 1, launch)
@@ -184,22 +185,42 @@ def test_no_tokens_and_what_is_refused() -> None:
 def test_there_are_never_more_blocks_than_are_launched(counts: list[int], block_m: int) -> None:
     """However the pairs are spread."""
     needed = sum(-(-count // block_m) for count in counts)
-    assert needed <= KERNELS.most_blocks(sum(counts), len(counts), block_m)
+    assert needed <= LAUNCHES.most_blocks(sum(counts), len(counts), block_m)
 
 
 @given(
     pairs=st.integers(1, 100_000),
     experts=st.integers(1, 512),
-    n=st.integers(1, 300),
-    k=st.integers(1, 300),
+    hidden=st.integers(1, 300),
+    intermediate=st.integers(1, 300),
     sms=st.integers(1, 200),
+    hopper=st.booleans(),
 )
-def test_launches_are_possible(pairs: int, experts: int, n: int, k: int, sms: int) -> None:
+@example(16, 8, 32, 112, 132, True)
+def test_launches_are_possible(
+    pairs: int, experts: int, hidden: int, intermediate: int, sms: int, hopper: bool
+) -> None:
     """Whatever the sizes: no part of K is empty, and both GEMMs agree on the blocks of pairs."""
-    launch = KERNELS.choose_launch(pairs, experts, 128 * n, 128 * k, sms)
-    assert launch.block_m == KERNELS.choose_launch(pairs, experts, 128 * k, 128 * n, sms).block_m
-    assert 128 * n % launch.block_n == 0
-    assert 1 <= launch.splits <= k
+    hidden, intermediate = 128 * hidden, 128 * intermediate
+    both = LAUNCHES.choose_launches(pairs, experts, hidden, intermediate, sms, hopper=hopper)
+    assert_possible(both, hidden, intermediate)
+
+
+def assert_possible(launches: Any, hidden: int, intermediate: int) -> None:
+    assert launches[0].block_m == launches[1].block_m
+    for launch, n, k in zip(launches, (2 * intermediate, hidden), (hidden, intermediate), strict=True):
+        assert n % launch.block_n == 0
+        assert 1 <= launch.splits <= k // 128
+
+
+def test_measured_launches_are_possible() -> None:
+    """And chosen for as many pairs, and for a few less."""
+    measured = importlib.import_module("convert_w4a8.kernels.gemm.tuned_experts").LAUNCHES
+    for (experts, hidden, intermediate, pairs), (block_m, *_) in measured.items():
+        for fewer in {pairs, pairs // 2 + 1}:
+            both = LAUNCHES.choose_launches(fewer, experts, hidden, intermediate, 132, hopper=True)
+            assert both[0].block_m == block_m
+            assert_possible(both, hidden, intermediate)
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
@@ -212,6 +233,7 @@ def test_kernels_compile_to_lookups_and_fp8_products(capability: int) -> None:
     assert done.returncode == 0, done.stderr
     products = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}[capability]
     lines = done.stdout.splitlines()
+    assert ("ACQBULK=1" in done.stdout) == (capability == 90)  # waits for the kernel before
     assert {line.split()[0] for line in lines} == {
         f"_{name}_kernel" for name in ("prepare", "grouped", "activate", "combine")
     }

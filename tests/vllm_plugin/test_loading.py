@@ -310,7 +310,7 @@ def test_layers_with_few_tables_have_indices(
     """Where the kernel reads them; reloaded in place, since graphs point there, and refused if they no longer fit."""
     module = importlib.import_module("convert_w4a8.vllm_plugin.linear")
     monkeypatch.setattr(module, "decode_kernel", lambda _device: True)
-    monkeypatch.setattr(module, "reads_indices", lambda _device: True)
+    monkeypatch.setattr("convert_w4a8.vllm_plugin.indices.reads_indices", lambda _device: True)
     layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
     layer = linear_classes().ReplicatedLinear(
         256, 512, bias=False, prefix="m", quant_config=make_config(tables), params_dtype=torch.bfloat16
