@@ -1,9 +1,10 @@
-"""Experts over the LUT layout, a whole mixture in five launches: FP8 activations times the INT4 weights of few experts.
+"""Experts over the LUT layout, a whole mixture in five or six launches: FP8 activations times INT4 weights of experts.
 
 1. `_prepare_kernel` quantizes the tokens, and sorts the pairs of a token and one of its experts by expert, in blocks of
    `block_m` pairs that have the expert in common.
 2. `_grouped_kernel` multiplies the tokens by gate and up projections: a block of pairs at a time, as `gpu.py` does it.
-3. `_activate_kernel` applies the activation and quantizes its result, a pair at a time.
+3. `_activate_kernel` applies the activation and quantizes its result, a pair at a time; a long one in parts, for which
+   the largest magnitude must be known: then `_quantize_kernel` follows.
 4. `_grouped_kernel` multiplies by the down projections.
 5. `_combine_kernel` adds up each token's experts, in the order of the router's choices.
 
@@ -24,6 +25,7 @@ from convert_w4a8.kernels.gemm.grouped_kernels import (
     _combine_kernel,
     _grouped_kernel,
     _prepare_kernel,
+    _quantize_kernel,
 )
 from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches, most_blocks
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
@@ -31,6 +33,8 @@ from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 GROUP = 128
 _CHUNK = 1024
 """The most pairs that the sort looks at at once."""
+_WHOLE, _PART = 2048, 1024
+"""The longest activations that one program quantizes, and the parts of longer ones."""
 
 Layer = tuple[torch.Tensor, ...]
 """Of E experts: codes int32 [E, K/32, 4·N], tables float8_e4m3fn [E, K/128, N, 8], channel scales float32 [E, N]; and,
@@ -105,6 +109,9 @@ def experts(
     token_scale, pair_scale = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (m, pairs))
     both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
+    block = triton.next_power_of_2(intermediate) if intermediate <= _WHOLE else _PART
+    parts = triton.cdiv(intermediate, block)
+    maxima = torch.empty(pairs, parts, dtype=torch.float32, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
     chunk = _chunk(pairs)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
@@ -125,27 +132,21 @@ def experts(
             CHUNK=chunk,
             ONE_CHUNK=pairs <= chunk,
             BLOCK_K=triton.next_power_of_2(hidden),
-            num_warps=4 if hidden <= 4096 else 8,
+            num_warps=4 if hidden <= 2048 else 8,
             EARLY=hopper,
             launch_pdl=hopper,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
         _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper)
-        _activate_kernel[(pairs,)](
-            both,
-            ids,
-            active,
-            pair_scale,
-            intermediate,
-            BLOCK=triton.next_power_of_2(intermediate),
-            ACTIVATION=activation,
-            num_warps=4 if intermediate <= 2048 else 16,
-            EARLY=hopper,
-            launch_pdl=hopper,
-            **mapping,
-            INTERPRETED=INTERPRETED,
+        of_pairs = (both, ids, active, pair_scale, maxima, intermediate)
+        constants = {"BLOCK": block, "EARLY": hopper, "INTERPRETED": INTERPRETED, **mapping}
+        _activate_kernel[(parts, pairs)](
+            *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, launch_pdl=hopper, **constants
         )
+        if parts > 1:
+            most = triton.next_power_of_2(parts)
+            _quantize_kernel[(parts, pairs)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
         _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](
@@ -180,7 +181,7 @@ def _multiply(
 ) -> None:
     """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
 
-    of_block: the expert of each block of rows, −1 for blocks that are not used, which come last; then how many are used.
+    of_block: the expert of each block of rows, −1 for those that are not used, which come last; then how many are used.
     is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
     """
     packed, tables, channel_scale, *_ = layer

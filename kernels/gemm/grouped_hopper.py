@@ -1,11 +1,12 @@
 """Launches the GEMM over experts for Hopper, `grouped_hopper_kernel`: see `hopper` for what Gluon is for.
 
-Blocks of few tokens differ little in what they take, and seldom are they a multiple of what the multiprocessors have
-room for: the last of them would leave most idle. So as many programs as there is room for share all groups of all
-blocks evenly, and where a block is cut, the program that comes last adds up its parts, in their order.
+Blocks take about the same time, and are seldom a multiple of what the multiprocessors have room for: where they are
+few, the last of them leave most idle. So either K is cut in parts, or as many programs as there is room for share all
+groups of all blocks evenly. Where a block is cut, the program that comes last adds up its parts, in their order.
 """
 
 import torch
+import triton
 
 from convert_w4a8.kernels.gemm import workspace
 from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _grouped_kernel
@@ -16,13 +17,15 @@ _REGISTERS = {
     (1, 16): 80,
     (1, 32): 96,
     (1, 64): 128,
-    (1, 128): 168,
+    (1, 128): 232,
     (2, 8): 128,
     (2, 16): 128,
     (2, 32): 168,
     (2, 64): 208,
 }
 """Of a thread, without spills, by the tiles of 16 channels of a warp and the pairs of a block."""
+_LEAST = 4
+"""Groups of K that are worth a program's start."""
 _ALL_REGISTERS = 65536
 _ALL_SHARED = 227 * 1024
 _MORE_SHARED = 1024
@@ -54,15 +57,23 @@ def multiply(
 ) -> None:
     """Do what `grouped.multiply` does."""
     packed, tables, channel_scale, *few = layer
+    few = few if launch.indexed else []
     index, tables = few or (packed, tables)
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     most, depth, columns = len(of_block) - 1, k // 128, n // launch.block_n
-    programs, parts = most * columns, 1
-    if launch.least:
-        programs = min(resident(launch) * workspace.multiprocessors(tokens.device), programs * depth)
-        parts = 2
-    parts, sums, counters = workspace.split(output, programs, launch.block_n * launch.block_m, parts)
-    _grouped_kernel[(programs if parts > 1 else most * columns,)](
+    least, programs = depth, most * columns
+    if launch.splits == 0:
+        least = min(depth, _LEAST)
+        programs = min(programs * depth, resident(launch) * workspace.multiprocessors(tokens.device))
+    elif launch.splits > 1:
+        least, programs = triton.cdiv(depth, launch.splits), programs * launch.splits
+    sums = counters = output  # stand for what is not used
+    if least < depth:
+        # The first and the last block of a program may be cut.
+        ends, sums, counters = workspace.split(output, programs, launch.block_n * launch.block_m, 2)
+        if ends == 1:
+            least, programs = depth, most * columns
+    _grouped_kernel[(programs,)](
         tokens,
         packed,
         tables.view(torch.int64),
@@ -78,7 +89,7 @@ def multiply(
         k,
         most,
         min(launch.columns or columns, columns),
-        launch.least if parts > 1 else depth,
+        least,
         share,
         index,
         BLOCK_M=launch.block_m,

@@ -45,7 +45,7 @@ def _grouped_kernel(
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
 ):
-    """Multiply: the programs share all groups of all blocks evenly, LEAST or more, and add up what they cut in parts.
+    """Multiply: the programs share all groups of all blocks evenly, LEAST or more each, and add up parts of blocks.
 
     Launched while the kernel before still runs. SORTED: not that one says what rows the blocks have, so that weights
     can be on their way before its results are there. INDEXED: `tables` are the distinct ones, `index` says which of
@@ -183,7 +183,7 @@ def _grouped_kernel(
 
         last = True
         if groups < depth:
-            # Programs `one` to `another` have parts of this block, each leaves one for its first block and one for its last.
+            # Programs `one` to `another` have parts of this block. Each leaves one of its first block, one of its last.
             one = place * depth // share
             another = (place * depth + depth - 1) // share
             at = sums + (m * BLOCK_N + n)

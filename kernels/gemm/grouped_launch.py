@@ -9,8 +9,6 @@ _SPLITS, _LEAST_PART = 8, 512
 _SHORT_K = 1024
 """Up to here fewer copies in flight, and more blocks side by side, are the faster ones."""
 _BLOCKS = ((16, 9), (32, 24), (64, 64))
-_LEAST = 4
-"""Groups of K that are worth a program's start."""
 """Pairs of a block, by how many an expert has at most, if all have as many; 128 where they have more."""
 
 
@@ -26,8 +24,8 @@ class Launch:
     parts of K. stages: copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of
     channels (and parts of K) that follow each other before the next block of pairs; None for all.
 
-    On Hopper there are no `splits`. least: groups of K that a program has at least, of those that all programs share
-    evenly; 0 where each has a block, and all of K.
+    On Hopper, no `splits` (0) have as many programs as there is room for share everything evenly. indexed: read indices
+    of tables, where layers have them, not the tables of all groups.
     """
 
     block_m: int
@@ -37,7 +35,7 @@ class Launch:
     warps: int = 4
     chain: bool = False
     columns: int | None = None
-    least: int = 0
+    indexed: bool = True
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
@@ -70,8 +68,7 @@ def choose_launches(
         return _launch(block_m, first), _launch(block_m, second)
     block_m = block_of_pairs(pairs, experts)
     if hopper:
-        chain = block_m >= _MANY_ROWS
-        launch = Launch(block_m, 1, 64, chain=chain, columns=16 if chain else None, least=0 if chain else _LEAST)
+        launch = _launch(block_m, (1, 64, 3, 4, 16, False) if block_m >= _MANY_ROWS else (0, 64, 4, 4, None, True))
         return launch, launch
     blocks = most_blocks(pairs, experts, block_m)
     return (
@@ -81,8 +78,8 @@ def choose_launches(
 
 
 def _launch(block_m: int, cut: Cut) -> Launch:
-    least, block_n, stages, warps, columns = cut
-    return Launch(block_m, 1, block_n, stages, warps, block_m >= _MANY_ROWS, columns, least)
+    splits, block_n, stages, warps, columns, indexed = cut
+    return Launch(block_m, splits, block_n, stages, warps, block_m >= _MANY_ROWS, columns, indexed)
 
 
 def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: int) -> Launch:

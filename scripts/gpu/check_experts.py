@@ -1,4 +1,6 @@
-"""Check the experts over the LUT layout on a CUDA GPU: `check_experts.py [--quick | --sanitizer] [--json FILE]`.
+"""Check the experts over the LUT layout on a CUDA GPU.
+
+    python scripts/gpu/check_experts.py [--quick | --sanitizer] [--kernels hopper] [--json FILE]
 
 Needs this checkout on PYTHONPATH, torch and Triton. Mixtures of random codes (all 16) and tables of entries of either
 sign, of 8 to 256 experts, are held against the same, step by step: each step gets what the step before it made, since
@@ -58,6 +60,7 @@ class Size:
 SIZES = (
     Size(8, 2, 128, 128),
     Size(8, 2, 4096, 1408),
+    Size(8, 2, 512, 2304),
     Size(16, 1, 640, 384),
     Size(64, 6, 2048, 896),
     Size(128, 8, 2048, 768),
@@ -65,8 +68,8 @@ SIZES = (
 )
 QUICK = (Size(8, 2, 128, 128), Size(16, 3, 640, 384))
 _TINY = Size(8, 2, 128, 128)
-SANITIZED = ((_TINY, 16), (_TINY, 60), (_TINY, 100), (Size(8, 3, 1024, 128), 16))
-"""Sizes and tokens: blocks of 16, 32 and 64 pairs, and K in two parts."""
+SANITIZED = ((_TINY, 16), (_TINY, 60), (_TINY, 100), (Size(8, 3, 1024, 128), 16), (Size(8, 2, 128, 2304), 3))
+"""Sizes and tokens: blocks of 16, 32 and 64 pairs, K in two parts, and activations in two."""
 
 
 @dataclass(frozen=True)
@@ -242,14 +245,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     parser.add_argument("--sanitizer", action="store_true", help="launch very small sizes, compare little")
+    parser.add_argument("--kernels", nargs="+", choices=("hopper", "triton"), default=("hopper", "triton"))
     add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
     torch.manual_seed(0)
     question = "Do the experts over the LUT layout compute what they must, with the same bytes every time?"
-    # The kernel for Hopper, which reads indices, where it runs; and the one in Triton.
-    kernels = [("index", True)] * (torch.cuda.get_device_capability() == (9, 0)) + [("lut", False)]
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    forms = {"hopper": "index", "triton": "lut"}
+    kernels = [(forms[name], name == "hopper") for name in args.kernels if is_hopper or name != "hopper"]
     if args.sanitizer:
         rows = noted(check_launches(SANITIZED, form, hopper) for form, hopper in kernels)
         print(f"{len(rows)} cases launched")

@@ -3,8 +3,8 @@
     python scripts/gpu/tune_experts.py [--mixtures mixtral-8x7b ...] [--tokens 1 16 ...] [--write] [--json FILE]
 
 A time is that of all that a layer's routed experts launch, as bench_experts.py measures it. For each size of blocks the
-two GEMMs are cut one after the other: blocks of channels and shares of the programs first, then copies in flight, then
-the order of blocks. When the time is up, what was found so far is kept.
+two GEMMs are cut one after the other: blocks of channels and parts of K first, then copies in flight, then the order of
+blocks, then whether indices of tables are read. When the time is up, what was found so far is kept.
 """
 
 import argparse
@@ -38,12 +38,12 @@ SHAPES = {
     128: ((64, 4), (128, 8)),
 }
 """Channels and warps of a block, by its pairs."""
-LEAST = (0, 4)
-"""Groups of K that a program has at least; 0 where each has a block."""
+SPLITS = (0, 1, 2, 4, 8)
+"""Parts of K; 0 where programs share everything evenly."""
 STAGES = (3, 4, 6)
 COLUMNS = (None, 1, 4, 16, 64)
 REPLAYS = 7
-FIELDS = ("least", "block_n", "stages", "warps", "columns")
+FIELDS = ("splits", "block_n", "stages", "warps", "columns", "indexed")
 TABLE = Path(tuned_experts.__file__)
 
 Row = dict[str, Any]
@@ -61,17 +61,20 @@ def shapes(block_m: int) -> list[Launch]:
     return [Launch(block_m, 1, n, warps=warps, chain=block_m >= 64) for n, warps in SHAPES[block_m]]
 
 
-def blocks_and_shares(launch: Launch, n: int) -> list[Launch]:
-    """Return all shapes for N = n, with a block for each program, and with all shared evenly."""
-    return [
-        replace(shape, least=least) for shape, least in product(shapes(launch.block_m), LEAST) if n % shape.block_n == 0
-    ]
+def blocks_and_splits(launch: Launch, n: int, k: int) -> list[Launch]:
+    """Return all shapes, with all numbers of parts of K that are worth a try, of a product of N = n, K = k."""
+    splits = [parts for parts in SPLITS if parts <= 1 or (parts * 256 <= k and launch.block_m < 64)]
+    fitting = [shape for shape in shapes(launch.block_m) if n % shape.block_n == 0]
+    return [replace(shape, splits=parts) for shape, parts in product(fitting, splits)]
 
 
 def variants() -> list[Launch]:
     """Return everything that tuning needs compiled."""
     made = [shape for block_m in SHAPES for shape in shapes(block_m)]
-    return [replace(launch, stages=stages) for launch in made for stages in STAGES]
+    return [
+        replace(launch, stages=stages, indexed=indexed)
+        for launch, stages, indexed in product(made, STAGES, (True, False))
+    ]
 
 
 def compile_one(launch: Launch) -> None:
@@ -98,11 +101,12 @@ def tune(mixture: Mixture, m: int, deadline: float) -> Iterator[Row]:
     for block_m in blocks_of_pairs(mixture, m):
         best: list[Launch] = [shapes(block_m)[0]] * 2
         best_us = took(mixture, inputs, (best[0], best[1]))
-        for place, (n, _) in enumerate(mixture.sizes):
+        for place, (n, k) in enumerate(mixture.sizes):
             sweeps: tuple[Callable[[Launch], list[Launch]], ...] = (
-                partial(blocks_and_shares, n=n),
+                partial(blocks_and_splits, n=n, k=k),
                 lambda launch: [replace(launch, stages=stages) for stages in STAGES],
                 lambda launch: [replace(launch, columns=columns) for columns in COLUMNS],
+                lambda launch: [replace(launch, indexed=not launch.indexed)],
             )
             for sweep in sweeps:
                 for launch in sweep(best[place]):

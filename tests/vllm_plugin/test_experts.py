@@ -126,8 +126,13 @@ def test_experts_with_few_tables_have_indices(
         monkeypatch.setattr(f"convert_w4a8.vllm_plugin.{module}.reads_indices", lambda _device: True)
     given: list[Any] = []
     grouped = importlib.import_module("convert_w4a8.kernels.gemm.grouped")
-    ours = grouped.experts
-    monkeypatch.setattr(grouped, "experts", lambda *all_, hopper: [given.extend(all_), ours(*all_, hopper=hopper)][1])
+    ours: Any = grouped.experts
+
+    def watched(*arguments: Any, hopper: bool) -> torch.Tensor:
+        given.extend(arguments)
+        return ours(*arguments, hopper=hopper)
+
+    monkeypatch.setattr(grouped, "experts", watched)
     layer = make_layer(monkeypatch, tables=tables)
     load(layer, tables, 256)
     watch(layer, ran)

@@ -19,7 +19,7 @@ most_tokens: Any = importlib.import_module("convert_w4a8.vllm_plugin.experts").m
 SMS = 132
 try:
     hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.hopper")
-    grouped_hopper_kernel: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_hopper_kernel")
+    grouped_hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_hopper")
 except ImportError:  # Triton has no Gluon here
     hopper = None
 Launched = set[tuple[Any, ...]]
@@ -34,7 +34,7 @@ class Recorder:
 
     def __getitem__(self, _grid: object) -> Callable[..., None]:
         def launch(*arguments: Any, **constants: Any) -> None:
-            constants = {key: value for key, value in constants.items() if key not in ("expert_map", "index")}
+            constants = {key: value for key, value in constants.items() if key != "expert_map"}
             dtypes = tuple(value.dtype for value in arguments if isinstance(value, torch.Tensor))
             self.launched.add((self.name, dtypes, tuple(sorted(constants.items()))))
 
@@ -48,9 +48,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(gpu, "_gemm_kernel", Recorder("gemm", found))
     if hopper is not None:
         monkeypatch.setattr(hopper, "_gemm_kernel", Recorder("hopper", found))
-        monkeypatch.setattr(grouped_hopper_kernel, "_grouped_kernel", Recorder("grouped_hopper", found))
+        monkeypatch.setattr(grouped_hopper, "_grouped_kernel", Recorder("grouped_hopper", found))
         monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
-    for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_combine_kernel"):
+    for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_quantize_kernel", "_combine_kernel"):
         monkeypatch.setattr(grouped, name, Recorder(name, found))
     monkeypatch.setattr("convert_w4a8.kernels.gemm.workspace.multiprocessors", lambda _device: SMS)
     return found
@@ -129,7 +129,7 @@ def test_no_mixture_needs_another_kernel(
         weights.append(torch.empty(local * k // 128 * n * 8, dtype=torch.float8_e4m3fn))
         weights.append(torch.empty(local, n))
 
-    few = [None] * 4
+    few: list[torch.Tensor | None] = [None] * 4
     if with_hopper:
         distinct = torch.empty(256, 8, dtype=torch.float8_e4m3fn)
         few[:2] = [torch.empty(local, hidden // 128, 2 * intermediate, dtype=torch.uint8), distinct]
