@@ -159,7 +159,7 @@ def watched(experts: Experts, given: Routed) -> tuple[torch.Tensor, Product, Pro
     def watch(*arguments: Any, **named: Any) -> None:
         multiply(*arguments, **named)
         tokens, scale, _, output, *_ = arguments
-        seen.append(Product(tokens, scale, output))
+        seen.append(Product(tokens, scale, output.clone()))  # long activations take the place of the gates
 
     with mock.patch.object(grouped, "_multiply", watch):
         result = experts(*given)
