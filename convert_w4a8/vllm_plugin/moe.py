@@ -45,6 +45,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.experts_cls = CutlassExpertsW4A8Fp8
         self.indexed: dict[str, bool] = {}
+        """Whether weights have indices of few tables beside their tables, by vLLM's names; empty until they are loaded."""
 
     def create_weights(
         self,
@@ -110,6 +111,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         Raises ValueError, in one line, where the checkpoint did not have an expert: vLLM would serve noise.
         """
         layouts = []
+        is_first = not self.indexed
         for w, projections in _PROJECTIONS.items():
             parameters = [
                 getattr(layer, f"{w}_{name}") for name in ("weight_packed", self.table_name, "weight_chan_scale")
@@ -133,7 +135,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if self.cutlass:
                 layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
                 layouts.append(layout.to(packed.device, non_blocking=True))
-        if self.ours:
+        if self.ours and is_first:  # later there is no expert_map: vLLM takes buffers away while it reloads
             choices = self.moe.experts_per_token
             most = most_tokens(choices, layer.global_num_experts) if self.cutlass else None
             activation = compat.activation_name(layer.activation)

@@ -130,7 +130,8 @@ def test_experts_with_few_tables_have_indices(
 
     def watched(*arguments: Any, hopper: bool) -> torch.Tensor:
         given.extend(arguments)
-        return ours(*arguments, hopper=hopper)
+        found: torch.Tensor = ours(*arguments, hopper=hopper)
+        return found
 
     monkeypatch.setattr(grouped, "experts", watched)
     layer = make_layer(monkeypatch, tables=tables)
