@@ -45,7 +45,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.experts_cls = CutlassExpertsW4A8Fp8
         self.indexed: dict[str, bool] = {}
-        """Whether weights have indices of few tables beside their tables, by vLLM's names; empty until they are loaded."""
+        """Whether weights have indices beside their tables, by vLLM's names of them; empty until they are loaded."""
 
     def create_weights(
         self,

@@ -4,7 +4,7 @@
    `block_m` pairs that have the expert in common.
 2. `_grouped_kernel` multiplies the tokens by gate and up projections: a block of pairs at a time, as `gpu.py` does it.
 3. `_activate_kernel` applies the activation and quantizes its result, a pair at a time; a long one in parts, for which
-   the largest magnitude must be known: then `_quantize_kernel` follows.
+   the largest magnitude must be known: then `_quantize_pairs_kernel` follows.
 4. `_grouped_kernel` multiplies by the down projections.
 5. `_combine_kernel` adds up each token's experts, in the order of the router's choices.
 
@@ -25,7 +25,7 @@ from convert_w4a8.kernels.gemm.grouped_kernels import (
     _combine_kernel,
     _grouped_kernel,
     _prepare_kernel,
-    _quantize_kernel,
+    _quantize_pairs_kernel,
 )
 from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches, most_blocks
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
@@ -146,7 +146,7 @@ def experts(
         )
         if parts > 1:
             most = triton.next_power_of_2(parts)
-            _quantize_kernel[(parts, pairs)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
+            _quantize_pairs_kernel[(parts, pairs)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
         _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](

@@ -210,7 +210,7 @@ def _activate_kernel(
     """Program (b, r): part b of activation(gate) · up of pair r; rounded to bfloat16 where vLLM's kernels round.
 
     WHOLE: there is one part, which is quantized. Otherwise it is left in the place of the gate, with its largest
-    magnitude in `maxima`, for `_quantize_kernel`.
+    magnitude in `maxima`, for `_quantize_pairs_kernel`.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -238,7 +238,7 @@ def _activate_kernel(
 
 
 @triton.jit
-def _quantize_kernel(
+def _quantize_pairs_kernel(
     both,
     ids,
     active,

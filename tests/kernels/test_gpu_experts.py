@@ -239,7 +239,7 @@ def test_kernels_compile_to_lookups_and_fp8_products(capability: int) -> None:
     lines = done.stdout.splitlines()
     assert ("ACQBULK=1" in done.stdout) == (capability == 90)  # waits for the kernel before
     assert {line.split()[0] for line in lines} == {
-        f"_{name}_kernel" for name in ("prepare", "grouped", "activate", "quantize", "combine")
+        f"_{name}_kernel" for name in ("prepare", "grouped", "activate", "quantize_pairs", "combine")
     }
     for line in lines:
         counts = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line)}

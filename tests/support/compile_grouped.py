@@ -88,7 +88,7 @@ def main() -> None:
     for activation in ACTIVATIONS:
         activate = {"MAPPED": True, "BLOCK": 1024, "ACTIVATION": activation, "WHOLE": activation != "silu"}
         show(grouped_kernels._activate_kernel, capability, activate)
-    show(grouped_kernels._quantize_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "PARTS": 16})
+    show(grouped_kernels._quantize_pairs_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "PARTS": 16})
     show(grouped_kernels._combine_kernel, capability, {"MAPPED": False, "CHOICES": 8, "BLOCK": 1024})
 
 

@@ -50,7 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
         monkeypatch.setattr(hopper, "_gemm_kernel", Recorder("hopper", found))
         monkeypatch.setattr(grouped_hopper, "_grouped_kernel", Recorder("grouped_hopper", found))
         monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
-    for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_quantize_kernel", "_combine_kernel"):
+    for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_quantize_pairs_kernel", "_combine_kernel"):
         monkeypatch.setattr(grouped, name, Recorder(name, found))
     monkeypatch.setattr("convert_w4a8.kernels.gemm.workspace.multiprocessors", lambda _device: SMS)
     return found
