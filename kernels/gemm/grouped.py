@@ -105,7 +105,7 @@ def experts(
     blocks = most_blocks(pairs, count, block_m)
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     tokens = torch.empty(m, hidden, dtype=torch.float8_e4m3fn, device=x.device)
-    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks + 1))
+    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks))
     token_scale, pair_scale = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (m, pairs))
     both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
@@ -181,7 +181,7 @@ def _multiply(
 ) -> None:
     """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
 
-    of_block: the expert of each block of rows, −1 for those that are not used, which come last; then how many are used.
+    of_block: the expert of each block of rows, −1 for those that are not used.
     is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
     """
     packed, tables, channel_scale, *_ = layer
@@ -193,7 +193,7 @@ def _multiply(
 
         grouped_hopper.multiply(tokens, token_scale, layer, output, rows, of_block, share, launch, is_sorted)
         return
-    blocks, columns = len(of_block) - 1, n // launch.block_n
+    blocks, columns = len(of_block), n // launch.block_n
     splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
     _grouped_kernel[(blocks * columns * splits,)](
         tokens,

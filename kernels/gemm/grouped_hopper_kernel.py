@@ -18,11 +18,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from convert_w4a8.kernels.gemm.hopper_kernel import _barrier, _look_up, _tables_layout, _words_layout
 
 
-@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "LEAST", "SHARE"])
+@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE"])
 def _grouped_kernel(
     tokens,
     packed,
     tables,
+    index,
     token_scale,
     channel_scale,
     output,
@@ -35,17 +36,17 @@ def _grouped_kernel(
     K,
     BLOCKS,
     WIDTH,
-    LEAST,
+    SPLITS,
     SHARE,
-    index,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     CHAIN: gl.constexpr,
+    SPLIT: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
 ):
-    """Multiply: the programs share all groups of all blocks evenly, LEAST or more each, and add up parts of blocks.
+    """Multiply, as `grouped_kernels._grouped_kernel` does.
 
     Launched while the kernel before still runs. SORTED: not that one says what rows the blocks have, so that weights
     can be on their way before its results are there. INDEXED: `tables` are the distinct ones, `index` says which of
@@ -54,6 +55,7 @@ def _grouped_kernel(
     WARPS: gl.constexpr = gl.num_warps()
     TILES: gl.constexpr = BLOCK_N // 16
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
+    AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
@@ -65,41 +67,38 @@ def _grouped_kernel(
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
-    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    if INDEXED:
-        index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    token_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2))
-    tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
-    word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
-    channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
-    inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
-    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
 
     if not SORTED:
         gdc_wait()
     gdc_launch_dependents()  # not before: what comes then reads what was waited for here, and waits for this alone
-    used = gl.load(of_block + BLOCKS)
     columns = N // BLOCK_N
-    depth = K // 128
     program = gl.program_id(0)
-    units = used * columns * depth
-    share = max((units + gl.num_programs(0) - 1) // gl.num_programs(0), LEAST)
-    start = program * share
-    stop = min(start + share, units)
-    for place in range(start // depth, (stop + depth - 1) // depth):
-        begin = max(start - place * depth, 0)
-        groups = min(stop - place * depth, depth) - begin
-        before = place // (WIDTH * used) * WIDTH
-        width = min(columns - before, WIDTH)
-        within = place % (WIDTH * used)
-        block = within // width
-        column = before + within % width
-        expert = gl.load(of_block + block)
-        first_group = expert.to(gl.int64) * depth + begin
+    before = program // (WIDTH * BLOCKS) * WIDTH
+    width = min(columns * SPLITS - before, WIDTH)
+    within = program % (WIDTH * BLOCKS)
+    block = within // width
+    column = before + within % width
+    part = column // columns
+    column = column % columns
+    begin = (K // 128 * part) // SPLITS
+    groups = (K // 128 * (part + 1)) // SPLITS - begin
+    expert = gl.load(of_block + block)
+    if expert >= 0:
+        words_ring = gl.allocate_shared_memory(
+            gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        )
+        tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        if INDEXED:
+            index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        token_ring = gl.allocate_shared_memory(
+            gl.float8e4nv, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2)
+        )
+        tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
+        word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
+        first_group = expert.to(gl.int64) * (K // 128) + begin
         packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * BLOCK_N) + word)
         of_tables = first_group * N + column * BLOCK_N
+        channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
         tables_at = tables + of_tables + channels_of_tables
         index_at = index + of_tables + gl.arange(0, BLOCK_N, INDEX_COPY)
         firsts = ()
@@ -119,14 +118,22 @@ def _grouped_kernel(
                 if stage < groups:
                     async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables + firsts[stage])
         row = gl.load(rows + block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]
+        inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         tokens_at = tokens + (row // SHARE).to(gl.int64) * K + (begin * 128 + inner)
         is_token = (row < ROWS) & (inner < 128)
+        n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
+        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
+        channel = column * BLOCK_N + n
+        channels = gl.load(channel_scale + expert.to(gl.int64) * N + channel)
+        out_row = gl.load(rows + block * BLOCK_M + m)
+        inside = (out_row < ROWS) & (n < BLOCK_N)
         if SORTED:
             gdc_wait()
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(token_ring.index(stage), tokens_at + stage * 128, mask=is_token)
             async_copy.commit_group()
+        scales = gl.load(token_scale + out_row // SHARE, mask=out_row < ROWS, other=0.0)
         packed_at += (STAGES - 1) * 16 * N
         tables_at += (STAGES - 1) * N
         index_at += (2 * STAGES - 2) * N
@@ -167,36 +174,30 @@ def _grouped_kernel(
             x = token_ring.index(slot).permute((1, 0))
             product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
             slot = (slot + 1) % STAGES
-        # Here, since registers that are kept so long would leave room for fewer programs.
-        channel = column * BLOCK_N + n
-        channels = gl.load(channel_scale + expert.to(gl.int64) * N + channel)
-        out_row = gl.load(rows + block * BLOCK_M + m)
-        inside = (out_row < ROWS) & (n < BLOCK_N)
-        scales = gl.load(token_scale + out_row // SHARE, mask=out_row < ROWS, other=0.0)
         done = warpgroup_mma_wait(0, deps=(product,))
         if CHAIN:
             total = done
         else:
             total += done
         result = gl.convert_layout(total, OUT)
-        _barrier()  # the next block's copies go where this one's were
 
         last = True
-        if groups < depth:
-            # Programs `one` to `another` have parts of this block. Each leaves one of its first block, one of its last.
-            one = place * depth // share
-            another = (place * depth + depth - 1) // share
-            at = sums + (m * BLOCK_N + n)
-            mine = 2 * program + (place > start // depth).to(gl.int32)
-            gl.store(at + mine.to(gl.int64) * SIZE, result, mask=inside)
+        if SPLIT:
+            place = block * columns + column
+            sums_at = sums + place.to(gl.int64) * SIZE + (m * BLOCK_N + n)
+            stride = (BLOCKS * columns).to(gl.int64) * SIZE
+            gl.store(sums_at + part * stride, result, mask=inside)
             _barrier()
-            last = gl.atomic_add(counters + one, 1, sem="acq_rel", scope="gpu") == another - one
+            last = gl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
             if last:
-                gl.store(counters + one, 0)
+                gl.store(counters + place, 0)
                 result = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, OUT)
-                for other in range(one, another + 1):
-                    theirs = 2 * other + (place > other * share // depth).to(gl.int32)
-                    result += gl.load(at + theirs.to(gl.int64) * SIZE, mask=inside, other=0.0, cache_modifier=".cg")
+                for other in range(0, SPLITS, AHEAD):
+                    for ahead in gl.static_range(AHEAD):
+                        mask = inside & (other + ahead < SPLITS)
+                        result += gl.load(
+                            sums_at + (other + ahead) * stride, mask=mask, other=0.0, cache_modifier=".cg"
+                        )
         if last:
             scaled = result * channels * scales
             gl.store(output + out_row.to(gl.int64) * N + channel, scaled.to(gl.bfloat16), mask=inside)

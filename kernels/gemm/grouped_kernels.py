@@ -102,7 +102,6 @@ def _prepare_kernel(
             tl.store(of_block + first + block, program + 0 * block, mask=block < mine)
         if program == 0:
             used = tl.sum(blocks_of)
-            tl.store(of_block + BLOCKS, used)
             for begin in range(used, BLOCKS, 16):
                 block = begin + tl.arange(0, 16)
                 tl.store(of_block + block, 0 * block - 1, mask=block < BLOCKS)

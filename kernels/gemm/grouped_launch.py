@@ -10,8 +10,6 @@ _SHORT_K = 1024
 """Up to here fewer copies in flight, and more blocks side by side, are the faster ones."""
 _BLOCKS = ((16, 9), (32, 24), (64, 64))
 """Pairs of a block, by how many an expert has at most, if all have as many; 128 where they have more."""
-
-
 _MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
 
@@ -22,10 +20,8 @@ class Launch:
 
     block_m: pairs of a block, a power of two from 16, on Hopper from 8. block_n: output channels of a block. splits:
     parts of K. stages: copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of
-    channels (and parts of K) that follow each other before the next block of pairs; None for all.
-
-    On Hopper, no `splits` (0) have as many programs as there is room for share everything evenly. indexed: read indices
-    of tables, where layers have them, not the tables of all groups.
+    channels (and parts of K) that follow each other before the next block of pairs; None for all. indexed: on Hopper,
+    read indices of tables, where layers have them, not the tables of all groups.
     """
 
     block_m: int
@@ -67,9 +63,6 @@ def choose_launches(
         block_m, first, second = measured
         return _launch(block_m, first), _launch(block_m, second)
     block_m = block_of_pairs(pairs, experts)
-    if hopper:
-        launch = _launch(block_m, (1, 64, 3, 4, 16, False) if block_m >= _MANY_ROWS else (0, 64, 4, 4, None, True))
-        return launch, launch
     blocks = most_blocks(pairs, experts, block_m)
     return (
         choose_launch(block_m, blocks, 2 * intermediate, hidden, multiprocessors),
@@ -89,7 +82,7 @@ def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: in
     """
     block_n = 128 if blocks * (n // 128) >= 2 * multiprocessors else 64
     if block_m >= _MANY_ROWS:
-        return Launch(block_m, 1, 64, stages=3, chain=True, columns=16)
+        return Launch(block_m, 1, 64, stages=3, chain=True, columns=16, indexed=False)
     splits = 1
     while 2 * splits <= min(_SPLITS, k // _LEAST_PART) and blocks * (n // block_n) * splits < 4 * multiprocessors:
         splits *= 2

@@ -1,4 +1,4 @@
-"""How the GEMMs over experts of some mixtures are cut on Hopper, as `scripts/gpu/tune_experts.py` measured it."""
+"""How the GEMMs over experts of some mixtures are cut on Hopper: as measured, or as for the next number of pairs."""
 
 Cut = tuple[int, int, int, int, int | None, bool]
 """Fields of a `grouped_launch.Launch`: splits, block_n, stages, warps, columns, indexed."""

@@ -38,8 +38,7 @@ SHAPES = {
     128: ((64, 4), (128, 8)),
 }
 """Channels and warps of a block, by its pairs."""
-SPLITS = (0, 1, 2, 4, 8)
-"""Parts of K; 0 where programs share everything evenly."""
+SPLITS = (1, 2, 3, 4, 6, 8)
 STAGES = (3, 4, 6)
 COLUMNS = (None, 1, 4, 16, 64)
 REPLAYS = 7
@@ -63,7 +62,7 @@ def shapes(block_m: int) -> list[Launch]:
 
 def blocks_and_splits(launch: Launch, n: int, k: int) -> list[Launch]:
     """Return all shapes, with all numbers of parts of K that are worth a try, of a product of N = n, K = k."""
-    splits = [parts for parts in SPLITS if parts <= 1 or (parts * 256 <= k and launch.block_m < 64)]
+    splits = [parts for parts in SPLITS if parts == 1 or (parts * 256 <= k and launch.block_m < 64)]
     fitting = [shape for shape in shapes(launch.block_m) if n % shape.block_n == 0]
     return [replace(shape, splits=parts) for shape, parts in product(fitting, splits)]
 
@@ -72,8 +71,9 @@ def variants() -> list[Launch]:
     """Return everything that tuning needs compiled."""
     made = [shape for block_m in SHAPES for shape in shapes(block_m)]
     return [
-        replace(launch, stages=stages, indexed=indexed)
+        replace(launch, splits=splits, stages=stages, indexed=indexed)
         for launch, stages, indexed in product(made, STAGES, (True, False))
+        for splits in ((1, 2) if launch.block_m < 64 else (1,))
     ]
 
 

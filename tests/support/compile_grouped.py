@@ -22,18 +22,16 @@ TYPES = {
     **dict.fromkeys(("tokens", "active"), "*fp8e4nv"),
     **dict.fromkeys(("ids", "rows", "of_block", "expert_map", "packed", "counters"), "*i32"),
     **dict.fromkeys(("token_scale", "channel_scale", "scales", "sums", "weights", "maxima"), "*fp32"),
-    **dict.fromkeys(("K", "N", "PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE", "LEAST"), "i32"),
+    **dict.fromkeys(("K", "N", "PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE"), "i32"),
     "tables": "*i64",
     "index": "*u8",
     "output": "*bf16",
 }
-NOT_SIXTEEN = ("PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE", "LEAST")
+NOT_SIXTEEN = ("PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE")
 INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT")
 
 
-def show(
-    kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4, source_of: Any = ASTSource, **more: Any
-) -> None:
+def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4, source_of: Any = ASTSource) -> None:
     names = kernel.arg_names
     constants = {"INTERPRETED": False, "EARLY": capability == 90} | constants
     constants = {name: value for name, value in constants.items() if name in names}
@@ -42,7 +40,7 @@ def show(
     variable = [name for name in names if name not in constants and name not in NOT_SIXTEEN]
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in variable}
     source = source_of(kernel, signature, places, sixteen)
-    options = {"num_warps": warps, "launch_pdl": capability == 90} | more
+    options = {"num_warps": warps, "launch_pdl": capability == 90}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     code = machine_code(compiled)
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
@@ -51,27 +49,19 @@ def show(
 
 
 HOPPER = (
-    *((8, 64, 4, 4, True), (16, 64, 4, 4, True), (16, 128, 4, 4, False), (16, 128, 8, 6, True), (32, 256, 8, 4, True)),
-    *(
-        (32, 64, 4, 4, True),
-        (64, 64, 4, 4, False),
-        (64, 128, 8, 3, False),
-        (128, 64, 4, 3, True),
-        (128, 128, 8, 3, True),
-    ),
+    *((8, 2, 64, 4, 4, True), (16, 1, 64, 4, 4, True), (16, 2, 128, 4, 4, False), (16, 1, 128, 8, 6, True)),
+    *((32, 1, 256, 8, 4, True), (64, 1, 128, 4, 3, True), (64, 1, 64, 4, 4, False), (128, 1, 128, 8, 3, True)),
 )
-"""Pairs of a block, channels, warps, copies in flight, whether it reads indices of tables."""
+"""Pairs of a block, parts of K, channels, warps, copies in flight, whether it reads indices of tables."""
 
 
 def show_hopper() -> None:
-    from convert_w4a8.kernels.gemm import grouped_hopper, grouped_hopper_kernel
-    from convert_w4a8.kernels.gemm.grouped_launch import Launch
+    from convert_w4a8.kernels.gemm import grouped_hopper_kernel
 
-    for block_m, block_n, warps, stages, indexed in HOPPER:
+    for block_m, splits, block_n, warps, stages, indexed in HOPPER:
         constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "CHAIN": block_m >= 64}
-        constants |= {"INDEXED": indexed, "SORTED": indexed}
-        most = grouped_hopper.registers(Launch(block_m, 0, block_n, stages, warps))
-        show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource, maxnreg=most)
+        constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": indexed}
+        show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource)
 
 
 def main() -> None:
