@@ -160,7 +160,7 @@ def main() -> None:
     chosen = [mixture for mixture in MIXTURES if mixture.name in args.mixtures]
     compile_all(chosen, args.tokens, args.kernels, args.compile_seconds)
     print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
-    question = "How fast are the experts of a mixture at small batches, beside other kernels and the memory?"
+    question = "How fast are the routed experts of a layer, beside other kernels and the memory?"
 
     def keep(rows: Sequence[Row]) -> dict[str, Any]:
         """Write what there is: a kernel that does not end takes nothing with it."""
