@@ -23,7 +23,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from convert_w4a8.encoding.tables import index_scales, index_tables, multiply_tables
+from convert_w4a8.encoding.tables import multiply_tables
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_shape
 from convert_w4a8.vllm_plugin import compat, fusion, partition, warm_up
@@ -33,10 +33,10 @@ from convert_w4a8.vllm_plugin.gemm import (
     decode_kernel,
     lut_gemm,
     lut_linear,
-    reads_indices,
     require_kernel,
     terms,
 )
+from convert_w4a8.vllm_plugin.indices import indices
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_shards
 
 
@@ -102,7 +102,8 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise not_loaded(layer.prefix)
         compat.require_op_dtypes(packed, table, channel)
         ours = decode_kernel(packed.device)  # which prepares it, before CUDA graphs are captured
-        indices = self._indices(layer, table) if ours else None
+        few = indices(table, self.tables, layer.prefix, self.indexed) if ours else None
+        self.indexed = few is not None
         if self.tables is TableForm.SCALE:
             table = multiply_tables(table)
         # The op takes n from the second dimension and the memory order from its own layout: any [K/8, N] view will do.
@@ -111,23 +112,12 @@ class W4A8LutLinearMethod(LinearMethodBase):  # type: ignore[misc]
             self.table_name: table.flatten(),
             "weight_chan_scale": channel,
         }
-        if indices is not None:
-            shown |= dict(zip(_INDICES, indices, strict=True))
+        if few is not None:
+            shown |= dict(zip(_INDICES, few, strict=True))
         for name, data in shown.items():  # vLLM's replace_parameter takes twice as long
             setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
         if ours:
             warm_up.linear(*shown.values())
-
-    def _indices(self, layer: LinearBase, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the tables as indices into few, where they are few; as at the first loading, which graphs remember."""
-        if self.indexed is False or not reads_indices(table.device):
-            return None
-        is_scale = self.tables is TableForm.SCALE
-        found = index_scales(table) if is_scale else index_tables(table.view(table.shape[0], -1, 8))
-        if self.indexed and found is None:
-            raise refusal(layer.prefix, "it had few distinct tables, and has many now", "start vLLM with these weights")
-        self.indexed = found is not None
-        return found
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply bfloat16 [..., K] by the layer: bfloat16 [..., N], activations quantized as stock W4A8 does it."""

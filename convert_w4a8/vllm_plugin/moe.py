@@ -20,10 +20,14 @@ from convert_w4a8.lut_format import TableForm, not_loaded, refusal, reordered_sh
 from convert_w4a8.vllm_plugin import compat, partition, warm_up
 from convert_w4a8.vllm_plugin.experts import lut_experts, most_tokens, takes
 from convert_w4a8.vllm_plugin.gemm import decode_kernel, require_ours
+from convert_w4a8.vllm_plugin.indices import indices
 from convert_w4a8.vllm_plugin.loading import is_filled, noting_experts
 
 _PROJECTIONS = {"w13": 2, "w2": 1}
 """vLLM's names of an expert's weights, and how many projections lie side by side in each."""
+
+_INDICES = ("weight_table_index", "weight_distinct_tables")
+"""What experts with few tables have besides, for our kernel."""
 
 
 class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -40,6 +44,8 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.tables = tables
         self.table_name = "weight_scale" if tables is TableForm.SCALE else "weight_lut"
         self.experts_cls = CutlassExpertsW4A8Fp8
+        self.indexed: dict[str, bool] = {}
+        """Whether weights have indices beside their tables, by vLLM's names of them; empty until they are loaded."""
 
     def create_weights(
         self,
@@ -105,6 +111,7 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         Raises ValueError, in one line, where the checkpoint did not have an expert: vLLM would serve noise.
         """
         layouts = []
+        is_first = not self.indexed
         for w, projections in _PROJECTIONS.items():
             parameters = [
                 getattr(layer, f"{w}_{name}") for name in ("weight_packed", self.table_name, "weight_chan_scale")
@@ -116,18 +123,23 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 raise not_loaded(layer.layer_name)
             # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
             replace_parameter(layer, f"{w}_weight_packed", packed.view(experts, n, k // 8))
+            self.ours = self.why_not_ours is None and decode_kernel(packed.device)  # before CUDA graphs are captured
+            few = indices(table, self.tables, layer.layer_name, self.indexed.get(w)) if self.ours else None
+            self.indexed[w] = few is not None
+            if few is not None:
+                for name, data in zip(_INDICES, few, strict=True):
+                    setattr(layer, f"{w}_{name}", torch.nn.Parameter(data, requires_grad=False))
             if self.tables is TableForm.SCALE:
                 table = multiply_tables(table.view(-1, n))
             replace_parameter(layer, f"{w}_{self.table_name}", table.flatten())
-            self.ours = self.why_not_ours is None and decode_kernel(packed.device)  # before CUDA graphs are captured
             if self.cutlass:
                 layout = _cutlass_layout(n, k, packed.device).repeat(experts, 1)
                 layouts.append(layout.to(packed.device, non_blocking=True))
-        if self.ours:
+        if self.ours and is_first:  # later there is no expert_map: vLLM takes buffers away while it reloads
             choices = self.moe.experts_per_token
             most = most_tokens(choices, layer.global_num_experts) if self.cutlass else None
             activation = compat.activation_name(layer.activation)
-            warm_up.experts(choices, self._weights(layer), layer.expert_map, activation, most)
+            warm_up.experts(choices, self._weights(layer), layer.expert_map, activation, most, self._few_tables(layer))
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         if not self.cutlass:
             return
@@ -164,7 +176,8 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if not self.cutlass or (self.ours and takes(topk_ids.numel(), layer.global_num_experts)):
             activation = compat.activation_name(layer.activation)
-            return lut_experts(x, topk_weights, topk_ids, *self._weights(layer), layer.expert_map, activation)
+            weights, few = self._weights(layer), self._few_tables(layer)
+            return lut_experts(x, topk_weights, topk_ids, *weights, layer.expert_map, activation, *few)
         return self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight_packed,
@@ -183,6 +196,10 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Return the loaded weights as `lut_experts` takes them."""
         names = ("weight_packed", self.table_name, "weight_chan_scale")
         return [getattr(layer, f"{w}_{name}") for w in _PROJECTIONS for name in names]
+
+    def _few_tables(self, layer: RoutedExperts) -> list[torch.Tensor | None]:
+        """Return the indices of tables, and the distinct ones, of each kind of weights; None where they are many."""
+        return [getattr(layer, f"{w}_{name}") if self.indexed[w] else None for w in _PROJECTIONS for name in _INDICES]
 
     @property
     def supports_eplb(self) -> bool:

@@ -47,9 +47,17 @@ def linear(packed: torch.Tensor, *weights: torch.Tensor) -> None:
 
 
 def experts(
-    choices: int, weights: Sequence[torch.Tensor], expert_map: torch.Tensor | None, activation: str, most: int | None
+    choices: int,
+    weights: Sequence[torch.Tensor],
+    expert_map: torch.Tensor | None,
+    activation: str,
+    most: int | None,
+    few: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """Compile what experts need; arguments as `lut_experts` takes them. most: tokens, or None for any number."""
+    """Compile what experts need; arguments as `lut_experts` takes them, `few` the last of them.
+
+    most: tokens, or None for any number.
+    """
     packed, *_ = weights
     count, hidden, intermediate, device = packed.shape[0], packed.shape[2] * 8, packed.shape[1] // 2, packed.device
     size = (count, hidden, intermediate, choices, activation, expert_map is None, device)
@@ -58,15 +66,17 @@ def experts(
     _seen.add(size)
     from convert_w4a8.kernels.gemm import grouped  # noqa: PLC0415 - Triton may be absent
 
+    hopper = gemm.reads_indices(device)
+
     def needed(m: int) -> set[Hashable]:
-        return grouped.compiled_for(m * choices, count, hidden, intermediate, device)
+        return grouped.compiled_for(m * choices, count, hidden, intermediate, device, hopper=hopper)
 
     differ = grouped.most_pairs(count) // choices + 1
     for m in representatives(needed, differ if most is None else min(differ, most), set()):
         x = torch.zeros(m, hidden, dtype=torch.bfloat16, device=device)
         ids = torch.zeros(m, choices, dtype=torch.int32, device=device)
         scores = torch.zeros(m, choices, dtype=torch.float32, device=device)
-        lut_experts(x, scores, ids, *weights, expert_map, activation)
+        lut_experts(x, scores, ids, *weights, expert_map, activation, *few)
 
 
 def representatives(needed: Callable[[int], Iterable[Hashable]], most: int, compiled: set[Hashable]) -> list[int]:

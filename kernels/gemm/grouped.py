@@ -1,9 +1,10 @@
-"""Experts over the LUT layout, a whole mixture in five launches: FP8 activations times the INT4 weights of few experts.
+"""Experts over the LUT layout, a whole mixture in five or six launches: FP8 activations times INT4 weights of experts.
 
 1. `_prepare_kernel` quantizes the tokens, and sorts the pairs of a token and one of its experts by expert, in blocks of
    `block_m` pairs that have the expert in common.
 2. `_grouped_kernel` multiplies the tokens by gate and up projections: a block of pairs at a time, as `gpu.py` does it.
-3. `_activate_kernel` applies the activation and quantizes its result, a pair at a time.
+3. `_activate_kernel` applies the activation and quantizes its result, a pair at a time; a long one in parts, for which
+   the largest magnitude must be known: then `_quantize_pairs_kernel` follows.
 4. `_grouped_kernel` multiplies by the down projections.
 5. `_combine_kernel` adds up each token's experts, in the order of the router's choices.
 
@@ -12,106 +13,54 @@ blocks there are at most is known from the number of tokens, and those without p
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
 
-from convert_w4a8.kernels.gemm import workspace
+from convert_w4a8.kernels.gemm import grouped_launch, workspace
 from convert_w4a8.kernels.gemm.device_code import INTERPRETED
 from convert_w4a8.kernels.gemm.grouped_kernels import (
     _activate_kernel,
     _combine_kernel,
     _grouped_kernel,
     _prepare_kernel,
+    _quantize_pairs_kernel,
 )
+from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches, most_blocks
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 GROUP = 128
-_SPLITS, _LEAST_PART = 8, 512
-"""The most parts of K, and the least of their length."""
-_SHORT_K = 1024
-"""Up to here fewer copies in flight, and more blocks side by side, are the faster ones."""
-_BLOCKS = ((16, 9), (32, 24), (64, 64))
-"""Pairs of a block, by how many an expert has at most, if all have as many; 128 where they have more."""
 _CHUNK = 1024
 """The most pairs that the sort looks at at once."""
+_WHOLE, _PART = 2048, 1024
+"""The longest activations that one program quantizes, and the parts of longer ones."""
 
-Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of E experts: codes int32 [E, K/32, 4·N], tables float8_e4m3fn [E, K/128, N, 8], channel scales float32 [E, N]."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How one grouped GEMM is cut.
-
-    block_m: pairs of a block, a power of two from 16. block_n: output channels of a block. splits: parts of K. stages:
-    copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of channels (and parts
-    of K) that follow each other before the next block of pairs; None for all.
-    """
-
-    block_m: int
-    splits: int
-    block_n: int = 64
-    stages: int = 4
-    warps: int = 4
-    chain: bool = False
-    columns: int | None = None
-
-
-def block_of_pairs(pairs: int, experts: int) -> int:
-    """Return how many pairs a block takes: about as many as an expert has, if all have as many."""
-    mean = pairs / experts
-    for size, most in _BLOCKS:
-        if mean <= most:
-            return size
-    return 128
-
-
-def most_blocks(pairs: int, experts: int, block_m: int) -> int:
-    """Return how many blocks the pairs fill at most, however they are spread over the experts."""
-    full = min(pairs, experts)
-    return full + (pairs - full) // block_m
-
-
-def choose_launch(pairs: int, experts: int, n: int, k: int, multiprocessors: int) -> Launch:
-    """Return how to cut a grouped GEMM of these pairs of tokens and experts where nothing was measured.
-
-    Blocks of 128 channels if those fill the multiprocessors; K in parts until there are a few blocks for each.
-    """
-    block_m = block_of_pairs(pairs, experts)
-    blocks = most_blocks(pairs, experts, block_m)
-    block_n = 128 if blocks * (n // 128) >= 2 * multiprocessors else 64
-    if block_m >= 64:
-        return Launch(block_m, 1, 64, stages=3, chain=True, columns=16)
-    splits = 1
-    while 2 * splits <= min(_SPLITS, k // _LEAST_PART) and blocks * (n // block_n) * splits < 4 * multiprocessors:
-        splits *= 2
-    return Launch(block_m, splits, block_n, stages=3 if k <= _SHORT_K else 4)
+Layer = tuple[torch.Tensor, ...]
+"""Of E experts: codes int32 [E, K/32, 4·N], tables float8_e4m3fn [E, K/128, N, 8], channel scales float32 [E, N]; and,
+where tables are few, the same as indices uint8 [E, K/128, N] into distinct ones float8_e4m3fn [256, 8]."""
 
 
 def most_pairs(experts: int) -> int:
     """Return the pairs of tokens and experts up to which what is launched depends on their number."""
-    return max(_BLOCKS[-1][1] * experts, _CHUNK) + 1
+    return max(grouped_launch.most_pairs(experts), _CHUNK) + 1
 
 
-def compiled_for(pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device) -> set[Hashable]:
+def compiled_for(
+    pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device, *, hopper: bool = False
+) -> set[Hashable]:
     """Return what the kernels for these pairs are compiled for, each with its name: those that are the same are one.
 
     Left out is what does not depend on the number of pairs; it is in `sizes` of each.
     """
     sizes = experts, hidden, intermediate
-    launches = _launches(pairs, *sizes, device)
-    multiply = {("multiply", replace(launch, splits=min(launch.splits, 2), columns=None)) for launch in launches}
+    launches = choose_launches(pairs, *sizes, workspace.multiprocessors(device), hopper=hopper)
+    # Those for Hopper are compiled for one of the two GEMMs.
+    multiply = {
+        ("multiply", place if hopper else None, replace(launch, splits=min(launch.splits, 2), columns=None))
+        for place, launch in enumerate(launches)
+    }
     return {("prepare", sizes, launches[0].block_m, _chunk(pairs), pairs <= _CHUNK), *multiply}
-
-
-def _launches(pairs: int, experts: int, hidden: int, intermediate: int, device: torch.device) -> tuple[Launch, Launch]:
-    sms = workspace.multiprocessors(device)
-    return (
-        choose_launch(pairs, experts, 2 * intermediate, hidden, sms),
-        choose_launch(pairs, experts, hidden, intermediate, sms),
-    )
 
 
 def _chunk(pairs: int) -> int:
@@ -127,6 +76,8 @@ def experts(
     expert_map: torch.Tensor | None,
     activation: str,
     launches: tuple[Launch, Launch] | None = None,
+    *,
+    hopper: bool = False,
 ) -> torch.Tensor:
     """Run the experts that a router chose: bfloat16 [M, hidden], Σ_t weight[m, t] · expert[m, t](x[m]).
 
@@ -134,7 +85,8 @@ def experts(
     gate_up: K = hidden, N = 2·intermediate, the gate first. down: K = intermediate, N = hidden. expert_map: int32 [all
     experts], the place of an expert in these tensors, −1 for one that is not in them and adds nothing; None where the
     ids are places. activation: one of
-    `grouped_reference.ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`.
+    `grouped_reference.ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`. hopper: multiply
+    by the kernel for Hopper, in Gluon, and launch everything before what is ahead of it has ended.
 
     Activations are quantized per token, and per pair between the projections, as vLLM's W4A8 experts do it. ValueError
     for another activation, and for sizes that are not multiples of 128.
@@ -147,7 +99,8 @@ def experts(
     if m == 0:
         return output
     if launches is None:
-        launches = _launches(pairs, count, hidden, intermediate, x.device)
+        sms = workspace.multiprocessors(x.device)
+        launches = choose_launches(pairs, count, hidden, intermediate, sms, hopper=hopper)
     block_m = launches[0].block_m
     blocks = most_blocks(pairs, count, block_m)
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
@@ -156,6 +109,9 @@ def experts(
     token_scale, pair_scale = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (m, pairs))
     both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
+    block = triton.next_power_of_2(intermediate) if intermediate <= _WHOLE else _PART
+    parts = triton.cdiv(intermediate, block)
+    maxima = torch.empty(pairs, parts, dtype=torch.float32, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
     chunk = _chunk(pairs)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
@@ -176,24 +132,22 @@ def experts(
             CHUNK=chunk,
             ONE_CHUNK=pairs <= chunk,
             BLOCK_K=triton.next_power_of_2(hidden),
-            num_warps=4 if hidden <= 4096 else 8,
+            num_warps=4 if hidden <= 2048 else 8,
+            EARLY=hopper,
+            launch_pdl=hopper,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0])
-        _activate_kernel[(pairs,)](
-            both,
-            ids,
-            active,
-            pair_scale,
-            intermediate,
-            BLOCK=triton.next_power_of_2(intermediate),
-            ACTIVATION=activation,
-            num_warps=4 if intermediate <= 2048 else 16,
-            **mapping,
-            INTERPRETED=INTERPRETED,
+        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper)
+        of_pairs = (both, ids, active, pair_scale, maxima, intermediate)
+        constants = {"BLOCK": block, "EARLY": hopper, "INTERPRETED": INTERPRETED, **mapping}
+        _activate_kernel[(parts, pairs)](
+            *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, launch_pdl=hopper, **constants
         )
-        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1])
+        if parts > 1:
+            most = triton.next_power_of_2(parts)
+            _quantize_pairs_kernel[(parts, pairs)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
+        _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](
             results,
@@ -204,6 +158,8 @@ def experts(
             CHOICES=choices,
             BLOCK=block,
             num_warps=4,
+            EARLY=hopper,
+            launch_pdl=hopper,
             **mapping,
             INTERPRETED=INTERPRETED,
         )
@@ -219,12 +175,24 @@ def _multiply(
     of_block: torch.Tensor,
     share: int,
     launch: Launch,
+    *,
+    hopper: bool = False,
+    is_sorted: bool = False,
 ) -> None:
-    """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`."""
-    packed, tables, channel_scale = layer
+    """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
+
+    of_block: the expert of each block of rows, −1 for those that are not used.
+    is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
+    """
+    packed, tables, channel_scale, *_ = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
+    if hopper:
+        from convert_w4a8.kernels.gemm import grouped_hopper  # noqa: PLC0415 - Gluon may be absent
+
+        grouped_hopper.multiply(tokens, token_scale, layer, output, rows, of_block, share, launch, is_sorted)
+        return
     blocks, columns = len(of_block), n // launch.block_n
     splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
     _grouped_kernel[(blocks * columns * splits,)](

@@ -6,6 +6,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.fp8 import to_e4m3
 from convert_w4a8.kernels.gemm.device_code import add_parts, look_up
@@ -38,9 +39,11 @@ def _to_bf16(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _token_scale(x):
-    """Return the scale by which vLLM quantizes a token."""
-    return tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), 448.0), 1.0 / (448.0 * 512.0))
+def _quantize(x, largest, fp8_at, scale_at, mask, INTERPRETED: tl.constexpr):
+    """Leave x in FP8, and its scale, as vLLM quantizes a token whose largest magnitude is that."""
+    scale = tl.maximum(tl.div_rn(largest, 448.0), 1.0 / (448.0 * 512.0))
+    tl.store(fp8_at, _to_fp8(tl.div_rn(x, scale + 0 * x), INTERPRETED), mask=mask)
+    tl.store(scale_at, scale)
 
 
 @triton.jit(do_not_specialize=["PAIRS", "E", "BLOCKS"])
@@ -62,9 +65,13 @@ def _prepare_kernel(
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     if program < E:
         bins = tl.arange(0, BINS)
@@ -102,9 +109,7 @@ def _prepare_kernel(
         m = (program - E).to(tl.int64)
         k = tl.arange(0, BLOCK_K)
         token = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-        scale = _token_scale(token)
-        tl.store(tokens + m * K + k, _to_fp8(tl.div_rn(token, scale + 0 * token), INTERPRETED), mask=k < K)
-        tl.store(token_scale + m, scale)
+        _quantize(token, tl.max(tl.abs(token), 0), tokens + m * K + k, token_scale + m, k < K, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE"])
@@ -191,16 +196,26 @@ def _activate_kernel(
     ids,
     active,
     scales,
+    maxima,
     K,
     expert_map,
     MAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program r: activation(gate) · up of pair r, quantized; rounded to bfloat16 where vLLM's kernels round."""
-    pair = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
+    """Program (b, r): part b of activation(gate) · up of pair r; rounded to bfloat16 where vLLM's kernels round.
+
+    WHOLE: there is one part, which is quantized. Otherwise it is left in the place of the gate, with its largest
+    magnitude in `maxima`, for `_quantize_pairs_kernel`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    pair = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
     up = tl.load(both + pair * (2 * K) + K + k, mask=k < K, other=0.0).to(tl.float32)
     if _place(ids, pair, True, expert_map, MAPPED) >= 0:
@@ -211,10 +226,43 @@ def _activate_kernel(
         else:
             inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
             gate = gate / (1.0 + tl.exp(-2.0 * inner))  # 0.5 · (1 + tanh(inner)) is the sigmoid of 2 · inner
-        product = _to_bf16(_to_bf16(gate, INTERPRETED).to(tl.float32) * up, INTERPRETED).to(tl.float32)
-        scale = _token_scale(product)
-        tl.store(active + pair * K + k, _to_fp8(tl.div_rn(product, scale + 0 * product), INTERPRETED), mask=k < K)
-        tl.store(scales + pair, scale)
+        product = _to_bf16(_to_bf16(gate, INTERPRETED).to(tl.float32) * up, INTERPRETED)
+        if WHOLE:
+            product = product.to(tl.float32)
+            _quantize(product, tl.max(tl.abs(product), 0), active + pair * K + k, scales + pair, k < K, INTERPRETED)
+        else:
+            tl.store(both + pair * (2 * K) + k, product, mask=k < K)
+            largest = tl.max(tl.abs(product.to(tl.float32)), 0)
+            tl.store(maxima + pair * tl.num_programs(0) + tl.program_id(0), largest)
+
+
+@triton.jit
+def _quantize_pairs_kernel(
+    both,
+    ids,
+    active,
+    scales,
+    maxima,
+    K,
+    expert_map,
+    MAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Program (b, r): part b of the activations of pair r in FP8. PARTS: of a pair at most, a power of two."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    pair = tl.program_id(1).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    if _place(ids, pair, True, expert_map, MAPPED) >= 0:
+        here = part < tl.num_programs(0)
+        largest = tl.max(tl.load(maxima + pair * tl.num_programs(0) + part, mask=here, other=0.0), 0)
+        k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        product = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
+        _quantize(product, largest, active + pair * K + k, scales + pair, k < K, INTERPRETED)
 
 
 @triton.jit
@@ -228,9 +276,13 @@ def _combine_kernel(
     MAPPED: tl.constexpr,
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program (b, m): part b of the sum of token m's experts, in the order of the router's choices."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -26,12 +26,12 @@ def experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    gate_up: tuple[torch.Tensor, ...],
+    down: tuple[torch.Tensor, ...],
     expert_map: torch.Tensor | None,
     activation: str,
 ) -> torch.Tensor:
-    """Do what `grouped.experts` does."""
+    """Do what `grouped.experts` does, by the tables of all groups."""
     local = topk_ids.long()
     if expert_map is not None:
         local = torch.where(local < 0, -1, expert_map.long()[local])
@@ -41,7 +41,7 @@ def experts(
             chosen = (local[:, choice] == expert).nonzero().flatten()
             if not len(chosen):
                 continue
-            first, second = (tuple(tensor[expert] for tensor in layer) for layer in (gate_up, down))
+            first, second = (tuple(tensor[expert] for tensor in layer[:3]) for layer in (gate_up, down))
             gate, up = reference.gemm(*quantize_tokens(x[chosen]), *first).chunk(2, dim=-1)
             result = reference.gemm(*quantize_tokens(activate(gate, up, activation)), *second)
             total[chosen] += topk_weights[chosen, choice, None] * result.float()

@@ -40,7 +40,7 @@ SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 KINDS = {"plugin": {}, "plugin without its kernels": {"W4A8_LUT_DECODE": "cutlass"}}
 """How an engine is started, and the environment variables of it."""
-OURS = tuple(f"_{name}_kernel" for name in ("gemm", "prepare", "grouped", "activate", "combine"))
+OURS = tuple(f"_{name}_kernel" for name in ("gemm", "prepare", "grouped", "activate", "quantize_pairs", "combine"))
 PROMPTS = (1, 2, 3, 9, 17, 33, 65, 100, 129, 144, 200, 257, 300, 385, 449, 511, 513, 700, 1025)
 """Lengths of prompts, each of which is a step."""
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++")

@@ -1,4 +1,6 @@
-"""Check the experts over the LUT layout on a CUDA GPU: `check_experts.py [--quick | --sanitizer] [--json FILE]`.
+"""Check the experts over the LUT layout on a CUDA GPU.
+
+    python scripts/gpu/check_experts.py [--quick | --sanitizer] [--kernels hopper] [--json FILE]
 
 Needs this checkout on PYTHONPATH, torch and Triton. Mixtures of random codes (all 16) and tables of entries of either
 sign, of 8 to 256 experts, are held against the same, step by step: each step gets what the step before it made, since
@@ -8,7 +10,8 @@ held against float64 as `check_gemm.py` does it; and the weighted sum against fl
 and must come out with the same bytes; so must 1,000 replays of a CUDA graph, one alone and two on two streams at once,
 each with its own layer.
 
-With half of the experts on another rank (an expert map), and ids of −1, those must add nothing.
+With half of the experts on another rank (an expert map), and ids of −1, those must add nothing. On Hopper both kernels
+are checked: the one in Gluon, by tables and by indices of tables, and the one in Triton.
 
 --sanitizer is small enough for `compute-sanitizer --tool racecheck python scripts/gpu/check_experts.py --sanitizer`: it
 launches each kind of kernel on very small sizes, twice, and compares nothing but the bytes of the two.
@@ -32,6 +35,7 @@ from check_activations import judge
 from check_gemm import REPLAYS, ROUNDING, Exact, Layer, Replayed, is_right, noted, replay
 from results import add_options, line, save
 
+from convert_w4a8.encoding.tables import index_tables
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
 
@@ -56,6 +60,7 @@ class Size:
 SIZES = (
     Size(8, 2, 128, 128),
     Size(8, 2, 4096, 1408),
+    Size(8, 2, 512, 2304),
     Size(16, 1, 640, 384),
     Size(64, 6, 2048, 896),
     Size(128, 8, 2048, 768),
@@ -63,35 +68,44 @@ SIZES = (
 )
 QUICK = (Size(8, 2, 128, 128), Size(16, 3, 640, 384))
 _TINY = Size(8, 2, 128, 128)
-SANITIZED = ((_TINY, 16), (_TINY, 60), (_TINY, 100), (Size(8, 3, 1024, 128), 16))
-"""Sizes and tokens: blocks of 16, 32 and 64 pairs, and K in two parts."""
+SANITIZED = ((_TINY, 16), (_TINY, 60), (_TINY, 100), (Size(8, 3, 1024, 128), 16), (Size(8, 2, 128, 2304), 3))
+"""Sizes and tokens: blocks of 16, 32 and 64 pairs, K in two parts, and activations in two."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Random experts, their layers as `grouped.experts` takes them; expert_map: places on this rank, or None."""
+    """Random experts, their layers as `grouped.experts` takes them; expert_map: places on this rank, or None.
+
+    hopper: run by the kernel for Hopper.
+    """
 
     size: Size
     layers: tuple[grouped.Layer, grouped.Layer]
     expert_map: torch.Tensor | None
+    hopper: bool
 
     @staticmethod
-    def random(size: Size, form: str, mapped: bool = False) -> "Experts":
-        """Return experts of a form of tables, "lut" or "scale"; mapped: every other one is on another rank."""
+    def random(size: Size, form: str, hopper: bool, mapped: bool = False) -> "Experts":
+        """Return experts of a form of tables; mapped: every other one is on another rank.
+
+        form: "lut" of random tables, "scale" of multiples, "index" of these, with indices.
+        """
         here = size.experts // 2 if mapped else size.experts
 
         def stack(n: int, k: int) -> grouped.Layer:
-            made = [Layer.random(n, k, form) for _ in range(here)]
+            made = [Layer.random(n, k, "lut" if form == "lut" else "scale") for _ in range(here)]
             packed, tables = (torch.stack([getattr(layer, name) for layer in made]) for name in ("packed", "tables"))
             # Results of about the size of what goes in.
-            return packed, tables, torch.stack([layer.channel for layer in made]) * (2 / k**0.5)
+            layer = packed, tables, torch.stack([layer.channel for layer in made]) * (2 / k**0.5)
+            found = index_tables(tables.view(-1, n, 8)) if form == "index" else None
+            return layer if found is None else (*layer, found[0].view(here, -1, n), found[1])
 
         expert_map = None
         if mapped:
             expert_map = torch.full((size.experts,), -1, dtype=torch.int32, device="cuda")
             expert_map[::2] = torch.arange(here, dtype=torch.int32, device="cuda")
         gate_up, down = stack(2 * size.intermediate, size.hidden), stack(size.hidden, size.intermediate)
-        return Experts(size, (gate_up, down), expert_map)
+        return Experts(size, (gate_up, down), expert_map, hopper)
 
     def routed(self, m: int) -> Routed:
         """Return random tokens, weights that add up to 1, and choices."""
@@ -104,7 +118,7 @@ class Experts:
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Run our kernels."""
-        return grouped.experts(x, topk_weights, topk_ids, *self.layers, self.expert_map, "silu")
+        return grouped.experts(x, topk_weights, topk_ids, *self.layers, self.expert_map, "silu", hopper=self.hopper)
 
     def places(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return the place of each pair's expert in the layers, int64 [M · T], −1 where it is not here."""
@@ -130,7 +144,7 @@ class Product:
         exact = Exact(products, torch.zeros_like(products))
         for place in sorted({*places.tolist()} - {-1}):
             pairs = (places == place).nonzero().flatten()
-            packed, tables, channel = (tensor[place] for tensor in layer)
+            packed, tables, channel = (tensor[place] for tensor in layer[:3])
             weights, values = reference.weights(packed, tables).double().t(), self.values()[pairs // share]
             exact.products[pairs] = values @ weights * channel.double()
             exact.magnitudes[pairs] = values.abs() @ weights.abs() * channel.double()
@@ -142,10 +156,10 @@ def watched(experts: Experts, given: Routed) -> tuple[torch.Tensor, Product, Pro
     seen: list[Product] = []
     multiply = grouped._multiply  # noqa: SLF001
 
-    def watch(*arguments: Any) -> None:
-        multiply(*arguments)
+    def watch(*arguments: Any, **named: Any) -> None:
+        multiply(*arguments, **named)
         tokens, scale, _, output, *_ = arguments
-        seen.append(Product(tokens, scale, output))
+        seen.append(Product(tokens, scale, output.clone()))  # long activations take the place of the gates
 
     with mock.patch.object(grouped, "_multiply", watch):
         result = experts(*given)
@@ -184,12 +198,12 @@ def compare(experts: Experts, given: Routed) -> tuple[torch.Tensor, Row]:
     }
 
 
-def check_results(sizes: Sequence[Size], tokens: Sequence[int], forms: Sequence[str]) -> Iterator[Row]:
+def check_results(sizes: Sequence[Size], tokens: Sequence[int], forms: Sequence[str], hopper: bool) -> Iterator[Row]:
     """Compare results of every size with what they must be, and with themselves computed again."""
     for size, form, mapped in product(sizes, forms, (False, True)):
-        if mapped and (form == "scale" or size.choices == 1):
+        if mapped and (form != "lut" or size.choices == 1):
             continue
-        experts = Experts.random(size, form, mapped)
+        experts = Experts.random(size, form, hopper, mapped)
         for m in tokens:
             given = experts.routed(m)
             found, row = compare(experts, given)
@@ -200,29 +214,30 @@ def check_results(sizes: Sequence[Size], tokens: Sequence[int], forms: Sequence[
                 "size": str(size),
                 "tables": form,
                 "mapped": mapped,
+                "hopper": hopper,
                 "again": again,
             } | row
 
 
-def check_launches(cases: Sequence[tuple[Size, int]]) -> Iterator[Row]:
+def check_launches(cases: Sequence[tuple[Size, int]], form: str, hopper: bool) -> Iterator[Row]:
     """Run each case twice, and compare the bytes."""
     for size, m in cases:
-        experts = Experts.random(size, "lut")
+        experts = Experts.random(size, form, hopper)
         given = experts.routed(m)
         again = torch.equal(experts(*given), experts(*given))
-        yield {"check": "launches", "m": m, "size": str(size), "again": again, "right": again}
+        yield {"check": "launches", "m": m, "size": str(size), "hopper": hopper, "again": again, "right": again}
 
 
-def check_replays(sizes: Sequence[Size], tokens: Sequence[int]) -> Iterator[Row]:
+def check_replays(sizes: Sequence[Size], tokens: Sequence[int], form: str, hopper: bool) -> Iterator[Row]:
     """Replay mixtures of some sizes, on one stream and on two."""
     for size, m in product(sizes, tokens):
         graphs = []
         for _ in range(2):
-            experts = Experts.random(size, "lut")
+            experts = Experts.random(size, form, hopper)
             call: Callable[[], torch.Tensor] = partial(experts, *experts.routed(m))
             graphs.append(Replayed(call))
         for row in replay(graphs):
-            yield {"check": "replays", "m": m, "size": str(size)} | row
+            yield {"check": "replays", "m": m, "size": str(size), "hopper": hopper} | row
 
 
 def main() -> int:
@@ -230,19 +245,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     parser.add_argument("--sanitizer", action="store_true", help="launch very small sizes, compare little")
+    parser.add_argument("--kernels", nargs="+", choices=("hopper", "triton"), default=("hopper", "triton"))
     add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
     torch.manual_seed(0)
     question = "Do the experts over the LUT layout compute what they must, with the same bytes every time?"
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    forms = {"hopper": "index", "triton": "lut"}
+    kernels = [(forms[name], name == "hopper") for name in args.kernels if is_hopper or name != "hopper"]
     if args.sanitizer:
-        rows = noted([check_launches(SANITIZED)])
+        rows = noted(check_launches(SANITIZED, form, hopper) for form, hopper in kernels)
         print(f"{len(rows)} cases launched")
         print(line(save(args, question, rows)))
         return 0 if all(map(is_right, rows)) else 1
     sizes = QUICK if args.quick else SIZES
-    rows = noted([check_results(sizes, TOKENS, ("lut", "scale")), check_replays(sizes[-2:], (1, 16, 64, 256))])
+    checks: list[Iterator[Row]] = []
+    for form, hopper in kernels:
+        checks.append(check_results(sizes, TOKENS, ("lut", "scale", "index") if hopper else ("lut", "scale"), hopper))
+        checks.append(check_replays(sizes[-2:], (1, 16, 64, 256), form, hopper))
+    rows = noted(checks)
     results = [row for row in rows if row["check"] == "results"]
     worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
     print(f"{len(results)} results; the largest error: {worst}\nfarthest beyond rounding: {beyond}")

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from itertools import pairwise
 
 CLASSES = {
-    "experts": r"^_(prepare|grouped|activate|combine)_kernel|moe|Moe|expert|Expert|GroupProblemShape",
+    "experts": r"^_(prepare|grouped|activate|quantize_pairs|combine)_kernel|moe|Moe|expert|Expert|GroupProblemShape",
     "cache": r"reshape_and_cache|rotary|rope|triton_\w*(cat|split_with|cos|index_select_\d+)",
     "attention": r"flash|fmha|attention|attn",
     "gemms": r"^_gemm_kernel|humming|machete|marlin|GemmUniversal",

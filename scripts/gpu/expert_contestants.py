@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from convert_w4a8.encoding.tables import index_scales, multiply_tables
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
 
@@ -39,8 +40,8 @@ class Mixture:
 
     @property
     def expert_bytes(self) -> int:
-        """Codes and tables of one expert."""
-        return 3 * self.hidden * self.intermediate * 9 // 16
+        """Codes of one expert, and a byte for each group: an index of a table, or a scale of FP8."""
+        return 3 * self.hidden * self.intermediate * 65 // 128
 
     @property
     def layers(self) -> int:
@@ -55,13 +56,14 @@ class Mixture:
 
     @cached_property
     def lut(self) -> list[tuple[grouped.Layer, grouped.Layer]]:
-        """The layers in the LUT layout, with tables of entries of either sign; gate-up, and down."""
+        """The layers in the LUT layout, tables multiples of scales of either sign, and indices; gate-up, and down."""
 
         def make(n: int, k: int) -> grouped.Layer:
             codes = words(self.experts, k // 32, 4 * n)
-            tables = torch.randn(self.experts, k // GROUP, n, 8, device="cuda").mul(8).clamp(-56, 56)
-            channel = torch.rand(self.experts, n, device="cuda") / (4 * k**0.5)
-            return codes, tables.to(torch.float8_e4m3fn), channel
+            scales = torch.randn(self.experts, k // GROUP, n, device="cuda").mul(8).clamp(-56, 56)
+            scales = scales.to(torch.float8_e4m3fn)
+            channel = torch.rand(self.experts, n, device="cuda") / (32 * k**0.5)
+            return codes, multiply_tables(scales), channel, *index_scales(scales)
 
         return [(make(*self.sizes[0]), make(*self.sizes[1])) for _ in range(self.layers)]
 
@@ -72,7 +74,7 @@ class Mixture:
             token, choice = (topk_ids == expert).nonzero(as_tuple=True)
             result = x[token]
             for place, layer in enumerate(self.lut[0]):
-                packed, tables, channel = (tensor[expert] for tensor in layer)
+                packed, tables, channel = (tensor[expert] for tensor in layer[:3])
                 if place:
                     gate, up = result.chunk(2, dim=-1)
                     result = grouped_reference.activate(gate, up, "silu")
@@ -88,11 +90,16 @@ def words(*shape: int) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
 
 
+def is_hopper() -> bool:
+    """Whether the kernel for Hopper can run here."""
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
 def ours(mixture: Mixture) -> Experts:
     """Return our kernels."""
 
     def call(layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        return grouped.experts(x, topk_weights, topk_ids, *mixture.lut[layer], None, "silu")
+        return grouped.experts(x, topk_weights, topk_ids, *mixture.lut[layer], None, "silu", hopper=is_hopper())
 
     return call
 

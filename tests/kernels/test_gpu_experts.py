@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from convert_w4a8.kernels.gemm import grouped_reference, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 KERNELS: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped")
+LAUNCHES: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_launch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GAP = 0.01 if DEVICE == "cuda" else 0.001
 """How far results may be from the reference, as a share of their length: where a sum rounds the other way, so may a
@@ -78,14 +80,15 @@ def assert_right(case: list[Any], found: torch.Tensor, activation: str = "silu")
     choices=st.integers(1, 4),
     hidden=st.sampled_from([128, 256, 384]),
     intermediate=st.sampled_from([128, 256]),
+    whole=st.sampled_from([128, 2048]),
     splits=st.tuples(st.integers(1, 3), st.integers(1, 2)),
     block_m=st.sampled_from([16, 32]),
     block_n=st.sampled_from([64, 128]),
     columns=st.sampled_from([None, 1, 3]),
     activation=st.sampled_from(sorted(grouped_reference.ACTIVATIONS)),
 )
-@example(1, 8, 0, 8, 128, 128, (1, 1), 16, 64, None, "silu")
-@example(20, 2, 2, 3, 384, 128, (3, 1), 16, 64, 3, "gelu_tanh")
+@example(1, 8, 0, 8, 128, 128, 2048, (1, 1), 16, 64, None, "silu")
+@example(20, 2, 2, 3, 384, 256, 128, (3, 1), 16, 64, 3, "gelu_tanh")
 def test_any_mixture_however_it_is_cut(
     m: int,
     experts: int,
@@ -93,17 +96,19 @@ def test_any_mixture_however_it_is_cut(
     choices: int,
     hidden: int,
     intermediate: int,
+    whole: int,
     splits: tuple[int, int],
     block_m: int,
     block_n: int,
     columns: int | None,
     activation: str,
 ) -> None:
-    """Experts without tokens, of other ranks, of several blocks; parts of K; every activation."""
+    """Experts without tokens, of other ranks, of several blocks; parts of K; every activation, at once or in parts."""
     case = random_case(m, experts, min(choices, experts), hidden, intermediate, others=others, seed=m + experts)
     first = KERNELS.Launch(block_m, min(splits[0], hidden // 128), block_n, columns=columns)
     second = replace(first, splits=min(splits[1], intermediate // 128), block_n=64)
-    assert_right(case, run(case, activation, (first, second)), activation)
+    with mock.patch.multiple(KERNELS, _WHOLE=whole, _PART=128):
+        assert_right(case, run(case, activation, (first, second)), activation)
 
 
 def test_what_is_computed_in_float64() -> None:
@@ -184,22 +189,42 @@ def test_no_tokens_and_what_is_refused() -> None:
 def test_there_are_never_more_blocks_than_are_launched(counts: list[int], block_m: int) -> None:
     """However the pairs are spread."""
     needed = sum(-(-count // block_m) for count in counts)
-    assert needed <= KERNELS.most_blocks(sum(counts), len(counts), block_m)
+    assert needed <= LAUNCHES.most_blocks(sum(counts), len(counts), block_m)
 
 
 @given(
     pairs=st.integers(1, 100_000),
     experts=st.integers(1, 512),
-    n=st.integers(1, 300),
-    k=st.integers(1, 300),
+    hidden=st.integers(1, 300),
+    intermediate=st.integers(1, 300),
     sms=st.integers(1, 200),
+    hopper=st.booleans(),
 )
-def test_launches_are_possible(pairs: int, experts: int, n: int, k: int, sms: int) -> None:
+@example(16, 8, 32, 112, 132, True)
+def test_launches_are_possible(
+    pairs: int, experts: int, hidden: int, intermediate: int, sms: int, hopper: bool
+) -> None:
     """Whatever the sizes: no part of K is empty, and both GEMMs agree on the blocks of pairs."""
-    launch = KERNELS.choose_launch(pairs, experts, 128 * n, 128 * k, sms)
-    assert launch.block_m == KERNELS.choose_launch(pairs, experts, 128 * k, 128 * n, sms).block_m
-    assert 128 * n % launch.block_n == 0
-    assert 1 <= launch.splits <= k
+    hidden, intermediate = 128 * hidden, 128 * intermediate
+    both = LAUNCHES.choose_launches(pairs, experts, hidden, intermediate, sms, hopper=hopper)
+    assert_possible(both, hidden, intermediate)
+
+
+def assert_possible(launches: Any, hidden: int, intermediate: int) -> None:
+    assert launches[0].block_m == launches[1].block_m
+    for launch, n, k in zip(launches, (2 * intermediate, hidden), (hidden, intermediate), strict=True):
+        assert n % launch.block_n == 0
+        assert 1 <= launch.splits <= k // 128
+
+
+def test_measured_launches_are_possible() -> None:
+    """And chosen for as many pairs, and for a few less."""
+    measured = importlib.import_module("convert_w4a8.kernels.gemm.tuned_experts").LAUNCHES
+    for (experts, hidden, intermediate, pairs), (block_m, *_) in measured.items():
+        for fewer in {pairs, pairs // 2 + 1}:
+            both = LAUNCHES.choose_launches(fewer, experts, hidden, intermediate, 132, hopper=True)
+            assert both[0].block_m == block_m
+            assert_possible(both, hidden, intermediate)
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
@@ -212,13 +237,14 @@ def test_kernels_compile_to_lookups_and_fp8_products(capability: int) -> None:
     assert done.returncode == 0, done.stderr
     products = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}[capability]
     lines = done.stdout.splitlines()
+    assert ("ACQBULK=1" in done.stdout) == (capability == 90)  # waits for the kernel before
     assert {line.split()[0] for line in lines} == {
-        f"_{name}_kernel" for name in ("prepare", "grouped", "activate", "combine")
+        f"_{name}_kernel" for name in ("prepare", "grouped", "activate", "quantize_pairs", "combine")
     }
     for line in lines:
         counts = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line)}
         assert counts["LDL"] == counts["STL"] == 0, line
-        assert counts["shared"] <= 99 * 1024, line
+        assert counts["shared"] <= (227 if capability == 90 else 99) * 1024, line
         if line.startswith("_grouped"):
             assert counts[products] >= 4, line
             assert counts["HMMA"] == 0, line

@@ -12,6 +12,7 @@ import triton
 from compile_gemm_types import machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from convert_w4a8.kernels.gemm import grouped_kernels
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
@@ -20,29 +21,47 @@ TYPES = {
     **dict.fromkeys(("x", "both", "results"), "*bf16"),
     **dict.fromkeys(("tokens", "active"), "*fp8e4nv"),
     **dict.fromkeys(("ids", "rows", "of_block", "expert_map", "packed", "counters"), "*i32"),
-    **dict.fromkeys(("token_scale", "channel_scale", "scales", "sums", "weights"), "*fp32"),
+    **dict.fromkeys(("token_scale", "channel_scale", "scales", "sums", "weights", "maxima"), "*fp32"),
     **dict.fromkeys(("K", "N", "PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE"), "i32"),
     "tables": "*i64",
+    "index": "*u8",
     "output": "*bf16",
 }
 NOT_SIXTEEN = ("PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE")
-INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL")
+INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT")
 
 
-def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4) -> None:
+def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4, source_of: Any = ASTSource) -> None:
     names = kernel.arg_names
-    constants |= {"INTERPRETED": False}
+    constants = {"INTERPRETED": False, "EARLY": capability == 90} | constants
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     variable = [name for name in names if name not in constants and name not in NOT_SIXTEEN]
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in variable}
-    source = ASTSource(kernel, signature, places, sixteen)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    source = source_of(kernel, signature, places, sixteen)
+    options = {"num_warps": warps, "launch_pdl": capability == 90}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     code = machine_code(compiled)
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     counts = " ".join(f"{name}={count}" for name, count in found.items())
     print(kernel.__name__, counts, f"shared={compiled.metadata.shared}")  # noqa: T201
+
+
+HOPPER = (
+    *((8, 2, 64, 4, 4, True), (16, 1, 64, 4, 4, True), (16, 2, 128, 4, 4, False), (16, 1, 128, 8, 6, True)),
+    *((32, 1, 256, 8, 4, True), (64, 1, 128, 4, 3, True), (64, 1, 64, 4, 4, False), (128, 1, 128, 8, 3, True)),
+)
+"""Pairs of a block, parts of K, channels, warps, copies in flight, whether it reads indices of tables."""
+
+
+def show_hopper() -> None:
+    from convert_w4a8.kernels.gemm import grouped_hopper_kernel
+
+    for block_m, splits, block_n, warps, stages, indexed in HOPPER:
+        constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "CHAIN": block_m >= 64}
+        constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": indexed}
+        show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource)
 
 
 def main() -> None:
@@ -54,8 +73,12 @@ def main() -> None:
     multiply |= {"SPLIT": False}
     show(grouped_kernels._grouped_kernel, capability, multiply)
     show(grouped_kernels._grouped_kernel, capability, multiply | {"BLOCK_M": 128, "STAGES": 3, "CHAIN": True})
+    if capability == 90:
+        show_hopper()
     for activation in ACTIVATIONS:
-        show(grouped_kernels._activate_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "ACTIVATION": activation})
+        activate = {"MAPPED": True, "BLOCK": 1024, "ACTIVATION": activation, "WHOLE": activation != "silu"}
+        show(grouped_kernels._activate_kernel, capability, activate)
+    show(grouped_kernels._quantize_pairs_kernel, capability, {"MAPPED": True, "BLOCK": 1024, "PARTS": 16})
     show(grouped_kernels._combine_kernel, capability, {"MAPPED": False, "CHOICES": 8, "BLOCK": 1024})
 
 

@@ -29,8 +29,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let the reference stand in for our kernels, on any device; the names of those that ran."""
     names: list[str] = []
 
-    def ours(*arguments: Any) -> torch.Tensor:
-        names.append("ours")
+    def ours(*arguments: Any, hopper: bool) -> torch.Tensor:
+        names.append("hopper" if hopper else "ours")
         return grouped_reference.experts(*arguments)
 
     monkeypatch.setattr("convert_w4a8.kernels.gemm.grouped.experts", ours)
@@ -111,6 +111,38 @@ def test_few_tokens_run_through_our_kernels(
     down = w2[0].view(4, 256 // 32, -1), w2[1].view(4, 256 // 128, HIDDEN, 8), w2[2]
     assert torch.equal(found, grouped_reference.experts(*few, gate_up, down, None, "silu"))
     assert found.norm() > 0
+
+
+@ON_BOTH
+@BOTH_TABLES
+def test_experts_with_few_tables_have_indices(
+    vllm: vllm_sources.Ranks,  # noqa: ARG001
+    tables: TableForm,
+    monkeypatch: pytest.MonkeyPatch,
+    ran: list[str],
+) -> None:
+    """Where the kernel reads them: beside each layer's tables, the same ones."""
+    for module in ("indices", "experts"):
+        monkeypatch.setattr(f"convert_w4a8.vllm_plugin.{module}.reads_indices", lambda _device: True)
+    given: list[Any] = []
+    grouped = importlib.import_module("convert_w4a8.kernels.gemm.grouped")
+    ours: Any = grouped.experts
+
+    def watched(*arguments: Any, hopper: bool) -> torch.Tensor:
+        given.extend(arguments)
+        found: torch.Tensor = ours(*arguments, hopper=hopper)
+        return found
+
+    monkeypatch.setattr(grouped, "experts", watched)
+    layer = make_layer(monkeypatch, tables=tables)
+    load(layer, tables, 256)
+    watch(layer, ran)
+    layer.quant_method.apply(layer, *routed(3), None, None)
+    assert ran == ["hopper"]
+    for n, k, (_, all_tables, _, index, distinct) in ((512, HIDDEN, given[3]), (HIDDEN, 256, given[4])):
+        assert index.shape == (4, k // 128, n)
+        assert torch.equal(distinct.view(torch.uint8)[index.long()], all_tables.view(torch.uint8))
+        assert all_tables.view(torch.uint8).any()
 
 
 @ON_BOTH

@@ -273,9 +273,21 @@ def test_the_moe_loader_tells_callers_what_it_did(vllm: vllm_sources.Ranks) -> N
 
 
 @ON_BOTH
-@pytest.mark.parametrize("kind", [*KINDS, "experts"])
-def test_weights_can_be_reloaded(vllm: vllm_sources.Ranks, kind: str, silent: Callable[[Any], None]) -> None:  # noqa: ARG001
+@pytest.mark.parametrize("kind", [*KINDS, "experts", "experts with indices"])
+def test_weights_can_be_reloaded(
+    vllm: vllm_sources.Ranks,  # noqa: ARG001
+    kind: str,
+    silent: Callable[[Any], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """VLLM's layerwise reloading wraps our loaders, replays them, and processes anew: twice, as training does."""
+    has_indices = kind == "experts with indices"
+    if has_indices:
+        module = importlib.import_module("convert_w4a8.vllm_plugin.moe")
+        monkeypatch.setattr(module, "decode_kernel", lambda _device: True)
+        monkeypatch.setattr(module.warm_up, "experts", lambda *_: None)  # it launches what needs a GPU
+        monkeypatch.setattr("convert_w4a8.vllm_plugin.indices.reads_indices", lambda _device: True)
+        kind = "experts"
     layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
 
     def load_all(layer: Any) -> None:
@@ -289,6 +301,7 @@ def test_weights_can_be_reloaded(vllm: vllm_sources.Ranks, kind: str, silent: Ca
     load_all(layer)
     silent(layer)
     loaded = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
+    assert ("w13_weight_table_index" in loaded) == ("w2_weight_distinct_tables" in loaded) == has_indices
     for _ in range(2):
         for parameter in layer.parameters():
             parameter.data.zero_()
@@ -310,7 +323,7 @@ def test_layers_with_few_tables_have_indices(
     """Where the kernel reads them; reloaded in place, since graphs point there, and refused if they no longer fit."""
     module = importlib.import_module("convert_w4a8.vllm_plugin.linear")
     monkeypatch.setattr(module, "decode_kernel", lambda _device: True)
-    monkeypatch.setattr(module, "reads_indices", lambda _device: True)
+    monkeypatch.setattr("convert_w4a8.vllm_plugin.indices.reads_indices", lambda _device: True)
     layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
     layer = linear_classes().ReplicatedLinear(
         256, 512, bias=False, prefix="m", quant_config=make_config(tables), params_dtype=torch.bfloat16

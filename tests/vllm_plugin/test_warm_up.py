@@ -19,6 +19,7 @@ most_tokens: Any = importlib.import_module("convert_w4a8.vllm_plugin.experts").m
 SMS = 132
 try:
     hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.hopper")
+    grouped_hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_hopper")
 except ImportError:  # Triton has no Gluon here
     hopper = None
 Launched = set[tuple[Any, ...]]
@@ -47,8 +48,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(gpu, "_gemm_kernel", Recorder("gemm", found))
     if hopper is not None:
         monkeypatch.setattr(hopper, "_gemm_kernel", Recorder("hopper", found))
+        monkeypatch.setattr(grouped_hopper, "_grouped_kernel", Recorder("grouped_hopper", found))
         monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
-    for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_combine_kernel"):
+    for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_quantize_pairs_kernel", "_combine_kernel"):
         monkeypatch.setattr(grouped, name, Recorder(name, found))
     monkeypatch.setattr("convert_w4a8.kernels.gemm.workspace.multiprocessors", lambda _device: SMS)
     return found
@@ -106,10 +108,19 @@ MIXTURES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 256), (16, 
 
 @pytest.mark.parametrize(("count", "choices", "hidden", "intermediate"), MIXTURES)
 @pytest.mark.parametrize("here", [1, 2])
+@pytest.mark.parametrize("with_hopper", [False] if hopper is None else [False, True])
 def test_no_mixture_needs_another_kernel(
-    count: int, choices: int, hidden: int, intermediate: int, here: int, launched: Launched
+    count: int,
+    choices: int,
+    hidden: int,
+    intermediate: int,
+    here: int,
+    with_hopper: bool,
+    launched: Launched,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With all experts on this rank and with half of them: up to what is ours, and beyond."""
+    monkeypatch.setattr(gemm, "_hopper", lambda _device: hopper if with_hopper else None)
     local = count // here
     expert_map = None if here == 1 else torch.zeros(count, dtype=torch.int32)
     weights: list[torch.Tensor] = []
@@ -118,21 +129,27 @@ def test_no_mixture_needs_another_kernel(
         weights.append(torch.empty(local * k // 128 * n * 8, dtype=torch.float8_e4m3fn))
         weights.append(torch.empty(local, n))
 
+    few: list[torch.Tensor | None] = [None] * 4
+    if with_hopper:
+        distinct = torch.empty(256, 8, dtype=torch.float8_e4m3fn)
+        few[:2] = [torch.empty(local, hidden // 128, 2 * intermediate, dtype=torch.uint8), distinct]
+
     def run(m: int) -> None:
         x = torch.empty(m, hidden, dtype=torch.bfloat16)
         ids = torch.empty(m, choices, dtype=torch.int32)
-        warm_up.lut_experts(x, torch.empty(m, choices), ids, *weights, expert_map, "silu")
+        warm_up.lut_experts(x, torch.empty(m, choices), ids, *weights, expert_map, "silu", *few)
 
     for most in (most_tokens(choices, count), None):
         launched.clear()
         warm_up._seen.clear()
-        warm_up.experts(choices, weights, expert_map, "silu", most)
+        warm_up.experts(choices, weights, expert_map, "silu", most, few)
         warm = set(launched)
         assert warm
         differ = grouped.most_pairs(local) // choices
         for m in range(1, most + 1) if most else [*range(1, differ + 50), 4 * differ]:
             run(m)
         assert launched == warm
+        assert ("grouped_hopper" in {name for name, *_ in launched}) == with_hopper
 
 
 def test_what_is_compiled_already_is_left_out() -> None:

@@ -1,0 +1,177 @@
+"""Measure how the GEMMs over experts are best cut on Hopper, and write `kernels/gemm/tuned_experts.py`.
+
+    python scripts/gpu/tune_experts.py [--mixtures mixtral-8x7b ...] [--tokens 1 16 ...] [--write] [--json FILE]
+
+A time is that of all that a layer's routed experts launch, as bench_experts.py measures it. For each size of blocks the
+two GEMMs are cut one after the other: blocks of channels and parts of K first, then copies in flight, then the order of
+blocks, then whether indices of tables are read. When the time is up, what was found so far is kept.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from bench_experts import MIXTURES, TOKENS, Routed, calls_of, pool, routed
+from expert_contestants import Mixture
+from graph_timing import microseconds
+from results import add_options, line, save
+
+from convert_w4a8.kernels.gemm import grouped, tuned_experts
+from convert_w4a8.kernels.gemm.grouped_launch import Launch
+
+SHAPES = {
+    8: ((64, 4), (128, 4), (128, 8)),
+    16: ((64, 4), (128, 4), (128, 8)),
+    32: ((64, 4), (128, 4), (128, 8), (256, 8)),
+    64: ((64, 4), (128, 8), (256, 8)),
+    128: ((64, 4), (128, 8)),
+}
+"""Channels and warps of a block, by its pairs."""
+SPLITS = (1, 2, 3, 4, 6, 8)
+STAGES = (3, 4, 6)
+COLUMNS = (None, 1, 4, 16, 64)
+REPLAYS = 7
+FIELDS = ("splits", "block_n", "stages", "warps", "columns", "indexed")
+TABLE = Path(tuned_experts.__file__)
+
+Row = dict[str, Any]
+Launches = tuple[Launch, Launch]
+
+
+def blocks_of_pairs(mixture: Mixture, m: int) -> list[int]:
+    """Return the sizes of blocks worth a try: about what a chosen expert has, and more."""
+    mean = m * mixture.choices / min(mixture.experts, m * mixture.choices)
+    return [size for size in (8, 16, 32, 64, 128) if size / 5 < mean <= 4 * size or (size == 8 and mean < 2)]
+
+
+def shapes(block_m: int) -> list[Launch]:
+    """Return blocks of channels and warps worth a try."""
+    return [Launch(block_m, 1, n, warps=warps, chain=block_m >= 64) for n, warps in SHAPES[block_m]]
+
+
+def blocks_and_splits(launch: Launch, n: int, k: int) -> list[Launch]:
+    """Return all shapes, with all numbers of parts of K that are worth a try, of a product of N = n, K = k."""
+    splits = [parts for parts in SPLITS if parts == 1 or (parts * 256 <= k and launch.block_m < 64)]
+    fitting = [shape for shape in shapes(launch.block_m) if n % shape.block_n == 0]
+    return [replace(shape, splits=parts) for shape, parts in product(fitting, splits)]
+
+
+def variants() -> list[Launch]:
+    """Return everything that tuning needs compiled."""
+    made = [shape for block_m in SHAPES for shape in shapes(block_m)]
+    return [
+        replace(launch, splits=splits, stages=stages, indexed=indexed)
+        for launch, stages, indexed in product(made, STAGES, (True, False))
+        for splits in ((1, 2) if launch.block_m < 64 else (1,))
+    ]
+
+
+def compile_one(launch: Launch) -> None:
+    """Run a tiny mixture, which leaves the kernels in Triton's cache."""
+    mixture = Mixture("tiny", 4, 2, 512, 512, copies=1)
+    with suppress(Exception):  # what has no room says so when its turn comes
+        grouped.experts(*routed(mixture, 4)[0], *mixture.lut[0], None, "silu", (launch, launch), hopper=True)
+        torch.cuda.synchronize()
+
+
+def took(mixture: Mixture, inputs: Sequence[Routed], launches: Launches) -> float:
+    """Return microseconds."""
+
+    def experts(layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        layers = mixture.lut[layer]
+        return grouped.experts(x, topk_weights, topk_ids, *layers, None, "silu", launches, hopper=True)
+
+    return microseconds(calls_of(experts, mixture, inputs), replays=REPLAYS)
+
+
+def tune(mixture: Mixture, m: int, deadline: float) -> Iterator[Row]:
+    """Yield the best launches for each size of blocks, until the deadline."""
+    inputs = routed(mixture, m)
+    for block_m in blocks_of_pairs(mixture, m):
+        best: list[Launch] = [shapes(block_m)[0]] * 2
+        best_us = took(mixture, inputs, (best[0], best[1]))
+        for place, (n, k) in enumerate(mixture.sizes):
+            sweeps: tuple[Callable[[Launch], list[Launch]], ...] = (
+                partial(blocks_and_splits, n=n, k=k),
+                lambda launch: [replace(launch, stages=stages) for stages in STAGES],
+                lambda launch: [replace(launch, columns=columns) for columns in COLUMNS],
+                lambda launch: [replace(launch, indexed=not launch.indexed)],
+            )
+            for sweep in sweeps:
+                for launch in sweep(best[place]):
+                    if launch == best[place] or time.monotonic() > deadline:
+                        continue
+                    tried = [*best]
+                    tried[place] = launch
+                    with suppress(Exception):  # more shared memory than there is
+                        us = took(mixture, inputs, (tried[0], tried[1]))
+                        if us < best_us:
+                            best, best_us = tried, us
+        yield {"mixture": mixture.name, "m": m, "block_m": block_m, "us": best_us} | {
+            name: asdict(launch) for name, launch in zip(("gate_up", "down"), best, strict=True)
+        }
+
+
+def write(rows: Sequence[Row]) -> None:
+    """Write the table; lines of mixtures that were not measured stay."""
+    by_name = {mixture.name: mixture for mixture in MIXTURES}
+    kept = dict(tuned_experts.LAUNCHES)
+    best: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        key = (row["mixture"], row["m"])
+        if key not in best or row["us"] < best[key]["us"]:
+            best[key] = row
+    for (name, m), row in best.items():
+        mixture = by_name[name]
+        place = (mixture.experts, mixture.hidden, mixture.intermediate, m * mixture.choices)
+        first, second = (tuple(row[name][field] for field in FIELDS) for name in ("gate_up", "down"))
+        kept[place] = (row["block_m"], first, second)
+    head, _, tail = TABLE.read_text(encoding="utf-8").partition("] = {")
+    text = "".join(f"    {key}: {kept[key]},\n" for key in sorted(kept))
+    TABLE.write_text(f"{head}] = {{\n{text}}}{tail.rpartition('}')[2]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    names = [mixture.name for mixture in MIXTURES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixtures", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="rows of activations")
+    parser.add_argument("--seconds", type=float, default=600, help="when to stop (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    add_options(parser)
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        parser.error("a Hopper GPU is needed")
+    deadline = time.monotonic() + args.seconds
+    with pool() as compilers:
+        compilers.map(compile_one, variants(), chunksize=1)
+    cases = [(mixture, m) for mixture in MIXTURES if mixture.name in args.mixtures for m in args.tokens]
+    rows: list[Row] = []
+    for number, (mixture, m) in enumerate(cases):
+        now = time.monotonic()
+        for row in tune(mixture, m, now + (deadline - now) / (len(cases) - number)):
+            rows.append(row)
+            print(row, flush=True)
+        if m == args.tokens[-1]:
+            mixture.__dict__.pop("lut", None)
+            torch.cuda.empty_cache()
+    if args.write:
+        write(rows)
+    question = "How are the GEMMs over experts best cut, by the mixture and the number of tokens?"
+    print(line(save(args, question, rows)))
+
+
+if __name__ == "__main__":
+    main()
