@@ -15,7 +15,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from convert_w4a8.kernels.gemm import hopper, hopper_kernel
 
 INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FENCE")
-"""The last three: wait for the kernel before, let the one behind begin, show copies to the tensor core."""
+"""The last three: wait for the kernel before, let the one behind begin, show copies to the tensor core. AFTER: PRMT
+between the wait for the product before and the next one, which reads the registers that they write."""
 
 FORMS = (
     *((1, 1, 64, 4, True), (8, 1, 64, 4, False), (16, 1, 64, 4, True), (32, 1, 64, 4, True), (32, 1, 128, 4, False)),
@@ -35,9 +36,12 @@ for tokens, terms, width, warps, indexed in FORMS:
         "SPLIT": True,
         "EARLY": True,
         "INDEXED": indexed,
+        "OVERLAP": indexed,
     }
     source = GluonASTSource(hopper_kernel._gemm_kernel, *arguments(hopper_kernel._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
-    words = Counter(re.findall(r"\w+", machine_code(found)))
+    code = machine_code(found)
+    words = Counter(re.findall(r"\w+", code))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
+    counts.append(f"AFTER={code.partition('QGMMA')[0].rpartition('WARPGROUP.DEPBAR')[2].count('PRMT')}")
     print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps}")  # noqa: T201
