@@ -15,8 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from convert_w4a8.kernels.gemm import hopper, hopper_kernel
 
 INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FENCE")
-"""The last three: wait for the kernel before, let the one behind begin, show copies to the tensor core. AFTER: PRMT
-between the wait for the product before and the next one, which reads the registers that they write."""
+"""The last three: wait for the kernel before, let the one behind begin, show copies to the tensor core."""
 
 FORMS = (
     *((1, 1, 64, 4, True), (8, 1, 64, 4, False), (16, 1, 64, 4, True), (32, 1, 64, 4, True), (32, 1, 128, 4, False)),
@@ -24,6 +23,31 @@ FORMS = (
     *((8, 2, 64, 4, True), (32, 2, 64, 4, False)),
 )
 """Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables."""
+
+
+def overwritten(code: str) -> list[str]:
+    """Return what, in the loop over groups, writes registers that the tensor core may still read as its operand."""
+    lines = code.splitlines()
+    first = next(i for i, line in enumerate(lines) if "QGMMA" in line)
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines[:first]) if line.lstrip().startswith(".L_")}
+    end, begin = next(
+        (i, labels[label[1]])
+        for i, line in enumerate(lines[first:], first)
+        if (label := re.search(r"BRA.*`\((\.L_\w+)\)", line)) and label[1] in labels
+    )
+    read: set[int] = set()
+    found = []
+    for line in lines[begin:end] * 2:  # what a turn leaves, the next meets
+        if "WARPGROUP.DEPBAR" in line:
+            read = set()
+        elif operands := re.search(r"\bQGMMA\S+ R\d+, R(\d+), gdesc", line):
+            read |= set(range(int(operands[1]), int(operands[1]) + 4))
+        elif written := re.search(r"\b[A-Z][A-Z0-9]*((?:\.\w+)*) R(\d+)\b", line):
+            width = 4 if ".128" in written[1] else 2 if ".64" in written[1] or ".WIDE" in written[1] else 1
+            if read & set(range(int(written[2]), int(written[2]) + width)):
+                found.append(line.strip())
+    return found
+
 
 for tokens, terms, width, warps, indexed in FORMS:
     launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
@@ -43,5 +67,5 @@ for tokens, terms, width, warps, indexed in FORMS:
     code = machine_code(found)
     words = Counter(re.findall(r"\w+", code))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
-    counts.append(f"AFTER={code.partition('QGMMA')[0].rpartition('WARPGROUP.DEPBAR')[2].count('PRMT')}")
+    counts.append(f"OVERWRITTEN={len(overwritten(code))}")
     print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps}")  # noqa: T201
