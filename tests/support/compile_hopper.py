@@ -61,6 +61,7 @@ for tokens, terms, width, warps, indexed in FORMS:
         "EARLY": True,
         "INDEXED": indexed,
         "OVERLAP": indexed,
+        "READ": indexed and width == 64,
     }
     source = GluonASTSource(hopper_kernel._gemm_kernel, *arguments(hopper_kernel._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
