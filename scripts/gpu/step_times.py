@@ -65,6 +65,8 @@ class Recorder:
             record(events[0])
             result = original(*args, **kwargs)
             record(events[1])
+            if part == "schedule" and self.steps:
+                self.steps[-1]["tokens"] = result.total_num_scheduled_tokens
             if part and self.steps:
                 self.steps[-1][part] = self.steps[-1].get(part, 0.0) + time.perf_counter() - start
             return result
@@ -88,16 +90,16 @@ class Recorder:
         self.steps, self.clocks = [], []
         self.reads.set()
 
-    def end(self) -> dict[str, float]:
-        """Return means of the last steps: microseconds of each part; and of the GPU's clock and power."""
+    def end(self, batch: int) -> dict[str, float]:
+        """Return means of the last steps of so many tokens: microseconds of each part; and the GPU's clock and power."""
         import torch
 
         self.reads.clear()
         torch.cuda.synchronize()
         events = ("begin", "model", "sampling")
-        whole = [step for step in self.steps if all(event in step for event in events)][-STEPS - 2 : -1]
+        pairs = [pair for pair in pairwise(self.steps) if all(step.get("tokens") == batch for step in pair)]
         found: dict[str, list[float]] = {name: [] for name in ("step", *GPU, *HOST)}
-        for step, after in pairwise(whole):
+        for step, after in pairs[-STEPS:]:
             times = [1e6 * step.get(name, 0.0) for name in HOST]
             found["step"].append(1e6 * (after["start"] - step["start"]))
             for name, us in zip(HOST, times, strict=True):
@@ -125,9 +127,9 @@ def begin(worker: Any) -> None:
     worker.step_recorder.begin()
 
 
-def end(worker: Any) -> str:
-    """Return what was recorded, as JSON."""
-    return json.dumps(worker.step_recorder.end())
+def end(worker: Any, batch: int) -> str:
+    """Return what was recorded of steps of so many requests, as JSON."""
+    return json.dumps(worker.step_recorder.end(batch))
 
 
 def timed(llm: Any, batch: int) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def timed(llm: Any, batch: int) -> dict[str, Any]:
     step_traces.run(llm, batch, STEPS)
     llm.collective_rpc(begin)
     step_traces.run(llm, batch, 2 * STEPS)
-    (found,) = llm.collective_rpc(end)
+    (found,) = llm.collective_rpc(end, args=(batch,))
     return {"batch": batch, **json.loads(found)}
 
 
