@@ -287,10 +287,12 @@ def keep_traces(args: argparse.Namespace, traces: Mapping[tuple[str, int], Mappi
         print(step_traces.text_of(rows), flush=True)
 
 
-def keep_times(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+def keep_times(args: argparse.Namespace, times: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
     """Print the times of steps, and write them where asked."""
+    rows = [step_times.row_of(kind, steps) for (kind, _), steps in times.items()]
     if rows and args.times_json:
-        settings = {"model": args.model, "layers": args.layers or SHAPES[args.model].layers}
+        places = {f"{kind}, batch {batch}": step_times.places_of(steps) for (kind, batch), steps in times.items()}
+        settings = {"model": args.model, "layers": args.layers or SHAPES[args.model].layers, "places": places}
         write_results(args.times_json, step_times.QUESTION, rows, packages=VLLM_PACKAGES, settings=settings)
     if rows:
         print(step_times.text_of(rows), flush=True)
@@ -305,7 +307,7 @@ def main() -> int:
     done = {row["kind"] for row in before}
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
     traces: dict[tuple[str, int], dict[str, Any]] = {}
-    times: list[dict[str, Any]] = []
+    times: dict[tuple[str, int], dict[str, Any]] = {}
     failed = 0
     try:
         directories = ensure(args.model, root, args.layers)
@@ -343,7 +345,7 @@ def main() -> int:
             args.extend = True
             traces |= {(name, steps["batch"]): steps for steps in found["steps"]}
             keep_traces(args, traces)
-            times += [step_times.row_of(name, steps) for steps in found["times"]]
+            times |= {(name, steps["batch"]): steps for steps in found["times"]}
             keep_times(args, times)
     finally:
         if args.dir is None:

@@ -3,18 +3,23 @@
 Calls of vLLM's engine core are wrapped in its process, and CUDA events recorded between them. A step of the GPU is
 `model`, the graph and what prepares it; `sampling`, with lm_head; and `idle`, from there to the first work of the next.
 A step of the host is `schedule`, `launch` of model and sampling, `wait` for the tokens of the step before, `update` of
-the requests, and `other`. Where the host never waits, the GPU waits for the host. The GPU's clock, its power and
-whether that was capped are read beside it. The engine needs `VLLM_ALLOW_INSECURE_SERIALIZATION=1` in its environment:
-functions of this module run in its process.
+the requests, and `other`; `cpu` is what its thread computes of that, `launch_cpu` while it launches. Where the host
+never waits, the GPU waits for the host. The GPU's clock, its power and whether that was capped are read beside it. Then
+the thread's stack is read every millisecond of another run: the share of that in each function. The engine needs
+`VLLM_ALLOW_INSECURE_SERIALIZATION=1` in its environment: functions of this module run in its process.
 """
 
 import inspect
 import json
 import statistics
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import step_traces
@@ -25,6 +30,7 @@ STEPS = 64
 """The last steps of a run, which count."""
 HOST = ("schedule", "launch", "wait", "update", "other")
 GPU = ("model", "sampling", "idle")
+PLACES = 120
 POWER_CAP = 0x4
 """NVML's reason for a lower clock."""
 
@@ -37,7 +43,8 @@ class Recorder:
 
         self.steps: list[dict[str, Any]] = []
         self.clocks: list[tuple[int, float, int]] = []
-        self.reads = threading.Event()
+        self.stacks: Counter[str] = Counter()
+        self.reads, self.samples = threading.Event(), threading.Event()
         self._wrap(core, "step_fn", begins=True)
         self._wrap(core.scheduler, "schedule", part="schedule")
         self._wrap(core.model_executor, "execute_model", part="launch", events=("begin", "model"))
@@ -45,6 +52,7 @@ class Recorder:
         self._wrap(core.scheduler, "update_from_output", part="update")
         self._wrap(AsyncOutputFuture, "result", part="wait")
         threading.Thread(target=self._read_clocks, daemon=True).start()
+        threading.Thread(target=self._read_stacks, args=(threading.get_ident(),), daemon=True).start()
 
     def _wrap(
         self, owner: Any, name: str, part: str = "", events: Sequence[str] = ("", ""), *, begins: bool = False
@@ -59,9 +67,9 @@ class Recorder:
                 self.steps[-1][event].record()
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.thread_time()
             if begins:
-                self.steps.append({"start": start})
+                self.steps.append({"start": start, "used": used})
             record(events[0])
             result = original(*args, **kwargs)
             record(events[1])
@@ -69,6 +77,8 @@ class Recorder:
                 self.steps[-1]["tokens"] = result.total_num_scheduled_tokens
             if part and self.steps:
                 self.steps[-1][part] = self.steps[-1].get(part, 0.0) + time.perf_counter() - start
+                cpu = f"{part}_cpu"
+                self.steps[-1][cpu] = self.steps[-1].get(cpu, 0.0) + time.thread_time() - used
             return result
 
         setattr(owner, name, wrapper)
@@ -85,23 +95,39 @@ class Recorder:
             self.clocks.append((mhz, pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3, 100 * bool(capped)))
             time.sleep(0.02)
 
+    def _read_stacks(self, thread: int) -> None:
+        while True:
+            self.samples.wait()
+            frame = sys._current_frames().get(thread)  # noqa: SLF001 - there is no other way
+            self.stacks["all"] += 1
+            if frame is not None:
+                self.stacks[f"in {_place(frame)} line {frame.f_lineno}"] += 1
+            names = set()
+            while frame is not None:
+                names.add(_place(frame))
+                frame = frame.f_back
+            self.stacks.update(names)
+            time.sleep(0.001)
+
     def begin(self) -> None:
         """Forget what there was, and read clocks."""
         self.steps, self.clocks = [], []
         self.reads.set()
 
     def end(self, batch: int) -> dict[str, float]:
-        """Return means of the last steps of so many tokens: microseconds of each part; and the GPU's clock and power."""
+        """Return means of the last steps of so many tokens: microseconds of each part, the GPU's clock and power."""
         import torch
 
         self.reads.clear()
         torch.cuda.synchronize()
         events = ("begin", "model", "sampling")
         pairs = [pair for pair in pairwise(self.steps) if all(step.get("tokens") == batch for step in pair)]
-        found: dict[str, list[float]] = {name: [] for name in ("step", *GPU, *HOST)}
+        found: dict[str, list[float]] = {name: [] for name in ("step", *GPU, *HOST, "cpu", "launch_cpu")}
         for step, after in pairs[-STEPS:]:
             times = [1e6 * step.get(name, 0.0) for name in HOST]
             found["step"].append(1e6 * (after["start"] - step["start"]))
+            found["cpu"].append(1e6 * (after["used"] - step["used"]))
+            found["launch_cpu"].append(1e6 * step.get("launch_cpu", 0.0))
             for name, us in zip(HOST, times, strict=True):
                 found[name].append(found["step"][-1] - sum(times) if name == "other" else us)
             moments = (*(step[event] for event in events), after["begin"])
@@ -111,6 +137,10 @@ class Recorder:
         clocks = self.clocks[len(self.clocks) // 2 :]
         gpu = [statistics.fmean(values) for values in zip(*clocks, strict=True)] if clocks else []
         return means | dict(zip(("mhz", "watts", "capped_percent"), gpu, strict=False))
+
+
+def _place(frame: FrameType) -> str:
+    return f"{Path(frame.f_code.co_filename).name} {frame.f_code.co_name}"
 
 
 def begin(worker: Any) -> None:
@@ -132,18 +162,39 @@ def end(worker: Any, batch: int) -> str:
     return json.dumps(worker.step_recorder.end(batch))
 
 
+def sample(worker: Any) -> str:
+    """Begin to read stacks, or end it and return what was read: the share of each place, as JSON."""
+    recorder = worker.step_recorder
+    if not recorder.samples.is_set():
+        recorder.stacks.clear()
+        recorder.samples.set()
+        return "{}"
+    recorder.samples.clear()
+    return json.dumps({place: count / recorder.stacks["all"] for place, count in recorder.stacks.most_common(PLACES)})
+
+
 def timed(llm: Any, batch: int) -> dict[str, Any]:
-    """Return the batch and the means of its steps."""
+    """Return the batch, the means of its steps, and the places of the stacks."""
     step_traces.run(llm, batch, STEPS)
     llm.collective_rpc(begin)
     step_traces.run(llm, batch, 2 * STEPS)
     (found,) = llm.collective_rpc(end, args=(batch,))
-    return {"batch": batch, **json.loads(found)}
+    llm.collective_rpc(sample)
+    step_traces.run(llm, batch, 2 * STEPS)
+    (places,) = llm.collective_rpc(sample)
+    return {"batch": batch, **json.loads(found), "places": json.loads(places)}
 
 
 def row_of(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return an engine's row for one batch."""
-    return {"batch": found["batch"], "kind": kind} | {name: value for name, value in found.items() if name != "batch"}
+    return {"batch": found["batch"], "kind": kind} | {
+        name: value for name, value in found.items() if name not in ("batch", "places")
+    }
+
+
+def places_of(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each place of the stacks."""
+    return [f"{share:.1%} {place}" for place, share in found["places"].items()]
 
 
 def text_of(rows: Sequence[Mapping[str, Any]]) -> str:
