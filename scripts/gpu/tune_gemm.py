@@ -43,8 +43,9 @@ PER_SM = (0.6, 8)
 """Blocks of a multiprocessor, at least and at most."""
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 5, 6), 64: (3, 4, 5, 6), 128: (3, 4)}
-WARPS = {64: (4,), 128: (4, 8)}
-"""By the output channels of a block."""
+WIDTHS = ((64, 4), (128, 4), (128, 8))
+WIDTHS_OF_MANY = ((64, 4), (128, 4), (256, 8))
+"""Output channels and warps of a block; of many rows of tokens, which all blocks of channels read."""
 OVERLAPPED = (32, 64)
 """Rows of tokens for which products beside reads are tried."""
 FINALISTS = 3
@@ -69,17 +70,21 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
     found = []
-    for width, choices in WARPS.items():
+    for width, warps in widths(block_m * terms):
         least, most = (per * sms * width / n for per in PER_SM)
         splits = [s for s in SPLITS if s == 1 or (least <= s <= most and s <= k // gpu.GROUP)]
         found += [
             hopper.Launch(block_m, s, stages, width, warps, chain)
             for s in splits
-            for warps in choices
             for stages in STAGES[block_m * terms]
             if n % width == 0
         ]
     return found
+
+
+def widths(rows: int) -> tuple[tuple[int, int], ...]:
+    """Return output channels and warps of a block for so many rows of tokens."""
+    return WIDTHS_OF_MANY if rows >= hopper.MANY_ROWS else WIDTHS
 
 
 def ways(rows: int) -> list[dict[str, bool]]:
@@ -158,13 +163,12 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 def warm(shard: int, shards: int) -> None:
     """Compile a share of the variants, so that several processes fill Triton's cache together."""
-    layers = Layers(128, 512, 1)
+    layers = Layers(256, 512, 1)
     launches = [
-        (hopper.Launch(block_m, splits, stages, n, warps, block_m * terms >= 64, **way), terms)
+        (hopper.Launch(block_m, splits, stages, n, warps, block_m * terms >= hopper.MANY_ROWS, **way), terms)
         for block_m, terms in BLOCKS
         for stages in STAGES[block_m * terms]
-        for n, choices in WARPS.items()
-        for warps in choices
+        for n, warps in widths(block_m * terms)
         for way in ways(block_m * terms)
         for splits in (1, 2)
     ]

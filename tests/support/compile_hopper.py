@@ -19,7 +19,7 @@ INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FE
 
 FORMS = (
     *((1, 1, 64, 4, True), (8, 1, 64, 4, False), (16, 1, 64, 4, True), (32, 1, 64, 4, True), (32, 1, 128, 4, False)),
-    *((64, 1, 64, 4, False), (64, 1, 128, 8, True), (64, 1, 128, 4, True), (128, 1, 128, 8, False)),
+    *((64, 1, 64, 4, False), (64, 1, 128, 8, True), (64, 1, 256, 8, True), (128, 1, 128, 8, False)),
     *((8, 2, 64, 4, True), (32, 2, 64, 4, False)),
 )
 """Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables."""
