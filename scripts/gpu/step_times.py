@@ -84,10 +84,11 @@ class Recorder:
         setattr(owner, name, wrapper)
 
     def _read_clocks(self) -> None:
+        import torch
         from vllm.third_party import pynvml
 
         pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
         while True:
             self.reads.wait()
             mhz = pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)
