@@ -32,7 +32,7 @@ _STAGES = {8: 6, 16: 6, 32: 4, 64: 4, 128: 3}
 _SPLITS = 12
 ALWAYS = 32
 """Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
-MANY_ROWS = 64
+_MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
 
 
@@ -40,12 +40,11 @@ MANY_ROWS = 64
 class Launch:
     """How one GEMM is cut: tokens of a block (a power of two from 8), parts of K, copies in flight.
 
-    block_n: output channels of a block, 64, 128 or 256: with many tokens, reading these again and again takes longer
-        than reading the weights. warps: four for each 64 of them, or half of that.
+    block_n: output channels of a block, 64 or 128: with many tokens, reading these again and again takes longer than
+        reading the weights. warps: four for each 64 of them, or half of that.
     chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits, instead of adding up
         groups of 128 in float32.
     indexed: read indices of tables, where the layer has them, not the tables of all groups.
-    read: read tables that an index names into registers, a group ahead, instead of copying them to shared memory.
     overlap: multiply one group while the next one's words are read; takes the room of one more group of tokens.
     early: start before the kernel ahead of it has ended.
     """
@@ -58,7 +57,6 @@ class Launch:
     chain: bool = False
     indexed: bool = True
     overlap: bool = False
-    read: bool = False
     early: bool = True
 
 
@@ -66,10 +64,10 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     """Return how to cut an [m, n, k] GEMM: as measured, or so that all blocks run at once."""
     block_m = _block_m(m)
     rows = block_m * terms
-    chain = rows >= MANY_ROWS
+    chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
-        splits, stages, block_n, warps, indexed, overlap, read = measured
-        return Launch(block_m, splits, stages, block_n, warps, chain, indexed, overlap, read)
+        splits, stages, block_n, warps, indexed, overlap = measured
+        return Launch(block_m, splits, stages, block_n, warps, chain, indexed, overlap)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
     return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
@@ -180,7 +178,6 @@ def gemm_by(
             SPLIT=splits > 1,
             EARLY=launch.early,
             INDEXED=few is not None,
-            READ=few is not None and launch.read,
             OVERLAP=launch.overlap,
             num_warps=launch.warps,
             launch_pdl=launch.early,

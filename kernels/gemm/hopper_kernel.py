@@ -122,13 +122,11 @@ def _gemm_kernel(
     SPLIT: gl.constexpr,
     EARLY: gl.constexpr,
     INDEXED: gl.constexpr,
-    READ: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     """Multiply.
 
-    INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. READ: threads read
-    them a group ahead, past shared memory. OVERLAP: the tensor
+    INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. OVERLAP: the tensor
     core multiplies a group while the next one's words are read, until their lookup; one more group of tokens waits.
     """
     WARPS: gl.constexpr = gl.num_warps()
@@ -149,8 +147,7 @@ def _gemm_kernel(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
     words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    if not READ:
-        tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if INDEXED:
         index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     TOKEN_STAGES: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
@@ -171,7 +168,6 @@ def _gemm_kernel(
     channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
     tables_at = tables + of_tables + channels_of_tables
     index_at = index + of_tables + gl.arange(0, BLOCK_N, INDEX_COPY)
-    BEHIND: gl.constexpr = 1 if READ else STAGES - 1  # groups between an index that is copied and words that are
     row = gl.arange(0, ROWS, gl.SliceLayout(1, TOKENS_COPY))[:, None]
     inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
     token = row % BLOCK_M
@@ -181,7 +177,7 @@ def _gemm_kernel(
     if EARLY:
         gdc_launch_dependents()
     firsts = ()
-    if INDEXED and not READ:
+    if INDEXED:
         for stage in gl.static_range(STAGES - 1):
             firsts += (gl.load(index + of_tables + min(stage, groups - 1) * N + channels_of_tables),)
     for stage in gl.static_range(STAGES - 1):
@@ -189,12 +185,10 @@ def _gemm_kernel(
             async_copy.async_copy_global_to_shared(words_ring.index(stage), packed_at + stage * 16 * N)
             if not INDEXED:
                 async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables_at + stage * N)
-        if INDEXED and stage + BEHIND < groups:
-            later = index_ring.index((stage + BEHIND) % STAGES)
-            async_copy.async_copy_global_to_shared(later, index_at + (stage + BEHIND) * N)
-    if READ:
-        both = gl.load(tables + gl.load(index + of_tables + gl.arange(0, BLOCK_N, BOTH)))
-    elif INDEXED:
+        if INDEXED and stage + STAGES - 1 < groups:
+            later = index_ring.index((stage + STAGES - 1) % STAGES)
+            async_copy.async_copy_global_to_shared(later, index_at + (stage + STAGES - 1) * N)
+    if INDEXED:
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables + firsts[stage])
@@ -211,7 +205,7 @@ def _gemm_kernel(
         async_copy.commit_group()
     packed_at += (STAGES - 1) * 16 * N
     tables_at += (STAGES - 1) * N
-    index_at += (STAGES - 1 + BEHIND) * N
+    index_at += (2 * STAGES - 2) * N
     tokens_at += (STAGES - 1) * 128
 
     total = gl.zeros((BLOCK_N, ROWS), gl.float32, PRODUCT)
@@ -232,20 +226,16 @@ def _gemm_kernel(
             words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
         )
         fill = (slot + STAGES - 1) % STAGES
-        if READ:
-            both_next = gl.load(tables + index_ring.index((slot + 1) % STAGES).load(BOTH))
-        else:
-            both = tables_ring.index(slot).load(BOTH)
-            if INDEXED:
-                tables_at = tables + index_ring.index(fill).load(TABLES_COPY)
+        both = tables_ring.index(slot).load(BOTH)
+        if INDEXED:
+            tables_at = tables + index_ring.index(fill).load(TABLES_COPY)
         if group + STAGES - 1 < groups:
             async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
-            if not READ:
-                async_copy.async_copy_global_to_shared(tables_ring.index(fill), tables_at)
+            async_copy.async_copy_global_to_shared(tables_ring.index(fill), tables_at)
             token_fill = (token_slot + STAGES - 1) % TOKEN_STAGES
             async_copy.async_copy_global_to_shared(token_ring.index(token_fill), tokens_at, mask=is_token)
-        if INDEXED and group + STAGES - 1 + BEHIND < groups:
-            async_copy.async_copy_global_to_shared(index_ring.index((fill + BEHIND) % STAGES), index_at)
+        if INDEXED and group + 2 * STAGES - 2 < groups:
+            async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
         async_copy.commit_group()
         packed_at += 16 * N
         if not INDEXED:
@@ -265,8 +255,6 @@ def _gemm_kernel(
         weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
         x = token_ring.index(token_slot).permute((1, 0))
         product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
-        if READ:
-            both = both_next
         slot = (slot + 1) % STAGES
         token_slot = (token_slot + 1) % TOKEN_STAGES
     scales = gl.load(token_scale + m, mask=m < M, other=0.0)

@@ -4,8 +4,8 @@
 
 A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
 which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
-cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, read
-or copied, and with products beside reads. The Triton kernel for every GPU is measured beside it.
+cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, and
+with products beside reads. The Triton kernel for every GPU is measured beside it.
 """
 
 import argparse
@@ -44,8 +44,7 @@ PER_SM = (0.6, 8)
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 5, 6), 64: (3, 4, 5, 6), 128: (3, 4)}
 WIDTHS = ((64, 4), (128, 4), (128, 8))
-WIDTHS_OF_MANY = ((64, 4), (128, 4), (256, 8))
-"""Output channels and warps of a block; of many rows of tokens, which all blocks of channels read."""
+"""Output channels and warps of a block."""
 OVERLAPPED = (32, 64)
 """Rows of tokens for which products beside reads are tried."""
 FINALISTS = 3
@@ -70,7 +69,7 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
     found = []
-    for width, warps in widths(block_m * terms):
+    for width, warps in WIDTHS:
         least, most = (per * sms * width / n for per in PER_SM)
         splits = [s for s in SPLITS if s == 1 or (least <= s <= most and s <= k // gpu.GROUP)]
         found += [
@@ -82,16 +81,10 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     return found
 
 
-def widths(rows: int) -> tuple[tuple[int, int], ...]:
-    """Return output channels and warps of a block for so many rows of tokens."""
-    return WIDTHS_OF_MANY if rows >= hopper.MANY_ROWS else WIDTHS
-
-
 def ways(rows: int) -> list[dict[str, bool]]:
     """Return what else a kernel for so many rows of tokens may do otherwise."""
-    tables = [{"indexed": False}, {"indexed": True}, {"indexed": True, "read": True}]
     overlaps = (False, True) if rows in OVERLAPPED else (False,)
-    return [{**way, "overlap": overlap} for way in tables for overlap in overlaps]
+    return [{"indexed": indexed, "overlap": overlap} for indexed in (False, True) for overlap in overlaps]
 
 
 def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
@@ -117,15 +110,13 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
         "indexed": best.indexed,
         "warps": best.warps,
         "overlap": best.overlap,
-        "read": best.read,
     }
     row |= {
         f"us_{width}": min(us for us, by in tried if by.block_n == width) for width in {by.block_n for _, by in tried}
     }
     row |= {
         "tables_us": min(us for us, by in again if not by.indexed),
-        "index_us": min(us for us, by in again if by.indexed and not by.read),
-        "read_us": min(us for us, by in again if by.read),
+        "index_us": min(us for us, by in again if by.indexed),
     }
     if block_m * terms in OVERLAPPED:
         row |= {"overlap_us": min(us for us, by in again if by.overlap)}
@@ -153,7 +144,7 @@ def write(rows: list[dict[str, Any]]) -> None:
         other = row["triton_us"] if row["m"] > hopper.ALWAYS else GAIN * row["rule_us"]
         if row["us"] < other:
             key = (row["n"], row["k"], row["m"], row["terms"])
-            kept[key] = "({splits}, {stages}, {block_n}, {warps}, {indexed}, {overlap}, {read})".format(**row)
+            kept[key] = "({splits}, {stages}, {block_n}, {warps}, {indexed}, {overlap})".format(**row)
     shapes = list(dict.fromkeys([tuple(map(int, shape.split("x"))) for shape in SHAPES] + [key[:2] for key in kept]))
     text = "".join(
         f"    {key}: {kept[key]},\n" for key in sorted(kept, key=lambda key: (shapes.index(key[:2]), key[3], key[2]))
@@ -165,10 +156,10 @@ def warm(shard: int, shards: int) -> None:
     """Compile a share of the variants, so that several processes fill Triton's cache together."""
     layers = Layers(256, 512, 1)
     launches = [
-        (hopper.Launch(block_m, splits, stages, n, warps, block_m * terms >= hopper.MANY_ROWS, **way), terms)
+        (hopper.Launch(block_m, splits, stages, n, warps, block_m * terms >= 64, **way), terms)
         for block_m, terms in BLOCKS
         for stages in STAGES[block_m * terms]
-        for n, warps in widths(block_m * terms)
+        for n, warps in WIDTHS
         for way in ways(block_m * terms)
         for splits in (1, 2)
     ]

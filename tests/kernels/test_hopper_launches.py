@@ -13,7 +13,7 @@ def assert_possible(launch: "hopper.Launch", m: int, n: int, k: int, terms: int)
     """Tokens and channels fit, no part of K is empty, and what is copied ahead has a place."""
     assert launch.block_m >= m
     assert launch.block_m & (launch.block_m - 1) == 0
-    assert launch.block_n in (64, 128, 256)
+    assert launch.block_n in (64, 128)
     assert n % launch.block_n == 0
     assert 1 <= launch.splits <= k // 128
     assert launch.stages >= 2

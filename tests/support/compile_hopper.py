@@ -19,7 +19,7 @@ INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FE
 
 FORMS = (
     *((1, 1, 64, 4, True), (8, 1, 64, 4, False), (16, 1, 64, 4, True), (32, 1, 64, 4, True), (32, 1, 128, 4, False)),
-    *((64, 1, 64, 4, False), (64, 1, 128, 8, True), (64, 1, 256, 8, True), (128, 1, 128, 8, False)),
+    *((64, 1, 64, 4, False), (64, 1, 128, 8, True), (64, 1, 128, 4, True), (128, 1, 128, 8, False)),
     *((8, 2, 64, 4, True), (32, 2, 64, 4, False)),
 )
 """Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables."""
@@ -61,7 +61,6 @@ for tokens, terms, width, warps, indexed in FORMS:
         "EARLY": True,
         "INDEXED": indexed,
         "OVERLAP": indexed,
-        "READ": indexed and width == 64,
     }
     source = GluonASTSource(hopper_kernel._gemm_kernel, *arguments(hopper_kernel._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
