@@ -45,6 +45,7 @@ class Launch:
     chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits, instead of adding up
         groups of 128 in float32.
     indexed: read indices of tables, where the layer has them, not the tables of all groups.
+    overlap: multiply one group while the next one's words are read; takes the room of one more group of tokens.
     early: start before the kernel ahead of it has ended.
     """
 
@@ -55,6 +56,7 @@ class Launch:
     warps: int = 4
     chain: bool = False
     indexed: bool = True
+    overlap: bool = False
     early: bool = True
 
 
@@ -64,8 +66,8 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     rows = block_m * terms
     chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
-        splits, stages, block_n, warps, indexed = measured
-        return Launch(block_m, splits, stages, block_n, warps, chain, indexed)
+        splits, stages, block_n, warps, indexed, overlap = measured
+        return Launch(block_m, splits, stages, block_n, warps, chain, indexed, overlap)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
     return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
@@ -176,6 +178,7 @@ def gemm_by(
             SPLIT=splits > 1,
             EARLY=launch.early,
             INDEXED=few is not None,
+            OVERLAP=launch.overlap,
             num_warps=launch.warps,
             launch_pdl=launch.early,
         )

@@ -61,6 +61,12 @@ def _columns(table):
 
 
 @gluon.jit
+def _after(words):
+    """Return the same words, which the compiler takes for new ones: what reads them stays behind what is before."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _look_up(words, first, second, BLOCK_N: gl.constexpr):
     """Return FP8 weights [BLOCK_N, 128] of words [4, BLOCK_N/16, 8, 4, 2].
 
@@ -116,8 +122,13 @@ def _gemm_kernel(
     SPLIT: gl.constexpr,
     EARLY: gl.constexpr,
     INDEXED: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):
-    """Multiply. INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has."""
+    """Multiply.
+
+    INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. OVERLAP: the tensor
+    core multiplies a group while the next one's words are read, until their lookup; one more group of tokens waits.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     TILES: gl.constexpr = BLOCK_N // 16
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
@@ -128,9 +139,7 @@ def _gemm_kernel(
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)  # the same, of words [4, 4·BLOCK_N]
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
-    BOTH: gl.constexpr = _tables_layout(
-        BLOCK_N, WARPS
-    )  # the tables of a thread, of rows n % 16 < 8 and of those 8 further
+    BOTH: gl.constexpr = _tables_layout(BLOCK_N, WARPS)  # of a thread: rows n % 16 < 8, and those 8 further
     TABLES_COPY: gl.constexpr = gl.BlockedLayout([1 if INDEXED else 2], [32], [WARPS], [0])
     INDEX_COPY: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
@@ -141,7 +150,10 @@ def _gemm_kernel(
     tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if INDEXED:
         index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    token_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], gl.NVMMASharedLayout(128, 8, rank=2))
+    TOKEN_STAGES: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
+    token_ring = gl.allocate_shared_memory(
+        gl.float8e4nv, [TOKEN_STAGES, ROWS, 128], gl.NVMMASharedLayout(128, 8, rank=2)
+    )
 
     blocks = N // BLOCK_N
     block = gl.program_id(0) % blocks
@@ -199,38 +211,52 @@ def _gemm_kernel(
     total = gl.zeros((BLOCK_N, ROWS), gl.float32, PRODUCT)
     product = warpgroup_mma_init(total)
     slot = 0
+    token_slot = 0
     for group in range(groups):
-        done = warpgroup_mma_wait(0, deps=(product,))
-        if not CHAIN:
-            total += done
-        product = warpgroup_mma_init(done)
+        if not OVERLAP:
+            done = warpgroup_mma_wait(0, deps=(product,))
+            if not CHAIN:
+                total += done
+            product = warpgroup_mma_init(done)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
-        # Copies first: the compiler may move no lookup before them, since what it reads comes after.
-        fill = (slot + STAGES - 1) % STAGES
-        if group + STAGES - 1 < groups:
-            source = tables + index_ring.index(fill).load(TABLES_COPY) if INDEXED else tables_at
-            async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
-            async_copy.async_copy_global_to_shared(tables_ring.index(fill), source)
-            async_copy.async_copy_global_to_shared(token_ring.index(fill), tokens_at, mask=is_token)
-        packed_at += 16 * N
-        tables_at += N
-        tokens_at += 128
+        # All that a lookup needs is read before the next copies start: the compiler keeps the order of reads and
+        # copies, and does not sink reads between lookups that wait for them.
         words = gl.convert_layout(
             words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
         )
-        both = tables_ring.index(slot).load(BOTH).reshape((TILES, 2, 8)).permute((0, 2, 1))
-        first, second = gl.split(both)
-        first = gl.convert_layout(first, TABLES, assert_trivial=True)
-        second = gl.convert_layout(second, TABLES, assert_trivial=True)
+        fill = (slot + STAGES - 1) % STAGES
+        both = tables_ring.index(slot).load(BOTH)
+        if INDEXED:
+            tables_at = tables + index_ring.index(fill).load(TABLES_COPY)
+        if group + STAGES - 1 < groups:
+            async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
+            async_copy.async_copy_global_to_shared(tables_ring.index(fill), tables_at)
+            token_fill = (token_slot + STAGES - 1) % TOKEN_STAGES
+            async_copy.async_copy_global_to_shared(token_ring.index(token_fill), tokens_at, mask=is_token)
         if INDEXED and group + 2 * STAGES - 2 < groups:
             async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
         async_copy.commit_group()
+        packed_at += 16 * N
+        if not INDEXED:
+            tables_at += N
         index_at += N
+        tokens_at += 128
+        if OVERLAP:
+            # Before lookups, since the tensor core reads its operand from the registers that they write.
+            done = warpgroup_mma_wait(0, deps=(product,))
+            if not CHAIN:
+                total += done
+            product = warpgroup_mma_init(done)
+            words = _after(words)
+        first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
+        first = gl.convert_layout(first, TABLES, assert_trivial=True)
+        second = gl.convert_layout(second, TABLES, assert_trivial=True)
         weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
-        x = token_ring.index(slot).permute((1, 0))
+        x = token_ring.index(token_slot).permute((1, 0))
         product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
         slot = (slot + 1) % STAGES
+        token_slot = (token_slot + 1) % TOKEN_STAGES
     scales = gl.load(token_scale + m, mask=m < M, other=0.0)
     done = warpgroup_mma_wait(0, deps=(product,))
     if CHAIN:

@@ -15,7 +15,8 @@ first kind's time / the other's − 1. Which kernel vLLM chose is taken from its
 
 Each kind is written when it is done. With --extend, kinds that the file has are not run again. With --together all
 engines start side by side, and wait until they have; then one after the other is measured, with the others idle. With
---trace, decode steps of each engine are traced at its end, as `step_traces.py` says.
+--times, parts of decode steps are timed at an engine's end, as `step_times.py` says; with --trace, they are traced, as
+`step_traces.py` does.
 """
 
 import argparse
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import few_humming
+import step_times
 import step_traces
 import turns
 import vllm_engine
@@ -112,7 +114,7 @@ def worker(payload: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for length in UNCAPTURED:
         if length + 2 <= payload["llm"]["max_model_len"]:
             timed(1, length, 2)
-    found: dict[str, Any] = {"cases": [], "steps": [], "start_s": round(started, 1)}
+    found: dict[str, Any] = {"cases": [], "times": [], "steps": [], "start_s": round(started, 1)}
     for batch, length in payload["cases"]:
         timed(min(batch, max(1, 16384 // length)), length, 4)
         runs: list[dict[str, float]] = []
@@ -121,6 +123,9 @@ def worker(payload: dict[str, Any]) -> Iterator[dict[str, Any]]:
             runs.append(timed(batch, length, NEW_TOKENS))
         firsts = [timed(batch, length, 2) for _ in range(FIRST_TOKENS)] if batch == 1 else []
         found["cases"].append({"batch": batch, "prompt": length, **summary(runs, firsts)})
+        yield found
+    for batch in payload["times"]:
+        found["times"].append(step_times.timed(llm, batch))
         yield found
     for batch in payload["trace"]:
         found["steps"].append(step_traces.traced(llm, batch))
@@ -223,7 +228,7 @@ def serve(args: argparse.Namespace, kind: Kind, directory: Path, turn: Path | No
     """Run all cases on one engine, and return what `worker` found. turn: the file that it is to wait for."""
     vocabulary = SHAPES[args.model].vocabulary
     payload = {"llm": engine(args, kind, directory), "cases": args.cases, "seconds": args.seconds}
-    payload |= {"vocabulary": vocabulary, "turn": turn and str(turn), "trace": args.trace}
+    payload |= {"vocabulary": vocabulary, "turn": turn and str(turn), "times": args.times, "trace": args.trace}
     variables = environment(args, kind)
     return vllm_engine.run_worker(__file__, payload, args.timeout or kind.timeout, variables, kind.plugins)
 
@@ -258,6 +263,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--graphs", type=int, nargs="+", default=GRAPHS, help="batch sizes of CUDA graphs")
     parser.add_argument("--trace", type=int, nargs="+", default=[], metavar="BATCH", help="trace steps of such batches")
     parser.add_argument("--trace-json", type=Path, metavar="FILE", help="write what was traced there")
+    parser.add_argument("--times", type=int, nargs="+", default=[], metavar="BATCH", help="time parts of such steps")
+    parser.add_argument("--times-json", type=Path, metavar="FILE", help="write those times there")
     parser.add_argument("--timeout", type=float, help="seconds of an engine at most (default: the kind's)")
     parser.add_argument("--base", choices=KINDS, help="the baseline, if it is not the first kind: one of the file's")
     parser.add_argument("--quick", action="store_true", help="four layers, batch 1 and 8 with short prompts, one run")
@@ -280,6 +287,17 @@ def keep_traces(args: argparse.Namespace, traces: Mapping[tuple[str, int], Mappi
         print(step_traces.text_of(rows), flush=True)
 
 
+def keep_times(args: argparse.Namespace, times: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    """Print the times of steps, and write them where asked."""
+    rows = [step_times.row_of(kind, steps) for (kind, _), steps in times.items()]
+    if rows and args.times_json:
+        places = {f"{kind}, batch {batch}": step_times.places_of(steps) for (kind, batch), steps in times.items()}
+        settings = {"model": args.model, "layers": args.layers or SHAPES[args.model].layers, "places": places}
+        write_results(args.times_json, step_times.QUESTION, rows, packages=VLLM_PACKAGES, settings=settings)
+    if rows:
+        print(step_times.text_of(rows), flush=True)
+
+
 def main() -> int:
     """Make the checkpoints, run the engines, print the table."""
     args = parse()
@@ -289,6 +307,7 @@ def main() -> int:
     done = {row["kind"] for row in before}
     root = args.dir or Path(tempfile.mkdtemp(prefix="w4a8-bench-"))
     traces: dict[tuple[str, int], dict[str, Any]] = {}
+    times: dict[tuple[str, int], dict[str, Any]] = {}
     failed = 0
     try:
         directories = ensure(args.model, root, args.layers)
@@ -326,6 +345,8 @@ def main() -> int:
             args.extend = True
             traces |= {(name, steps["batch"]): steps for steps in found["steps"]}
             keep_traces(args, traces)
+            times |= {(name, steps["batch"]): steps for steps in found["times"]}
+            keep_times(args, times)
     finally:
         if args.dir is None:
             shutil.rmtree(root)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from results import add_options, line, save
 
@@ -173,15 +174,17 @@ def replay(graphs: Sequence[Replayed]) -> Iterator[Row]:
 
 
 def check_indices(kernel: Any, sizes: Sequence[tuple[int, int]], tokens: Sequence[int], terms: int) -> Iterator[Row]:
-    """Compare products by indices of tables with those by the tables of all groups, to the byte."""
+    """Compare products by indices of tables with those by the tables of all groups, all ways, to the byte."""
+    from tune_gemm import ways  # not every Triton has Gluon
+
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     for (n, k), m in product(sizes, tokens):
         layer, some = Layer.random(n, k, "scale"), Tokens.random(m, k, terms)
         indices = index_tables(layer.tables)
         launch = kernel.choose_launch(m, n, k, sms, terms)
-        ways = [partial(kernel.gemm_by, launch=replace(launch, indexed=indexed)) for indexed in (True, False)]
-        found = [some.call(way, layer, *(indices or ())) for way in ways]
-        same = indices is not None and torch.equal(*found)
+        launches = [replace(launch, **way) for way in ways(launch.block_m * terms)]
+        first, *more = (some.call(partial(kernel.gemm_by, launch=by), layer, *(indices or ())) for by in launches)
+        same = indices is not None and all(torch.equal(found, first) for found in more)
         yield {"check": "indices", "m": m, "n": n, "k": k, "again": same}
 
 

@@ -38,18 +38,20 @@ def end_trace(worker: Any) -> str:
     )
 
 
-def traced(llm: Any, batch: int) -> dict[str, Any]:
-    """Return the batch and `kernels`: microseconds and launches a step of each kernel."""
+def run(llm: Any, batch: int, tokens: int) -> None:
+    """Have an engine generate so many tokens for each of so many requests."""
     from vllm import SamplingParams
 
-    def run(tokens: int) -> None:
-        prompts = [{"prompt_token_ids": [(7919 * i + 31 * j) % 30000 + 5 for j in range(PROMPT)]} for i in range(batch)]
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        llm.generate(prompts, params, use_tqdm=False)
+    prompts = [{"prompt_token_ids": [(7919 * i + 31 * j) % 30000 + 5 for j in range(PROMPT)]} for i in range(batch)]
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    llm.generate(prompts, params, use_tqdm=False)
 
-    run(STEPS)
+
+def traced(llm: Any, batch: int) -> dict[str, Any]:
+    """Return the batch and `kernels`: microseconds and launches a step of each kernel."""
+    run(llm, batch, STEPS)
     llm.collective_rpc(begin_trace)
-    run(2 * STEPS)
+    run(llm, batch, 2 * STEPS)
     (events,) = llm.collective_rpc(end_trace)
     steps = decode_steps.last_steps([decode_steps.Event(*event) for event in json.loads(events)], STEPS, 2 * STEPS)
     return {"batch": batch, "kernels": decode_steps.times(steps, STEPS)}
@@ -71,8 +73,4 @@ def kernels_of(found: Mapping[str, Any]) -> list[str]:
 
 def text_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of rows, by batch."""
-    header = [name.removesuffix("_us") for name in rows[0]]
-    by_batch = sorted(rows, key=lambda row: row["batch"])
-    return vllm_engine.table(
-        header, [[f"{value:.0f}" if isinstance(value, float) else value for value in row.values()] for row in by_batch]
-    )
+    return vllm_engine.table_of_numbers(sorted(rows, key=lambda row: row["batch"]))

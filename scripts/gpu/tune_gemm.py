@@ -4,8 +4,8 @@
 
 A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
 which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
-cutting is tried shortly, the best few again, with indices of tables and with the tables of all groups. The Triton
-kernel for every GPU is measured beside it.
+cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, and
+with products beside reads. The Triton kernel for every GPU is measured beside it.
 """
 
 import argparse
@@ -37,13 +37,17 @@ SHAPES = (
     *("12288x33792", "14336x12288", "67584x12288", "12288x12288"),  # Command A
     "1536x2048",
 )
-BLOCKS = ((8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (8, 2), (16, 2))
+BLOCKS = ((64, 1), (32, 1), (16, 1), (8, 1), (128, 1), (8, 2), (16, 2))
 """Tokens of a block, and terms of an activation."""
-PER_SM = (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
-STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
-WARPS = {64: (4,), 128: (4, 8)}
-"""By the output channels of a block."""
-FINALISTS = 4
+PER_SM = (0.6, 8)
+"""Blocks of a multiprocessor, at least and at most."""
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 5, 6), 64: (3, 4, 5, 6), 128: (3, 4)}
+WIDTHS = ((64, 4), (128, 4), (128, 8))
+"""Output channels and warps of a block."""
+OVERLAPPED = (32, 64)
+"""Rows of tokens for which products beside reads are tried."""
+FINALISTS = 3
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
 TABLE = Path(hopper.__file__).with_name("tuned.py")
@@ -65,31 +69,37 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
     found = []
-    for width, choices in WARPS.items():
-        splits = sorted({max(1, min(round(per * sms * width / n), k // gpu.GROUP, 16)) for per in PER_SM})
+    for width, warps in WIDTHS:
+        least, most = (per * sms * width / n for per in PER_SM)
+        splits = [s for s in SPLITS if s == 1 or (least <= s <= most and s <= k // gpu.GROUP)]
         found += [
             hopper.Launch(block_m, s, stages, width, warps, chain)
             for s in splits
-            for warps in choices
             for stages in STAGES[block_m * terms]
             if n % width == 0
         ]
     return found
 
 
+def ways(rows: int) -> list[dict[str, bool]]:
+    """Return what else a kernel for so many rows of tokens may do otherwise."""
+    overlaps = (False, True) if rows in OVERLAPPED else (False,)
+    return [{"indexed": indexed, "overlap": overlap} for indexed in (False, True) for overlap in overlaps]
+
+
 def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
     """Return the best way of cutting one size, and the times of it, of the rule's choice and of the Triton kernel."""
     x = torch.randn(block_m, layers.k, device="cuda", dtype=torch.bfloat16)
 
-    def time(launch: hopper.Launch, replays: int = 31) -> float:
+    def time(launch: hopper.Launch, replays: int = 21) -> float:
         return microseconds(pairs(layers, x, terms, partial(hopper.gemm_by, launch=launch)), 12, replays)
 
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     tuned.LAUNCHES.clear()
     rule = hopper.choose_launch(block_m, layers.n, layers.k, sms, terms)
-    tried = [(time(launch, 8), launch) for launch in candidates(block_m, terms, layers.n, layers.k)]
+    tried = [(time(launch, 6), launch) for launch in candidates(block_m, terms, layers.n, layers.k)]
     tried.sort(key=lambda found: found[0])
-    chosen = [replace(launch, indexed=indexed) for _, launch in tried[:FINALISTS] for indexed in (True, False)]
+    chosen = [replace(launch, **way) for _, launch in tried[:FINALISTS] for way in ways(block_m * terms)]
     again = [(time(launch), launch) for launch in chosen]
     best_us, best = min(again, key=lambda found: found[0])
     row = {"n": layers.n, "k": layers.k, "m": block_m, "terms": terms, "us": best_us}
@@ -99,16 +109,20 @@ def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
         "block_n": best.block_n,
         "indexed": best.indexed,
         "warps": best.warps,
+        "overlap": best.overlap,
     }
     row |= {
         f"us_{width}": min(us for us, by in tried if by.block_n == width) for width in {by.block_n for _, by in tried}
     }
     row |= {
-        f"{name}_us": min(us for us, by in again if by.indexed == (name == "index")) for name in ("index", "tables")
+        "tables_us": min(us for us, by in again if not by.indexed),
+        "index_us": min(us for us, by in again if by.indexed),
     }
+    if block_m * terms in OVERLAPPED:
+        row |= {"overlap_us": min(us for us, by in again if by.overlap)}
     row |= {"rule_us": time(rule)}
     if terms == 1:
-        row["triton_us"] = microseconds(pairs(layers, x, terms, triton_gemm), 12, 31)
+        row["triton_us"] = microseconds(pairs(layers, x, terms, triton_gemm), 12, 21)
     return row
 
 
@@ -130,7 +144,7 @@ def write(rows: list[dict[str, Any]]) -> None:
         other = row["triton_us"] if row["m"] > hopper.ALWAYS else GAIN * row["rule_us"]
         if row["us"] < other:
             key = (row["n"], row["k"], row["m"], row["terms"])
-            kept[key] = "({splits}, {stages}, {block_n}, {warps}, {indexed})".format(**row)
+            kept[key] = "({splits}, {stages}, {block_n}, {warps}, {indexed}, {overlap})".format(**row)
     shapes = list(dict.fromkeys([tuple(map(int, shape.split("x"))) for shape in SHAPES] + [key[:2] for key in kept]))
     text = "".join(
         f"    {key}: {kept[key]},\n" for key in sorted(kept, key=lambda key: (shapes.index(key[:2]), key[3], key[2]))
@@ -140,19 +154,17 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 def warm(shard: int, shards: int) -> None:
     """Compile a share of the variants, so that several processes fill Triton's cache together."""
-    layers = Layers(128, 512, 1)
-    variants = [
-        (*block, stages, n, warps, indexed, splits)
-        for block in BLOCKS
-        for stages in STAGES[block[0] * block[1]]
-        for n, choices in WARPS.items()
-        for warps in choices
-        for indexed in (True, False)
+    layers = Layers(256, 512, 1)
+    launches = [
+        (hopper.Launch(block_m, splits, stages, n, warps, block_m * terms >= 64, **way), terms)
+        for block_m, terms in BLOCKS
+        for stages in STAGES[block_m * terms]
+        for n, warps in WIDTHS
+        for way in ways(block_m * terms)
         for splits in (1, 2)
     ]
-    for block_m, terms, stages, width, warps, indexed, splits in variants[shard::shards]:
-        tokens = activations.quantize(torch.ones(block_m, 512, device="cuda", dtype=torch.bfloat16), terms)
-        launch = hopper.Launch(block_m, splits, stages, width, warps, block_m * terms >= 64, indexed)
+    for launch, terms in launches[shard::shards]:
+        tokens = activations.quantize(torch.ones(launch.block_m, 512, device="cuda", dtype=torch.bfloat16), terms)
         weights = (layers.packed[0], layers.tables[0], layers.channel, layers.index[0], layers.distinct)
         hopper.gemm_by(*tokens, *weights, launch=launch)
 

@@ -121,6 +121,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
+def table_of_numbers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of the same names as a table, microseconds and other numbers without decimals."""
+    header = [name.removesuffix("_us") for name in rows[0]]
+    return table(header, [[f"{v:.0f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
+
+
 def finish(
     args: argparse.Namespace,
     question: str,

@@ -104,6 +104,7 @@ def test_decode_kernels_compile_for_hopper() -> None:
         assert (counts["HMMA"], counts["LDL"], counts["STL"]) == ("0", "0", "0")
         assert int(counts["QGMMA"]) >= 4 * tiles
         assert 48 * tiles <= int(counts["PRMT"]) <= 64 * tiles
+        assert counts["OVERWRITTEN"] == "0"
         assert int(counts["ACQBULK"]) >= 1
         assert counts["PREEXIT"] == "1"
         assert int(counts["FENCE"]) >= 1  # Triton 3.7 has one of its own besides

@@ -24,6 +24,31 @@ FORMS = (
 )
 """Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables."""
 
+
+def overwritten(code: str) -> list[str]:
+    """Return what, in the loop over groups, writes registers that the tensor core may still read as its operand."""
+    lines = code.splitlines()
+    first = next(i for i, line in enumerate(lines) if "QGMMA" in line)
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines[:first]) if line.lstrip().startswith(".L_")}
+    end, begin = next(
+        (i, labels[label[1]])
+        for i, line in enumerate(lines[first:], first)
+        if (label := re.search(r"BRA.*`\((\.L_\w+)\)", line)) and label[1] in labels
+    )
+    read: set[int] = set()
+    found = []
+    for line in lines[begin:end] * 2:  # what a turn leaves, the next meets
+        if "WARPGROUP.DEPBAR" in line:
+            read = set()
+        elif operands := re.search(r"\bQGMMA\S+ R\d+, R(\d+), gdesc", line):
+            read |= set(range(int(operands[1]), int(operands[1]) + 4))
+        elif written := re.search(r"\b[A-Z][A-Z0-9]*((?:\.\w+)*) R(\d+)\b", line):
+            width = 4 if ".128" in written[1] else 2 if ".64" in written[1] or ".WIDE" in written[1] else 1
+            if read & set(range(int(written[2]), int(written[2]) + width)):
+                found.append(line.strip())
+    return found
+
+
 for tokens, terms, width, warps, indexed in FORMS:
     launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
     constants = {
@@ -35,9 +60,12 @@ for tokens, terms, width, warps, indexed in FORMS:
         "SPLIT": True,
         "EARLY": True,
         "INDEXED": indexed,
+        "OVERLAP": indexed,
     }
     source = GluonASTSource(hopper_kernel._gemm_kernel, *arguments(hopper_kernel._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
-    words = Counter(re.findall(r"\w+", machine_code(found)))
+    code = machine_code(found)
+    words = Counter(re.findall(r"\w+", code))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
+    counts.append(f"OVERWRITTEN={len(overwritten(code))}")
     print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps}")  # noqa: T201
