@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from convert_w4a8.fp8 import E4M3_MAX, MIN_TOKEN_SCALE
-from convert_w4a8.kernels.fp8 import OPTIONS, to_e4m3
+from convert_w4a8.kernels.fp8 import OPTIONS, from_e4m3, to_bf16, to_e4m3
 from convert_w4a8.kernels.training.reference import by_code
 from convert_w4a8.linear import GROUP_SIZE
 
@@ -40,6 +40,15 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     with torch.cuda.device_of(x):
         _quantize_kernel[(m,)](x, tokens, wide, scale, k, BLOCK=block, num_warps=warps, **OPTIONS)
     return tokens.view(torch.float8_e4m3fn), wide, scale
+
+
+def widen(tokens: torch.Tensor) -> torch.Tensor:
+    """See `reference.widen`."""
+    out = torch.empty(tokens.shape, dtype=torch.bfloat16, device=tokens.device)
+    count = tokens.numel()
+    with torch.cuda.device_of(tokens):
+        _widen_kernel[(triton.cdiv(count, _BLOCK),)](tokens.view(torch.uint8), out, count, BLOCK=_BLOCK, **OPTIONS)
+    return out
 
 
 def scale_outputs(sums: torch.Tensor, token_scale: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
@@ -166,15 +175,6 @@ def adam(
 
 
 @triton.jit
-def _bf16(x, INTERPRETED: tl.constexpr):
-    """Round float32 to bfloat16, to the nearest, ties to even; the interpreter's own conversion cuts off."""
-    if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16)
-
-
-@triton.jit
 def _quantize_kernel(x, tokens, wide, scale, K, BLOCK: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
@@ -192,13 +192,20 @@ def _quantize_kernel(x, tokens, wide, scale, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _widen_kernel(tokens, out, COUNT, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < COUNT
+    tl.store(out + place, from_e4m3(tl.load(tokens + place, mask=inside, other=0)).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
 def _outputs_kernel(sums, token_scale, channel_scale, out, N, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     value = tl.load(sums + m * N + n, mask=inside, other=0.0)
     value = tl.load(token_scale + m) * (tl.load(channel_scale + n, mask=inside, other=0.0) * value)
-    tl.store(out + m * N + n, _bf16(value, INTERPRETED), mask=inside)
+    tl.store(out + m * N + n, to_bf16(value, INTERPRETED), mask=inside)
 
 
 @triton.jit
@@ -210,8 +217,8 @@ def _gradients_kernel(
     inside = n < N
     value = tl.load(gradient + m * N + n, mask=inside, other=0.0).to(tl.float32)
     channel = tl.load(channel_scale + n, mask=inside, other=0.0)
-    tl.store(by_channel + m * N + n, _bf16(value * channel, INTERPRETED), mask=inside)
-    tl.store(by_token + m * N + n, _bf16(value * tl.load(token_scale + m), INTERPRETED), mask=inside)
+    tl.store(by_channel + m * N + n, to_bf16(value * channel, INTERPRETED), mask=inside)
+    tl.store(by_token + m * N + n, to_bf16(value * tl.load(token_scale + m), INTERPRETED), mask=inside)
 
 
 @triton.jit
@@ -315,4 +322,4 @@ def _adam_kernel(
     tl.store(second + place, v, mask=inside)
     tl.store(value + place, new, mask=inside)
     if ROUNDED:
-        tl.store(rounded + place, _bf16(new, INTERPRETED), mask=inside)
+        tl.store(rounded + place, to_bf16(new, INTERPRETED), mask=inside)
