@@ -12,7 +12,6 @@ import triton.language as tl
 
 from convert_w4a8.fp8 import E4M3_MAX, MIN_TOKEN_SCALE
 from convert_w4a8.kernels.fp8 import OPTIONS, from_e4m3, to_bf16, to_e4m3
-from convert_w4a8.kernels.training.reference import by_code
 from convert_w4a8.linear import GROUP_SIZE
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,6 +23,8 @@ _BLOCK = 1024
 """Elements of a block where they do not depend on each other."""
 _ROWS = 8
 """Groups of weights of a block."""
+_TABLES = 32
+"""Tables that are sorted by one program."""
 _LOGITS = 4096
 """Logits of a token at a time."""
 
@@ -95,7 +96,7 @@ def look_up(entries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 def choose(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.choose`."""
-    levels, order = by_code(entries).sort(dim=-1, stable=True)
+    levels, order = _levels(entries)
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     values = torch.empty(weights.shape, dtype=torch.bfloat16, device=weights.device)
     groups = codes.numel() // GROUP_SIZE
@@ -104,7 +105,7 @@ def choose(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor) -
             weights,
             factor,
             levels,
-            order.to(torch.uint8),
+            order,
             codes,
             values,
             groups,
@@ -113,6 +114,34 @@ def choose(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor) -
             **OPTIONS,
         )
     return codes, values
+
+
+def settle_weights(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor, part: torch.Tensor) -> None:
+    """See `reference.settle_weights`."""
+    levels, _ = _levels(entries)
+    groups = weights.numel() // GROUP_SIZE
+    with torch.cuda.device_of(weights):
+        _settle_weights_kernel[(triton.cdiv(groups, _ROWS),)](
+            weights, factor, levels, part, groups, entries.shape[1], ROWS=_ROWS, **OPTIONS
+        )
+
+
+def settle_entries(moved: torch.Tensor, start: torch.Tensor, step: torch.Tensor, part: torch.Tensor) -> None:
+    """See `reference.settle_entries`."""
+    count = moved.numel()
+    with torch.cuda.device_of(moved):
+        _settle_entries_kernel[(triton.cdiv(count, _BLOCK),)](moved, start, step, part, count, BLOCK=_BLOCK, **OPTIONS)
+
+
+def _levels(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the codes of each table mean in ascending order, float32 [N, G, 16], and these codes, uint8."""
+    levels = torch.empty(*entries.shape[:2], 16, dtype=torch.float32, device=entries.device)
+    order = torch.empty(levels.shape, dtype=torch.uint8, device=entries.device)
+    groups = levels.numel() // 16
+    entries = entries.contiguous()
+    with torch.cuda.device_of(entries):
+        _levels_kernel[(triton.cdiv(groups, _TABLES),)](entries, levels, order, groups, TABLES=_TABLES, **OPTIONS)
+    return levels, order
 
 
 def sum_by_entry(gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -229,6 +258,55 @@ def _look_up_kernel(entries, codes, out, GROUPS, ROWS: tl.constexpr):
     code = tl.load(codes + place, mask=inside, other=8).to(tl.int32)
     entry = tl.load(entries + group * 8 + tl.where(code > 8, 16 - code, code), mask=inside & (code != 8), other=0.0)
     tl.store(out + place, tl.where(code > 8, -entry, entry).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _levels_kernel(entries, levels, order, GROUPS, TABLES: tl.constexpr):
+    group = (tl.program_id(0).to(tl.int64) * TABLES + tl.arange(0, TABLES))[:, None]
+    inside = group < GROUPS
+    code = tl.arange(0, 16)[None, :]
+    entry = tl.load(entries + group * 8 + tl.where(code > 8, 16 - code, code % 8), mask=inside, other=0.0)
+    value = tl.where(code > 8, -entry, tl.where(code == 8, 0.0, entry))
+    place = tl.zeros((TABLES, 16), tl.int32)
+    for other in tl.static_range(16):
+        start = entries + group * 8 + (16 - other if other > 8 else other % 8)
+        theirs = tl.load(start, mask=inside, other=0.0)
+        if other > 8:
+            theirs = -theirs
+        if other == 8:
+            theirs = theirs * 0.0
+        place += ((theirs < value) | ((theirs == value) & (other < code))).to(tl.int32)
+    tl.store(levels + group * 16 + place, value, mask=inside)
+    tl.store(order + group * 16 + place, (code + place * 0).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _settle_entries_kernel(moved, start, step, part, COUNT, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < COUNT
+    value = tl.load(moved + place, mask=inside, other=0.0)
+    begin = tl.load(start + place, mask=inside, other=0.0)
+    unit = tl.load(step + place, mask=inside, other=1.0)
+    entry = tl.clamp(begin + value * unit, -_FP8_MAX, _FP8_MAX)
+    middle = tl.div_rn(from_e4m3(to_e4m3(entry)) - begin, unit)
+    tl.store(moved + place, value + (middle - value) * tl.load(part), mask=inside)
+
+
+@triton.jit
+def _settle_weights_kernel(weights, factor, levels, part, GROUPS, PER_ROW, ROWS: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = group < GROUPS
+    place = group * _GROUP + tl.arange(0, _GROUP)[None, :]
+    weight = tl.load(weights + place, mask=inside, other=0.0)
+    scale = tl.load(factor + group // PER_ROW, mask=inside, other=1.0)
+    wanted = weight * scale
+    low = tl.load(levels + group * 16, mask=inside, other=0.0)
+    chosen = low + wanted * 0.0
+    for level in tl.static_range(1, 16):
+        high = tl.load(levels + group * 16 + level, mask=inside, other=0.0)
+        chosen = tl.where(wanted > (high + low) * 0.5, high, chosen)
+        low = high
+    tl.store(weights + place, weight + (tl.div_rn(chosen, scale) - weight) * tl.load(part), mask=inside)
 
 
 @triton.jit
