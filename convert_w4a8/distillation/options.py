@@ -40,7 +40,7 @@ def rates_for(preset: Preset, steps: int) -> Rates:
 
 def shortness(steps: int) -> float:
     """Return what the rates for so many steps are multiplied by."""
-    return min((_STEPS / steps) ** 0.5, _MOST)
+    return min(math.sqrt(_STEPS / steps), _MOST)
 
 
 TOP_K = 64
