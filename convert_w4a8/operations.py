@@ -202,14 +202,6 @@ class Training(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the codes uint8 [N, K] of the values nearest to weights·factor, and these, bfloat16 [N, K]."""
 
-    def settle_weights(
-        self, weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor, part: torch.Tensor
-    ) -> None:
-        """Draw weights a part of the way to the values that are nearest to weights·factor, in place."""
-
-    def settle_entries(self, moved: torch.Tensor, start: torch.Tensor, step: torch.Tensor, part: torch.Tensor) -> None:
-        """Draw start + moved·step a part of the way to its nearest E4M3 number, in place."""
-
     def sum_by_entry(self, gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Return the gradient of entries, float32 [N, G, 8], from that of weights, float32 [N, K]."""
 

@@ -65,13 +65,6 @@ if TYPE_CHECKING:
 @click.option(
     "--rate", type=NumberRange(min=0, min_open=True), default=1.0, show_default=True, help="Factor of all rates."
 )
-@click.option(
-    "--settle",
-    type=NumberRange(min=0),
-    default=0.7,
-    show_default=True,
-    help="How strongly values are drawn to what they are rounded to, towards the end. 0: not at all.",
-)
 @click.option("--every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between measurements.")
 @click.option(
     "--patience",

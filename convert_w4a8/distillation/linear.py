@@ -101,34 +101,6 @@ class LutLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-@torch.no_grad()
-def settle(
-    layer: LutLinear,
-    entries: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor | None,
-    of_entries: torch.Tensor,
-    of_weight: torch.Tensor,
-) -> None:
-    """Draw trained values to what they are rounded to, in place: entries to E4M3 numbers, weights to those of codes.
-
-    entries, scale, weight: the values of the layer's parameters, all of their rows or those that are trained here.
-    of_entries, of_weight: by which part of the way, float32 [] on the device.
-    """
-    operations = training(entries.device)
-    start, step, base = (_here(each) for each in (layer.start, layer.step, layer.channel_scale))
-    operations.settle_entries(entries, start, step, of_entries)
-    if weight is not None:
-        factor = layer.unit * base / (base * scale.exp())
-        operations.settle_weights(weight, factor, round_to_e4m3(start + entries * step), of_weight)
-
-
-def _here(tensor: Any) -> torch.Tensor:
-    """Return the rows of a tensor that this process has; all, where it is not spread over processes."""
-    found: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
-
-
 class _Multiply(torch.autograd.Function):
     """y = bf16(s·(C·(a·eᵀ))) with x ≈ s·a per token; rounding of x, of entries and to codes passes gradients on."""
 

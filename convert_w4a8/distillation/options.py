@@ -35,12 +35,8 @@ def rates_for(preset: Preset, steps: int) -> Rates:
 
     What gradients have of noise moves a value by rate·√steps; how far it may go by that does not depend on the steps.
     """
-    return Rates(**{name: rate * shortness(steps) for name, rate in asdict(RATES[preset]).items()})
-
-
-def shortness(steps: int) -> float:
-    """Return what the rates for so many steps are multiplied by."""
-    return min(math.sqrt(_STEPS / steps), _MOST)
+    factor = min((_STEPS / steps) ** 0.5, _MOST)
+    return Rates(**{name: rate * factor for name, rate in asdict(RATES[preset]).items()})
 
 
 TOP_K = 64
@@ -56,8 +52,6 @@ class DistillOptions:
     before the training ends; 0: any number. recompute: compute blocks a second time in the backward pass instead of
     keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
     the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
-    settle: how strongly entries are drawn to E4M3 numbers, and latent weights to the values of their codes
-    (`Trainer.settling`).
     """
 
     preset: Preset = Preset.TABLES
@@ -71,11 +65,10 @@ class DistillOptions:
     recompute: bool = False
     seed: int = 0
     hidden_weight: float = 0.0
-    settle: float = 0.7
 
     def __post_init__(self) -> None:
         """Take the preset as a string too. Raises ValueError for one that there is not, and numbers that are none."""
         object.__setattr__(self, "preset", Preset(self.preset))
-        for name in ("rate", "warmup", "towards", "hidden_weight", "settle"):
+        for name in ("rate", "warmup", "towards", "hidden_weight"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is not a finite number")

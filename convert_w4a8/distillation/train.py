@@ -13,20 +13,15 @@ from convert_w4a8.devices import training
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
 from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
-from convert_w4a8.distillation.linear import settle
 from convert_w4a8.distillation.loss import counted
 from convert_w4a8.distillation.machine import upload
-from convert_w4a8.distillation.options import DistillOptions, Rates, rates_for, shortness
+from convert_w4a8.distillation.options import DistillOptions, Rates, rates_for
 from convert_w4a8.distillation.student import Student, logits_of
 from convert_w4a8.distillation.teacher import Teacher
 from convert_w4a8.samples.sample import Sample
 
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-12
-_SETTLED_FROM = 0.2
-"""The part of the steps in which nothing is drawn to what it is rounded to (`Trainer.settling`)."""
-_HALF = 0.17
-"""Half the distance of neighbouring values of four bits, in root mean squares of the weights."""
 
 
 @dataclass
@@ -118,31 +113,6 @@ class Trainer:
             gradient = one.parameter.grad
             assert gradient is not None
             operations.adam(one.value, gradient, one.first, one.second, one.rounded, own)
-        self._settle(factor)
-
-    def settling(self, step: int) -> float:
-        """Return what part of the rate of a step values are drawn by, at the border between two that they may become.
-
-        Nothing in the first fifth of the steps, then in a line up to `settle`, in a training of 1,000 steps. In others
-        that is multiplied as the rates are, so that over a whole training they are drawn as far.
-        """
-        ramp = (step / self.options.steps - _SETTLED_FROM) / (1 - _SETTLED_FROM)
-        return self.options.settle * shortness(self.options.steps) * max(0.0, ramp)
-
-    def _settle(self, factor: float) -> None:
-        """Draw entries and latent weights to what they are rounded to, in proportion to their rates."""
-        strength = factor * self.settling(self.step)
-        if not strength:
-            return
-        parts = [
-            min(1.0, strength * rate / half) for rate, half in ((self._rates.entries, 0.5), (self._rates.weight, _HALF))
-        ]
-        of_entries, of_weight = upload(torch.tensor(parts), self._device)
-        for name, layer in self.student.layers.items():
-            entries, scale, weight = (self.trained.get(f"{name}.{leaf}") for leaf in ("entries", "scale", "weight"))
-            assert entries is not None
-            assert scale is not None
-            settle(layer, entries.value, scale.value, None if weight is None else weight.value, of_entries, of_weight)
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> torch.Tensor:

@@ -116,23 +116,6 @@ def choose(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor) -
     return codes, values
 
 
-def settle_weights(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor, part: torch.Tensor) -> None:
-    """See `reference.settle_weights`."""
-    levels, _ = _levels(entries)
-    groups = weights.numel() // GROUP_SIZE
-    with torch.cuda.device_of(weights):
-        _settle_weights_kernel[(triton.cdiv(groups, _ROWS),)](
-            weights, factor, levels, part, groups, entries.shape[1], ROWS=_ROWS, **OPTIONS
-        )
-
-
-def settle_entries(moved: torch.Tensor, start: torch.Tensor, step: torch.Tensor, part: torch.Tensor) -> None:
-    """See `reference.settle_entries`."""
-    count = moved.numel()
-    with torch.cuda.device_of(moved):
-        _settle_entries_kernel[(triton.cdiv(count, _BLOCK),)](moved, start, step, part, count, BLOCK=_BLOCK, **OPTIONS)
-
-
 def _levels(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the codes of each table mean in ascending order, float32 [N, G, 16], and these codes, uint8."""
     levels = torch.empty(*entries.shape[:2], 16, dtype=torch.float32, device=entries.device)
@@ -278,35 +261,6 @@ def _levels_kernel(entries, levels, order, GROUPS, TABLES: tl.constexpr):
         place += ((theirs < value) | ((theirs == value) & (other < code))).to(tl.int32)
     tl.store(levels + group * 16 + place, value, mask=inside)
     tl.store(order + group * 16 + place, (code + place * 0).to(tl.uint8), mask=inside)
-
-
-@triton.jit
-def _settle_entries_kernel(moved, start, step, part, COUNT, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < COUNT
-    value = tl.load(moved + place, mask=inside, other=0.0)
-    begin = tl.load(start + place, mask=inside, other=0.0)
-    unit = tl.load(step + place, mask=inside, other=1.0)
-    entry = tl.clamp(begin + value * unit, -_FP8_MAX, _FP8_MAX)
-    middle = tl.div_rn(from_e4m3(to_e4m3(entry)) - begin, unit)
-    tl.store(moved + place, value + (middle - value) * tl.load(part), mask=inside)
-
-
-@triton.jit
-def _settle_weights_kernel(weights, factor, levels, part, GROUPS, PER_ROW, ROWS: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = group < GROUPS
-    place = group * _GROUP + tl.arange(0, _GROUP)[None, :]
-    weight = tl.load(weights + place, mask=inside, other=0.0)
-    scale = tl.load(factor + group // PER_ROW, mask=inside, other=1.0)
-    wanted = weight * scale
-    low = tl.load(levels + group * 16, mask=inside, other=0.0)
-    chosen = low + wanted * 0.0
-    for level in tl.static_range(1, 16):
-        high = tl.load(levels + group * 16 + level, mask=inside, other=0.0)
-        chosen = tl.where(wanted > (high + low) * 0.5, high, chosen)
-        low = high
-    tl.store(weights + place, weight + (tl.div_rn(chosen, scale) - weight) * tl.load(part), mask=inside)
 
 
 @triton.jit

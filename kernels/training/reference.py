@@ -5,7 +5,7 @@ Codes are unsigned, u = v + 8, uint8 [N, K]; entries are E4M3 numbers in float32
 
 import torch
 
-from convert_w4a8.fp8 import E4M3_MAX, quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.linear import GROUP_SIZE
 
 _ZERO = 8
@@ -60,18 +60,6 @@ def choose(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor) -
     found = torch.searchsorted(middles.flatten(0, 1).contiguous(), grouped.flatten(0, 1).contiguous())
     found = found.view(grouped.shape)
     return order.gather(-1, found).to(torch.uint8).flatten(1), levels.gather(-1, found).bfloat16().flatten(1)
-
-
-def settle_weights(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor, part: torch.Tensor) -> None:
-    """Draw weights part of the way to the values that `choose` gives them, in place. part: float32 []."""
-    _, values = choose(weights, factor, entries)
-    weights.add_((values.float() / factor[:, None] - weights) * part)
-
-
-def settle_entries(moved: torch.Tensor, start: torch.Tensor, step: torch.Tensor, part: torch.Tensor) -> None:
-    """Draw start + moved·step a part of the way to its nearest E4M3 number, in place. moved, start, step: [N, G, 8]."""
-    entries = (start + moved * step).clamp(-E4M3_MAX, E4M3_MAX)
-    moved.add_(((entries.to(torch.float8_e4m3fn).float() - start) / step - moved) * part)
 
 
 def sum_by_entry(gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

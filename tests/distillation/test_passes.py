@@ -10,12 +10,9 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.distillation import graphs
 from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.linear import Preset
-from convert_w4a8.distillation.options import RATES, DistillOptions, rates_for
+from convert_w4a8.distillation.options import RATES, rates_for
 from convert_w4a8.distillation.student import load_student, load_teacher, logits_of
-from convert_w4a8.distillation.teacher import LiveTeacher
-from convert_w4a8.distillation.train import Trainer
 
-CPU = torch.device("cpu")
 masks = pytest.importorskip("transformers.masking_utils")
 
 
@@ -97,26 +94,3 @@ def test_what_cannot_be_captured_keeps_nothing(model: Path, monkeypatch: pytest.
         assert torch.equal(passes.forward(ids), logits_of(teacher, ids))
         assert len(passes._captured) == kept
     assert passes._pool is None
-
-
-@pytest.mark.parametrize("preset", list(Preset))
-def test_values_settle(model: Path, start: Path, preset: Preset) -> None:
-    """Without gradients, entries go to the E4M3 numbers that they are rounded to, weights to the values of codes."""
-    checkpoint = open_checkpoint(start)
-    student = load_student(checkpoint, open_checkpoint(model), preset, torch.device("cpu"))
-    options = DistillOptions(preset=preset, steps=10, settle=1e6)
-    trainer = Trainer(student, LiveTeacher(load_teacher(open_checkpoint(model), torch.device("cpu"))), options, CPU)
-    assert [trainer.settling(step) for step in (0, 2, 10)] == [0, 0, 2 * options.settle]
-    for one in trainer.trained.values():
-        one.value.detach().add_(torch.randn(one.value.shape, generator=torch.Generator().manual_seed(0)) * 0.2)
-    before = {name: [each.clone() for each in layer.operand()] for name, layer in student.layers.items()}
-    trainer.step = 5
-    trainer._settle(1.0)
-    for name, layer in student.layers.items():
-        entries, scale, _, values = layer.operand()
-        for place, found in ((0, entries), (1, scale), (3, values)):  # codes may be others of equal values
-            assert torch.equal(found, before[name][place])
-        torch.testing.assert_close(layer.start + layer.entries * layer.step, entries, rtol=1e-5, atol=1e-6)
-        if layer.weight is not None:
-            at = layer.weight * layer.unit * layer.channel_scale[:, None]
-            torch.testing.assert_close(at, values.float() * scale[:, None], rtol=1e-4, atol=1e-9)

@@ -72,25 +72,6 @@ def test_tables(n: int, groups: int, seed: int) -> None:
     assert torch.equal(found, reference.sum_by_entry(gradient, codes))
 
 
-@given(n=st.integers(1, 5), groups=st.integers(1, 3), seed=st.integers(0, 99))
-def test_settling(n: int, groups: int, seed: int) -> None:
-    """Bit for bit."""
-    start = to_e4m3(torch.randn(n, groups, 8, generator=generator(seed)).mul(30)).float()
-    step = torch.randint(-9, 6, start.shape, generator=generator(seed)).float().exp2()
-    moved, part = torch.randn(start.shape, generator=generator(seed + 1)), torch.tensor(0.3)
-    weights = torch.randn(n, 128 * groups, generator=generator(seed)).mul(8)
-    factor = torch.tensor([1.0, 0.7, 1.3, 1.0, 1.1])[:n]
-    for name, (first, *others) in {
-        "settle_entries": (moved, start, step, part),
-        "settle_weights": (weights, factor, start, part),
-    }.items():
-        found, expected = first.clone().to(DEVICE), first.clone()
-        getattr(KERNELS, name)(found, *(other.to(DEVICE) for other in others))
-        getattr(reference, name)(expected, *others)
-        assert torch.equal(found.cpu(), expected)
-        assert not torch.equal(expected, first)
-
-
 @pytest.mark.parametrize("vocabulary", [33, 4096, 5000])
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_divergence(vocabulary: int, with_gradient: bool) -> None:
