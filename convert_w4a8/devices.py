@@ -2,8 +2,8 @@
 
 Each operation is a folder of `kernels/` with a file for each kind of device: `gpu.py` (Triton), `cpu.py` (numba) and
 `reference.py` (plain torch, on any device, many times slower). All of them give the same bytes, but for
-`codebooks` and `training` on a GPU, which are as good. Where Triton or numba cannot work, the reference does the work.
-Either compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
+`codebooks`, `training` and `blocks` on a GPU, which are as good. Where Triton or numba cannot work, the reference does
+the work. Either compiles a kernel when it is first called, some seconds for all, and keeps it for later processes.
 """
 
 import logging
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.operations import Activations, Codebooks, Codes, Gemm, Repack, Tables, Training
+from convert_w4a8.operations import Activations, Blocks, Codebooks, Codes, Gemm, Repack, Tables, Training
 
 _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "repack": {"cuda": "gpu", "cpu": "cpu"},
@@ -33,6 +33,7 @@ _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "codebooks": {"cuda": "gpu", "cpu": "cpu"},
     "activations": {"cuda": "gpu"},
     "training": {"cuda": "gpu"},
+    "blocks": {"cuda": "gpu"},
 }
 """Which file of an operation serves which kind of device; `reference` serves the others."""
 _COMPILERS = {"gpu": "Triton", "cpu": "numba", "reference": "torch"}
@@ -83,6 +84,12 @@ def gemm(device: torch.device) -> Gemm:
 def training(device: torch.device) -> Training:
     """Return what trains layers on a device."""
     operations: Training = _kernels("training", device)
+    return operations
+
+
+def blocks(device: torch.device) -> Blocks:
+    """Return what computes between the linear layers of blocks on a device."""
+    operations: Blocks = _kernels("blocks", device)
     return operations
 
 

@@ -183,6 +183,9 @@ class Training(Protocol):
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Quantize bfloat16 [M, K] by token: float8_e4m3fn, the same in bfloat16, scales float32 [M, 1]."""
 
+    def widen(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return numbers of float8_e4m3fn in bfloat16."""
+
     def scale_outputs(self, sums: torch.Tensor, token_scale: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
         """Return bf16(s·(C·sums)), bfloat16 [M, N], of float32 [M, N]; scales float32 [M, 1] and [N]."""
 
@@ -217,3 +220,26 @@ class Training(Protocol):
         numbers: torch.Tensor,
     ) -> None:
         """Take a step of Adam, in place."""
+
+
+class Blocks(Protocol):
+    """What blocks compute between their linear layers; `kernels/blocks/reference.py` describes these."""
+
+    def normalize(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `LlamaRMSNorm` does of bfloat16 [M, H], and what x was multiplied by, float32 [M, 1]."""
+
+    def normalize_gradients(
+        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return its gradients by x, bfloat16 [M, H], and by the weight, float32 [H]."""
+
+    def gate(self, gates: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return silu(gates)·up, bfloat16 [M, H]."""
+
+    def gate_gradients(
+        self, gradient: torch.Tensor, gates: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return its gradients by gates and up."""
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool) -> torch.Tensor:
+        """Rotate bfloat16 [B, heads, T, D] by angles [B or 1, T, D], or carry a gradient back."""

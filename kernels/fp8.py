@@ -35,6 +35,15 @@ def from_e4m3(byte):
 
 
 @triton.jit
+def to_bf16(x, INTERPRETED: tl.constexpr):
+    """Round float32 to bfloat16, to the nearest, ties to even; the interpreter's own conversion cuts off."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
 def round_code(x):
     """Round to the nearest whole number from −8 to 7, ties to even."""
     clamped = tl.minimum(tl.maximum(x, -9.0), 8.0)

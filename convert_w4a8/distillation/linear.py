@@ -13,6 +13,9 @@ from convert_w4a8.encoding.tables import table_entries
 from convert_w4a8.kernels.training.reference import look_up
 from convert_w4a8.linear import Packing, W4A8Linear
 
+_KEPT = "_w4a8_quantized"
+"""An attribute of tensors, which is gone when they are."""
+
 
 class Preset(StrEnum):
     """What is trained."""
@@ -92,11 +95,9 @@ class LutLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply activations bfloat16 [..., K]; bfloat16 [..., N]."""
-        flat = x.flatten(0, -2)
         y: torch.Tensor = _Multiply.apply(  # type: ignore[no-untyped-call]
-            flat, self.entries, self.scale, self.weight, self
+            x, self.entries, self.scale, self.weight, self
         )
-        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -114,26 +115,39 @@ class _Multiply(torch.autograd.Function):
     ) -> torch.Tensor:
         operations = training(x.device)
         rounded, channel, codes, values = layer.operand()
-        tokens, wide, token_scale = operations.quantize(x)
+        tokens, wide, token_scale = _quantized(x)
         ctx.save_for_backward(tokens, token_scale, rounded, channel, codes)
         ctx.step, ctx.unit, ctx.base = layer.step, layer.unit, layer.channel_scale
         ctx.has_weight = weight is not None
-        return operations.scale_outputs(_product(wide, values.t()), token_scale, channel)
+        y = operations.scale_outputs(_product(wide, values.t()), token_scale, channel)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, token_scale, rounded, channel, codes = ctx.saved_tensors
         operations = training(gradient.device)
+        shape, gradient = gradient.shape, gradient.flatten(0, -2)
         by_channel, by_token = operations.scale_gradients(gradient, token_scale, channel)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _product(by_channel, operations.look_up(rounded, codes), gradient.dtype)
-        of_values = _product(by_token.t(), tokens.bfloat16())
+            dx = _product(by_channel, operations.look_up(rounded, codes), gradient.dtype).view(*shape[:-1], -1)
+        of_values = _product(by_token.t(), operations.widen(tokens))
         sums = operations.sum_by_entry(of_values, codes)
         d_scale = (sums * rounded).sum((1, 2)) * channel
         d_entries = sums.mul_(channel[:, None, None]).mul_(ctx.step)
         d_weight = of_values.mul_((ctx.unit * ctx.base)[:, None]) if ctx.has_weight else None
         return dx, d_entries, d_scale, d_weight, None
+
+
+def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize [..., K] by token, once for all layers whose input it is: query, key and value, or gate and up."""
+    version = x._version  # noqa: SLF001 - torch's own count of changes, of which it has no other
+    kept = getattr(x, _KEPT, None)
+    if kept is None or kept[0] != version:
+        kept = version, training(x.device).quantize(x.flatten(0, -2))
+        setattr(x, _KEPT, kept)
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = kept[1]
+    return found
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,6 +13,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.experts import place_experts
+from convert_w4a8.distillation.fused import fuse, rotations
 from convert_w4a8.distillation.hidden import check_blocks
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.errors import ConvertError
@@ -87,7 +88,9 @@ def load_teacher(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
 
     """
     state = {name: _in_bfloat16(read_tensor(info)) for name, info in checkpoint.tensors.items()}
-    return _build(checkpoint, state).to(device).requires_grad_(requires_grad=False)
+    model = _build(checkpoint, state).to(device).requires_grad_(requires_grad=False)
+    fuse(model, device)
+    return model
 
 
 def load_student(
@@ -136,12 +139,13 @@ def load_student(
             parameter.requires_grad_()
             others[name] = parameter
     model.to(device)
+    fuse(model, device)
     return Student(model, layers, others)
 
 
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits bfloat16 [B, T, V] of token ids [B, T], padded on the right where samples are shorter."""
-    with _one_sample_a_row():
+    with _one_sample_a_row(), rotations(model):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 

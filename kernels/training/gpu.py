@@ -11,19 +11,27 @@ import triton
 import triton.language as tl
 
 from convert_w4a8.fp8 import E4M3_MAX, MIN_TOKEN_SCALE
-from convert_w4a8.kernels.fp8 import OPTIONS, to_e4m3
-from convert_w4a8.kernels.training.reference import by_code
-from convert_w4a8.linear import GROUP_SIZE
+from convert_w4a8.kernels.fp8 import OPTIONS, from_e4m3, to_bf16, to_e4m3
+from convert_w4a8.kernels.training.gpu_tables import choose, look_up, sum_by_entry
+
+__all__ = [
+    "adam",
+    "choose",
+    "divergence",
+    "look_up",
+    "quantize",
+    "scale_gradients",
+    "scale_outputs",
+    "sum_by_entry",
+    "widen",
+]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FP8_MAX = tl.constexpr(E4M3_MAX)
 _LEAST_SCALE = tl.constexpr(MIN_TOKEN_SCALE)
-_GROUP = tl.constexpr(GROUP_SIZE)
 _ELEMENTS_PER_THREAD = 16
 _BLOCK = 1024
 """Elements of a block where they do not depend on each other."""
-_ROWS = 8
-"""Groups of weights of a block."""
 _LOGITS = 4096
 """Logits of a token at a time."""
 
@@ -40,6 +48,15 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     with torch.cuda.device_of(x):
         _quantize_kernel[(m,)](x, tokens, wide, scale, k, BLOCK=block, num_warps=warps, **OPTIONS)
     return tokens.view(torch.float8_e4m3fn), wide, scale
+
+
+def widen(tokens: torch.Tensor) -> torch.Tensor:
+    """See `reference.widen`."""
+    out = torch.empty(tokens.shape, dtype=torch.bfloat16, device=tokens.device)
+    count = tokens.numel()
+    with torch.cuda.device_of(tokens):
+        _widen_kernel[(triton.cdiv(count, _BLOCK),)](tokens.view(torch.uint8), out, count, BLOCK=_BLOCK, **OPTIONS)
+    return out
 
 
 def scale_outputs(sums: torch.Tensor, token_scale: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
@@ -73,47 +90,6 @@ def scale_gradients(
             **OPTIONS,
         )
     return by_channel, by_token
-
-
-def look_up(entries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """See `reference.look_up`."""
-    out = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
-    groups = codes.numel() // GROUP_SIZE
-    with torch.cuda.device_of(codes):
-        _look_up_kernel[(triton.cdiv(groups, _ROWS),)](entries, codes, out, groups, ROWS=_ROWS, **OPTIONS)
-    return out
-
-
-def choose(weights: torch.Tensor, factor: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.choose`."""
-    levels, order = by_code(entries).sort(dim=-1, stable=True)
-    codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
-    values = torch.empty(weights.shape, dtype=torch.bfloat16, device=weights.device)
-    groups = codes.numel() // GROUP_SIZE
-    with torch.cuda.device_of(weights):
-        _choose_kernel[(triton.cdiv(groups, _ROWS),)](
-            weights,
-            factor,
-            levels,
-            order.to(torch.uint8),
-            codes,
-            values,
-            groups,
-            entries.shape[1],
-            ROWS=_ROWS,
-            **OPTIONS,
-        )
-    return codes, values
-
-
-def sum_by_entry(gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """See `reference.sum_by_entry`."""
-    n, k = gradient.shape
-    out = torch.empty(n, k // GROUP_SIZE, 8, dtype=torch.float32, device=gradient.device)
-    groups = codes.numel() // GROUP_SIZE
-    with torch.cuda.device_of(gradient):
-        _sum_kernel[(triton.cdiv(groups, _ROWS),)](gradient, codes, out, groups, ROWS=_ROWS, **OPTIONS)
-    return out
 
 
 def divergence(
@@ -166,15 +142,6 @@ def adam(
 
 
 @triton.jit
-def _bf16(x, INTERPRETED: tl.constexpr):
-    """Round float32 to bfloat16, to the nearest, ties to even; the interpreter's own conversion cuts off."""
-    if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16)
-
-
-@triton.jit
 def _quantize_kernel(x, tokens, wide, scale, K, BLOCK: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
@@ -192,13 +159,20 @@ def _quantize_kernel(x, tokens, wide, scale, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _widen_kernel(tokens, out, COUNT, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < COUNT
+    tl.store(out + place, from_e4m3(tl.load(tokens + place, mask=inside, other=0)).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
 def _outputs_kernel(sums, token_scale, channel_scale, out, N, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     value = tl.load(sums + m * N + n, mask=inside, other=0.0)
     value = tl.load(token_scale + m) * (tl.load(channel_scale + n, mask=inside, other=0.0) * value)
-    tl.store(out + m * N + n, _bf16(value, INTERPRETED), mask=inside)
+    tl.store(out + m * N + n, to_bf16(value, INTERPRETED), mask=inside)
 
 
 @triton.jit
@@ -210,50 +184,8 @@ def _gradients_kernel(
     inside = n < N
     value = tl.load(gradient + m * N + n, mask=inside, other=0.0).to(tl.float32)
     channel = tl.load(channel_scale + n, mask=inside, other=0.0)
-    tl.store(by_channel + m * N + n, _bf16(value * channel, INTERPRETED), mask=inside)
-    tl.store(by_token + m * N + n, _bf16(value * tl.load(token_scale + m), INTERPRETED), mask=inside)
-
-
-@triton.jit
-def _look_up_kernel(entries, codes, out, GROUPS, ROWS: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = group < GROUPS
-    place = group * _GROUP + tl.arange(0, _GROUP)[None, :]
-    code = tl.load(codes + place, mask=inside, other=8).to(tl.int32)
-    entry = tl.load(entries + group * 8 + tl.where(code > 8, 16 - code, code), mask=inside & (code != 8), other=0.0)
-    tl.store(out + place, tl.where(code > 8, -entry, entry).to(tl.bfloat16), mask=inside)
-
-
-@triton.jit
-def _choose_kernel(weights, factor, levels, order, codes, values, GROUPS, PER_ROW, ROWS: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = group < GROUPS
-    place = group * _GROUP + tl.arange(0, _GROUP)[None, :]
-    wanted = tl.load(weights + place, mask=inside, other=0.0) * tl.load(
-        factor + group // PER_ROW, mask=inside, other=0.0
-    )
-    found = tl.zeros((ROWS, _GROUP), tl.int32)
-    low = tl.load(levels + group * 16, mask=inside, other=0.0)
-    for level in tl.static_range(1, 16):
-        high = tl.load(levels + group * 16 + level, mask=inside, other=0.0)
-        found += (wanted > (high + low) * 0.5).to(tl.int32)
-        low = high
-    tl.store(codes + place, tl.load(order + group * 16 + found, mask=inside, other=0), mask=inside)
-    chosen = tl.load(levels + group * 16 + found, mask=inside, other=0.0)
-    tl.store(values + place, chosen.to(tl.bfloat16), mask=inside)
-
-
-@triton.jit
-def _sum_kernel(gradient, codes, out, GROUPS, ROWS: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = group < GROUPS
-    place = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    value = tl.load(gradient + place, mask=inside[:, None], other=0.0)
-    code = tl.load(codes + place, mask=inside[:, None], other=8).to(tl.int32)
-    value = tl.where(code > 8, -value, value)
-    entry = tl.where(code > 8, 16 - code, code)
-    for each in tl.static_range(8):
-        tl.store(out + group * 8 + each, tl.sum(tl.where(entry == each, value, 0.0), 1), mask=inside)
+    tl.store(by_channel + m * N + n, to_bf16(value * channel, INTERPRETED), mask=inside)
+    tl.store(by_token + m * N + n, to_bf16(value * tl.load(token_scale + m), INTERPRETED), mask=inside)
 
 
 @triton.jit
@@ -315,4 +247,4 @@ def _adam_kernel(
     tl.store(second + place, v, mask=inside)
     tl.store(value + place, new, mask=inside)
     if ROUNDED:
-        tl.store(rounded + place, _bf16(new, INTERPRETED), mask=inside)
+        tl.store(rounded + place, to_bf16(new, INTERPRETED), mask=inside)

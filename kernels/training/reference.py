@@ -20,6 +20,11 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return tokens, tokens.bfloat16(), scale
 
 
+def widen(tokens: torch.Tensor) -> torch.Tensor:
+    """Return numbers of float8_e4m3fn in bfloat16, which holds them exactly."""
+    return tokens.bfloat16()
+
+
 def scale_outputs(sums: torch.Tensor, token_scale: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
     """Return bf16(s·(C·sums)), bfloat16 [M, N], of float32 [M, N]; scales float32 [M, 1] and [N]."""
     return (token_scale * (channel_scale * sums)).bfloat16()

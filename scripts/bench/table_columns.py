@@ -319,6 +319,20 @@ COLUMNS: dict[str, Columns] = {
         *(("weights", "{weight:g}"), ("towards the teacher", "{towards:g}"), ("training text", "{training:.5f}")),
         ("held-out text, change", "{change:+.5f} ± {change_standard_error:.5f}"),
     ),
+    "distill-longer": (
+        *(("preset", "{preset}"), ("changed", "{changed}"), ("entries", "{entries:.2g}"), ("weights", "{weight:.2g}")),
+        *(("library", "{library:.5f}"), ("packages", "{packages:.5f}")),
+        *(("evaluation text", "{evaluation:.5f}"), ("averaged", "{averaged:.5f}")),
+    ),
+    "distill-step": (
+        *(("preset", "{preset}"), ("norms, gates and rotations", "{blocks}"), ("kernels", "{launches:,}")),
+        *(
+            ("ms: products", "{products:.1f}"),
+            ("attention", "{attention:.1f}"),
+            ("kernels of this project", "{ours:.1f}"),
+        ),
+        *(("others", "{others:.1f}"), ("all", "{all:.1f}")),
+    ),
     "distill-kl": (
         *(("checkpoint", "{weights}"), ("activations", "{activations}"), ("tokens trained on", "{tokens:,}")),
         *(("s", "{seconds:.0f}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),

@@ -18,6 +18,7 @@ from convert_w4a8 import devices, kernels
 from convert_w4a8.encoding import lut_layout
 from convert_w4a8.encoding.tables import expand_tables
 from convert_w4a8.kernels.activations import reference as activations_reference
+from convert_w4a8.kernels.blocks import reference as blocks_reference
 from convert_w4a8.kernels.codebooks import reference as codebooks_reference
 from convert_w4a8.kernels.codes import reference as codes_reference
 from convert_w4a8.kernels.gemm import reference as gemm_reference
@@ -37,6 +38,7 @@ REFERENCES = {
     "codebooks": codebooks_reference,
     "activations": activations_reference,
     "training": training_reference,
+    "blocks": blocks_reference,
 }
 
 

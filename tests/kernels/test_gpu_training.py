@@ -33,6 +33,14 @@ def test_quantize_is_vllms(m: int, groups: int, seed: int) -> None:
     assert torch.equal(wide, expected.bfloat16())
 
 
+def test_widen_is_exact() -> None:
+    """Every number of E4M3."""
+    tokens = torch.tensor([byte for byte in range(256) if byte & 127 != 127] * 5, dtype=torch.uint8).view(
+        torch.float8_e4m3fn
+    )
+    assert torch.equal(KERNELS.widen(tokens.to(DEVICE)).cpu(), tokens.bfloat16())
+
+
 @given(m=st.integers(1, 4), n=st.sampled_from([16, 1030]), seed=st.integers(0, 99))
 def test_scaled_sums_and_gradients(m: int, n: int, seed: int) -> None:
     """Bit for bit."""
