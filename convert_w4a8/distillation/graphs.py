@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from convert_w4a8.distillation.experts import LutExperts
 from convert_w4a8.distillation.linear import LutLinear
@@ -39,7 +40,8 @@ class Passes:
         self._model, self._parameters = model, parameters
         small = _weights(model) <= MOST_WEIGHTS
         has_experts = any(isinstance(module, LutExperts) or is_experts(module) for module in model.modules())
-        self._most = MOST_SHAPES if small and device.type == "cuda" and not has_experts else 0
+        is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # processes wait for each other
+        self._most = MOST_SHAPES if small and device.type == "cuda" and not (has_experts or is_sharded) else 0
         self._seen: Counter[torch.Size] = Counter()
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool: Any = None

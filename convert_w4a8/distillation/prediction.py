@@ -142,12 +142,14 @@ def predict(
     *,
     together: bool = True,
     top_k: int | None = None,
+    gpus: int = 1,
 ) -> Cost:
     """Predict what a training of a checkpoint takes.
 
     together: whether the teacher runs on the device of the student. top_k: its logits are stored, so many of each
-    token, or all with 0; None: they are not.
+    token, or all with 0; None: they are not. gpus: that share every batch; memory is that of each.
     """
+    whole, options = options, replace(options, batch_tokens=-(-options.batch_tokens // gpus))
     samples = {key_of(sample): sample for sample in (*data.samples, *data.held_out)} if top_k is not None else {}
     sizes, of_teacher = sizes_of(start), 2 * sum(map(_count, teacher.tensors.values())) if together else 0
     found = predict_cost(
@@ -157,11 +159,12 @@ def predict(
         held_out_tokens=sum(map(len, data.held_out)),
         stored_rows=None if top_k is None else sum(map(rows_of, samples.values())),
         top_k=top_k or 0,
-        shapes=_captured_shapes(start, sizes, options),
+        gpus=gpus,
+        shapes=_captured_shapes(start, sizes, options) if gpus == 1 else 1,
     )
     if top_k is None or not together:
         return found
-    return replace(found, gpu_memory=max(found.gpu_memory, _first_pass_memory(sizes, of_teacher, options.batch_tokens)))
+    return replace(found, gpu_memory=max(found.gpu_memory, _first_pass_memory(sizes, of_teacher, whole.batch_tokens)))
 
 
 def _captured_shapes(start: Checkpoint, sizes: Sizes, options: DistillOptions) -> int:

@@ -3,14 +3,15 @@
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
 from convert_w4a8.checkpoint.disk import real_path
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.destination import privacy
@@ -19,24 +20,45 @@ from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.devices import kind_of
 from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
 from convert_w4a8.distillation.hidden import check_blocks, sizes_of_blocks
+from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import TrainingData, by_tag, mixed, shares
 from convert_w4a8.distillation.options import TOP_K, DistillOptions, rates_for
 from convert_w4a8.distillation.output import plan_files, write_output
 from convert_w4a8.distillation.paths import check_paths
+from convert_w4a8.distillation.processes import Place, run_on_all
 from convert_w4a8.distillation.recipe import record, section
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
+from convert_w4a8.distillation.sharded import (
+    BestValues,
+    ShardedState,
+    ShardedStudent,
+    ShardedTrainer,
+    check_gpus,
+    part_files,
+    shard,
+    shard_student,
+)
 from convert_w4a8.distillation.state import StateDirectory
-from convert_w4a8.distillation.stored import StoredTeacher
-from convert_w4a8.distillation.student import check_models, check_vocabulary, load_student, load_teacher, vocabulary
+from convert_w4a8.distillation.stored import StoredTeacher, read_notes
+from convert_w4a8.distillation.student import (
+    Student,
+    check_models,
+    check_vocabulary,
+    load_student,
+    load_teacher,
+    vocabulary,
+)
 from convert_w4a8.distillation.teacher import LiveTeacher, Teacher
 from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.errors import ConvertError, DiskError
 
+_HOST = torch.device("cpu")
 _SURE = 2.0
 """Standard errors by which the divergence of held-out samples has to fall, or nothing is written."""
 _PARTS = "the models, their gradients and moments, and a batch"
 _LESS_OF_TEACHER = "give fewer --batch-tokens or --max-length, or a --teacher-device of its own"
+_LESS_OF_ALL = "give more --gpus, fewer --batch-tokens, a lower --max-length, or --recompute"
 _LESS = "give fewer --batch-tokens, --max-length, --recompute, or a --teacher-device of its own"
 
 
@@ -49,6 +71,7 @@ def distill(
     *,
     device: torch.device,
     teacher_device: torch.device | None = None,
+    gpus: int = 1,
     teacher_logits: Path | None = None,
     top_k: int = TOP_K,
     overwrite: bool = False,
@@ -58,6 +81,7 @@ def distill(
 ) -> DistillResult:
     """Train the W4A8 checkpoint `start` to predict as `teacher` does. `out` appears whole, at the end, or not at all.
 
+    gpus: over how many GPUs of this machine both models are spread, a process for each; of a CPU, how many processes.
     teacher_logits: directory of the teacher's logits, the `top_k` highest of each token and the sum of the others, or
     all with 0. They are written there if they are not there yet; the teacher does not run beside the student then.
     progress: called with the number of each step and its divergence in nats per token. storing: called while logits are
@@ -69,6 +93,7 @@ def distill(
     """
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     check_models(start, teacher, blocks=options.hidden_weight > 0)
+    check_gpus(start, gpus, device)
     stored: StoredTeacher | None = None
     teacher_on = teacher_device or device
     if teacher_logits is not None:
@@ -85,7 +110,7 @@ def distill(
                 progress=storing,
             )
     predictions = stored or teacher_on
-    before = _fingerprint(start, teacher, options, data, device, predictions)
+    before = _fingerprint(start, teacher, options, data, device, predictions, gpus)
     state = StateDirectory(real_path(out))
     plan = plan_files(start)
     with CheckpointWriter(
@@ -100,24 +125,102 @@ def distill(
     ) as writer:
         if not resume:
             state.remove()
-        with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device, teacher_on):
-            run = _Run(start, teacher, data, options, device, predictions, state, before)
-            try:
-                result = run.train(progress)
-            except KeyboardInterrupt as error:
-                if run.kept is not None:
-                    error.add_note(f"step {run.kept} of {options.steps} is kept; --resume continues from there")
-                raise
-            except DiskError:  # what was kept stays
-                raise
-            except ConvertError:
-                state.remove()
-                raise
-        write_output(writer, start, run.student, record(options, data.digest(), result), section(options, result))
-        check_unchanged(before, _fingerprint(start, teacher, options, data, device, predictions))
+        kept = _Kept(options.steps)
+        layers: Iterable[tuple[str, LutLinear]]
+        others: Mapping[str, torch.Tensor]
+        try:
+            if gpus > 1:
+                job = _Job(start.root, teacher.root, data, options, teacher_logits, out, before)
+                result = _train_on_all(job, gpus, device.type, progress, kept)
+                best = BestValues(part_files(state.path, kept.last(), gpus))
+                layers, others = best.layers(start, options.preset, device), best.others(start)
+            else:
+                with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device, teacher_on):
+                    run = _Run(start, teacher, data, options, device, predictions, state, before, kept)
+                    result = run.train(progress)
+                layers, others = run.student.layers.items(), run.student.others
+        except KeyboardInterrupt as error:
+            kept.note(error)
+            raise
+        except DiskError:  # what was kept stays
+            raise
+        except ConvertError:
+            state.remove()
+            raise
+        write_output(writer, start, layers, others, record(options, data.digest(), result), section(options, result))
+        check_unchanged(before, _fingerprint(start, teacher, options, data, device, predictions, gpus))
         writer.commit()
     state.remove()
     return result
+
+
+@dataclass
+class _Kept:
+    """The last step that is kept, as it is found out. steps: of the training."""
+
+    steps: int
+    step: int | None = None
+
+    def note(self, error: KeyboardInterrupt) -> None:
+        """Tell whoever interrupted."""
+        if self.step is not None:
+            error.add_note(f"step {self.step} of {self.steps} is kept; --resume continues from there")
+
+    def last(self) -> int:
+        """Return the step that a training which is done has kept."""
+        assert self.step is not None
+        return self.step
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What each of several processes is told about a training."""
+
+    start: Path
+    teacher: Path
+    data: TrainingData
+    options: DistillOptions
+    teacher_logits: Path | None
+    out: Path
+    fingerprint: Mapping[str, Any]
+
+
+def _train_on_all(
+    job: _Job, gpus: int, kind: str, progress: Callable[[int, float], None], kept: _Kept
+) -> DistillResult:
+    """Train in several processes, whose states lie beside the output then."""
+
+    def hear(message: tuple[int, float | None]) -> None:
+        step, loss = message
+        if loss is None:
+            kept.step = step
+        else:
+            progress(step, loss)
+
+    if kind == "cuda":
+        torch.cuda.empty_cache()  # of the pass over the teacher
+    result: DistillResult = run_on_all(_train_part, (job,), gpus, kind, hear)
+    return result
+
+
+def _train_part(place: Place, job: _Job) -> DistillResult:
+    """Be one of several processes of a training."""
+    start, teacher = open_checkpoint(job.start), open_checkpoint(job.teacher)
+    predictions: StoredTeacher | torch.device = place.device
+    if job.teacher_logits is not None:
+        notes = read_notes(job.teacher_logits)
+        assert notes is not None  # `distill` has seen to that
+        predictions = StoredTeacher(job.teacher_logits, notes)
+    state = ShardedState(real_path(job.out), place)
+
+    def tell(*message: Any) -> None:
+        if place.is_first:
+            place.tell(message)
+
+    with memory_errors("the training", _PARTS, _LESS_OF_ALL, of_gpu=True), deterministic(place.device):
+        kept = _Kept(job.options.steps)
+        run = _ShardedRun(start, teacher, job.data, job.options, place, predictions, state, job.fingerprint, kept)
+        return run.train(tell)
 
 
 class _Run:
@@ -133,22 +236,23 @@ class _Run:
         predictions: StoredTeacher | torch.device,
         state: StateDirectory,
         fingerprint_: Mapping[str, Any],
+        kept: _Kept,
     ) -> None:
         """Begin or continue. predictions: those of the teacher that are stored, or where it runs."""
         self._data, self._options, self._state, self._fingerprint = data, options, state, fingerprint_
-        self.kept: int | None = None
+        self._kept = kept
         saved = state.load(fingerprint_)
-        self.student = load_student(start, teacher, options.preset, device, options.towards)
+        self.student = self._load_student(start, teacher, device)
         self._top_k = 0
         if isinstance(predictions, StoredTeacher):
             target: Teacher = predictions
             self._top_k = predictions.top_k
         else:
-            target = live = LiveTeacher(load_teacher(teacher, predictions))
+            target = live = LiveTeacher(self._load_teacher(teacher, predictions))
             if options.hidden_weight:
                 check_blocks(sizes_of_blocks(self.student.model), sizes_of_blocks(live.model))
         check_vocabulary(teacher, vocabulary(self.student.model), target.vocabulary)
-        self._trainer = Trainer(self.student, target, options, device)
+        self._trainer = self._new_trainer(target, device)
         self._spent, self._tokens = 0.0, 0
         if saved is None:
             self._before = self._trainer.measure(data.held_out)
@@ -165,11 +269,24 @@ class _Run:
             self._best_step, self._worse = notes["best_step"], notes["worse"]
             self._spent, self._tokens = notes["seconds"], notes["tokens"]
             self._trainer.restore(tensors, notes["step"])
-            self.kept = notes["step"]
+            self._keep(notes["step"])
         tags = by_tag(data.held_out)
         self.drops = {tag: mean(self._before[numbers]) for tag, numbers in tags.items()}
         self.shares = self._shares()
         self._batch = mixed(data.samples, self.shares, options)
+
+    def _load_student(self, start: Checkpoint, teacher: Checkpoint, device: torch.device) -> Student:
+        return load_student(start, teacher, self._options.preset, device, self._options.towards)
+
+    def _load_teacher(self, teacher: Checkpoint, device: torch.device) -> nn.Module:
+        return load_teacher(teacher, device)
+
+    def _new_trainer(self, target: Teacher, device: torch.device) -> Trainer:
+        return Trainer(self.student, target, self._options, device)
+
+    def _keep(self, step: int) -> None:
+        """Note that a step's state is on the disk."""
+        self._kept.step = step
 
     def _shares(self) -> dict[str, float]:
         tags = list(by_tag(self._data.samples))
@@ -249,7 +366,48 @@ class _Run:
         tensors = {"before": self._before, "best": self._best} | self._trainer.state()
         tensors |= {f"best.{name}": value for name, value in self._best_values.items()}
         self._state.save(step, notes, tensors)
-        self.kept = step
+        self._keep(step)
+
+
+class _ShardedRun(_Run):
+    """One training of several processes, in one of them. What they decide by is the same in all."""
+
+    def __init__(
+        self,
+        start: Checkpoint,
+        teacher: Checkpoint,
+        data: TrainingData,
+        options: DistillOptions,
+        place: Place,
+        predictions: StoredTeacher | torch.device,
+        state: StateDirectory,
+        fingerprint_: Mapping[str, Any],
+        kept: _Kept,
+    ) -> None:
+        self._place = place
+        super().__init__(start, teacher, data, options, place.device, predictions, state, fingerprint_, kept)
+
+    # Models are loaded on the host, by one process after the other, so that it holds one of them at a time.
+
+    def _load_student(self, start: Checkpoint, teacher: Checkpoint, device: torch.device) -> Student:  # noqa: ARG002
+        def load() -> Student:
+            return shard_student(super(_ShardedRun, self)._load_student(start, teacher, _HOST), self._place)
+
+        student: Student = self._place.in_turn(load)
+        return student
+
+    def _load_teacher(self, teacher: Checkpoint, device: torch.device) -> nn.Module:  # noqa: ARG002
+        model: nn.Module = self._place.in_turn(lambda: shard(load_teacher(teacher, _HOST), self._place))
+        return model
+
+    def _new_trainer(self, target: Teacher, device: torch.device) -> Trainer:  # noqa: ARG002
+        assert isinstance(self.student, ShardedStudent)
+        return ShardedTrainer(self.student, target, self._options, self._place)
+
+    def _keep(self, step: int) -> None:
+        super()._keep(step)
+        if self._place.is_first:
+            self._place.tell((step, None))
 
 
 def _fingerprint(
@@ -259,11 +417,14 @@ def _fingerprint(
     data: TrainingData,
     device: torch.device,
     predictions: StoredTeacher | torch.device,
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise."""
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
     found["--device"] = kind_of(device)
+    if gpus > 1:
+        found["--gpus"] = gpus
     if isinstance(predictions, StoredTeacher):
         found["--teacher-logits"] = predictions.digest
     else:

@@ -1,7 +1,8 @@
 """What an interrupted training leaves beside OUT: `.OUT.w4a8-distill`, from which `--resume` continues.
 
     state.json               the fingerprint of the training, the last step, and the curve
-    state-STEP.safetensors   values and moments at that step, the best values so far, and the first measurement
+    state-STEP.safetensors   values and moments at that step, the best values so far, and the first measurement;
+                             of several processes state-STEP-I-of-N.safetensors, what each of them has
 
 The JSON file is replaced when the tensors are on the disk, so the two always belong together. Nothing is unpickled.
 """
@@ -75,7 +76,7 @@ class StateDirectory:
                 if ours.get(key) != theirs.get(key):
                     reason = "is not what it was in the training that was interrupted"
                     raise ConvertError(f"{self._out.name}: {key}", reason, f"resume with the same input, or {again}")
-            return Saved(notes, load_file(self.path / f"state-{int(notes['step'])}.safetensors"))
+            return Saved(notes, load_file(self._file(int(notes["step"]))))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConvertError(str(self.path), f"cannot be read ({error})", again) from error
 
@@ -83,12 +84,24 @@ class StateDirectory:
         """Keep a state, whole or not at all, and forget those before it."""
         with disk_errors(self.path):
             self.path.mkdir(mode=0o700, exist_ok=True)
-            file = self.path / f"state-{step}.safetensors"
-            save_tensors(tensors, file)
-            replace_text(json.dumps({**notes, "step": step}), self.path / _NOTES)
-            for old in self.path.glob("state-*.safetensors"):
-                if old != file:
-                    old.unlink()
+            save_tensors(tensors, self._file(step))
+            self._finish(step, notes)
+
+    def _files(self, step: int) -> list[Path]:
+        """Return where all tensors of a step are."""
+        return [self.path / f"state-{step}.safetensors"]
+
+    def _file(self, step: int) -> Path:
+        """Return where this process has those that it keeps."""
+        return self._files(step)[0]
+
+    def _finish(self, step: int, notes: Mapping[str, Any]) -> None:
+        """Say that all tensors are there, and remove those of earlier steps."""
+        replace_text(json.dumps({**notes, "step": step}), self.path / _NOTES)
+        files = self._files(step)
+        for old in self.path.glob("state-*.safetensors"):
+            if old not in files:
+                old.unlink()
 
     def remove(self) -> None:
         """Remove it, if there is one."""
