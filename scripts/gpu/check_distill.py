@@ -17,6 +17,7 @@ of one of one block, halved.
 """
 
 import argparse
+import gc
 import hashlib
 import statistics
 import sys
@@ -262,6 +263,7 @@ def measure_parts(place: Place, tokens: int, length: int) -> None:
             dist.all_reduce(bytes_, dist.ReduceOp.MAX)
             if place.is_first:
                 place.tell((options, found[0], *bytes_.tolist()))
+            gc.collect()  # FSDP2's hooks refer to what they are hooked to
             torch.cuda.empty_cache()
 
 
