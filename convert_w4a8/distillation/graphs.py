@@ -2,7 +2,7 @@
 
 The kernels are those that would be launched one by one, so results are the same. Large models, whose kernels take
 longer than launching them, are left as they are, and so are mixtures of experts, where the host looks at what the
-router chose.
+router chose, and models that are spread over processes, which wait for each other.
 """
 
 import logging
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from convert_w4a8.distillation.experts import LutExperts
 from convert_w4a8.distillation.linear import LutLinear
@@ -40,7 +39,7 @@ class Passes:
         self._model, self._parameters = model, parameters
         small = _weights(model) <= MOST_WEIGHTS
         has_experts = any(isinstance(module, LutExperts) or is_experts(module) for module in model.modules())
-        is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # processes wait for each other
+        is_sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
         self._most = MOST_SHAPES if small and device.type == "cuda" and not (has_experts or is_sharded) else 0
         self._seen: Counter[torch.Size] = Counter()
         self._captured: dict[torch.Size, _Captured] = {}

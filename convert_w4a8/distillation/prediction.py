@@ -170,7 +170,11 @@ def predict(
 def _captured_shapes(start: Checkpoint, sizes: Sizes, options: DistillOptions) -> int:
     """Return how many shapes of batches are captured as CUDA graphs, at most; 1 where none is."""
     small = sizes.weights + sizes.others + sizes.fixed <= MOST_WEIGHTS
-    return MOST_SHAPES if small and not options.hidden_weight and not any(map(is_expert, start.tensors)) else 1
+    return (
+        MOST_SHAPES
+        if small and not options.hidden_weight and not any(map(is_expert, find_target(start).find_layers(start)))
+        else 1
+    )
 
 
 def _first_pass_memory(sizes: Sizes, teacher_bytes: int, tokens: int) -> int:

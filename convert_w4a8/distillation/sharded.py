@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert
@@ -55,7 +53,7 @@ def check_gpus(start: Checkpoint, gpus: int, device: torch.device) -> None:
     if device.type == "cuda" and gpus > torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise ConvertError(f"{OPTION} {gpus}", f"there are {there} CUDA devices", f"give {OPTION} {there}")
-    if any(map(is_expert, start.tensors)):
+    if any(map(is_expert, find_target(start).find_layers(start))):
         reason = "a mixture of experts is trained on one GPU only: processes would differ in the experts they use"
         raise ConvertError(f"{OPTION} {gpus}", reason, f"leave out {OPTION}")
 
@@ -102,6 +100,9 @@ def shard(model: nn.Module, place: Place, also: set[int] | None = None) -> nn.Mo
         ConvertError: where its blocks are is not known.
 
     """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  (a second, for those who need it)
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415
+
     kept = {
         parameter for parameter in model.parameters() if parameter.dim() < 2 and id(parameter) not in (also or set())
     }

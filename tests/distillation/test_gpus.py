@@ -1,28 +1,36 @@
 """A training spread over processes: two of them on this CPU, which find each other by gloo, as GPUs do by NCCL."""
 
+import json
+import os
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from process_jobs import raise_something, refuse, say_and_wait, stop
 from safetensors.torch import load_file, save_file
+from small_training import distill, run, tensors
 from tiny_models import VOCABULARY
 from torch import nn
 
 from convert_w4a8 import api
-from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.data import Batch, make_batch
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import Preset
-from convert_w4a8.distillation.mix import mixed
+from convert_w4a8.distillation.mix import hold_out, mixed
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.processes import Place, run_on_all
-from convert_w4a8.distillation.sharded import ShardedTrainer, part_of, shard, shard_student
+from convert_w4a8.distillation.sharded import ShardedTrainer, check_gpus, part_of, shard, shard_student
 from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher
-from convert_w4a8.distillation.train import Trainer
+from convert_w4a8.distillation.train import Trainer, mean
+from convert_w4a8.errors import ConvertError, DiskError
 from convert_w4a8.samples.read import read_samples
+from convert_w4a8.samples.sample import Sample
 
 pytest.importorskip("transformers")
 
@@ -170,3 +178,111 @@ def test_processes_compute_what_one_does(
     assert torch.allclose(parts[0]["measured"], added.measure(samples), rtol=1e-5, atol=0)
     whole = Trainer(load_student(checkpoint, source, case.preset, CPU), teacher, case.options, CPU)
     assert [whole.train(batch) for batch in batches(data, case.options)] == pytest.approx(losses[number], rel=0.02)
+
+
+def test_a_killed_process_is_one_line_and_resumed(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """It ends the others, leaves nothing in OUT, and --resume on as many goes on to the bytes of a whole training."""
+    more = ("--rate", "4", "--preset", "weights", "--gpus", 2)
+    whole = distill(start, model, data, tmp_path / "whole", *more, "--json")
+    assert whole.exit_code == 0, whole.output
+    samples = read_samples(data, None, vocab_size=VOCABULARY)
+    options = DistillOptions(Preset.WEIGHTS, steps=8, every=2, batch_tokens=256, rate=4.0)
+
+    def kill(step: int, _loss: float) -> None:
+        if step == 5:
+            os.kill(max(process.pid or 0 for process in active_children()), signal.SIGKILL)
+
+    with pytest.raises(DiskError, match=r"process [12] of the training: was ended by signal 9; .* --resume"):
+        api.distill(start, model, tmp_path / "out", samples, options, device="cpu", gpus=2, progress=kill)
+    assert active_children() == []
+    assert not (tmp_path / "out").exists()
+    one = distill(start, model, data, tmp_path / "out", *more[:-2], "--resume")
+    assert one.exit_code == 1
+    assert "out: --gpus: is not what it was in the training that was interrupted" in one.stderr
+    continued = distill(start, model, data, tmp_path / "out", *more, "--resume")
+    assert continued.exit_code == 0, continued.output
+    ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "whole"))
+    assert ours == theirs
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    verified = run("verify", tmp_path / "out", "--source", start)
+    assert verified.exit_code == 0, verified.output
+
+
+def test_three_processes_and_stored_logits(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """Rows that three do not share evenly; the output is what was measured, to the last bit."""
+    more = ("--rate", "4", "--teacher-logits", tmp_path / "logits", "--top-k", 0, "--gpus", 3, "--json")
+    result = distill(start, model, data, tmp_path / "out", *more)
+    assert result.exit_code == 0, result.output
+    source = api.open_checkpoint(model)
+    _, held_out = hold_out(read_samples(data, None, vocab_size=VOCABULARY).samples)
+    student = load_student(api.open_checkpoint(tmp_path / "out"), source, Preset.TABLES, CPU)
+    options = DistillOptions(batch_tokens=256)
+    measured = Trainer(student, LiveTeacher(load_teacher(source, CPU)), options, CPU).measure(held_out)
+    assert mean(measured) == pytest.approx(json.loads(result.stdout)["after"], rel=1e-6)
+    before, after = tensors(start), tensors(tmp_path / "out")
+    assert {name for name in before if not torch.equal(before[name], after[name])} >= {
+        name for name in before if name.endswith(("weight_lut", "weight_chan_scale"))
+    }
+
+
+def test_parts_of_a_batch() -> None:
+    """All samples once, without padding that none of them needs, and the tokens of each where they are in the whole."""
+    samples = tuple(
+        Sample(*(torch.ones(length, dtype=torch.int32).numpy() for _ in range(2)), counted(length), "x line 1")  # type: ignore[arg-type]
+        for length in (5, 7, 3, 6, 4)
+    )
+    batch = make_batch(samples, range(5))
+    for ranks in range(1, 8):
+        parts = [part_of(batch, rank, ranks) for rank in range(ranks)]
+        assert [tokens.start for _, tokens in parts] == [0, *(tokens.stop for _, tokens in parts[:-1])]
+        assert parts[-1][1].stop == int(batch.counts.sum())
+        busy = [part for part, tokens in parts if tokens.stop > tokens.start]
+        assert sum((part.samples for part in busy), ()) == samples
+        for part, tokens in parts:
+            assert part.ids.shape == (len(part.samples), max(map(len, part.samples)))
+            assert tokens.stop - tokens.start in (0, int(part.counts.sum()))
+
+
+def counted(length: int) -> Any:
+    """Return a mask without the second token."""
+    masked = torch.zeros(length, dtype=torch.uint8)
+    masked[1] = 1
+    return masked.numpy()
+
+
+@pytest.mark.parametrize(
+    ("work", "hear", "error", "words"),
+    [
+        (refuse, print, DiskError, "a file: is full; make room"),
+        (raise_something, print, RuntimeError, "process 2 of the training failed:(.|\n)*KeyError: 'a mistake of ours'"),
+        (say_and_wait, stop, KeyboardInterrupt, "^$"),
+    ],
+)
+def test_failures(work: Any, hear: Any, error: type[BaseException], words: str) -> None:
+    """What failed first is raised, soon, and no process is left."""
+    with pytest.raises(error, match=words):
+        run_on_all(work, (), 2, "cpu", hear)
+    assert active_children() == []
+
+
+def test_refusals(model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be spread is said before anything begins."""
+    out = tmp_path / "out"
+    for more, words in (
+        (("--gpus", 2, "--teacher-device", "cpu"), "--teacher-device does not go with --gpus"),
+        (("--gpus", 2, "--device", "cuda:1"), "CUDA_VISIBLE_DEVICES"),
+    ):
+        refused = distill(start, model, data, out, *more)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+    checkpoint = api.open_checkpoint(start)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConvertError, match="--gpus 3: there are 2 CUDA devices; give --gpus 2"):
+        check_gpus(checkpoint, 3, torch.device("cuda"))
+    check_gpus(checkpoint, 2, torch.device("cuda"))
+    name = "model.layers.0.mlp.experts.0.up_proj.weight_packed"
+    tensors = dict(checkpoint.tensors) | {name: next(iter(checkpoint.tensors.values()))}
+    with pytest.raises(ConvertError, match="a mixture of experts is trained on one GPU only"):
+        check_gpus(replace(checkpoint, tensors=tensors), 2, torch.device("cuda"))
+    check_gpus(replace(checkpoint, tensors=tensors), 1, torch.device("cuda"))
+    assert list(tmp_path.iterdir()) == []
