@@ -165,8 +165,6 @@ def distill_command(
         raise click.UsageError("--top-k goes with --teacher-logits")
     if gpus > 1 and teacher_device is not None:
         raise click.UsageError("--teacher-device does not go with --gpus: the teacher is spread over them too")
-    if gpus > 1 and device not in ("auto", "cuda", "cpu"):
-        raise click.UsageError("--gpus takes the first GPUs; choose others with the variable CUDA_VISIBLE_DEVICES")
     if png is not None:
         require_matplotlib()
         check_writable(png)

@@ -136,9 +136,12 @@ def _cause(failures: Mapping[int, tuple[Any, ...]]) -> Exception:
     for rank, (kind, *what) in failures.items():
         if kind is None:
             code = what[0]
-            how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-            remedy = "see whether the machine has run out of memory; --resume continues from what was kept"
-            return DiskError(f"process {rank + 1} of the training", how, remedy)
+            subject = f"process {rank + 1} of the training"
+            if code is not None and code < 0:
+                remedy = "see whether the machine has run out of memory; --resume continues from what was kept"
+                return DiskError(subject, f"was ended by signal {-code}", remedy)
+            remedy = "see what it has printed; a script needs `if __name__ == '__main__':` around what it does"
+            return DiskError(subject, f"ended with exit code {code}", remedy)
     rank, (_, text) = next(iter(failures.items()))
     return RuntimeError(f"process {rank + 1} of the training failed:\n{text}")
 

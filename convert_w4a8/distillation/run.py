@@ -93,7 +93,7 @@ def distill(
     """
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     check_models(start, teacher, blocks=options.hidden_weight > 0)
-    check_gpus(start, gpus, device)
+    check_gpus(start, gpus, device, teacher_device)
     stored: StoredTeacher | None = None
     teacher_on = teacher_device or device
     if teacher_logits is not None:

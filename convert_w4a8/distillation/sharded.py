@@ -41,15 +41,18 @@ _FIXED = ("codes", "start", "step", "channel_scale")
 """Buffers of a `LutLinear`."""
 
 
-def check_gpus(start: Checkpoint, gpus: int, device: torch.device) -> None:
+def check_gpus(start: Checkpoint, gpus: int, device: torch.device, teacher_device: torch.device | None = None) -> None:
     """Check that a training of a checkpoint can be spread over so many GPUs, or on a CPU processes.
 
     Raises:
-        ConvertError: there are fewer GPUs, or the model is a mixture of experts.
+        ConvertError: there are fewer GPUs, others are named, or the model is a mixture of experts.
 
     """
     if gpus == 1:
         return
+    if device.index or (teacher_device is not None and teacher_device != device):
+        remedy = "choose GPUs with CUDA_VISIBLE_DEVICES, and leave out --teacher-device"
+        raise ConvertError(f"{OPTION} {gpus}", "spreads both models over the first GPUs", remedy)
     if device.type == "cuda" and gpus > torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise ConvertError(f"{OPTION} {gpus}", f"there are {there} CUDA devices", f"give {OPTION} {there}")
@@ -154,7 +157,7 @@ class _Passes:
             return
         flat = torch.cat([other.grad.flatten().float() for other in others if other.grad is not None])
         dist.all_reduce(flat)
-        for other, summed in zip(others, flat.split([other.numel() for other in others]), strict=True):
+        for other, summed in zip(others, torch.split(flat, [other.numel() for other in others]), strict=True):
             other.grad = summed.view(other.shape).to(other.dtype)
 
 

@@ -9,6 +9,7 @@ from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from process_jobs import raise_something, refuse, say_and_wait, stop
@@ -110,7 +111,7 @@ class Accumulated(Trainer):
             loss, found = self._losses(part)
             for one in self.trained.values():
                 one.parameter.grad = None
-            (loss * weight).backward()  # type: ignore[no-untyped-call]
+            (loss * weight).backward()
             divergence = divergence + found.detach() * weight
             for name, one in self.trained.items():
                 assert one.parameter.grad is not None
@@ -168,11 +169,11 @@ def test_processes_compute_what_one_does(
     assert [added.train(batch) for batch in batches(data, case.options)] == losses[number]
     parts = [load_file(out / f"{number}-{rank}.safetensors") for rank in range(2)]
     others = set(added.student.others)
-    for name, whole in added.state().items():
+    for name, value in added.state().items():
         leaf = name.partition(".")[2]
         found = parts[0][name] if leaf in others else torch.cat([part[name] for part in parts])
-        assert torch.equal(found, whole), name
-        assert leaf not in others or torch.equal(parts[1][name], whole)
+        assert torch.equal(found, value), name
+        assert leaf not in others or torch.equal(parts[1][name], value)
     samples = read_samples(data, None, vocab_size=VOCABULARY).samples
     assert torch.equal(parts[0]["measured"], parts[1]["measured"])
     assert torch.allclose(parts[0]["measured"], added.measure(samples), rtol=1e-5, atol=0)
@@ -227,10 +228,7 @@ def test_three_processes_and_stored_logits(model: Path, start: Path, data: list[
 
 def test_parts_of_a_batch() -> None:
     """All samples once, without padding that none of them needs, and the tokens of each where they are in the whole."""
-    samples = tuple(
-        Sample(*(torch.ones(length, dtype=torch.int32).numpy() for _ in range(2)), counted(length), "x line 1")  # type: ignore[arg-type]
-        for length in (5, 7, 3, 6, 4)
-    )
+    samples = tuple(map(without_second, (5, 7, 3, 6, 4)))
     batch = make_batch(samples, range(5))
     for ranks in range(1, 8):
         parts = [part_of(batch, rank, ranks) for rank in range(ranks)]
@@ -243,11 +241,11 @@ def test_parts_of_a_batch() -> None:
             assert tokens.stop - tokens.start in (0, int(part.counts.sum()))
 
 
-def counted(length: int) -> Any:
-    """Return a mask without the second token."""
-    masked = torch.zeros(length, dtype=torch.uint8)
+def without_second(length: int) -> Sample:
+    """Return a sample whose second token is masked."""
+    masked = np.zeros(length, np.uint8)
     masked[1] = 1
-    return masked.numpy()
+    return Sample(np.arange(length, dtype=np.int32), np.zeros(length, np.uint8), masked, "x line 1")
 
 
 @pytest.mark.parametrize(
@@ -268,18 +266,17 @@ def test_failures(work: Any, hear: Any, error: type[BaseException], words: str) 
 def test_refusals(model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be spread is said before anything begins."""
     out = tmp_path / "out"
-    for more, words in (
-        (("--gpus", 2, "--teacher-device", "cpu"), "--teacher-device does not go with --gpus"),
-        (("--gpus", 2, "--device", "cuda:1"), "CUDA_VISIBLE_DEVICES"),
-    ):
-        refused = distill(start, model, data, out, *more)
-        assert refused.exit_code == 2
-        assert words in refused.stderr
+    refused = distill(start, model, data, out, "--gpus", 2, "--teacher-device", "cpu")
+    assert refused.exit_code == 2
+    assert "--teacher-device does not go with --gpus" in refused.stderr
     checkpoint = api.open_checkpoint(start)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConvertError, match="--gpus 3: there are 2 CUDA devices; give --gpus 2"):
         check_gpus(checkpoint, 3, torch.device("cuda"))
     check_gpus(checkpoint, 2, torch.device("cuda"))
+    for places in ((torch.device("cuda:1"),), (torch.device("cuda"), torch.device("cuda:1"))):
+        with pytest.raises(ConvertError, match="CUDA_VISIBLE_DEVICES"):
+            check_gpus(checkpoint, 2, *places)
     name = "model.layers.0.mlp.experts.0.up_proj.weight_packed"
     tensors = dict(checkpoint.tensors) | {name: next(iter(checkpoint.tensors.values()))}
     with pytest.raises(ConvertError, match="a mixture of experts is trained on one GPU only"):
