@@ -46,10 +46,15 @@ _LAYER_BYTES = 12
 _KEPT = {Preset.TABLES: 2.5, Preset.WEIGHTS: 18.5}
 """Bytes a quantized weight: its code, and for each of 16 an entry's three values, gradient and two moments. With latent
 weights, also these, their gradient and moments."""
-_GATHERED = {Preset.TABLES: 1.25, Preset.WEIGHTS: 5.25}
-"""Bytes a weight of a block that is brought together for its passes where the model is spread over GPUs …"""
+_CODES = 1.0
+"""Bytes a weight of codes, which GPUs that have a model together do not keep beside latent weights."""
+_GATHERED = {Preset.TABLES: 1.75, Preset.WEIGHTS: 4.75}
+"""Bytes a weight of a block that is brought together for its passes where the model is spread over GPUs: its code or
+latent weight, and three numbers for each of 16, …"""
 _REDUCED = {Preset.TABLES: 0.25, Preset.WEIGHTS: 4.25}
 """… and of its gradients, which are summed over GPUs."""
+_SAVED = {Preset.TABLES: 0.25, Preset.WEIGHTS: 1.25}
+"""Bytes a weight of what a block's forward pass has rounded and chosen, which the backward pass needs."""
 LINK = 270e9
 """Bytes a second to and from each GPU of a host: 60 % of NVLink's 450 GB/s, not measured here."""
 
@@ -207,11 +212,14 @@ def predict_cost(
     per_token = ACTIVATIONS * sizes.width
     if options.recompute:
         per_token = per_token / max(1, sizes.blocks) + 2 * sizes.hidden * sizes.blocks
+    if gpus > 1 and is_latent:
+        kept -= _CODES * sizes.weights
     memory = kept / gpus + tokens * (per_token + _LOGIT_BYTES * sizes.vocabulary)
     memory += _LOSS_BYTES + _LAYER_BYTES * sizes.layer
     memory += (shapes - 1) * (_GRAPH_LOGIT_BYTES * tokens * sizes.vocabulary + 4 * trained)
-    if gpus > 1:  # two blocks of the student at a time: one is computed, one comes; of the teacher one more
-        memory += 2 * _GATHERED[preset] * sizes.block + 2 * 2 * sizes.block
+    if gpus > 1:  # two blocks at a time, one is computed, one comes; their gradients, as they are made and sent
+        memory += 2 * (_GATHERED[preset] + _REDUCED[preset]) * sizes.block + 2 * sizes.fixed
+        memory += _SAVED[preset] * (sizes.block if options.recompute else sizes.weights)
     passes = (1 if stored_rows is not None else 2) + 2 + (1 if options.recompute else 0)
     seconds = 2 * passes * tokens * sizes.active / OPERATIONS
     seconds += 2 * (passes - 1) * tokens * sizes.hidden * sizes.vocabulary / OPERATIONS
