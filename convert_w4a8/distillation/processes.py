@@ -87,7 +87,10 @@ def run_on_all(
                 processes[ours] = process
                 process.start()
                 theirs.close()
-            return _listen(processes, hear)
+            result = _listen(processes, hear)
+            for process in processes.values():
+                process.join(_GRACE)
+            return result
         finally:
             _end(list(processes.values()))
 
@@ -150,9 +153,7 @@ def _end(processes: Sequence[SpawnProcess]) -> None:
     """End what still runs."""
     started = [process for process in processes if process.pid is not None]
     for process in started:
-        process.join(_GRACE if process.exitcode is None and len(started) == len(processes) else 0)
-        if process.is_alive():
-            process.terminate()
+        process.terminate()
     for process in started:
         process.join(_GRACE)
         if process.is_alive():

@@ -209,6 +209,7 @@ def test_a_killed_process_is_one_line_and_resumed(model: Path, start: Path, data
     assert verified.exit_code == 0, verified.output
 
 
+@pytest.mark.slow
 def test_three_processes_and_stored_logits(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
     """Rows that three do not share evenly; the output is what was measured, to the last bit."""
     more = ("--rate", "4", "--teacher-logits", tmp_path / "logits", "--top-k", 0, "--gpus", 3, "--json")
