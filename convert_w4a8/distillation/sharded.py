@@ -9,7 +9,6 @@ is the mean over the tokens that count of the whole batch, as on one device.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,8 +232,7 @@ class BestValues:
     """The best values of a training that is done, read from the parts of its last state, a layer at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._stack = ExitStack()
-        self._files = [self._stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
 
     def layers(self, start: Checkpoint, preset: Preset, device: torch.device) -> Iterator[tuple[str, LutLinear]]:
         """Yield every layer of the checkpoint that was trained, with its values, on a device."""
@@ -252,6 +250,6 @@ class BestValues:
 
     def others(self, start: Checkpoint) -> dict[str, torch.Tensor]:
         """Return norms and biases, bfloat16, which every part has whole."""
-        first: Any = self._files[0]
+        first = self._files[0]
         names = [name.removeprefix("best.") for name in first.keys() if name.startswith("best.")]  # noqa: SIM118
         return {name: first.get_tensor(f"best.{name}").bfloat16() for name in names if name in start.tensors}
