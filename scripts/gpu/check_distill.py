@@ -305,6 +305,7 @@ def check_curves(args: argparse.Namespace) -> Iterator[Row]:
     data = training_data(samples, held_out, "uniform")
     for preset in args.presets:
         options = DistillOptions(preset=preset, steps=args.steps, batch_tokens=args.tokens, every=args.steps // 8)
+        first: list[float] = []
         for gpus in args.gpus:
             losses: list[float] = []
             row: Row = {"preset": str(preset), "gpus": gpus, "steps": args.steps, "tokens": args.tokens}
@@ -326,7 +327,18 @@ def check_curves(args: argparse.Namespace) -> Iterator[Row]:
                 else:
                     curve = [point.held_out for point in result.curve]
                     row |= {"before": result.before, "after": result.after, "held_out": curve}
-            yield row | {"seconds": time.perf_counter() - began, "losses": losses}
+            first = first or losses
+            yield row | {"seconds": time.perf_counter() - began, **described(losses, first), "losses": losses}
+
+
+def described(losses: list[float], first: list[float]) -> Row:
+    """Return the mean of the last quarter of a curve, and how far its steps are from those of another."""
+    last = losses[-(len(losses) // 4) :]
+    return {
+        "training": sum(last) / len(last),
+        "apart": statistics.mean(abs(ours - theirs) for ours, theirs in zip(losses, first, strict=True)),
+        "apart_at_most": max(abs(ours - theirs) for ours, theirs in zip(losses, first, strict=True)),
+    }
 
 
 CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
