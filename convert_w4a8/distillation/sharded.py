@@ -80,9 +80,10 @@ def shard_student(student: Student, place: Place) -> ShardedStudent:
             buffer = getattr(layer, name)
             delattr(layer, name)
             if is_latent and name == "codes":  # they are chosen anew
-                buffer = buffer.new_empty(0)
-                layer.register_buffer(name, buffer, persistent=False)
+                layer.register_buffer(name, buffer.new_empty(0), persistent=False)
                 continue
+            if name == "codes":  # bytes as they are, of a type that a parameter may be of: torch 2.11 takes no others
+                buffer = buffer.view(torch.float8_e4m3fn)
             layer.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
     whole = {
         id(parameter) for layer in student.layers.values() for parameter in layer.parameters() if parameter is not None

@@ -83,6 +83,7 @@ def in_process(place: Place, start: Path, model: Path, data: list[Path], out: Pa
     found = []
     for number, case in enumerate(CASES):
         student = shard_student(load_student(checkpoint, source, case.preset, CPU), place)
+        assert all(parameter.is_floating_point() for parameter in student.model.parameters())  # else torch 2.11 fails
         teacher = LiveTeacher(shard(load_teacher(source, CPU), place))
         trainer = ShardedTrainer(student, teacher, case.options, place)
         found.append([trainer.train(batch) for batch in batches(data, case.options)])
