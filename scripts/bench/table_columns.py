@@ -294,11 +294,6 @@ COLUMNS: dict[str, Columns] = {
         *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("s a block", "{seconds_per_block:.3f}")),
         *(("bytes kept", "{bytes_kept_per_block:,}"), ("bytes at most", "{peak_bytes_per_block:,}")),
     ),
-    "distill-gpus": (
-        *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("GPUs", "{gpus}")),
-        *(("s a step", "{seconds_per_step:.3f}"), ("predicted", "{predicted_seconds:.3f}")),
-        *(("bytes at most on each", "{peak_bytes:,}"), ("predicted", "{predicted_bytes:,}")),
-    ),
     "distill-curves": (
         *(("preset", "{preset}"), ("GPUs", "{gpus}"), ("steps", "{steps}"), ("last quarter", "{training:.5f}")),
         *(("a step apart, mean", "{apart:.6f}"), ("at most", "{apart_at_most:.6f}")),
