@@ -24,6 +24,7 @@ from convert_w4a8.errors import ConvertError, DiskError
 
 _SUFFIX = ".w4a8-distill"
 _NOTES = "state.json"
+_AGAIN = "begin again with --overwrite and without --resume"
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,28 @@ class StateDirectory:
             ConvertError: it is of another training, or damaged.
 
         """
+        notes = self.notes(fingerprint)
+        if notes is None:
+            return None
+        try:
+            return Saved(notes, load_file(self._file(int(notes["step"]))))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
+
+    def notes(self, fingerprint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the notes of the state that was kept, if there is one; raises as `load` does."""
         if not (self.path / _NOTES).is_file():
             return None
-        again = "begin again with --overwrite and without --resume"
         try:
-            notes = json.loads((self.path / _NOTES).read_text(encoding="utf-8"))
+            notes: Mapping[str, Any] = json.loads((self.path / _NOTES).read_text(encoding="utf-8"))
             ours, theirs = notes["fingerprint"], json.loads(json.dumps(fingerprint))
             for key in [*theirs, *ours]:
                 if ours.get(key) != theirs.get(key):
                     reason = "is not what it was in the training that was interrupted"
-                    raise ConvertError(f"{self._out.name}: {key}", reason, f"resume with the same input, or {again}")
-            return Saved(notes, load_file(self._file(int(notes["step"]))))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ConvertError(str(self.path), f"cannot be read ({error})", again) from error
+                    raise ConvertError(f"{self._out.name}: {key}", reason, f"resume with the same input, or {_AGAIN}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
+        return notes
 
     def save(self, step: int, notes: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a state, whole or not at all, and forget those before it."""

@@ -201,6 +201,12 @@ def test_a_killed_process_is_one_line_and_resumed(model: Path, start: Path, data
     one = distill(start, model, data, tmp_path / "out", *more[:-2], "--resume")
     assert one.exit_code == 1
     assert "out: --gpus: is not what it was in the training that was interrupted" in one.stderr
+    kept = tmp_path / ".out.w4a8-distill"
+    step = json.loads((kept / "state.json").read_text(encoding="utf-8"))["step"]
+    assert step in (4, 6)
+    assert {path.name for path in kept.glob(f"state-{step}-*")} == {
+        f"state-{step}-{part}-of-2.safetensors" for part in (1, 2)
+    }
     continued = distill(start, model, data, tmp_path / "out", *more, "--resume")
     assert continued.exit_code == 0, continued.output
     ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "whole"))
