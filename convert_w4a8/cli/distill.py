@@ -86,6 +86,14 @@ if TYPE_CHECKING:
     "--teacher-device", metavar="cpu|cuda[:N]", help="Where the teacher runs. [default: where the model is trained]"
 )
 @click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Spread the models over the first N GPUs of this machine, which share every batch.",
+)
+@click.option(
     "--teacher-logits",
     type=LocalPath(path_type=Path, directory=True),
     metavar="DIR",
@@ -121,6 +129,7 @@ def distill_command(
     max_length: int | None,
     device: str,
     teacher_device: str | None,
+    gpus: int,
     teacher_logits: Path | None,
     top_k: int | None,
     png: Path | None,
@@ -146,6 +155,7 @@ def distill_command(
     from convert_w4a8.distillation.paths import check_paths
     from convert_w4a8.distillation.prediction import predict
     from convert_w4a8.distillation.run import distill
+    from convert_w4a8.distillation.sharded import check_gpus
     from convert_w4a8.distillation.student import check_models
     from convert_w4a8.hub.repository import resolve_input
     from convert_w4a8.report import training
@@ -153,6 +163,8 @@ def distill_command(
 
     if top_k is not None and teacher_logits is None:
         raise click.UsageError("--top-k goes with --teacher-logits")
+    if gpus > 1 and teacher_device is not None:
+        raise click.UsageError("--teacher-device does not go with --gpus: the teacher is spread over them too")
     if png is not None:
         require_matplotlib()
         check_writable(png)
@@ -165,15 +177,16 @@ def distill_command(
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
     check_models(trained, source, blocks=options.hidden_weight > 0)
+    check_gpus(trained, gpus, on)
     found = _read(source, data, held_out, mix, mask, max_length)
     stored = None if teacher_logits is None else top_k
     together = (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
-    cost = predict(trained, source, found, options, together=together, top_k=stored)
+    cost = predict(trained, source, found, options, together=together, top_k=stored, gpus=gpus)
     if not (quiet or as_json):
-        echo(render.plan_text(options, found, cost))
+        echo(render.plan_text(options, found, cost, gpus))
     if dry_run:
         if as_json:
-            echo_json(render.plan_dict(options, found, cost))
+            echo_json(render.plan_dict(options, found, cost, gpus))
         return
     if not (quiet or as_json):
         echo_error("distill    begins; Ctrl-C keeps the last measurement for --resume")
@@ -186,6 +199,7 @@ def distill_command(
             options,
             device=on,
             teacher_device=teacher_on,
+            gpus=gpus,
             teacher_logits=teacher_logits,
             top_k=top_k,
             overwrite=overwrite,

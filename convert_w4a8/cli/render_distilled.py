@@ -14,7 +14,7 @@ from convert_w4a8.targets import find_target
 from convert_w4a8.text import counted, human_bytes, human_seconds, printable, table
 
 
-def plan_text(options: DistillOptions, data: TrainingData, cost: Cost) -> str:
+def plan_text(options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1) -> str:
     """Render what is going to be done."""
     tags = by_tag(data.samples)
     tokens = sum(map(len, data.samples))
@@ -25,18 +25,20 @@ def plan_text(options: DistillOptions, data: TrainingData, cost: Cost) -> str:
         f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
         f" ({names})\n"
         f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens\n"
-        f"predicted  {cost.trained:,} numbers are trained; {human_seconds(cost.seconds)} on an H100,"
-        f" {human_bytes(cost.gpu_memory)} of its memory"
+        f"predicted  {cost.trained:,} numbers are trained; {human_seconds(cost.seconds)} on"
+        f" {'an H100' if gpus == 1 else f'{gpus} H100s'}, {human_bytes(cost.gpu_memory)} of"
+        f" {'its' if gpus == 1 else 'the'} memory{'' if gpus == 1 else ' of each'}"
         + (f", {human_bytes(cost.logits)} of the teacher's logits on the disk" if cost.logits else "")
     )
 
 
-def plan_dict(options: DistillOptions, data: TrainingData, cost: Cost) -> dict[str, Any]:
+def plan_dict(options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1) -> dict[str, Any]:
     """Return what is going to be done for programs."""
     return {
         "preset": str(options.preset),
         "steps": options.steps,
         "batch_tokens": options.batch_tokens,
+        "gpus": gpus,
         "domains": list(by_tag(data.samples)),
         "tokens": sum(map(len, data.samples)),
         "held_out_tokens": sum(map(len, data.held_out)),

@@ -2,7 +2,7 @@
 
 The kernels are those that would be launched one by one, so results are the same. Large models, whose kernels take
 longer than launching them, are left as they are, and so are mixtures of experts, where the host looks at what the
-router chose.
+router chose, and models that are spread over processes, which wait for each other.
 """
 
 import logging
@@ -39,7 +39,8 @@ class Passes:
         self._model, self._parameters = model, parameters
         small = _weights(model) <= MOST_WEIGHTS
         has_experts = any(isinstance(module, LutExperts) or is_experts(module) for module in model.modules())
-        self._most = MOST_SHAPES if small and device.type == "cuda" and not has_experts else 0
+        is_sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+        self._most = MOST_SHAPES if small and device.type == "cuda" and not (has_experts or is_sharded) else 0
         self._seen: Counter[torch.Size] = Counter()
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool: Any = None

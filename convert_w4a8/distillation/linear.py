@@ -89,7 +89,8 @@ class LutLinear(nn.Module):
         scale = self.channel_scale * self.scale.exp()
         operations = training(entries.device)
         if self.weight is None:
-            return entries, scale, self.codes, operations.look_up(entries, self.codes)
+            codes = self.codes.view(torch.uint8)  # as they are, where the model is not spread over processes
+            return entries, scale, codes, operations.look_up(entries, codes)
         codes, values = operations.choose(self.weight, self.unit * self.channel_scale / scale, entries)
         return entries, scale, codes, values
 

@@ -1,7 +1,7 @@
 """The trained model as a checkpoint: that which came in, with new tables, scales, norms, biases, and perhaps codes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from convert_w4a8.checkpoint.files import CARD, CONFIG
 from convert_w4a8.checkpoint.safetensors_file import TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan
 from convert_w4a8.checkpoint.writer import CheckpointWriter
-from convert_w4a8.distillation.student import Student
+from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.linear import Packing, W4A8Linear
 from convert_w4a8.targets import find_target
@@ -30,10 +30,18 @@ def plan_files(checkpoint: Checkpoint) -> tuple[ShardPlan, ...]:
 
 
 def write_output(
-    writer: CheckpointWriter, checkpoint: Checkpoint, student: Student, record: Mapping[str, Any], section: str
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
+    layers: Iterable[tuple[str, LutLinear]],
+    others: Mapping[str, torch.Tensor],
+    record: Mapping[str, Any],
+    section: str,
 ) -> None:
-    """Write everything but the index. record: for config.json. section: of the card."""
-    trained = _trained_tensors(checkpoint, student)
+    """Write everything but the index.
+
+    layers, others: what was trained, by names in the checkpoint. record: for config.json. section: of the card.
+    """
+    trained = _trained_tensors(checkpoint, layers, others)
     for plan in plan_files(checkpoint):
         shard = writer.shard_writer(plan.file_name)
         for spec in plan.specs:
@@ -49,11 +57,13 @@ def write_output(
     writer.write_text(CARD, _card(checkpoint.root / CARD, section))
 
 
-def _trained_tensors(checkpoint: Checkpoint, student: Student) -> dict[str, torch.Tensor]:
+def _trained_tensors(
+    checkpoint: Checkpoint, layers: Iterable[tuple[str, LutLinear]], others: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return the tensors that are not those that came in, by name."""
     target = find_target(checkpoint)
-    found = {name: parameter.detach().cpu() for name, parameter in student.others.items()}
-    for name, layer in student.layers.items():
+    found = {name: parameter.detach().cpu() for name, parameter in others.items()}
+    for name, layer in layers:
         entries, scale, codes = (part.cpu() for part in layer.current())
         w = W4A8Linear(
             packed=pack_codes(codes),

@@ -46,10 +46,15 @@ _LAYER_BYTES = 12
 _KEPT = {Preset.TABLES: 2.5, Preset.WEIGHTS: 18.5}
 """Bytes a quantized weight: its code, and for each of 16 an entry's three values, gradient and two moments. With latent
 weights, also these, their gradient and moments."""
-_GATHERED = {Preset.TABLES: 1.25, Preset.WEIGHTS: 5.25}
-"""Bytes a weight of a block that is brought together for its passes where the model is spread over GPUs …"""
+_CODES = 1.0
+"""Bytes a weight of codes, which GPUs that have a model together do not keep beside latent weights."""
+_GATHERED = {Preset.TABLES: 1.75, Preset.WEIGHTS: 4.75}
+"""Bytes a weight of a block that is brought together for its passes where the model is spread over GPUs: its code or
+latent weight, and three numbers for each of 16, …"""
 _REDUCED = {Preset.TABLES: 0.25, Preset.WEIGHTS: 4.25}
 """… and of its gradients, which are summed over GPUs."""
+_SAVED = {Preset.TABLES: 0.25, Preset.WEIGHTS: 1.25}
+"""Bytes a weight of what a block's forward pass has rounded and chosen, which the backward pass needs."""
 LINK = 270e9
 """Bytes a second to and from each GPU of a host: 60 % of NVLink's 450 GB/s, not measured here."""
 
@@ -142,12 +147,14 @@ def predict(
     *,
     together: bool = True,
     top_k: int | None = None,
+    gpus: int = 1,
 ) -> Cost:
     """Predict what a training of a checkpoint takes.
 
     together: whether the teacher runs on the device of the student. top_k: its logits are stored, so many of each
-    token, or all with 0; None: they are not.
+    token, or all with 0; None: they are not. gpus: that share every batch; memory is that of each.
     """
+    whole, options = options, replace(options, batch_tokens=-(-options.batch_tokens // gpus))
     samples = {key_of(sample): sample for sample in (*data.samples, *data.held_out)} if top_k is not None else {}
     sizes, of_teacher = sizes_of(start), 2 * sum(map(_count, teacher.tensors.values())) if together else 0
     found = predict_cost(
@@ -157,17 +164,22 @@ def predict(
         held_out_tokens=sum(map(len, data.held_out)),
         stored_rows=None if top_k is None else sum(map(rows_of, samples.values())),
         top_k=top_k or 0,
-        shapes=_captured_shapes(start, sizes, options),
+        gpus=gpus,
+        shapes=_captured_shapes(start, sizes, options) if gpus == 1 else 1,
     )
     if top_k is None or not together:
         return found
-    return replace(found, gpu_memory=max(found.gpu_memory, _first_pass_memory(sizes, of_teacher, options.batch_tokens)))
+    return replace(found, gpu_memory=max(found.gpu_memory, _first_pass_memory(sizes, of_teacher, whole.batch_tokens)))
 
 
 def _captured_shapes(start: Checkpoint, sizes: Sizes, options: DistillOptions) -> int:
     """Return how many shapes of batches are captured as CUDA graphs, at most; 1 where none is."""
     small = sizes.weights + sizes.others + sizes.fixed <= MOST_WEIGHTS
-    return MOST_SHAPES if small and not options.hidden_weight and not any(map(is_expert, start.tensors)) else 1
+    return (
+        MOST_SHAPES
+        if small and not options.hidden_weight and not any(map(is_expert, find_target(start).find_layers(start)))
+        else 1
+    )
 
 
 def _first_pass_memory(sizes: Sizes, teacher_bytes: int, tokens: int) -> int:
@@ -200,11 +212,14 @@ def predict_cost(
     per_token = ACTIVATIONS * sizes.width
     if options.recompute:
         per_token = per_token / max(1, sizes.blocks) + 2 * sizes.hidden * sizes.blocks
+    if gpus > 1 and is_latent:
+        kept -= _CODES * sizes.weights
     memory = kept / gpus + tokens * (per_token + _LOGIT_BYTES * sizes.vocabulary)
     memory += _LOSS_BYTES + _LAYER_BYTES * sizes.layer
     memory += (shapes - 1) * (_GRAPH_LOGIT_BYTES * tokens * sizes.vocabulary + 4 * trained)
-    if gpus > 1:  # two blocks of the student at a time: one is computed, one comes; of the teacher one more
-        memory += 2 * _GATHERED[preset] * sizes.block + 2 * 2 * sizes.block
+    if gpus > 1:  # two blocks at a time, one is computed, one comes; their gradients, as they are made and sent
+        memory += 2 * (_GATHERED[preset] + _REDUCED[preset]) * sizes.block + 2 * sizes.fixed
+        memory += _SAVED[preset] * (sizes.block if options.recompute else sizes.weights)
     passes = (1 if stored_rows is not None else 2) + 2 + (1 if options.recompute else 0)
     seconds = 2 * passes * tokens * sizes.active / OPERATIONS
     seconds += 2 * (passes - 1) * tokens * sizes.hidden * sizes.vocabulary / OPERATIONS

@@ -1,7 +1,8 @@
 """What an interrupted training leaves beside OUT: `.OUT.w4a8-distill`, from which `--resume` continues.
 
     state.json               the fingerprint of the training, the last step, and the curve
-    state-STEP.safetensors   values and moments at that step, the best values so far, and the first measurement
+    state-STEP.safetensors   values and moments at that step, the best values so far, and the first measurement;
+                             of several processes state-STEP-I-of-N.safetensors, what each of them has
 
 The JSON file is replaced when the tensors are on the disk, so the two always belong together. Nothing is unpickled.
 """
@@ -23,6 +24,7 @@ from convert_w4a8.errors import ConvertError, DiskError
 
 _SUFFIX = ".w4a8-distill"
 _NOTES = "state.json"
+_AGAIN = "begin again with --overwrite and without --resume"
 
 
 @dataclass(frozen=True)
@@ -65,30 +67,51 @@ class StateDirectory:
             ConvertError: it is of another training, or damaged.
 
         """
+        notes = self.notes(fingerprint)
+        if notes is None:
+            return None
+        try:
+            return Saved(notes, load_file(self._file(int(notes["step"]))))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
+
+    def notes(self, fingerprint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the notes of the state that was kept, if there is one; raises as `load` does."""
         if not (self.path / _NOTES).is_file():
             return None
-        again = "begin again with --overwrite and without --resume"
         try:
-            notes = json.loads((self.path / _NOTES).read_text(encoding="utf-8"))
+            notes: Mapping[str, Any] = json.loads((self.path / _NOTES).read_text(encoding="utf-8"))
             ours, theirs = notes["fingerprint"], json.loads(json.dumps(fingerprint))
             for key in [*theirs, *ours]:
                 if ours.get(key) != theirs.get(key):
                     reason = "is not what it was in the training that was interrupted"
-                    raise ConvertError(f"{self._out.name}: {key}", reason, f"resume with the same input, or {again}")
-            return Saved(notes, load_file(self.path / f"state-{int(notes['step'])}.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ConvertError(str(self.path), f"cannot be read ({error})", again) from error
+                    raise ConvertError(f"{self._out.name}: {key}", reason, f"resume with the same input, or {_AGAIN}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
+        return notes
 
     def save(self, step: int, notes: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a state, whole or not at all, and forget those before it."""
         with disk_errors(self.path):
             self.path.mkdir(mode=0o700, exist_ok=True)
-            file = self.path / f"state-{step}.safetensors"
-            save_tensors(tensors, file)
-            replace_text(json.dumps({**notes, "step": step}), self.path / _NOTES)
-            for old in self.path.glob("state-*.safetensors"):
-                if old != file:
-                    old.unlink()
+            save_tensors(tensors, self._file(step))
+            self._finish(step, notes)
+
+    def _files(self, step: int) -> list[Path]:
+        """Return where all tensors of a step are."""
+        return [self.path / f"state-{step}.safetensors"]
+
+    def _file(self, step: int) -> Path:
+        """Return where this process has those that it keeps."""
+        return self._files(step)[0]
+
+    def _finish(self, step: int, notes: Mapping[str, Any]) -> None:
+        """Say that all tensors are there, and remove those of earlier steps."""
+        replace_text(json.dumps({**notes, "step": step}), self.path / _NOTES)
+        files = self._files(step)
+        for old in self.path.glob("state-*.safetensors"):
+            if old not in files:
+                old.unlink()
 
     def remove(self) -> None:
         """Remove it, if there is one."""

@@ -348,6 +348,11 @@ COLUMNS: dict[str, Columns] = {
         *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("s a block", "{seconds_per_block:.3f}")),
         *(("bytes kept", "{bytes_kept_per_block:,}"), ("bytes at most", "{peak_bytes_per_block:,}")),
     ),
+    "distill-curves": (
+        *(("preset", "{preset}"), ("GPUs", "{gpus}"), ("steps", "{steps}"), ("last quarter", "{training:.5f}")),
+        *(("a step apart, mean", "{apart:.6f}"), ("at most", "{apart_at_most:.6f}")),
+        *(("held out, before", "{before:.5f}"), ("after", "{after:.5f}")),
+    ),
     "distill-paper": (
         *(("model", "{model}"), ("preset", "{preset}"), ("GPUs", "{gpus}"), ("teacher", "{teacher}")),
         *(("tokens of a step on each", "{tokens_a_gpu:,}"), ("GiB on each", "{gib:.0f}")),

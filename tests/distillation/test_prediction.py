@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,24 @@ def test_memory_of_graphs_and_of_the_first_pass(model: Path, start: Path, data: 
         assert memory(top_k=8) == 1 << 50
         assert memory(top_k=8, together=False) < 1 << 50
         assert memory() < 1 << 50
+
+
+@pytest.mark.parametrize("preset", list(Preset))
+def test_gpus_share_what_is_kept(preset: Preset, model: Path, start: Path, data: list[Path]) -> None:
+    """Each has its part of the models and of a batch, and some blocks whole; the teacher is never whole."""
+    size = sizes(**MODELS["Llama 8B"])
+    options = DistillOptions(preset, batch_tokens=16384, recompute=True)
+
+    def memory(gpus: int, teacher: int) -> int:
+        each = replace(options, batch_tokens=options.batch_tokens // gpus)
+        return predict_cost(size, each, teacher_bytes=teacher, gpus=gpus).gpu_memory
+
+    one, *several = (memory(gpus, 2 * size.weights) for gpus in (1, 2, 4, 8))
+    assert one > several[0] > several[1] > several[2] > one / 8
+    assert memory(8, 2 * size.weights) - memory(8, 0) == pytest.approx(2 * size.weights / 8, rel=1e-6)
+    samples = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop")
+    checkpoints = api.open_checkpoint(start), api.open_checkpoint(model)
+    two = predict(*checkpoints, samples, DistillOptions(preset, batch_tokens=1 << 22), gpus=2)
+    half = predict(*checkpoints, samples, DistillOptions(preset, batch_tokens=1 << 21))
+    assert two.trained == half.trained
+    assert two.gpu_memory < half.gpu_memory  # which keeps several shapes of batches besides
