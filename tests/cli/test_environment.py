@@ -78,6 +78,7 @@ def test_env_says_what_there_is() -> None:
         "codebooks": "numba",
         "activations": "torch",
         "training": "torch",
+        "blocks": "torch",
     }
     assert all(kernel["why_not"] is None for kernel in document["kernels"])
     assert document["caches"].keys() == {"hub", "numba", "triton", "temporary"}
