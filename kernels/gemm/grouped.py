@@ -184,40 +184,42 @@ def _multiply(
     of_block: the expert of each block of rows, −1 for those that are not used.
     is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
     """
-    packed, tables, channel_scale, *_ = layer
+    packed, tables, channel_scale, *few = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
-    if hopper:
-        from convert_w4a8.kernels.gemm import grouped_hopper  # noqa: PLC0415 - Gluon may be absent
-
-        grouped_hopper.multiply(tokens, token_scale, layer, output, rows, of_block, share, launch, is_sorted)
-        return
     blocks, columns = len(of_block), n // launch.block_n
     splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
-    _grouped_kernel[(blocks * columns * splits,)](
-        tokens,
-        packed,
-        tables.view(torch.int64),
-        token_scale,
-        channel_scale,
-        output,
-        rows,
-        of_block,
-        sums,
-        counters,
-        len(output),
-        n,
-        k,
-        blocks,
-        min(launch.columns or columns * splits, columns * splits),
-        splits,
-        share,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        STAGES=launch.stages,
-        CHAIN=launch.chain,
-        SPLIT=splits > 1,
-        num_warps=launch.warps,
-        INTERPRETED=INTERPRETED,
+    grid = (blocks * columns * splits,)
+    of_all = (token_scale, channel_scale, output, rows, of_block, sums, counters)
+    sizes = (len(output), n, k, blocks, min(launch.columns or columns * splits, columns * splits), splits, share)
+    constants = {
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.stages,
+        "CHAIN": launch.chain,
+        "SPLIT": splits > 1,
+        "num_warps": launch.warps,
+    }
+    if hopper:
+        # Gluon may be absent.
+        from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _grouped_kernel as hopper_kernel  # noqa: PLC0415
+
+        indexed = launch.indexed and bool(few)
+        index, tables = few if indexed else (packed, tables)
+        hopper_kernel[grid](
+            tokens,
+            packed,
+            tables.view(torch.int64),
+            index,
+            *of_all,
+            *sizes,
+            SORTED=is_sorted,
+            INDEXED=indexed,
+            launch_pdl=True,
+            **constants,
+        )
+        return
+    _grouped_kernel[grid](
+        tokens, packed, tables.view(torch.int64), *of_all, *sizes, INTERPRETED=INTERPRETED, **constants
     )

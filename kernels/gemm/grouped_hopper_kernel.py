@@ -1,4 +1,7 @@
-"""The kernel that `grouped_hopper` launches, in Gluon: the loop of `hopper_kernel` over the experts of few tokens."""
+"""The GEMM over experts for Hopper, in Gluon: the loop of `hopper_kernel` over the experts of few tokens.
+
+`hopper` says what Gluon is for, and `grouped` launches it.
+"""
 
 # Arguments of Triton functions have no Python types.
 # ruff: noqa: ANN001, ANN202

@@ -19,7 +19,7 @@ most_tokens: Any = importlib.import_module("convert_w4a8.vllm_plugin.experts").m
 SMS = 132
 try:
     hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.hopper")
-    grouped_hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_hopper")
+    grouped_hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_hopper_kernel")
 except ImportError:  # Triton has no Gluon here
     hopper = None
 Launched = set[tuple[Any, ...]]
