@@ -23,6 +23,8 @@ from convert_w4a8.targets import find_target
 _ROLES = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
 """What the tensors of a quantized layer are called."""
 _ANOTHER = "distill a model that it has"
+_SMALL = 1 << 22
+"""The most numbers of a tensor that may be kept in float32: a router's matrix has fewer."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def load_student(
     others = {}
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)
-        if info is None or info.dtype != "BF16":
+        if info is None or info.dtype != "BF16" or parameter.dtype != torch.bfloat16:
             continue  # it is written as it is
         owner = name.rpartition(".")[0]
         is_bias = owner in layers and name == f"{owner}.bias"
@@ -188,7 +190,8 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+    """Round a matrix, for its memory. Small tensors are left to transformers, which keeps some in float32."""
+    return tensor.bfloat16() if tensor.is_floating_point() and tensor.numel() > _SMALL else tensor
 
 
 @contextmanager
