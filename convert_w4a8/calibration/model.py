@@ -112,7 +112,7 @@ class Model:
         return calls
 
     def load_block(self, number: int) -> nn.Module:
-        """Load the weights of a block and return it. Experts in one tensor stay in the checkpoint's dtype.
+        """Load the weights of a block and return it.
 
         Raises:
             ConvertError: the checkpoint has not all of them.
@@ -127,9 +127,14 @@ class Model:
                     f"is a parameter of transformers' model {list(stub.shape)}, and not in the checkpoint",
                     WITHOUT_DATA,
                 )
-            dtype = found.dtype if is_stack(name) else self.dtype
-            _set(block, name, found.to(self.device, dtype))
+            self._put(block, name, found)
         return block.eval()
+
+    def _put(self, block: nn.Module, name: str, found: torch.Tensor) -> None:
+        """Set a parameter or buffer of a block: experts in one tensor, and what transformers keeps, in their dtype."""
+        names = getattr(self._decoder, "_keep_in_fp32_modules_strict", None) or ()
+        stays = found.dtype == torch.float32 and any(f".{part}." in f".{name}." for part in names)
+        _set(block, name, found.to(self.device, found.dtype if stays or is_stack(name) else self.dtype))
 
     def load_again(self, number: int, checkpoint: Checkpoint) -> None:
         """Load what another checkpoint has of a block's parameters, under the same names and in the same shapes."""
@@ -138,11 +143,11 @@ class Model:
             if is_stack(name):  # None where the experts are quantized
                 whole = find_tensor(checkpoint, f"{self.above}.{number}", name, tuple(stub.shape))
                 if whole is not None:
-                    _set(block, name, whole.to(self.device, whole.dtype))
+                    self._put(block, name, whole)
                 continue
             info = tensor_of(checkpoint, f"{self.above}.{number}", name)
             if info is not None and info.shape == tuple(stub.shape):
-                _set(block, name, read_tensor(info).to(self.device, self.dtype))
+                self._put(block, name, read_tensor(info))
 
     def modules(self, number: int) -> set[str]:
         """Return all that has a weight in a block, by its name in the checkpoint; experts one by one."""
