@@ -58,8 +58,8 @@ def training_data(
 ) -> TrainingData:
     """Return the data of a training: of the samples, those in which a prediction counts.
 
-    held_out: samples to measure on; None: some of each domain. mix: `DROP`, `UNIFORM`, the drop of each domain, or the
-    JSON file that has them.
+    held_out: samples to measure on, of which equal ones of a domain count once; None: some of each domain. mix: `DROP`,
+    `UNIFORM`, the drop of each domain, or the JSON file that has them.
 
     Raises:
         ConvertError: too few samples are left to train or to measure on, or a domain has no drop.
@@ -70,19 +70,22 @@ def training_data(
         held_out = _with_predictions(held_out, "--held-out")
     else:
         samples, held_out = hold_out(samples)
+    held_out = list({(tag_of(sample), sample.tokens.tobytes()): sample for sample in held_out}.values())
     samples = apart(samples, held_out)
     tags = list(by_tag(samples))
-    drops = None
+    drops, uniform = None, mix == UNIFORM
     if isinstance(mix, Mapping):
         drops = _drops_of(mix, tags, "the drops")
     elif mix not in (DROP, UNIFORM):
         drops = read_drops(Path(mix), tags)
     elif mix == DROP:
         measured = by_tag(held_out)
-        if missing := [tag for tag in tags if tag not in measured]:
+        missing = [tag for tag in tags if tag not in measured]
+        uniform = missing == tags and len(tags) == 1  # all is of one domain, whatever its drop is
+        if missing and not uniform:
             reason = "is a domain of --data, and none of --held-out: its drop is not known"
-            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
-    return TrainingData(tuple(samples), tuple(held_out), drops, uniform=mix == UNIFORM)
+            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix FILE")
+    return TrainingData(tuple(samples), tuple(held_out), drops, uniform=uniform)
 
 
 def _with_predictions(samples: Sequence[Sample], subject: str) -> list[Sample]:
@@ -166,6 +169,8 @@ def read_drops(path: Path, tags: Sequence[str]) -> dict[str, float]:
         ConvertError: a domain is missing, or has no such number.
 
     """
+    if not path.exists():
+        raise ConvertError(f"--mix {path}", "is no file", f"give {DROP}, {UNIFORM}, or a JSON file of drops")
     found: Any = read_json(path)
     return _drops_of(found.get("drops", found), tags, str(path))
 

@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY
 
 from convert_w4a8 import api
 from convert_w4a8.distillation.linear import Preset
-from convert_w4a8.distillation.mix import apart, check_domains, hold_out
+from convert_w4a8.distillation.mix import apart, check_domains, hold_out, training_data
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher
@@ -194,6 +194,29 @@ def test_domains_without_held_out_text_need_drops(model: Path, start: Path, data
         )
         assert result.exit_code == 1
         assert result.stderr.count("two") == 1
+
+
+def test_one_domain_needs_no_drop(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """All is of it, so text to measure on may be of any name."""
+    result = distill(start, model, data[:1], tmp_path / "out", "--held-out", data[1], "--rate", "4", "--json")
+    assert result.exit_code == 0, result.output
+    assert [domain["tag"] for domain in json.loads(result.stdout)["domains"]] == ["two"]
+
+
+def test_held_out_samples_count_once() -> None:
+    """Copies would make the standard error of a change smaller than it is; one sample many times shows none."""
+    samples = [sample_of("chat", 10, n) for n in range(40)]
+    found = training_data(samples[2:], [*samples[:2], *samples[:2] * 20], "uniform")
+    assert [sample.tokens[0] for sample in found.held_out] == [0, 1]
+    with pytest.raises(ConvertError, match="is one sample"):
+        training_data(samples[2:], samples[:1] * 20, "uniform")
+
+
+def test_a_mix_that_there_is_not(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """A name that is mistyped is no file."""
+    result = distill(start, model, data, tmp_path / "out", "--mix", "unifrom")
+    assert result.exit_code == 1
+    assert "give drop, uniform, or a JSON file" in result.stderr
 
 
 def test_samples_without_predictions_are_left_out(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
