@@ -55,10 +55,12 @@ def check_models(start: Checkpoint, teacher: Checkpoint, *, blocks: bool = False
     blocks: whether their blocks are to be compared. What a configuration does not say is checked when models are there.
 
     Raises:
-        ConvertError: the teacher is quantized, the student is not of the format `lut` with stored tables, or the two
-            are of other vocabulary or blocks.
+        ConvertError: the teacher is quantized, the student is not, or not of the format `lut` with stored tables, or
+            the two are of other vocabulary or blocks.
 
     """
+    if not start.quantization_config:
+        raise ConvertError(str(start.root), "is not quantized", "quantize it first, with w4a8 quantize")
     if teacher.quantization_config:
         raise ConvertError(str(teacher.root), "is quantized", "give the model in 16 bits as --teacher")
     names = find_target(start).find_layers(start)
