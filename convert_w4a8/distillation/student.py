@@ -1,6 +1,7 @@
 """The two models: the teacher as transformers computes it in BF16, and the student, whose layers are `LutLinear`."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from torch import nn
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.model_classes import transformers_for
+from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.experts import place_experts
 from convert_w4a8.distillation.fused import fuse, rotations
@@ -123,17 +125,20 @@ def load_student(
             weight = read_tensor(original) if wanted and original is not None else None
             layers[name] = LutLinear(w, state.get(f"{name}.bias"), preset, weight, towards)
     model = _build(checkpoint, state).requires_grad_(requires_grad=False)
-    experts = place_experts(model, layers)
-    for name, layer in layers.items():
-        if name in experts:
+    ours, theirs = _decoders(model, names)
+    places = {_moved(name, ours, theirs): name for name in names}
+    experts = place_experts(model, {place: layers[name] for place, name in places.items()})
+    for place, name in places.items():
+        if place in experts:
             continue
-        if not isinstance(_find(model, name), nn.Linear):
+        if not isinstance(_find(model, place), nn.Linear):
             reason = f"is no linear layer of transformers' {type(model).__name__}"
             raise ConvertError(name, reason, "leave this model as it is")
-        above, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(above), leaf, layer)
+        above, _, leaf = place.rpartition(".")
+        setattr(model.get_submodule(above), leaf, layers[name])
     others = {}
-    for name, parameter in model.named_parameters():
+    for place, parameter in model.named_parameters():
+        name = _moved(place, theirs, ours)
         info = checkpoint.tensors.get(name)
         if info is None or info.dtype != "BF16" or parameter.dtype != torch.bfloat16:
             continue  # it is written as it is
@@ -182,6 +187,25 @@ def vocabulary(model: nn.Module) -> int:
     """Return how many tokens a model predicts."""
     size: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     return size
+
+
+def _decoders(model: nn.Module, layers: Sequence[str]) -> tuple[str, str]:
+    """Return where the decoder is in a checkpoint of so named layers, and where in transformers' model; "" if as there.
+
+    In models that see too it is `language_model.model` in many checkpoints, and `model.language_model` there.
+    """
+    if any(_find(model, name) is not None for name in layers):
+        return "", ""
+    above = Counter(found[0] for name in layers if (found := block_of(name)) is not None)
+    part: Any = model
+    decoder = part.get_decoder() if hasattr(model, "get_decoder") else None
+    theirs = next((name for name, module in model.named_modules() if module is decoder), "")
+    ours = max(above, key=above.__getitem__, default="").rpartition(".")[0]
+    return (ours, theirs) if ours and theirs else ("", "")
+
+
+def _moved(name: str, before: str, after: str) -> str:
+    return f"{after}{name.removeprefix(before)}" if before and name.startswith(f"{before}.") else name
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:

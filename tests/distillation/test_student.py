@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_training import quantized
-from tiny_models import write_model
+from small_training import distill, quantized, run, tensors
+from tiny_models import write_gemma_that_sees, write_model
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.distillation.linear import Preset
@@ -30,6 +30,22 @@ def test_what_is_kept_in_float32_is_not_rounded(tmp_path: Path) -> None:
     teacher = open_checkpoint(model)
     for each in (load_teacher(teacher, CPU), load_student(start, teacher, Preset.TABLES, CPU).model):
         assert torch.equal(each.get_buffer(name), correction)
+
+
+def test_a_decoder_that_transformers_has_elsewhere(data: list[Path], tmp_path: Path) -> None:
+    """Layers, norms and all are found by the checkpoint's names, under which they are written."""
+    model = write_gemma_that_sees(tmp_path / "model")
+    start, out = tmp_path / "start", tmp_path / "out"
+    assert run("quantize", model, start, "--device", "cpu").exit_code == 0
+    result = distill(start, model, data, out, "--rate", "4")
+    assert result.exit_code == 0, result.output
+    before, after = tensors(start), tensors(out)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    decoder = "language_model.model"
+    assert {name.partition(".layers.")[0] for name in changed} == {decoder, f"{decoder}.norm.weight"}
+    assert {name for name in before if name.startswith("language_model.") and "norm" in name} <= changed
+    assert {name for name in before if name.endswith("weight_lut")} <= changed
+    assert run("verify", out, "--source", start).exit_code == 0
 
 
 def test_vectors_that_are_computed_in_float32_are_not_trained(
