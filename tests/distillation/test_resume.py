@@ -57,6 +57,7 @@ def test_a_gpu_is_deterministic_whichever_model_is_there(
     def entered(*devices: torch.device) -> NoReturn:
         with deterministic(*devices):
             assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled()  # linear attention has none that is
         raise EnteredError
 
     monkeypatch.setattr(run, "deterministic", entered)
@@ -65,3 +66,4 @@ def test_a_gpu_is_deterministic_whichever_model_is_there(
     with pytest.raises(EnteredError):
         run.distill(*checkpoints, samples, tmp_path / "out", DistillOptions(), device=student, teacher_device=teacher)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
