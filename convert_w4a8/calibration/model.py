@@ -21,7 +21,10 @@ from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.samples.sample import Sample
 
+_POSITIONS = frozenset({"embed_positions", "wpe", "position_embeddings", "pos_embed"})
+"""What transformers calls tables of learned positions; beyond them there is none, where rotary ones go on."""
 WITHOUT_DATA = "quantize it without --data"
 _BESIDE = frozenset({
     *("attention_mask", "causal_mask", "position_embeddings", "position_ids", "cache_position"),
@@ -58,6 +61,15 @@ class Model:
         self._load_outside()
         self._calls: tuple[tuple[int, int], list[BlockCall]] | None = None
 
+    def check_length(self, sample: Sample) -> None:
+        """Raise ConvertError where a sample has more tokens than the model has learned positions."""
+        for name, module in self._decoder.named_modules():
+            if isinstance(module, nn.Embedding) and _has_positions(name):
+                most = module.num_embeddings - getattr(module, "offset", 0)
+                if len(sample) > most:
+                    reason = f"has {len(sample):,} tokens, and the model {most:,} positions"
+                    raise ConvertError(sample.origin, reason, "cut it, or leave it out")
+
     def _load_outside(self) -> None:
         """Load what is not in a block: embeddings and norms."""
         parent = self.above.removesuffix(self._list_name)
@@ -80,9 +92,9 @@ class Model:
         return found[0]
 
     def forget_embeddings(self) -> None:
-        """Free the tables from which the first hidden states came."""
-        for module in self._decoder.modules():
-            if isinstance(module, nn.Embedding):
+        """Free the tables from which the first hidden states came, but positions, which are asked for again."""
+        for name, module in self._decoder.named_modules():
+            if isinstance(module, nn.Embedding) and not _has_positions(name):
                 module.to("meta")
 
     def call(self, block: int, shape: tuple[int, int]) -> BlockCall:
@@ -163,6 +175,10 @@ def hidden_states(output: Any) -> torch.Tensor:
     """Return the hidden states of what a block returns: of some models the first of several things."""
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return states
+
+
+def _has_positions(name: str) -> bool:
+    return name.rpartition(".")[2] in _POSITIONS
 
 
 def _is_tensor(value: Any) -> bool:

@@ -17,6 +17,7 @@ from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.states import batches
 from convert_w4a8.calibration.walk import Walk
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.samples.sample import SampleSet
 
@@ -158,3 +159,13 @@ def test_what_transformers_keeps_in_float32_is_not_rounded(tmp_path: Path) -> No
     model.load_again(0, checkpoint)
     assert torch.equal(block.get_buffer(name), correction)
     assert block.get_parameter("input_layernorm.weight").dtype is torch.bfloat16
+
+
+def test_samples_longer_than_learned_positions(tmp_path: Path) -> None:
+    """Are one line, and nothing is left; as many tokens as there are positions are taken."""
+    sizes = {"ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 16}
+    model = write_model(tmp_path / "model", "OPTForCausalLM", "OPTConfig", layers=1, **sizes)
+    with pytest.raises(ConvertError, match="sample 1: has 17 tokens, and the model 16 positions"):
+        api.quantize(model, tmp_path / "out", samples=samples_of([16, 17]), device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    api.quantize(model, tmp_path / "out", samples=samples_of([16, 16]), device="cpu")
