@@ -16,7 +16,7 @@ from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.processes import Place
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
 from convert_w4a8.distillation.sharded import ShardedStudent, ShardedTrainer, shard, shard_student
-from convert_w4a8.distillation.state import StateDirectory
+from convert_w4a8.distillation.state import Saved, StateDirectory
 from convert_w4a8.distillation.stored import StoredTeacher
 from convert_w4a8.distillation.student import Student, check_vocabulary, load_student, load_teacher, vocabulary
 from convert_w4a8.distillation.teacher import LiveTeacher, Teacher
@@ -83,20 +83,24 @@ class Run:
             self._best, self._best_values = self._before.clone(), self._trainer.values()
             self._best_step = self._worse = 0
         else:
-            tensors, notes = saved.tensors, saved.notes
-            self._before, self._best = tensors["before"], tensors["best"]
-            self._best_values = {
-                name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")
-            }
-            self._curve = [Point(*point) for point in notes["curve"]]
-            self._best_step, self._worse = notes["best_step"], notes["worse"]
-            self._spent, self._tokens = notes["seconds"], notes["tokens"]
-            self._trainer.restore(tensors, notes["step"])
-            self._keep(notes["step"])
+            with state.understood():
+                self._continue(saved)
+            self._keep(self._trainer.step)
         tags = by_tag(data.held_out)
         self.drops = {tag: mean(self._before[numbers]) for tag, numbers in tags.items()}
         self.shares = self._shares()
         self._batch = mixed(data.samples, self.shares, options)
+
+    def _continue(self, saved: Saved) -> None:
+        tensors, notes = saved.tensors, saved.notes
+        self._before, self._best = tensors["before"], tensors["best"]
+        self._best_values = {
+            name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")
+        }
+        self._curve = [Point(*point) for point in notes["curve"]]
+        self._best_step, self._worse = notes["best_step"], notes["worse"]
+        self._spent, self._tokens = notes["seconds"], notes["tokens"]
+        self._trainer.restore(tensors, notes["step"])
 
     def _load_student(self, start: Checkpoint, teacher: Checkpoint, device: torch.device) -> Student:
         return load_student(start, teacher, self._options.preset, device, self._options.towards)
