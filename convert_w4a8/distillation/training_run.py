@@ -25,7 +25,20 @@ from convert_w4a8.errors import ConvertError
 
 _HOST = torch.device("cpu")
 _SURE = 2.0
-"""Standard errors by which the divergence of held-out samples has to fall, or nothing is written."""
+"""Standard errors by which the divergence of many held-out samples has to fall, or nothing is written; see `sure`."""
+
+
+def sure(samples: int) -> float:
+    """Return the standard errors, estimated from so many samples, that are as sure as `_SURE` known ones.
+
+    The quantile of Student's t, by Fisher's expansion (Abramowitz and Stegun, 26.7.5).
+    """
+    if samples < 2:
+        return math.inf
+    z, n = _SURE, float(samples - 1)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 @dataclass
@@ -146,7 +159,7 @@ class Run:
                 losses = []
         seconds = time.monotonic() - began
         change, error = difference(self._best, self._before)
-        if not change < -_SURE * error:
+        if not change < -sure(len(self._best)) * error:
             reason = f"changed by {change:+.5f} ± {error:.5f} nats per token at best, which is no gain for sure"
             raise ConvertError(
                 "divergence of held-out samples",
