@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     type=LocalPath(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Text to measure on, and to choose the best step by. [default: one of 16 samples of each file of --data]",
+    help="Text to measure on, and to choose the best step by. [default: some of each file of --data]",
 )
 @click.option(
     "--preset",

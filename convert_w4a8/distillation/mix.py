@@ -25,8 +25,10 @@ DROP, UNIFORM = "drop", "uniform"
 """Mixes that have names."""
 FLOOR = 0.25
 """The part of all tokens that is shared evenly, so that no domain is forgotten."""
-_EVERY = 16
-"""One of so many samples of a domain is held out, …"""
+_ENOUGH = 8
+"""So many samples of a domain show how sure a gain is, …"""
+_EVERY = (4, 16)
+"""… so one of 16 is held out where that is enough, and of fewer than 128 more, up to one of 4, …"""
 _HELD_OUT_TOKENS = 32_768
 """… while these are no more tokens."""
 _REMEDY = "name one number for each file of --data, by its name without endings"
@@ -139,7 +141,9 @@ def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
             reason = "has one sample, or beginnings of one, and some have to be held out to measure on"
             raise ConvertError(tag, reason, "add samples, or name others with --held-out")
         room = _HELD_OUT_TOKENS
-        for mine, number in enumerate(numbers[_EVERY // 2 :: _EVERY] or numbers[-1:]):
+        least, most = _EVERY
+        every = min(max(len(numbers) // _ENOUGH, least), most)
+        for mine, number in enumerate(numbers[every // 2 :: every] or numbers[-1:]):
             if mine and len(samples[number]) > room:
                 break
             room -= len(samples[number])

@@ -61,20 +61,21 @@ def test_conversations_are_held_out_whole() -> None:
     samples = samples_of([call for number in range(48) for call in conversation(number, 5)])
     data = training_data(samples, None, "drop")
     held = {int(sample.tokens[0]) for sample in data.held_out}
-    assert len(held) == len(data.held_out) == 3
+    assert len(held) == len(data.held_out) == 8
     assert {len(sample) for sample in data.held_out} == {16}
     assert not held & {int(sample.tokens[0]) for sample in data.samples}
-    assert len(data.samples) == 45 * 5
+    assert len(data.samples) == 40 * 5
     chosen = training_data(samples[:200], samples[200:], "drop")
     assert [len(sample) for sample in chosen.held_out] == [16] * 8
 
 
 def test_samples_that_are_apart_are_held_out_one_by_one() -> None:
-    """Every sixteenth."""
-    samples = samples_of([[number, 5, 6] for number in range(40)])
-    left, held = hold_out(samples)
-    assert [int(sample.tokens[0]) for sample in held] == [8, 24]
-    assert len(left) == 38
+    """Every sixteenth of many; of fewer eight, but not more than every fourth."""
+    for count, first, step in ((160, 8, 16), (128, 8, 16), (40, 2, 5), (20, 2, 4), (3, 2, 4)):
+        samples = samples_of([[number, 5, 6] for number in range(count)])
+        left, held = hold_out(samples)
+        assert [int(sample.tokens[0]) for sample in held] == [*range(first, count, step)]
+        assert len(left) == count - len(held)
 
 
 def test_one_conversation_is_not_enough() -> None:
