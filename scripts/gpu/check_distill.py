@@ -274,7 +274,12 @@ def measure_gpus(args: argparse.Namespace) -> Iterator[Row]:
     shape = MODELS["Llama 8B"] | {"blocks": BLOCKS, "vocabulary": VOCABULARY, "tied": True}
     for gpus in args.gpus:
         found: list[tuple[DistillOptions, float, int, int]] = []
-        run_on_all(measure_parts, (args.tokens, args.length), gpus, DEVICE.type, found.append)
+
+        def hear(each: tuple[DistillOptions, float, int, int], found: list[Any] = found) -> None:
+            found.append(each)
+            print(each, flush=True)  # the others may not come
+
+        run_on_all(measure_parts, (args.tokens, args.length), gpus, DEVICE.type, hear)
         for options, seconds, kept, peak in found:
             size = sizes(**shape)
             each = replace(options, batch_tokens=args.tokens // gpus)

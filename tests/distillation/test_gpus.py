@@ -44,7 +44,7 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A training of some steps. tokens: of a batch; samples have 40 to 42. fused: by kernels, or here their references."""
+    """A training of some steps. tokens: of a batch; samples have 40 to 42. fused: by what kernels compute on a GPU."""
 
     preset: Preset
     tokens: int = 256
