@@ -12,6 +12,8 @@ the first prompts are read twice by the same engine, which must give the same lo
     cutlass         CUTLASS
     kernel          the decode kernels
     kernel-late     the same, no kernel launched before the one ahead of it has ended
+    kernel-dense    the same for linear layers, CUTLASS for experts
+    kernel-experts  the other way round
     kernel-custom   the same as `kernel`, sums over ranks by vLLM's own all-reduce instead of NCCL's
     cutlass-custom  likewise for CUTLASS
 
@@ -36,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import late_launches
+import kernel_parts
 import vllm_engine
 from check_equivalence import BATCH, answers, engine_options, make_prompts
 from gaps import compare
@@ -47,12 +49,12 @@ QUESTION = "Are the decode kernels on several GPUs as near to CUTLASS as CUTLASS
 
 @dataclass(frozen=True)
 class Way:
-    """How to run the checkpoint."""
+    """How to run the checkpoint. part: a plugin that takes away a part of the decode kernels."""
 
     kernel: bool
     one_gpu: bool = False
     eager: bool = False
-    late: bool = False
+    part: str | None = None
     custom: bool = False
 
 
@@ -62,7 +64,9 @@ WAYS = {
     "cutlass-eager": Way(kernel=False, eager=True),
     "cutlass": Way(kernel=False),
     "kernel": Way(kernel=True),
-    "kernel-late": Way(kernel=True, late=True),
+    "kernel-late": Way(kernel=True, part=kernel_parts.LATE),
+    "kernel-dense": Way(kernel=True, part=kernel_parts.DENSE_ONLY),
+    "kernel-experts": Way(kernel=True, part=kernel_parts.EXPERTS_ONLY),
     "kernel-custom": Way(kernel=True, custom=True),
     "cutlass-custom": Way(kernel=False, custom=True),
 }
@@ -101,7 +105,7 @@ def serve(args: argparse.Namespace, prompts: Sequence[Sequence[int]], name: str,
     if way.one_gpu:
         gpus = visible_gpus()
         environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    plugins = {"w4a8_late_launches": late_launches.MORE} if way.late else None
+    plugins = {"w4a8_kernel_part": way.part} if way.part else None
     payload = {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens, "turn": str(args.turn)}
     try:
         result = vllm_engine.run_worker(__file__, payload, args.timeout, environment, plugins)
