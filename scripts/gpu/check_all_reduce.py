@@ -6,7 +6,7 @@ other step reads a sum directly. It is run with the host waiting after every ope
 of a CUDA graph, with sums by NCCL and by vLLM's own all-reduce: all must give the same bytes. Sums of two numbers have
 no order, so on two GPUs both kinds of sums must agree as well.
 
---damage runs the check on kernels that do not wait at all, which it must see.
+--damage runs the check on norms and linear layers that do not wait at all, which it must see.
 """
 
 import argparse
@@ -195,7 +195,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--replays", type=int, default=1000)
-    parser.add_argument("--damage", action="store_true", help="kernels do not wait")
+    parser.add_argument("--damage", action="store_true", help="norms and linear layers do not wait")
     add_options(parser)
     args = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may lead nowhere
