@@ -73,6 +73,7 @@ CASES = (
     Case(Preset.TABLES, hidden_weight=0.5),
     Case(Preset.TABLES, fused=True),
     Case(Preset.WEIGHTS, fused=True),
+    Case(Preset.TABLES, recompute=True, fused=True),
 )
 
 
