@@ -40,6 +40,7 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation import graphs
 from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.fused import fuse
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import by_tag, mixed, training_data
@@ -208,6 +209,8 @@ def measure(
     torch.manual_seed(0)  # the same models and batch in all processes
     student, teacher = random_student(blocks, options.preset, vocabulary)
     if place is None:
+        fuse(student.model, DEVICE)
+        fuse(teacher, DEVICE)
         trainer = Trainer(student, LiveTeacher(teacher), options, DEVICE)
     else:
         shard(teacher, place)

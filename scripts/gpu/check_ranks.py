@@ -16,9 +16,11 @@ the first prompts are read twice by the same engine, which must give the same lo
     kernel-experts  the other way round
     kernel-custom   the same as `kernel`, sums over ranks by vLLM's own all-reduce instead of NCCL's
     cutlass-custom  likewise for CUTLASS
+    cutlass-2, -3, kernel-2     the same as without a number, in an engine that is started, and compiled, by itself
 
-What vLLM differs from itself is the gap between `cutlass` and the two other ways that have its kernels. A kernel that
-read before another rank's part has arrived would differ from `kernel-late`, or from itself.
+What vLLM differs from itself is the gap between `cutlass` and the other ways that have its kernels. A kernel that read
+before another rank's part has arrived would differ from `kernel-late`, or from itself. With --agreement the ranks also
+compare what they give to experts, and which ones they choose (`rank_agreement.py`).
 """
 
 import argparse
@@ -39,6 +41,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import kernel_parts
+import rank_agreement
 import vllm_engine
 from check_equivalence import BATCH, answers, engine_options, make_prompts
 from gaps import compare
@@ -69,6 +72,9 @@ WAYS = {
     "kernel-experts": Way(kernel=True, part=kernel_parts.EXPERTS_ONLY),
     "kernel-custom": Way(kernel=True, custom=True),
     "cutlass-custom": Way(kernel=False, custom=True),
+    "cutlass-2": Way(kernel=False),
+    "cutlass-3": Way(kernel=False),
+    "kernel-2": Way(kernel=True),
 }
 
 
@@ -87,7 +93,10 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
             fcntl.flock(turn, fcntl.LOCK_EX)
         again = [answers(llm, prompts[:BATCH], new) for _ in range(2)]
         outputs = again[0] + (answers(llm, prompts[BATCH:], new) if prompts[BATCH:] else [])
-    return {"outputs": outputs, "again": again, "start_s": round(started, 1)}
+    found = {"outputs": outputs, "again": again, "start_s": round(started, 1)}
+    if folder := os.environ.get(rank_agreement.FOLDER):
+        found["ranks"] = rank_agreement.ask(Path(folder), payload["llm"]["tensor_parallel_size"])
+    return found
 
 
 def serve(args: argparse.Namespace, prompts: Sequence[Sequence[int]], name: str, number: int) -> Any:
@@ -105,7 +114,12 @@ def serve(args: argparse.Namespace, prompts: Sequence[Sequence[int]], name: str,
     if way.one_gpu:
         gpus = visible_gpus()
         environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    plugins = {"w4a8_kernel_part": way.part} if way.part else None
+    plugins = {"w4a8_kernel_part": way.part} if way.part else {}
+    if args.agreement and not way.one_gpu:
+        folder = args.turn.parent / name
+        folder.mkdir()
+        environment[rank_agreement.FOLDER] = str(folder)
+        plugins["w4a8_rank_agreement"] = rank_agreement.MORE
     payload = {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens, "turn": str(args.turn)}
     try:
         result = vllm_engine.run_worker(__file__, payload, args.timeout, environment, plugins)
@@ -113,6 +127,8 @@ def serve(args: argparse.Namespace, prompts: Sequence[Sequence[int]], name: str,
         print(f"{name}: {str(error)[-6000:]}", flush=True)
         return None
     print(f"{name}: start {result['start_s']} s, all {result['wall_s']} s", flush=True)
+    for counts in result.get("ranks", ()):
+        print(f"{name}, a rank: {counts}", flush=True)
     return result
 
 
@@ -121,12 +137,23 @@ def rows_of(args: argparse.Namespace, results: Mapping[str, Any]) -> list[dict[s
     about = {"model": args.name or args.lut.name, "tp": args.tp}
     there = [name for name in WAYS if results.get(name)]
     return [
-        *(about | {"a": name, "b": "again"} | compare(*results[name]["again"]) for name in there),
+        *(
+            about | {"a": name, "b": "again"} | compare(*results[name]["again"]) | agreement(results[name])
+            for name in there
+        ),
         *(
             about | {"a": a, "b": b} | compare(results[a]["outputs"], results[b]["outputs"])
             for a, b in combinations(there, 2)
         ),
     ]
+
+
+def agreement(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many tokens passed the experts of all layers, and for how many ranks did not agree."""
+    if not result.get("ranks"):
+        return {}
+    layers = result["ranks"][0].values()
+    return dict(zip(("seen", "other_inputs", "other_experts"), map(sum, zip(*layers, strict=True)), strict=True))
 
 
 def parse() -> argparse.Namespace:
@@ -141,6 +168,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--text-file", type=Path)
     parser.add_argument("--tokens-file", type=Path)
+    parser.add_argument("--agreement", action="store_true", help="count what ranks do not agree on")
     parser.add_argument("--kv-cache-gib", type=float, default=0.25)
     parser.add_argument("--timeout", type=float, default=420, help="seconds of an engine at most")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="write all log-probabilities there, JSON by gzip")
