@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,9 +255,9 @@ BLOCKS, VOCABULARY = 6, 32768
 """Of the models of `gpus`: with as many blocks as are too large for CUDA graphs."""
 
 
-def measure_parts(place: Place, tokens: int, length: int) -> None:
+def measure_parts(place: Place, tokens: int, length: int, presets: Sequence[Preset]) -> None:
     """Measure in one of several processes; the first one tells of every way to train: options, seconds and bytes."""
-    for preset in Preset:
+    for preset in presets:
         for recompute in (True, False):
             options = DistillOptions(preset=preset, steps=100, batch_tokens=tokens, recompute=recompute)
             with deterministic(place.device):
@@ -282,7 +282,7 @@ def measure_gpus(args: argparse.Namespace) -> Iterator[Row]:
             found.append(each)
             print(each, flush=True)  # the others may not come
 
-        run_on_all(measure_parts, (args.tokens, args.length), gpus, DEVICE.type, hear)
+        run_on_all(measure_parts, (args.tokens, args.length, args.presets), gpus, DEVICE.type, hear)
         for options, seconds, kept, peak in found:
             size = sizes(**shape)
             each = replace(options, batch_tokens=args.tokens // gpus)
@@ -376,7 +376,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of a step (block, passes, gpus, curves)")
     parser.add_argument("--length", type=int, default=2048, help="of a sample (block, gpus)")
     parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2], help="how many (gpus, curves)")
-    parser.add_argument("--presets", type=Preset, nargs="*", default=list(Preset), help="(curves)")
+    parser.add_argument("--presets", type=Preset, nargs="*", default=list(Preset), help="(gpus, curves)")
     add_options(parser)
     args = parser.parse_args()
     rows = []
