@@ -148,10 +148,6 @@ ACTIVATIONS = (
 )
 COPIES = (("", ""), (": a copy", "_copy"))
 COLUMNS: dict[str, Columns] = {
-    "ray-gpus": (
-        *(("work", "{what}"), ("run", "{run}"), ("s", "{work_s:.1f}"), ("times as fast", "{faster:.2f}")),
-        *(("tasks elsewhere", "{tasks}"), ("s of these", "{task_s:.1f}"), ("the same bytes", "{same}")),
-    ),
     "ray-equality": (
         ("2 GB of gptq", "{run}"),
         ("sha256 of OUT", "`{short}…`"),
@@ -356,11 +352,6 @@ COLUMNS: dict[str, Columns] = {
         *(("preset", "{preset}"), ("GPUs", "{gpus}"), ("steps", "{steps}"), ("last quarter", "{training:.5f}")),
         *(("s", "{seconds:.0f}"), ("a step apart, mean", "{apart:.6f}"), ("at most", "{apart_at_most:.6f}")),
         *(("held out, before", "{before:.5f}"), ("after", "{after:.5f}")),
-    ),
-    "distill-gpus": (
-        *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("GPUs", "{gpus}")),
-        *(("s a step", "{seconds_per_step:.2f}"), ("predicted", "{predicted_seconds:.2f}")),
-        *(("GiB kept on each", "{kept_gib:.1f}"), ("at most", "{peak_gib:.1f}"), ("predicted", "{predicted_gib:.1f}")),
     ),
     "distill-paper": (
         *(("model", "{model}"), ("preset", "{preset}"), ("GPUs", "{gpus}"), ("teacher", "{teacher}")),
