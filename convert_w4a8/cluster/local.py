@@ -8,8 +8,22 @@ from typing import Any
 
 from convert_w4a8.startup import import_torch
 
-_STORE_BYTES = 128 << 20
-"""Shared memory for Ray's objects: tasks and results are small, weights go through files."""
+
+def _store_bytes() -> int:
+    """Return how much shared memory Ray's objects may take: a part of what is free, which is taken as it is used.
+
+    Tasks of a conversion are small. Those of a calibration bring weights and inputs of some experts, which are hundreds
+    of MB; what the store does not hold goes through files, and takes several times as long.
+    """
+    least, most = 128 << 20, 4 << 30
+    try:
+        shared = os.statvfs("/dev/shm")  # noqa: S108 - where Ray puts it
+    except OSError:  # another system
+        return least
+    return max(least, min(most, shared.f_bavail * shared.f_frsize // 8))
+
+
+_STORE_BYTES = _store_bytes()
 _UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 """Processes of a head that show things, scale a cluster, and bring logs to the driver; each imports Ray in Python."""
 _SETTINGS = {

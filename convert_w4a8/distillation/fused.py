@@ -23,17 +23,17 @@ _ROTATIONS = "_w4a8_rotations"
 _LARGE = 2.0**16
 
 
-def fuse(model: nn.Module, device: torch.device) -> None:
-    """Replace what kernels compute, in a model that is on a GPU; nothing on other devices."""
+def fuse(model: nn.Module, device: torch.device, part: nn.Module | None = None) -> None:
+    """Replace what kernels compute, in a model that is on a GPU, or in a part of it that is; nothing elsewhere."""
     if why_not_compiled(device) is None:
-        replace(model)
+        replace(model, part)
 
 
 @torch.no_grad()
-def replace(model: nn.Module) -> None:
-    """Replace what `blocks` of the model's device compute."""
-    rotations: dict[str, Callable[..., Any]] = {}
-    for module in model.modules():
+def replace(model: nn.Module, part: nn.Module | None = None) -> None:
+    """Replace what `blocks` of the model's device compute, in all of it or in a part."""
+    rotations: dict[str, Callable[..., Any]] = vars(model).setdefault(_ROTATIONS, {})
+    for module in (part or model).modules():
         if _is_norm(module):
             module.forward = partial(_normalize, module)
         elif _is_gated(module):
@@ -42,7 +42,6 @@ def replace(model: nn.Module) -> None:
         rotate = getattr(sys.modules[name], _ROTATE, None)
         if name not in rotations and rotate is not None and _is_rotation(rotate, module):
             rotations[name] = partial(_rotate_both, rotate)
-    vars(model)[_ROTATIONS] = rotations
 
 
 @contextmanager

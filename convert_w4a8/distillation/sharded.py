@@ -22,6 +22,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.fused import fuse
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.distillation.options import DistillOptions
@@ -99,6 +100,8 @@ def shard_student(student: Student, place: Place) -> ShardedStudent:
 def shard(model: nn.Module, place: Place, also: set[int] | None = None) -> nn.Module:
     """Spread a model's matrices over the processes, and what is in `also`: ids of other parameters.
 
+    A block is on the device as a whole before it is spread: then `fuse` sees what kernels can compute of it.
+
     Raises:
         ConvertError: where its blocks are is not known.
 
@@ -110,7 +113,14 @@ def shard(model: nn.Module, place: Place, also: set[int] | None = None) -> nn.Mo
         parameter for parameter in model.parameters() if parameter.dim() < 2 and id(parameter) not in (also or set())
     }
     mesh = init_device_mesh(place.device.type, (place.ranks,))
-    for module in (*blocks_of(model, OPTION), model):
+    blocks = blocks_of(model, OPTION)
+    inside = {module for block in blocks for module in block.modules()}
+    for module in model.modules():
+        if module not in inside and not any(module.children()):
+            fuse(model, place.device, module.to(place.device))
+    for module in (*blocks, model):
+        if module is not model:
+            fuse(model, place.device, module.to(place.device))
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # gradients are summed, and losses weighted

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convert_w4a8.devices import training
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
+from convert_w4a8.distillation.fused import rotations
 from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
 from convert_w4a8.distillation.loss import counted
@@ -63,7 +64,7 @@ class Trainer:
         self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0
         if options.recompute:
-            _recompute_blocks(student.model)
+            recompute_blocks(student.model)
 
     @torch.no_grad()
     def divergences(self, batch: Batch) -> torch.Tensor:
@@ -188,14 +189,18 @@ def _trained(name: str, parameter: nn.Parameter) -> Trained:
     return Trained(parameter if own else value, None if own else parameter, kind, unit, zeros, zeros.clone())
 
 
-def _recompute_blocks(model: nn.Module) -> None:
+def recompute_blocks(model: nn.Module) -> None:
     """Let the backward pass compute decoder blocks again."""
     for block in blocks_of(model, "--recompute"):
-        block.forward = _checkpointed(block.forward)
+        block.forward = _checkpointed(model, block.forward)
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        with rotations(model):  # again, where the backward pass comes here
+            return forward(*args, **kwargs)
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run

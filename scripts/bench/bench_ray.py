@@ -414,14 +414,17 @@ def gpus(args: argparse.Namespace, root: Path) -> None:
             make_checkpoint(source, "awq-zp", args.gigabytes)
         else:
             make_model(source, args.gigabytes)
-        convert(source, root / "out", "--quiet", command=command, device="cuda", gpus=every[0])  # compiles
-        shutil.rmtree(root / "out")
+        if args.only != "several":  # compiles
+            convert(source, root / "out", "--quiet", command=command, device="cuda", gpus=every[0])
+            shutil.rmtree(root / "out")
         size = ("--max-shard-size", f"{args.gigabytes * (50 if command == 'convert' else 15):.0f}MB")
         runs: list[tuple[str, tuple[object, ...], str]] = [
             ("1 GPU, without Ray", (), every[0]),
             (f"{len(every)} GPUs", ("--ray",), ",".join(every)),
             ("1 GPU", ("--ray",), every[0]),
         ]
+        if args.only:
+            runs = runs[:1] if args.only == "one" else runs[1:2]
         for _ in range(args.rounds):
             for words, more, visible in runs:
                 outcome = convert(
@@ -541,6 +544,7 @@ def main() -> None:
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
     parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")
+    parser.add_argument("--only", choices=("one", "several"), help="of gpus: on one, or on all, after a run on one")
     parser.add_argument("--commands", nargs="+", default=["convert", "quantize"], help="of gpus")
     parser.add_argument("--tensors", type=int, nargs="+", default=[10_000, 100_000], help="of memory")
     parser.add_argument("--seed", type=int, default=0)

@@ -350,7 +350,7 @@ COLUMNS: dict[str, Columns] = {
     ),
     "distill-curves": (
         *(("preset", "{preset}"), ("GPUs", "{gpus}"), ("steps", "{steps}"), ("last quarter", "{training:.5f}")),
-        *(("a step apart, mean", "{apart:.6f}"), ("at most", "{apart_at_most:.6f}")),
+        *(("s", "{seconds:.0f}"), ("a step apart, mean", "{apart:.6f}"), ("at most", "{apart_at_most:.6f}")),
         *(("held out, before", "{before:.5f}"), ("after", "{after:.5f}")),
     ),
     "distill-paper": (
@@ -451,6 +451,17 @@ COLUMNS: dict[str, Columns] = {
         ("level 2 s", "{level_2_s:.1f}"),
     ),
     "tensor-parallel-decode": GAPS,
+    "tensor-parallel-ways": (
+        *(("mixture", "{model}"), ("one way", "{a}"), ("other way", "{b}")),
+        ("log-probs equal", "{prompt_logprobs_equal} of {prompt_logprobs}"),
+        *(("mean gap", "{mean_gap:.3f} ± {mean_gap_error:.3f}"), ("median", "{median_gap:.3f}")),
+        *(("more than 1 apart", "{far}"), ("shift", "{shift:+.3f} ± {shift_error:.3f}")),
+        ("other likeliest tokens", "{choices_other}"),
+    ),
+    "all-reduce": (
+        *(("experts", "{size}"), ("sums", "{sums}"), ("chains", "{chains}"), ("runs", "{runs:,}")),
+        *(("with other bytes", "{wrong}"), ("replays", "{replays:,}"), ("with other bytes", "{wrong_replays}")),
+    ),
     "tensor-parallel": (
         ("model", "{model}"),
         ("mode", "`{mode}`"),

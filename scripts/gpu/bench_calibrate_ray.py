@@ -1,7 +1,7 @@
 """Time `w4a8 quantize --data` of one decoder block on one GPU, and on all GPUs of this machine through Ray.
 
     python scripts/gpu/bench_calibrate_ray.py [--models llama-8b qwen3-30b-a3b] [--samples 32] [--length 2048]
-                                              [--experts 64] [--device cuda] [--small]
+                                              [--experts 64] [--device cuda] [--small] [--only one | several]
                                               [--json FILE] [--keep NAME]
 
 The models and samples are those of `bench_quantize_block.py`. Each run is a process of its own, which quantizes the
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--experts", type=int, help="of a mixture, instead of all")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", choices=("one", "several"), help="on one GPU, or on all; default: both")
     parser.add_argument("--small", action="store_true", help="models of the same kinds that a CPU can do")
     parser.add_argument("--directory", type=Path, help="where models are made; a temporary one by default")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of a run")
@@ -89,7 +90,8 @@ def main() -> None:
             if args.experts and "num_experts" in settings:
                 settings["num_experts"] = args.experts
             million, matrices = write_model(Path(root) / name, settings, torch.device(args.device))
-            for words, visible, more in (("1 GPU, without Ray", gpus[:1], []), (f"{len(gpus)} GPUs", gpus, ["--ray"])):
+            runs = {"one": ("1 GPU, without Ray", gpus[:1], []), "several": (f"{len(gpus)} GPUs", gpus, ["--ray"])}
+            for words, visible, more in [run for number, run in runs.items() if args.only in (None, number)]:
                 environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(visible)} if is_gpu else {})}
                 command = [sys.executable, __file__, "--one", str(Path(root) / name), str(Path(root) / "out"), *more]
                 command += ["--samples", str(args.samples), "--length", str(args.length)]

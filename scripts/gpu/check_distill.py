@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation import graphs
 from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.fused import fuse
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import by_tag, mixed, training_data
@@ -208,6 +209,8 @@ def measure(
     torch.manual_seed(0)  # the same models and batch in all processes
     student, teacher = random_student(blocks, options.preset, vocabulary)
     if place is None:
+        fuse(student.model, DEVICE)
+        fuse(teacher, DEVICE)
         trainer = Trainer(student, LiveTeacher(teacher), options, DEVICE)
     else:
         shard(teacher, place)
@@ -252,9 +255,9 @@ BLOCKS, VOCABULARY = 6, 32768
 """Of the models of `gpus`: with as many blocks as are too large for CUDA graphs."""
 
 
-def measure_parts(place: Place, tokens: int, length: int) -> None:
+def measure_parts(place: Place, tokens: int, length: int, presets: Sequence[Preset]) -> None:
     """Measure in one of several processes; the first one tells of every way to train: options, seconds and bytes."""
-    for preset in Preset:
+    for preset in presets:
         for recompute in (True, False):
             options = DistillOptions(preset=preset, steps=100, batch_tokens=tokens, recompute=recompute)
             with deterministic(place.device):
@@ -274,7 +277,12 @@ def measure_gpus(args: argparse.Namespace) -> Iterator[Row]:
     shape = MODELS["Llama 8B"] | {"blocks": BLOCKS, "vocabulary": VOCABULARY, "tied": True}
     for gpus in args.gpus:
         found: list[tuple[DistillOptions, float, int, int]] = []
-        run_on_all(measure_parts, (args.tokens, args.length), gpus, DEVICE.type, found.append)
+
+        def hear(each: tuple[DistillOptions, float, int, int], found: list[Any] = found) -> None:
+            found.append(each)
+            print(each, flush=True)  # the others may not come
+
+        run_on_all(measure_parts, (args.tokens, args.length, args.presets), gpus, DEVICE.type, hear)
         for options, seconds, kept, peak in found:
             size = sizes(**shape)
             each = replace(options, batch_tokens=args.tokens // gpus)
@@ -368,7 +376,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of a step (block, passes, gpus, curves)")
     parser.add_argument("--length", type=int, default=2048, help="of a sample (block, gpus)")
     parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2], help="how many (gpus, curves)")
-    parser.add_argument("--presets", type=Preset, nargs="*", default=list(Preset), help="(curves)")
+    parser.add_argument("--presets", type=Preset, nargs="*", default=list(Preset), help="(gpus, curves)")
     add_options(parser)
     args = parser.parse_args()
     rows = []

@@ -82,21 +82,26 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests are there before the first step
     # Inductor picks among its kernels by timing them: "stock again" must be compiled again to show what that does.
     os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     start = time.perf_counter()
     llm = LLM(**payload["llm"])
     started = time.perf_counter() - start
-    greedy = SamplingParams(
-        temperature=0.0, max_tokens=payload["new_tokens"], ignore_eos=True, prompt_logprobs=1, logprobs=1
-    )
-    prompts = [{"prompt_token_ids": prompt} for prompt in payload["prompts"]]
     with ExitStack() as stack:
         if payload["turn"]:
             fcntl.flock(stack.enter_context(Path(payload["turn"]).open("w")), fcntl.LOCK_EX)
-        outputs = llm.generate(prompts, greedy, use_tqdm=False)
+        found = answers(llm, payload["prompts"], payload["new_tokens"])
+    return {"outputs": found, "start_s": round(started, 1)}
+
+
+def answers(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[dict[str, Any]]:
+    """Return an engine's answers to prompts, as `gaps` takes them, with the log-probabilities of new tokens ("new")."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=1, logprobs=1)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
     found = []
-    for prompt, output in zip(payload["prompts"], outputs, strict=True):
+    for prompt, output in zip(prompts, outputs, strict=True):
         completion = output.outputs[0]
         # The first prompt token has no log-probability.
         scored = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
@@ -110,7 +115,7 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
                 ],
             }
         )
-    return {"outputs": found, "start_s": round(started, 1)}
+    return found
 
 
 def _likeliest(entry: Mapping[int, Any]) -> int:
@@ -204,11 +209,11 @@ class Engine:
     run: int = 1
 
 
-def serve(args: argparse.Namespace, prompts: list[list[int]], engine: Engine) -> Any:
-    """Run an engine and return its outputs; None, and the end of its log printed, where it failed."""
-    llm = {
-        "model": str(engine.directory),
-        "tensor_parallel_size": engine.tp,
+def engine_options(directory: Path, tp: int, mode: str, kv_cache_gib: float, *, by_decode: bool) -> dict[str, Any]:
+    """Return vLLM's options for an engine of a mode of MODES that starts and runs beside others."""
+    return {
+        "model": str(directory),
+        "tensor_parallel_size": tp,
         "skip_tokenizer_init": True,
         # Not less than max_num_batched_tokens / max_num_seqs: vLLM warms up with requests of that many tokens, and
         # attention reads beyond the block tables of a shorter max_model_len (vllm-project/vllm#49751).
@@ -216,16 +221,21 @@ def serve(args: argparse.Namespace, prompts: list[list[int]], engine: Engine) ->
         "max_num_seqs": BATCH,
         "max_num_batched_tokens": 8 * MAX_LENGTH,
         # Not profiled, so that engines can start side by side; the utilization is only checked to be free.
-        "kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30),
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         "gpu_memory_utilization": 0.1,
         "enable_prefix_caching": False,
         "async_scheduling": False,
         "generation_config": "vllm",
-        "disable_custom_all_reduce": args.disable_custom_all_reduce,
         "seed": 0,
-        **(vllm_engine.token_by_token(BATCH) if engine.by_decode else {}),
-        **MODES[engine.mode][1],
+        **(vllm_engine.token_by_token(BATCH) if by_decode else {}),
+        **MODES[mode][1],
     }
+
+
+def serve(args: argparse.Namespace, prompts: list[list[int]], engine: Engine) -> Any:
+    """Run an engine and return its outputs; None, and the end of its log printed, where it failed."""
+    llm = engine_options(engine.directory, engine.tp, engine.mode, args.kv_cache_gib, by_decode=engine.by_decode)
+    llm["disable_custom_all_reduce"] = args.disable_custom_all_reduce
     payload = {"llm": llm, "prompts": prompts, "new_tokens": args.new_tokens}
     payload["turn"] = str(args.turn) if engine.tp > 1 else None
     environment = dict(args.env) if engine.decode_kernel else {"W4A8_LUT_DECODE": "cutlass"}

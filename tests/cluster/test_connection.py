@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from failing_import import fail_import
 
-from convert_w4a8.cluster import connection
+from convert_w4a8.cluster import connection, local
 from convert_w4a8.cluster.connection import connect, load_ray
 from convert_w4a8.cluster.local import lean
 from convert_w4a8.errors import ConvertError
@@ -96,3 +96,20 @@ def test_a_ray_of_our_own_is_lean_while_it_begins(fails: bool, monkeypatch: pyte
         assert fails
     assert Node().start_monitor() == "monitor"
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(64 << 20, 128 << 20), (8 << 30, 1 << 30), (1 << 40, 4 << 30), (None, 128 << 20)]
+)
+def test_the_store_of_a_ray_of_our_own_takes_a_part_of_shared_memory(
+    free: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration sends hundreds of MB; a system without such memory, and one with little, has what Ray needs."""
+
+    def statvfs(_path: str) -> SimpleNamespace:
+        if free is None:
+            raise FileNotFoundError
+        return SimpleNamespace(f_bavail=free // 4096, f_frsize=4096)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert local._store_bytes() == expected

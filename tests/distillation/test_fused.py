@@ -11,6 +11,7 @@ from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.distillation import fused
 from convert_w4a8.distillation.fused import replace, rotations
 from convert_w4a8.distillation.student import load_teacher, logits_of
+from convert_w4a8.distillation.train import recompute_blocks
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
@@ -39,6 +40,18 @@ def test_a_llama_computes_the_same(model: Path) -> None:
     assert torch.equal(found, expected)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=2.0**-5, atol=float(other.abs().max()) * 2.0**-6)
+
+
+def test_a_backward_pass_computes_blocks_as_the_forward_pass_did(model: Path) -> None:
+    """Where blocks are computed again, which is outside of the passes, rotations are the kernel's too."""
+    ids = torch.arange(24).view(2, 12)
+    kept, again = (load_teacher(open_checkpoint(model), CPU) for _ in range(2))
+    for each in (kept, again):
+        replace(each)
+    recompute_blocks(again)
+    (expected, theirs), (found, ours) = gradients(kept, ids), gradients(again, ids)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
 def test_other_norms_and_gates_stay() -> None:

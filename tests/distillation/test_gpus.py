@@ -4,10 +4,12 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from tiny_models import VOCABULARY
 from torch import nn
 
 from convert_w4a8 import api
+from convert_w4a8.distillation import fused
 from convert_w4a8.distillation.data import Batch, make_batch
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import Preset
@@ -41,12 +44,13 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A training of some steps. tokens: of a batch; samples have 40 to 42."""
+    """A training of some steps. tokens: of a batch; samples have 40 to 42. fused: by what kernels compute on a GPU."""
 
     preset: Preset
     tokens: int = 256
     recompute: bool = False
     hidden_weight: float = 0.0
+    fused: bool = False
 
     @property
     def options(self) -> DistillOptions:
@@ -67,7 +71,19 @@ CASES = (
     Case(Preset.TABLES, tokens=42),  # one sample: the first process has none
     Case(Preset.WEIGHTS, tokens=130, recompute=True),  # three samples: one and two
     Case(Preset.TABLES, hidden_weight=0.5),
+    Case(Preset.TABLES, fused=True),
+    Case(Preset.WEIGHTS, fused=True),
+    Case(Preset.TABLES, recompute=True, fused=True),
 )
+
+
+@contextmanager
+def fusing(case: Case) -> Iterator[None]:
+    """Replace parts of models as on a GPU, where a case says so."""
+    with ExitStack() as stack:
+        if case.fused:
+            stack.enter_context(patch.object(fused, "why_not_compiled", lambda _device: None))
+        yield
 
 
 def batches(data: list[Path], options: DistillOptions) -> Iterator[Batch]:
@@ -82,9 +98,15 @@ def in_process(place: Place, start: Path, model: Path, data: list[Path], out: Pa
     checkpoint, source = api.open_checkpoint(start), api.open_checkpoint(model)
     found = []
     for number, case in enumerate(CASES):
-        student = shard_student(load_student(checkpoint, source, case.preset, CPU), place)
+        models = load_student(checkpoint, source, case.preset, CPU), load_teacher(source, CPU)
+        with fusing(case):
+            student, spread = shard_student(models[0], place), shard(models[1], place)
+        for model_ in (student.model, spread):
+            assert {type(module).__name__ for module in model_.modules() if "forward" in vars(module)} == (
+                {"LlamaMLP", "LlamaRMSNorm"} if case.fused else set()
+            )
         assert all(parameter.is_floating_point() for parameter in student.model.parameters())  # else torch 2.11 fails
-        teacher = LiveTeacher(shard(load_teacher(source, CPU), place))
+        teacher = LiveTeacher(spread)
         trainer = ShardedTrainer(student, teacher, case.options, place)
         found.append([trainer.train(batch) for batch in batches(data, case.options)])
         measured = trainer.measure(read_samples(data, None, vocab_size=VOCABULARY).samples)
@@ -165,8 +187,9 @@ def test_processes_compute_what_one_does(
     out, losses = trained
     case = CASES[number]
     checkpoint, source = api.open_checkpoint(start), api.open_checkpoint(model)
-    teacher = LiveTeacher(load_teacher(source, CPU))
-    added = Accumulated(load_student(checkpoint, source, case.preset, CPU), teacher, case.options, CPU)
+    with fusing(case):
+        teacher = LiveTeacher(load_teacher(source, CPU))
+        added = Accumulated(load_student(checkpoint, source, case.preset, CPU), teacher, case.options, CPU)
     assert [added.train(batch) for batch in batches(data, case.options)] == losses[number]
     parts = [load_file(out / f"{number}-{rank}.safetensors") for rank in range(2)]
     others = set(added.student.others)
