@@ -105,13 +105,16 @@ def experts(
     blocks = most_blocks(pairs, count, block_m)
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     tokens = torch.empty(m, hidden, dtype=torch.float8_e4m3fn, device=x.device)
-    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks))
+    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks + 1))
     token_scale, pair_scale = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (m, pairs))
-    both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
+    # On Hopper gates and ups are activated where they are multiplied.
+    width = intermediate if hopper else 2 * intermediate
+    both = torch.empty(pairs, width, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
-    block = triton.next_power_of_2(intermediate) if intermediate <= _WHOLE else _PART
+    block = min(_PART if intermediate > _WHOLE else _WHOLE, triton.next_power_of_2(intermediate))
     parts = triton.cdiv(intermediate, block)
-    maxima = torch.empty(pairs, parts, dtype=torch.float32, device=x.device)
+    count_of_maxima = 2 * intermediate // launches[0].block_n if hopper else parts
+    maxima = torch.empty(pairs, count_of_maxima, dtype=torch.float32, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
     chunk = _chunk(pairs)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
@@ -138,15 +141,19 @@ def experts(
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper)
+        gates = {"maxima": maxima, "activation": activation} if hopper else {}
+        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper, **gates)
         of_pairs = (both, ids, active, pair_scale, maxima, intermediate)
         constants = {"BLOCK": block, "EARLY": hopper, "INTERPRETED": INTERPRETED, **mapping}
-        _activate_kernel[(parts, pairs)](
-            *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, launch_pdl=hopper, **constants
-        )
-        if parts > 1:
-            most = triton.next_power_of_2(parts)
-            _quantize_pairs_kernel[(parts, pairs)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
+        if not hopper:
+            _activate_kernel[(parts, pairs)](
+                *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, launch_pdl=hopper, **constants
+            )
+        if hopper or parts > 1:
+            most = triton.next_power_of_2(count_of_maxima)
+            _quantize_pairs_kernel[(parts, pairs)](
+                *of_pairs, width, count_of_maxima, PARTS=most, num_warps=4, launch_pdl=hopper, **constants
+            )
         _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(triton.cdiv(hidden, block), m)](
@@ -178,48 +185,51 @@ def _multiply(
     *,
     hopper: bool = False,
     is_sorted: bool = False,
+    maxima: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> None:
     """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
 
-    of_block: the expert of each block of rows, −1 for those that are not used.
+    of_block: the expert of each block of rows, −1 for those that are not used, which come last; then how many are used.
     is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
+    maxima, activation: see `grouped_hopper.multiply`.
     """
-    packed, tables, channel_scale, *few = layer
+    packed, tables, channel_scale, *_ = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
-    blocks, columns = len(of_block), n // launch.block_n
-    splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
-    grid = (blocks * columns * splits,)
-    of_all = (token_scale, channel_scale, output, rows, of_block, sums, counters)
-    sizes = (len(output), n, k, blocks, min(launch.columns or columns * splits, columns * splits), splits, share)
-    constants = {
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
-        "STAGES": launch.stages,
-        "CHAIN": launch.chain,
-        "SPLIT": splits > 1,
-        "num_warps": launch.warps,
-    }
     if hopper:
-        # Gluon may be absent.
-        from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _grouped_kernel as hopper_kernel  # noqa: PLC0415
+        from convert_w4a8.kernels.gemm import grouped_hopper  # noqa: PLC0415 - Gluon may be absent
 
-        indexed = launch.indexed and bool(few)
-        index, tables = few if indexed else (packed, tables)
-        hopper_kernel[grid](
-            tokens,
-            packed,
-            tables.view(torch.int64),
-            index,
-            *of_all,
-            *sizes,
-            SORTED=is_sorted,
-            INDEXED=indexed,
-            launch_pdl=True,
-            **constants,
+        grouped_hopper.multiply(
+            tokens, token_scale, layer, output, maxima, rows, of_block, share, launch, activation, is_sorted=is_sorted
         )
         return
-    _grouped_kernel[grid](
-        tokens, packed, tables.view(torch.int64), *of_all, *sizes, INTERPRETED=INTERPRETED, **constants
+    blocks, columns = len(of_block) - 1, n // launch.block_n
+    splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
+    _grouped_kernel[(blocks * columns * splits,)](
+        tokens,
+        packed,
+        tables.view(torch.int64),
+        token_scale,
+        channel_scale,
+        output,
+        rows,
+        of_block,
+        sums,
+        counters,
+        len(output),
+        n,
+        k,
+        blocks,
+        min(launch.columns or columns * splits, columns * splits),
+        splits,
+        share,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        STAGES=launch.stages,
+        CHAIN=launch.chain,
+        SPLIT=splits > 1,
+        INTERPRETED=INTERPRETED,
+        num_warps=launch.warps,
     )

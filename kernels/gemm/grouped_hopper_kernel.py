@@ -1,6 +1,7 @@
-"""The GEMM over experts for Hopper, in Gluon: the loop of `hopper_kernel` over the experts of few tokens.
+"""The kernel that `grouped_hopper` launches, in Gluon: the loop of `hopper_kernel` over the experts of few tokens.
 
-`hopper` says what Gluon is for, and `grouped` launches it.
+A block is some output channels and the pairs of one expert. Its channels are two runs of HALF: gates and the ups that
+belong to them, where they are activated, else neighbours.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -21,15 +22,30 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from convert_w4a8.kernels.gemm.hopper_kernel import _barrier, _look_up, _tables_layout, _words_layout
 
 
-@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE"])
+@gluon.jit
+def _activated(gate, up, ACTIVATION: gl.constexpr):
+    """Return activation(gate) · up, bfloat16, as `grouped_kernels._activate_kernel` computes it."""
+    gate = gate.to(gl.bfloat16).to(gl.float32)
+    up = up.to(gl.bfloat16).to(gl.float32)
+    if ACTIVATION == "silu":
+        gate = gate / (1.0 + gl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        gate = gate * 0.5 * (1.0 + gl.erf(gate * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        gate = gate / (1.0 + gl.exp(-2.0 * inner))
+    return (gate.to(gl.bfloat16).to(gl.float32) * up).to(gl.bfloat16)
+
+
+@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "LEAST", "SHARE"])
 def _grouped_kernel(
     tokens,
     packed,
     tables,
-    index,
     token_scale,
     channel_scale,
     output,
+    maxima,
     rows,
     of_block,
     sums,
@@ -39,26 +55,30 @@ def _grouped_kernel(
     K,
     BLOCKS,
     WIDTH,
-    SPLITS,
+    LEAST,
     SHARE,
+    index,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     CHAIN: gl.constexpr,
-    SPLIT: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
 ):
-    """Multiply, as `grouped_kernels._grouped_kernel` does.
+    """Multiply: the programs share all groups of all blocks evenly, LEAST or more each, and add up parts of blocks.
 
     Launched while the kernel before still runs. SORTED: not that one says what rows the blocks have, so that weights
     can be on their way before its results are there. INDEXED: `tables` are the distinct ones, `index` says which of
-    them each group of a channel has.
+    them each group of a channel has. ACTIVATION: of gates, where N are gates and ups: outputs are activated, with their
+    largest magnitudes by row and block in `maxima`. None: outputs are products.
     """
     WARPS: gl.constexpr = gl.num_warps()
     TILES: gl.constexpr = BLOCK_N // 16
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
-    AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)
+    HALF: gl.constexpr = BLOCK_N // 2
+    GATED: gl.constexpr = ACTIVATION is not None
+    STEP: gl.constexpr = HALF if GATED else BLOCK_N
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
@@ -69,41 +89,51 @@ def _grouped_kernel(
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
-    OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
+    HALVES: gl.constexpr = gl.BlockedLayout([4, 1, 2], [HALF // 4, 128 // HALF, 1], [1, WARPS, 1], [2, 0, 1])
+    OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
+    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if INDEXED:
+        index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    token_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2))
+    tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
+    word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
+    channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
+    channels_of_index = gl.arange(0, BLOCK_N, INDEX_COPY)
+    apart = N // 256 * 128 if GATED else HALF
+    if GATED:
+        word += word // (4 * HALF) * (4 * (apart - HALF))
+        channels_of_tables += channels_of_tables // HALF * (apart - HALF)
+        channels_of_index += channels_of_index // HALF * (apart - HALF)
+    inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
+    n = gl.arange(0, HALF, gl.SliceLayout(1, OUT))[:, None]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
 
     if not SORTED:
         gdc_wait()
     gdc_launch_dependents()  # not before: what comes then reads what was waited for here, and waits for this alone
+    used = gl.load(of_block + BLOCKS)
     columns = N // BLOCK_N
+    depth = K // 128
     program = gl.program_id(0)
-    before = program // (WIDTH * BLOCKS) * WIDTH
-    width = min(columns * SPLITS - before, WIDTH)
-    within = program % (WIDTH * BLOCKS)
-    block = within // width
-    column = before + within % width
-    part = column // columns
-    column = column % columns
-    begin = (K // 128 * part) // SPLITS
-    groups = (K // 128 * (part + 1)) // SPLITS - begin
-    expert = gl.load(of_block + block)
-    if expert >= 0:
-        words_ring = gl.allocate_shared_memory(
-            gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        )
-        tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        if INDEXED:
-            index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        token_ring = gl.allocate_shared_memory(
-            gl.float8e4nv, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2)
-        )
-        tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
-        word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
-        first_group = expert.to(gl.int64) * (K // 128) + begin
-        packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * BLOCK_N) + word)
-        of_tables = first_group * N + column * BLOCK_N
-        channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
+    units = used * columns * depth
+    share = max((units + gl.num_programs(0) - 1) // gl.num_programs(0), LEAST)
+    start = program * share
+    stop = min(start + share, units)
+    for place in range(start // depth, (stop + depth - 1) // depth):
+        begin = max(start - place * depth, 0)
+        groups = min(stop - place * depth, depth) - begin
+        before = place // (WIDTH * used) * WIDTH
+        width = min(columns - before, WIDTH)
+        within = place % (WIDTH * used)
+        block = within // width
+        column = before + within % width
+        expert = gl.load(of_block + block)
+        first_group = expert.to(gl.int64) * depth + begin
+        packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * STEP) + word)
+        of_tables = first_group * N + column * STEP
         tables_at = tables + of_tables + channels_of_tables
-        index_at = index + of_tables + gl.arange(0, BLOCK_N, INDEX_COPY)
+        index_at = index + of_tables + channels_of_index
         firsts = ()
         if INDEXED:
             for stage in gl.static_range(STAGES - 1):
@@ -121,22 +151,14 @@ def _grouped_kernel(
                 if stage < groups:
                     async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables + firsts[stage])
         row = gl.load(rows + block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]
-        inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         tokens_at = tokens + (row // SHARE).to(gl.int64) * K + (begin * 128 + inner)
         is_token = (row < ROWS) & (inner < 128)
-        n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
-        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
-        channel = column * BLOCK_N + n
-        channels = gl.load(channel_scale + expert.to(gl.int64) * N + channel)
-        out_row = gl.load(rows + block * BLOCK_M + m)
-        inside = (out_row < ROWS) & (n < BLOCK_N)
         if SORTED:
             gdc_wait()
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(token_ring.index(stage), tokens_at + stage * 128, mask=is_token)
             async_copy.commit_group()
-        scales = gl.load(token_scale + out_row // SHARE, mask=out_row < ROWS, other=0.0)
         packed_at += (STAGES - 1) * 16 * N
         tables_at += (STAGES - 1) * N
         index_at += (2 * STAGES - 2) * N
@@ -177,30 +199,52 @@ def _grouped_kernel(
             x = token_ring.index(slot).permute((1, 0))
             product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
             slot = (slot + 1) % STAGES
+        # Here, since registers that are kept so long would leave room for fewer programs.
+        channel = column * STEP + n
+        scales_at = channel_scale + expert.to(gl.int64) * N + channel
+        left_scale = gl.load(scales_at)
+        right_scale = gl.load(scales_at + apart)
+        out_row = gl.load(rows + block * BLOCK_M + m)
+        inside = (out_row < ROWS) & (n < HALF)
+        scales = gl.load(token_scale + out_row // SHARE, mask=out_row < ROWS, other=0.0)
         done = warpgroup_mma_wait(0, deps=(product,))
         if CHAIN:
             total = done
         else:
             total += done
-        result = gl.convert_layout(total, OUT)
+        halves = total.reshape((2, HALF, BLOCK_M)).permute((1, 2, 0))
+        left, right = gl.split(gl.convert_layout(halves, HALVES))
+        _barrier()  # the next block's copies go where this one's were
 
         last = True
-        if SPLIT:
-            place = block * columns + column
-            sums_at = sums + place.to(gl.int64) * SIZE + (m * BLOCK_N + n)
-            stride = (BLOCKS * columns).to(gl.int64) * SIZE
-            gl.store(sums_at + part * stride, result, mask=inside)
+        if groups < depth:
+            # Programs `one` to `another` have parts of this block. Each leaves one of its first block, one of its last.
+            one = place * depth // share
+            another = (place * depth + depth - 1) // share
+            at = sums + (m * BLOCK_N + n)
+            mine = at + (2 * program + (place > start // depth).to(gl.int32)).to(gl.int64) * SIZE
+            gl.store(mine, left, mask=inside)
+            gl.store(mine + HALF, right, mask=inside)
             _barrier()
-            last = gl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+            last = gl.atomic_add(counters + one, 1, sem="acq_rel", scope="gpu") == another - one
             if last:
-                gl.store(counters + place, 0)
-                result = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, OUT)
-                for other in range(0, SPLITS, AHEAD):
-                    for ahead in gl.static_range(AHEAD):
-                        mask = inside & (other + ahead < SPLITS)
-                        result += gl.load(
-                            sums_at + (other + ahead) * stride, mask=mask, other=0.0, cache_modifier=".cg"
-                        )
+                gl.store(counters + one, 0)
+                left = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
+                right = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
+                for other in range(one, another + 1):
+                    theirs = at + (2 * other + (place > other * share // depth).to(gl.int32)).to(gl.int64) * SIZE
+                    left += gl.load(theirs, mask=inside, other=0.0, cache_modifier=".cg")
+                    right += gl.load(theirs + HALF, mask=inside, other=0.0, cache_modifier=".cg")
         if last:
-            scaled = result * channels * scales
-            gl.store(output + out_row.to(gl.int64) * N + channel, scaled.to(gl.bfloat16), mask=inside)
+            left = left * left_scale * scales
+            right = right * right_scale * scales
+            if GATED:
+                activated = _activated(left, right, ACTIVATION)
+                gl.store(output + out_row.to(gl.int64) * (N // 2) + channel, activated, mask=inside)
+                largest = gl.max(gl.abs(activated.to(gl.float32)), 0)
+                row_of = gl.load(rows + block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)))
+                gl.store(maxima + row_of.to(gl.int64) * columns + column, largest, mask=row_of < ROWS)
+            else:
+                output_at = output + out_row.to(gl.int64) * N + channel
+                gl.store(output_at, left.to(gl.bfloat16), mask=inside)
+                gl.store(output_at + HALF, right.to(gl.bfloat16), mask=inside)

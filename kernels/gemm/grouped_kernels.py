@@ -102,6 +102,7 @@ def _prepare_kernel(
             tl.store(of_block + first + block, program + 0 * block, mask=block < mine)
         if program == 0:
             used = tl.sum(blocks_of)
+            tl.store(of_block + BLOCKS, used)
             for begin in range(used, BLOCKS, 16):
                 block = begin + tl.arange(0, 16)
                 tl.store(of_block + block, 0 * block - 1, mask=block < BLOCKS)
@@ -244,6 +245,8 @@ def _quantize_pairs_kernel(
     scales,
     maxima,
     K,
+    WIDTH,
+    MAXIMA,
     expert_map,
     MAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -251,17 +254,20 @@ def _quantize_pairs_kernel(
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (b, r): part b of the activations of pair r in FP8. PARTS: of a pair at most, a power of two."""
+    """Program (b, r): part b of the activations of pair r in FP8.
+
+    WIDTH: of a row of `both`. MAXIMA: largest magnitudes of a pair; PARTS of them at most, a power of two.
+    """
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     pair = tl.program_id(1).to(tl.int64)
     part = tl.arange(0, PARTS)
     if _place(ids, pair, True, expert_map, MAPPED) >= 0:
-        here = part < tl.num_programs(0)
-        largest = tl.max(tl.load(maxima + pair * tl.num_programs(0) + part, mask=here, other=0.0), 0)
+        here = part < MAXIMA
+        largest = tl.max(tl.load(maxima + pair * MAXIMA + part, mask=here, other=0.0), 0)
         k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        product = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
+        product = tl.load(both + pair * WIDTH + k, mask=k < K, other=0.0).to(tl.float32)
         _quantize(product, largest, active + pair * K + k, scales + pair, k < K, INTERPRETED)
 
 

@@ -21,7 +21,9 @@ class Launch:
     block_m: pairs of a block, a power of two from 16, on Hopper from 8. block_n: output channels of a block. splits:
     parts of K. stages: copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of
     channels (and parts of K) that follow each other before the next block of pairs; None for all. indexed: on Hopper,
-    read indices of tables, where layers have them, not the tables of all groups.
+    read indices of tables, where layers have them, not the tables of all groups. resident: on Hopper, programs of a
+    multiprocessor that share everything evenly, in place of parts of K; 0 for a program a part. registers: of a thread
+    at most, on Hopper; None as the compiler likes.
     """
 
     block_m: int
@@ -32,6 +34,8 @@ class Launch:
     chain: bool = False
     columns: int | None = None
     indexed: bool = True
+    resident: int = 0
+    registers: int | None = None
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
