@@ -105,13 +105,13 @@ def experts(
     blocks = most_blocks(pairs, count, block_m)
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     tokens = torch.empty(m, hidden, dtype=torch.float8_e4m3fn, device=x.device)
-    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks + 1))
+    rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks))
     token_scale, pair_scale = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (m, pairs))
     # On Hopper gates and ups are activated where they are multiplied.
     width = intermediate if hopper else 2 * intermediate
     both = torch.empty(pairs, width, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
-    block = min(_PART if intermediate > _WHOLE else _WHOLE, triton.next_power_of_2(intermediate))
+    block = triton.next_power_of_2(intermediate) if intermediate <= _WHOLE else _PART
     parts = triton.cdiv(intermediate, block)
     count_of_maxima = 2 * intermediate // launches[0].block_n if hopper else parts
     maxima = torch.empty(pairs, count_of_maxima, dtype=torch.float32, device=x.device)
@@ -141,18 +141,35 @@ def experts(
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        gates = {"maxima": maxima, "activation": activation} if hopper else {}
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper, **gates)
+        _multiply(
+            tokens,
+            token_scale,
+            gate_up,
+            both,
+            rows,
+            of_block,
+            choices,
+            launches[0],
+            hopper=hopper,
+            maxima=maxima,
+            activation=activation if hopper else None,
+        )
         of_pairs = (both, ids, active, pair_scale, maxima, intermediate)
-        constants = {"BLOCK": block, "EARLY": hopper, "INTERPRETED": INTERPRETED, **mapping}
+        constants = {"BLOCK": block, "INTERPRETED": INTERPRETED, **mapping}
         if not hopper:
             _activate_kernel[(parts, pairs)](
-                *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, launch_pdl=hopper, **constants
+                *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, **constants
             )
         if hopper or parts > 1:
-            most = triton.next_power_of_2(count_of_maxima)
             _quantize_pairs_kernel[(parts, pairs)](
-                *of_pairs, width, count_of_maxima, PARTS=most, num_warps=4, launch_pdl=hopper, **constants
+                *of_pairs,
+                width,
+                count_of_maxima,
+                PARTS=triton.next_power_of_2(count_of_maxima),
+                EARLY=hopper,
+                num_warps=4,
+                launch_pdl=hopper,
+                **constants,
             )
         _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
@@ -190,46 +207,62 @@ def _multiply(
 ) -> None:
     """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
 
-    of_block: the expert of each block of rows, −1 for those that are not used, which come last; then how many are used.
+    of_block: the expert of each block of rows, −1 for those that are not used.
     is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
-    maxima, activation: see `grouped_hopper.multiply`.
+    activation: on Hopper, of gates; outputs are then activated, bfloat16 [pairs, N / 2], and the largest magnitudes of
+    rows are left in `maxima`, float32 [pairs, N / block_n].
     """
-    packed, tables, channel_scale, *_ = layer
+    packed, tables, channel_scale, *few = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
+    blocks, columns = len(of_block), n // launch.block_n
+    splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
+    grid = (blocks * columns * splits,)
+    of_all = (token_scale, channel_scale, output, rows, of_block, sums, counters)
+    sizes = (len(output), n, k, blocks, min(launch.columns or columns * splits, columns * splits), splits, share)
+    constants = {
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.stages,
+        "CHAIN": launch.chain,
+        "SPLIT": splits > 1,
+        "num_warps": launch.warps,
+    }
     if hopper:
-        from convert_w4a8.kernels.gemm import grouped_hopper  # noqa: PLC0415 - Gluon may be absent
+        # Gluon may be absent.
+        from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _grouped_kernel as hopper_kernel  # noqa: PLC0415
 
-        grouped_hopper.multiply(
-            tokens, token_scale, layer, output, maxima, rows, of_block, share, launch, activation, is_sorted=is_sorted
+        indexed = launch.indexed and bool(few)
+        index, tables = few if indexed else (packed, tables)
+        tensors = (
+            token_scale,
+            channel_scale,
+            output,
+            output if maxima is None else maxima,
+            rows,
+            of_block,
+            sums,
+            counters,
+        )
+        hopper_kernel[grid](
+            tokens,
+            packed,
+            tables.view(torch.int64),
+            index,
+            *tensors,
+            *sizes,
+            1 << 16,
+            APART=indexed and launch.apart > 0 and not launch.chain,
+            BY_PRODUCTS=launch.apart == 2,
+            ACTIVATION=activation,
+            SORTED=is_sorted,
+            INDEXED=indexed,
+            maxnreg=launch.registers,
+            launch_pdl=True,
+            **constants,
         )
         return
-    blocks, columns = len(of_block) - 1, n // launch.block_n
-    splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
-    _grouped_kernel[(blocks * columns * splits,)](
-        tokens,
-        packed,
-        tables.view(torch.int64),
-        token_scale,
-        channel_scale,
-        output,
-        rows,
-        of_block,
-        sums,
-        counters,
-        len(output),
-        n,
-        k,
-        blocks,
-        min(launch.columns or columns * splits, columns * splits),
-        splits,
-        share,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        STAGES=launch.stages,
-        CHAIN=launch.chain,
-        SPLIT=splits > 1,
-        INTERPRETED=INTERPRETED,
-        num_warps=launch.warps,
+    _grouped_kernel[grid](
+        tokens, packed, tables.view(torch.int64), *of_all, *sizes, INTERPRETED=INTERPRETED, **constants
     )

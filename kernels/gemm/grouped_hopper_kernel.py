@@ -1,7 +1,12 @@
-"""The kernel that `grouped_hopper` launches, in Gluon: the loop of `hopper_kernel` over the experts of few tokens.
+"""The GEMM over experts for Hopper, in Gluon: the loop of `hopper_kernel` over the experts of few tokens.
 
-A block is some output channels and the pairs of one expert. Its channels are two runs of HALF: gates and the ups that
-belong to them, where they are activated, else neighbours.
+`hopper` says what Gluon is for, and `grouped` launches it. A block is some output channels and the pairs of one expert.
+Its channels are two runs of HALF: gates and the ups that belong to them, where they are activated, else neighbours.
+
+Where the tensor core has time, weights are looked up apart: positive and negative ones are two operands, and each has
+zeros where the other one has weights. `prmt` makes these zeros of a nibble's top bit by itself (a selector's top bit
+fills a byte with the sign of the one that it selects, and magnitudes have none), in place of the operations that spread
+that bit over a byte and choose by it.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -19,7 +24,59 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.gemm.hopper_kernel import _barrier, _look_up, _tables_layout, _words_layout
+from convert_w4a8.kernels.gemm.hopper_kernel import _barrier, _look_up, _tables_layout, _weights, _words_layout
+
+# $4: eight nibbles, four of row g and four of row g + 8. $5, $6: magnitudes of row g for codes without the top bit, of
+# 0 … 7; $7 with $6: for codes with it. $8 … $10: of row g + 8.
+_LOOK_UP_APART = gl.constexpr("""
+{
+.reg .b32 other, high, other_high;
+xor.b32 other, $4, 0x88888888;
+shr.u32 high, $4, 16;
+shr.u32 other_high, other, 16;
+prmt.b32 $0, $5, $6, $4;
+prmt.b32 $1, $7, $6, other;
+prmt.b32 $2, $8, $9, high;
+prmt.b32 $3, $10, $9, other_high;
+}
+""")
+_LOOK_UP_APART_BY_PRODUCTS = gl.constexpr(
+    _LOOK_UP_APART.value.replace("shr.u32", "mul.hi.u32").replace(", 16;", ", $11;")
+)  # $11: 2¹⁶, which the compiler must not know
+
+
+@gluon.jit
+def _magnitudes(table):
+    """Return words of tables int64 [tiles, 8] without signs: low of positive codes, high, and low of negative ones."""
+    low = table.to(gl.int32)[None, :, :, None, None]
+    high = (table >> 32).to(gl.int32)[None, :, :, None, None]
+    return low & 0x7F7F7F00, high & 0x7F7F7F7F, low & 0x7F7F7F7F
+
+
+@gluon.jit
+def _look_up_apart(words, first, second, shift, BLOCK_N: gl.constexpr, BY_PRODUCTS: gl.constexpr):
+    """Return what the weights of `_look_up` are without signs: of positive codes and of negative ones, else 0."""
+    first_low, first_high, first_low_negative = _magnitudes(first)
+    second_low, second_high, second_low_negative = _magnitudes(second)
+    upper, upper_negative, lower, lower_negative = gl.inline_asm_elementwise(
+        _LOOK_UP_APART_BY_PRODUCTS if BY_PRODUCTS else _LOOK_UP_APART,
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r",
+        [words, first_low, first_high, first_low_negative, second_low, second_high, second_low_negative, shift],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    return _weights(upper, lower, BLOCK_N), _weights(upper_negative, lower_negative, BLOCK_N)
+
+
+@gluon.jit
+def _signs(first, second, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return the signs of what tables int64 [BLOCK_N/16, 8] are multiples of, float32 [BLOCK_N]: −1 is their last."""
+    ONE: gl.constexpr = 0x3F800000
+    SIGN: gl.constexpr = -0x80000000
+    last = gl.join((first >> 32).to(gl.int32), (second >> 32).to(gl.int32)).permute((0, 2, 1)).reshape((BLOCK_N,))
+    last = gl.convert_layout(last, LAYOUT, assert_trivial=True)
+    return (((last ^ -1) & SIGN) | ONE).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -37,11 +94,12 @@ def _activated(gate, up, ACTIVATION: gl.constexpr):
     return (gate.to(gl.bfloat16).to(gl.float32) * up).to(gl.bfloat16)
 
 
-@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "LEAST", "SHARE"])
+@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE", "SHIFT"])
 def _grouped_kernel(
     tokens,
     packed,
     tables,
+    index,
     token_scale,
     channel_scale,
     output,
@@ -55,23 +113,27 @@ def _grouped_kernel(
     K,
     BLOCKS,
     WIDTH,
-    LEAST,
+    SPLITS,
     SHARE,
-    index,
+    SHIFT,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     CHAIN: gl.constexpr,
+    SPLIT: gl.constexpr,
+    APART: gl.constexpr,
+    BY_PRODUCTS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
 ):
-    """Multiply: the programs share all groups of all blocks evenly, LEAST or more each, and add up parts of blocks.
+    """Multiply, as `grouped_kernels._grouped_kernel` does.
 
     Launched while the kernel before still runs. SORTED: not that one says what rows the blocks have, so that weights
     can be on their way before its results are there. INDEXED: `tables` are the distinct ones, `index` says which of
-    them each group of a channel has. ACTIVATION: of gates, where N are gates and ups: outputs are activated, with their
-    largest magnitudes by row and block in `maxima`. None: outputs are products.
+    them each group of a channel has. APART: they are multiples of a scale, and looked up apart. ACTIVATION: of gates,
+    where N are gates and ups: outputs are activated, with their largest magnitudes by row and block of channels in
+    `maxima`. None: outputs are products.
     """
     WARPS: gl.constexpr = gl.num_warps()
     TILES: gl.constexpr = BLOCK_N // 16
@@ -79,6 +141,7 @@ def _grouped_kernel(
     HALF: gl.constexpr = BLOCK_N // 2
     GATED: gl.constexpr = ACTIVATION is not None
     STEP: gl.constexpr = HALF if GATED else BLOCK_N
+    AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
@@ -91,45 +154,42 @@ def _grouped_kernel(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
     HALVES: gl.constexpr = gl.BlockedLayout([4, 1, 2], [HALF // 4, 128 // HALF, 1], [1, WARPS, 1], [2, 0, 1])
     OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
-    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    if INDEXED:
-        index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    token_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2))
-    tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
-    word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
-    channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
-    channels_of_index = gl.arange(0, BLOCK_N, INDEX_COPY)
-    apart = N // 256 * 128 if GATED else HALF
-    if GATED:
-        word += word // (4 * HALF) * (4 * (apart - HALF))
-        channels_of_tables += channels_of_tables // HALF * (apart - HALF)
-        channels_of_index += channels_of_index // HALF * (apart - HALF)
-    inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
-    n = gl.arange(0, HALF, gl.SliceLayout(1, OUT))[:, None]
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
 
     if not SORTED:
         gdc_wait()
     gdc_launch_dependents()  # not before: what comes then reads what was waited for here, and waits for this alone
-    used = gl.load(of_block + BLOCKS)
     columns = N // BLOCK_N
-    depth = K // 128
     program = gl.program_id(0)
-    units = used * columns * depth
-    share = max((units + gl.num_programs(0) - 1) // gl.num_programs(0), LEAST)
-    start = program * share
-    stop = min(start + share, units)
-    for place in range(start // depth, (stop + depth - 1) // depth):
-        begin = max(start - place * depth, 0)
-        groups = min(stop - place * depth, depth) - begin
-        before = place // (WIDTH * used) * WIDTH
-        width = min(columns - before, WIDTH)
-        within = place % (WIDTH * used)
-        block = within // width
-        column = before + within % width
-        expert = gl.load(of_block + block)
-        first_group = expert.to(gl.int64) * depth + begin
+    before = program // (WIDTH * BLOCKS) * WIDTH
+    width = min(columns * SPLITS - before, WIDTH)
+    within = program % (WIDTH * BLOCKS)
+    block = within // width
+    column = before + within % width
+    part = column // columns
+    column = column % columns
+    begin = (K // 128 * part) // SPLITS
+    groups = (K // 128 * (part + 1)) // SPLITS - begin
+    expert = gl.load(of_block + block)
+    if expert >= 0:
+        words_ring = gl.allocate_shared_memory(
+            gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        )
+        tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        if INDEXED:
+            index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        token_ring = gl.allocate_shared_memory(
+            gl.float8e4nv, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2)
+        )
+        tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
+        word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
+        channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
+        channels_of_index = gl.arange(0, BLOCK_N, INDEX_COPY)
+        apart = N // 256 * 128 if GATED else HALF
+        if GATED:
+            word += word // (4 * HALF) * (4 * (apart - HALF))
+            channels_of_tables += channels_of_tables // HALF * (apart - HALF)
+            channels_of_index += channels_of_index // HALF * (apart - HALF)
+        first_group = expert.to(gl.int64) * (K // 128) + begin
         packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * STEP) + word)
         of_tables = first_group * N + column * STEP
         tables_at = tables + of_tables + channels_of_tables
@@ -151,14 +211,24 @@ def _grouped_kernel(
                 if stage < groups:
                     async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables + firsts[stage])
         row = gl.load(rows + block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]
+        inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         tokens_at = tokens + (row // SHARE).to(gl.int64) * K + (begin * 128 + inner)
         is_token = (row < ROWS) & (inner < 128)
+        n = gl.arange(0, HALF, gl.SliceLayout(1, OUT))[:, None]
+        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
+        channel = column * STEP + n
+        scales_at = channel_scale + expert.to(gl.int64) * N + channel
+        left_scale = gl.load(scales_at)
+        right_scale = gl.load(scales_at + apart)
+        out_row = gl.load(rows + block * BLOCK_M + m)
+        inside = (out_row < ROWS) & (n < HALF)
         if SORTED:
             gdc_wait()
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(token_ring.index(stage), tokens_at + stage * 128, mask=is_token)
             async_copy.commit_group()
+        scales = gl.load(token_scale + out_row // SHARE, mask=out_row < ROWS, other=0.0)
         packed_at += (STAGES - 1) * 16 * N
         tables_at += (STAGES - 1) * N
         index_at += (2 * STAGES - 2) * N
@@ -166,11 +236,20 @@ def _grouped_kernel(
 
         total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)
         product = warpgroup_mma_init(total)
+        if APART:
+            subtracted = warpgroup_mma_init(total)
+            shift = gl.full((4, TILES, 8, 4, 2), SHIFT, gl.int32, FRAGMENT)
+            sign = gl.full((BLOCK_N,), 1.0, gl.float32, gl.SliceLayout(1, PRODUCT))
         slot = 0
         for group in range(groups):
-            done = warpgroup_mma_wait(0, deps=(product,))
-            if not CHAIN:
-                total += done
+            if APART:
+                done, minus = warpgroup_mma_wait(0, deps=(product, subtracted))
+                total += (done - minus) * sign[:, None]
+                subtracted = warpgroup_mma_init(minus)
+            else:
+                done = warpgroup_mma_wait(0, deps=(product,))
+                if not CHAIN:
+                    total += done
             product = warpgroup_mma_init(done)
             async_copy.wait_group(STAGES - 2)
             fence_async_shared()
@@ -195,46 +274,49 @@ def _grouped_kernel(
                 async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
             async_copy.commit_group()
             index_at += N
-            weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
             x = token_ring.index(slot).permute((1, 0))
-            product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
+            if APART:
+                weights, negative = _look_up_apart(words, first, second, shift, BLOCK_N, BY_PRODUCTS)
+                weights = gl.convert_layout(weights, OPERAND, assert_trivial=True)
+                negative = gl.convert_layout(negative, OPERAND, assert_trivial=True)
+                sign = _signs(first, second, BLOCK_N, gl.SliceLayout(1, PRODUCT))
+                product = warpgroup_mma(weights, x, product, use_acc=False, is_async=True)
+                subtracted = warpgroup_mma(negative, x, subtracted, use_acc=False, is_async=True)
+            else:
+                weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
+                product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
             slot = (slot + 1) % STAGES
-        # Here, since registers that are kept so long would leave room for fewer programs.
-        channel = column * STEP + n
-        scales_at = channel_scale + expert.to(gl.int64) * N + channel
-        left_scale = gl.load(scales_at)
-        right_scale = gl.load(scales_at + apart)
-        out_row = gl.load(rows + block * BLOCK_M + m)
-        inside = (out_row < ROWS) & (n < HALF)
-        scales = gl.load(token_scale + out_row // SHARE, mask=out_row < ROWS, other=0.0)
-        done = warpgroup_mma_wait(0, deps=(product,))
-        if CHAIN:
-            total = done
+        if APART:
+            done, minus = warpgroup_mma_wait(0, deps=(product, subtracted))
+            total += (done - minus) * sign[:, None]
         else:
-            total += done
+            done = warpgroup_mma_wait(0, deps=(product,))
+            if CHAIN:
+                total = done
+            else:
+                total += done
         halves = total.reshape((2, HALF, BLOCK_M)).permute((1, 2, 0))
         left, right = gl.split(gl.convert_layout(halves, HALVES))
-        _barrier()  # the next block's copies go where this one's were
 
         last = True
-        if groups < depth:
-            # Programs `one` to `another` have parts of this block. Each leaves one of its first block, one of its last.
-            one = place * depth // share
-            another = (place * depth + depth - 1) // share
-            at = sums + (m * BLOCK_N + n)
-            mine = at + (2 * program + (place > start // depth).to(gl.int32)).to(gl.int64) * SIZE
-            gl.store(mine, left, mask=inside)
-            gl.store(mine + HALF, right, mask=inside)
+        if SPLIT:
+            place = block * columns + column
+            sums_at = sums + place.to(gl.int64) * SIZE + (m * BLOCK_N + n)
+            stride = (BLOCKS * columns).to(gl.int64) * SIZE
+            gl.store(sums_at + part * stride, left, mask=inside)
+            gl.store(sums_at + part * stride + HALF, right, mask=inside)
             _barrier()
-            last = gl.atomic_add(counters + one, 1, sem="acq_rel", scope="gpu") == another - one
+            last = gl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
             if last:
-                gl.store(counters + one, 0)
+                gl.store(counters + place, 0)
                 left = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
                 right = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
-                for other in range(one, another + 1):
-                    theirs = at + (2 * other + (place > other * share // depth).to(gl.int32)).to(gl.int64) * SIZE
-                    left += gl.load(theirs, mask=inside, other=0.0, cache_modifier=".cg")
-                    right += gl.load(theirs + HALF, mask=inside, other=0.0, cache_modifier=".cg")
+                for other in range(0, SPLITS, AHEAD):
+                    for ahead in gl.static_range(AHEAD):
+                        mask = inside & (other + ahead < SPLITS)
+                        at = sums_at + (other + ahead) * stride
+                        left += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+                        right += gl.load(at + HALF, mask=mask, other=0.0, cache_modifier=".cg")
         if last:
             left = left * left_scale * scales
             right = right * right_scale * scales

@@ -102,7 +102,6 @@ def _prepare_kernel(
             tl.store(of_block + first + block, program + 0 * block, mask=block < mine)
         if program == 0:
             used = tl.sum(blocks_of)
-            tl.store(of_block + BLOCKS, used)
             for begin in range(used, BLOCKS, 16):
                 block = begin + tl.arange(0, 16)
                 tl.store(of_block + block, 0 * block - 1, mask=block < BLOCKS)
@@ -204,7 +203,6 @@ def _activate_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program (b, r): part b of activation(gate) · up of pair r; rounded to bfloat16 where vLLM's kernels round.
@@ -212,9 +210,6 @@ def _activate_kernel(
     WHOLE: there is one part, which is quantized. Otherwise it is left in the place of the gate, with its largest
     magnitude in `maxima`, for `_quantize_pairs_kernel`.
     """
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     pair = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)

@@ -20,10 +20,11 @@ class Launch:
 
     block_m: pairs of a block, a power of two from 16, on Hopper from 8. block_n: output channels of a block. splits:
     parts of K. stages: copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of
-    channels (and parts of K) that follow each other before the next block of pairs; None for all. indexed: on Hopper,
-    read indices of tables, where layers have them, not the tables of all groups. resident: on Hopper, programs of a
-    multiprocessor that share everything evenly, in place of parts of K; 0 for a program a part. registers: of a thread
-    at most, on Hopper; None as the compiler likes.
+    channels (and parts of K) that follow each other before the next block of pairs; None for all.
+
+    On Hopper: indexed: read indices of tables, where layers have them, not the tables of all groups. apart: with these,
+    and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts. registers:
+    of a thread at most; None as the compiler likes.
     """
 
     block_m: int
@@ -34,7 +35,7 @@ class Launch:
     chain: bool = False
     columns: int | None = None
     indexed: bool = True
-    resident: int = 0
+    apart: int = 0
     registers: int | None = None
 
 
@@ -75,8 +76,8 @@ def choose_launches(
 
 
 def _launch(block_m: int, cut: Cut) -> Launch:
-    splits, block_n, stages, warps, columns, indexed = cut
-    return Launch(block_m, splits, block_n, stages, warps, block_m >= _MANY_ROWS, columns, indexed)
+    splits, block_n, stages, warps, columns, indexed, apart, registers = cut
+    return Launch(block_m, splits, block_n, stages, warps, block_m >= _MANY_ROWS, columns, indexed, apart, registers)
 
 
 def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: int) -> Launch:
