@@ -23,8 +23,8 @@ class Launch:
     channels (and parts of K) that follow each other before the next block of pairs; None for all.
 
     On Hopper: indexed: read indices of tables, where layers have them, not the tables of all groups. apart: with these,
-    and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts. registers:
-    of a thread at most; None as the compiler likes.
+    and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts.
+    registers: of a thread at most; None as the compiler likes.
     """
 
     block_m: int

@@ -176,7 +176,8 @@ def watched(experts: Experts, given: Routed) -> tuple[torch.Tensor, Product, Pro
             products = output.clone()  # long activations take the place of the gates
         else:
             products = output.new_empty(len(output), 2 * output.shape[1])
-            multiply(tokens, scale, layer, products, *more, **(named | {"activation": None, "maxima": None}))
+            plain = {"activation": None, "maxima": None, "is_sorted": True}  # compiled like that for the other GEMM
+            multiply(tokens, scale, layer, products, *more, **(named | plain))
         seen.append(Product(tokens, scale, products))
 
     with mock.patch.object(grouped, "_multiply", watch):

@@ -30,19 +30,22 @@ from convert_w4a8.kernels.gemm import grouped, tuned_experts
 from convert_w4a8.kernels.gemm.grouped_launch import Launch
 
 Shape = tuple[int, int, int, int | None]
-_TOGETHER: tuple[Shape, ...] = (
-    *((64, 4, 4, None), (64, 4, 6, None), (128, 4, 3, None), (128, 4, 4, None), (128, 8, 4, None)),
-)
-_APART: tuple[Shape, ...] = (
-    *((64, 4, 4, None), (64, 4, 4, 80), (128, 4, 3, 128), (128, 4, 4, 128), (128, 4, 4, None), (128, 8, 4, 80)),
-)
 SHAPES: dict[int, dict[int, tuple[Shape, ...]]] = {
-    **{pairs: {0: _TOGETHER, 1: _APART, 2: _APART} for pairs in (8, 16)},
+    8: {
+        0: ((64, 4, 4, None), (128, 4, 3, None), (128, 4, 4, None), (128, 8, 4, None)),
+        **dict.fromkeys(
+            (1, 2), ((64, 4, 4, None), (64, 4, 4, 80), (128, 4, 3, 128), (128, 4, 4, 128), (128, 8, 4, 80))
+        ),
+    },
+    16: {
+        0: ((64, 4, 4, None), (128, 4, 3, None), (128, 4, 4, None)),
+        **dict.fromkeys((1, 2), ((64, 4, 4, None), (64, 4, 4, 96), (128, 4, 4, None), (128, 8, 4, None))),
+    },
     32: {
-        0: ((64, 4, 4, None), (128, 4, 3, None), (128, 8, 4, None), (256, 8, 4, None)),
+        0: ((64, 4, 4, None), (128, 4, 3, None), (128, 8, 4, None)),
         **dict.fromkeys((1, 2), ((64, 4, 4, None), (64, 4, 4, 128), (128, 8, 4, 128))),
     },
-    64: {0: ((64, 4, 3, None), (64, 4, 3, 128), (64, 4, 4, None), (128, 8, 3, None), (128, 4, 3, None))},
+    64: {0: ((64, 4, 3, None), (64, 4, 3, 128), (64, 4, 4, None), (128, 8, 3, None))},
     128: {0: ((64, 4, 3, None), (128, 8, 3, None))},
 }
 """Channels, warps, copies in flight and registers of a block, by its pairs and by how weights are looked up."""
@@ -105,11 +108,13 @@ def tune(mixture: Mixture, m: int, deadline: float, apart: Sequence[int]) -> Ite
     """Yield the best launches for each size of blocks, until the deadline."""
     inputs = routed(mixture, m)
     sizes = blocks_of_pairs(mixture, m)
-    for number, block_m in enumerate(sizes):
-        until = time.monotonic() + (deadline - time.monotonic()) / (len(sizes) - number)
+    left = 2 * len(sizes)
+    for block_m in sizes:
         best: list[Launch] = [shapes(block_m, n, apart)[0] for n, _ in mixture.sizes]
         best_us = took(mixture, inputs, (best[0], best[1]))
         for place, (n, k) in enumerate(mixture.sizes):
+            until = time.monotonic() + (deadline - time.monotonic()) / left
+            left -= 1
             splits = [parts for parts in SPLITS if parts == 1 or (parts * 256 <= k and block_m < 64)]
             sweeps: tuple[Callable[[Launch], list[Launch]], ...] = (
                 partial(_parts, splits=splits),
@@ -182,11 +187,11 @@ def main() -> None:
         for row in tune(mixture, m, now + (deadline - now) / (len(cases) - number), args.apart):
             rows.append(row)
             print(row, flush=True)
+        if args.write:
+            write(rows)
         if m == args.tokens[-1]:
             mixture.__dict__.pop("lut", None)
             torch.cuda.empty_cache()
-    if args.write:
-        write(rows)
     question = "How are the GEMMs over experts best cut, by the mixture and the number of tokens?"
     print(line(save(args, question, rows)))
 
