@@ -4,7 +4,8 @@
    `block_m` pairs that have the expert in common.
 2. `_grouped_kernel` multiplies the tokens by gate and up projections: a block of pairs at a time, as `gpu.py` does it.
 3. `_activate_kernel` applies the activation and quantizes its result, a pair at a time; a long one in parts, for which
-   the largest magnitude must be known: then `_quantize_pairs_kernel` follows.
+   the largest magnitude must be known: then `_quantize_pairs_kernel` follows. On Hopper step 2 applies it, and only
+   that one follows.
 4. `_grouped_kernel` multiplies by the down projections.
 5. `_combine_kernel` adds up each token's experts, in the order of the router's choices.
 

@@ -47,7 +47,8 @@ def show(
     code = machine_code(compiled)
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     counts = " ".join(f"{name}={count}" for name, count in found.items())
-    print(kernel.__name__, counts, f"shared={compiled.metadata.shared}")  # noqa: T201
+    apart = int(constants.get("APART", False))
+    print(kernel.__name__, counts, f"shared={compiled.metadata.shared} apart={apart}")  # noqa: T201
 
 
 HOPPER = (
