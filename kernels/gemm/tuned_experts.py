@@ -17,7 +17,7 @@ LAUNCHES: dict[tuple[int, int, int, int], tuple[int, Cut, Cut]] = {
     (128, 2048, 768, 256): (8, (1, 128, 3, 4, 64, True, 1, 128), (1, 128, 3, 4, None, True, 0, None)),
     (128, 2048, 768, 512): (16, (1, 128, 3, 4, 1, True, 0, None), (1, 128, 3, 4, 16, True, 0, None)),
     (128, 2048, 768, 1024): (16, (1, 64, 4, 4, None, True, 0, None), (1, 128, 3, 4, 16, True, 0, None)),
-    (128, 2048, 768, 2048): (32, (6, 64, 4, 4, 16, True, 0, None), (1, 128, 3, 4, 64, True, 0, None)),
+    (128, 2048, 768, 2048): (32, (1, 128, 4, 4, None, True, 0, None), (1, 128, 3, 4, None, True, 0, None)),
 }
 """Pairs of a block, and the cuts of gate-up and down; by experts, hidden and intermediate size, and pairs of tokens and
 experts, a power of two."""
