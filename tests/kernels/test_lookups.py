@@ -93,8 +93,8 @@ def test_a_table_of_any_signs(word: int) -> None:
 @pytest.mark.parametrize("word", words())
 def test_multiples_of_a_scale_apart(word: int, by_products: bool) -> None:
     """Positive and negative weights, one of which is 0, times the sign of the scale."""
-    kernel = pytest.importorskip("convert_w4a8.kernels.gemm.grouped_hopper_kernel", reason="Triton has no Gluon here")
-    assembly = kernel._LOOK_UP_APART_BY_PRODUCTS if by_products else kernel._LOOK_UP_APART
+    lookups = pytest.importorskip("convert_w4a8.kernels.gemm.apart", reason="Triton has no Gluon here")
+    assembly = lookups._LOOK_UP_APART_BY_PRODUCTS if by_products else lookups._LOOK_UP_APART
     chance = random.Random(word)
     signs = [chance.choice((-1, 1)) for _ in range(2)]
     tables = [
