@@ -124,7 +124,9 @@ class W4A8LutMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             # The op takes n and k from the shape and the memory order from the strides that CUTLASS gave.
             replace_parameter(layer, f"{w}_weight_packed", packed.view(experts, n, k // 8))
             self.ours = self.why_not_ours is None and decode_kernel(packed.device)  # before CUDA graphs are captured
-            few = indices(table, self.tables, layer.layer_name, self.indexed.get(w)) if self.ours else None
+            few = None
+            if self.ours and self.tables is TableForm.SCALE:  # the kernel for indices wants multiples of a scale
+                few = indices(table, self.tables, layer.layer_name, self.indexed.get(w))
             self.indexed[w] = few is not None
             if few is not None:
                 for name, data in zip(_INDICES, few, strict=True):

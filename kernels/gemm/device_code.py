@@ -13,22 +13,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # $2: eight nibbles, four of row g and four of row g + 8. $3, $4 and $7, $8: the tables of the two rows as they are
 # stored, for negative codes; $5, $6 and $9, $10: with the signs flipped, and −0 for the code 0. The three low bits of a
-# nibble choose the entry, its top bit the table: `sign` becomes a selector of byte j of the one or of the other.
-# (Products in place of the shifts, on a unit of their own, are 5 % slower on an H200.)
+# nibble choose the entry, its top bit the table: `first` and `second` are that bit in all bits of a byte, as a selector
+# with its own top bit makes it.
 LOOK_UP = tl.constexpr("""
 {
-.reg .b32 entry, sign, negative, positive;
-lop3.b32 sign, $2, 0x88888888, 0x64206420, 0xEA;
-shr.u32 sign, sign, 1;
+.reg .b32 even, entry, first, second, negative, positive;
+shl.b32 even, $2, 4;
+prmt.b32 first, $2, even, 0x9D8C;
+prmt.b32 second, $2, even, 0xBFAE;
 and.b32 entry, $2, 0x77777777;
 prmt.b32 negative, $3, $4, entry;
 prmt.b32 positive, $5, $6, entry;
-prmt.b32 $0, positive, negative, sign;
+lop3.b32 $0, first, negative, positive, 0xCA;
 shr.u32 entry, entry, 16;
-shr.u32 sign, sign, 16;
 prmt.b32 negative, $7, $8, entry;
 prmt.b32 positive, $9, $10, entry;
-prmt.b32 $1, positive, negative, sign;
+lop3.b32 $1, second, negative, positive, 0xCA;
 }
 """)
 

@@ -4,7 +4,8 @@
    `block_m` pairs that have the expert in common.
 2. `_grouped_kernel` multiplies the tokens by gate and up projections: a block of pairs at a time, as `gpu.py` does it.
 3. `_activate_kernel` applies the activation and quantizes its result, a pair at a time; a long one in parts, for which
-   the largest magnitude must be known: then `_quantize_pairs_kernel` follows.
+   the largest magnitude must be known: then `_quantize_pairs_kernel` follows. On Hopper step 2 applies it, and only
+   that one follows.
 4. `_grouped_kernel` multiplies by the down projections.
 5. `_combine_kernel` adds up each token's experts, in the order of the router's choices.
 
@@ -107,11 +108,14 @@ def experts(
     tokens = torch.empty(m, hidden, dtype=torch.float8_e4m3fn, device=x.device)
     rows, of_block = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (blocks * block_m, blocks))
     token_scale, pair_scale = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (m, pairs))
-    both = torch.empty(pairs, 2 * intermediate, dtype=torch.bfloat16, device=x.device)
+    # On Hopper gates and ups are activated where they are multiplied.
+    width = intermediate if hopper else 2 * intermediate
+    both = torch.empty(pairs, width, dtype=torch.bfloat16, device=x.device)
     active = torch.empty(pairs, intermediate, dtype=torch.float8_e4m3fn, device=x.device)
     block = triton.next_power_of_2(intermediate) if intermediate <= _WHOLE else _PART
     parts = triton.cdiv(intermediate, block)
-    maxima = torch.empty(pairs, parts, dtype=torch.float32, device=x.device)
+    count_of_maxima = 2 * intermediate // launches[0].block_n if hopper else parts
+    maxima = torch.empty(pairs, count_of_maxima, dtype=torch.float32, device=x.device)
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
     chunk = _chunk(pairs)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
@@ -139,15 +143,36 @@ def experts(
             **mapping,
             INTERPRETED=INTERPRETED,
         )
-        _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper)
-        of_pairs = (both, ids, active, pair_scale, maxima, intermediate)
-        constants = {"BLOCK": block, "EARLY": hopper, "INTERPRETED": INTERPRETED, **mapping}
-        _activate_kernel[(pairs, parts)](
-            *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, launch_pdl=hopper, **constants
+        _multiply(
+            tokens,
+            token_scale,
+            gate_up,
+            both,
+            rows,
+            of_block,
+            choices,
+            launches[0],
+            hopper=hopper,
+            maxima=maxima,
+            activation=activation if hopper else None,
         )
-        if parts > 1:
-            most = triton.next_power_of_2(parts)
-            _quantize_pairs_kernel[(pairs, parts)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
+        of_pairs = (both, ids, active, pair_scale, maxima, intermediate)
+        constants = {"BLOCK": block, "INTERPRETED": INTERPRETED, **mapping}
+        if not hopper:
+            _activate_kernel[(pairs, parts)](
+                *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, **constants
+            )
+        if hopper or parts > 1:
+            _quantize_pairs_kernel[(pairs, parts)](
+                *of_pairs,
+                width,
+                count_of_maxima,
+                PARTS=triton.next_power_of_2(count_of_maxima),
+                EARLY=hopper,
+                num_warps=4,
+                launch_pdl=hopper,
+                **constants,
+            )
         _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(m, triton.cdiv(hidden, block))](
@@ -179,11 +204,15 @@ def _multiply(
     *,
     hopper: bool = False,
     is_sorted: bool = False,
+    maxima: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> None:
     """Multiply rows of tokens by their experts: `output[row] = tokens[row // share] · expert of the row's block`.
 
     of_block: the expert of each block of rows, −1 for those that are not used.
     is_sorted: rows and blocks are not what the kernel before this one makes, for which that for Hopper need not wait.
+    activation: on Hopper, of gates; outputs are then activated, bfloat16 [pairs, N / 2], and the largest magnitudes of
+    rows are left in `maxima`, float32 [pairs, N / block_n].
     """
     packed, tables, channel_scale, *few = layer
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
@@ -208,15 +237,30 @@ def _multiply(
 
         indexed = launch.indexed and bool(few)
         index, tables = few if indexed else (packed, tables)
+        tensors = (
+            token_scale,
+            channel_scale,
+            output,
+            output if maxima is None else maxima,
+            rows,
+            of_block,
+            sums,
+            counters,
+        )
         hopper_kernel[grid](
             tokens,
             packed,
             tables.view(torch.int64),
             index,
-            *of_all,
+            *tensors,
             *sizes,
+            1 << 16,
+            APART=indexed and launch.apart > 0 and not launch.chain,
+            BY_PRODUCTS=launch.apart == 2,
+            ACTIVATION=activation,
             SORTED=is_sorted,
             INDEXED=indexed,
+            maxnreg=launch.registers,
             launch_pdl=True,
             **constants,
         )

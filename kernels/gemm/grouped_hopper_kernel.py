@@ -1,6 +1,7 @@
 """The GEMM over experts for Hopper, in Gluon: the loop of `hopper_kernel` over the experts of few tokens.
 
-`hopper` says what Gluon is for, and `grouped` launches it.
+`hopper` says what Gluon is for, and `grouped` launches it. A block is some output channels and the pairs of one expert.
+Its channels are two runs of HALF: gates and the ups that belong to them, where they are activated, else neighbours.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -18,10 +19,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from convert_w4a8.kernels.gemm.apart import _look_up_apart, _signs
 from convert_w4a8.kernels.gemm.hopper_kernel import _barrier, _look_up, _tables_layout, _words_layout
 
 
-@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE"])
+@gluon.jit
+def _activated(gate, up, ACTIVATION: gl.constexpr):
+    """Return activation(gate) · up, bfloat16, as `grouped_kernels._activate_kernel` computes it."""
+    gate = gate.to(gl.bfloat16).to(gl.float32)
+    up = up.to(gl.bfloat16).to(gl.float32)
+    if ACTIVATION == "silu":
+        gate = gate / (1.0 + gl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        gate = gate * 0.5 * (1.0 + gl.erf(gate * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        gate = gate / (1.0 + gl.exp(-2.0 * inner))
+    return (gate.to(gl.bfloat16).to(gl.float32) * up).to(gl.bfloat16)
+
+
+@gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE", "SHIFT"])
 def _grouped_kernel(
     tokens,
     packed,
@@ -30,6 +47,7 @@ def _grouped_kernel(
     token_scale,
     channel_scale,
     output,
+    maxima,
     rows,
     of_block,
     sums,
@@ -41,11 +59,15 @@ def _grouped_kernel(
     WIDTH,
     SPLITS,
     SHARE,
+    SHIFT,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     CHAIN: gl.constexpr,
     SPLIT: gl.constexpr,
+    APART: gl.constexpr,
+    BY_PRODUCTS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
 ):
@@ -53,11 +75,16 @@ def _grouped_kernel(
 
     Launched while the kernel before still runs. SORTED: not that one says what rows the blocks have, so that weights
     can be on their way before its results are there. INDEXED: `tables` are the distinct ones, `index` says which of
-    them each group of a channel has.
+    them each group of a channel has. APART: they are multiples of a scale, and looked up apart. ACTIVATION: of gates,
+    where N are gates and ups: outputs are activated, with their largest magnitudes by row and block of channels in
+    `maxima`. None: outputs are products.
     """
     WARPS: gl.constexpr = gl.num_warps()
     TILES: gl.constexpr = BLOCK_N // 16
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
+    HALF: gl.constexpr = BLOCK_N // 2
+    GATED: gl.constexpr = ACTIVATION is not None
+    STEP: gl.constexpr = HALF if GATED else BLOCK_N
     AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)
@@ -69,7 +96,8 @@ def _grouped_kernel(
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
-    OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
+    HALVES: gl.constexpr = gl.BlockedLayout([4, 1, 2], [HALF // 4, 128 // HALF, 1], [1, WARPS, 1], [2, 0, 1])
+    OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
 
     if not SORTED:
         gdc_wait()
@@ -98,12 +126,18 @@ def _grouped_kernel(
         )
         tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
         word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
-        first_group = expert.to(gl.int64) * (K // 128) + begin
-        packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * BLOCK_N) + word)
-        of_tables = first_group * N + column * BLOCK_N
         channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
+        channels_of_index = gl.arange(0, BLOCK_N, INDEX_COPY)
+        apart = N // 256 * 128 if GATED else HALF
+        if GATED:
+            word += word // (4 * HALF) * (4 * (apart - HALF))
+            channels_of_tables += channels_of_tables // HALF * (apart - HALF)
+            channels_of_index += channels_of_index // HALF * (apart - HALF)
+        first_group = expert.to(gl.int64) * (K // 128) + begin
+        packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * STEP) + word)
+        of_tables = first_group * N + column * STEP
         tables_at = tables + of_tables + channels_of_tables
-        index_at = index + of_tables + gl.arange(0, BLOCK_N, INDEX_COPY)
+        index_at = index + of_tables + channels_of_index
         firsts = ()
         if INDEXED:
             for stage in gl.static_range(STAGES - 1):
@@ -124,12 +158,14 @@ def _grouped_kernel(
         inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         tokens_at = tokens + (row // SHARE).to(gl.int64) * K + (begin * 128 + inner)
         is_token = (row < ROWS) & (inner < 128)
-        n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
+        n = gl.arange(0, HALF, gl.SliceLayout(1, OUT))[:, None]
         m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
-        channel = column * BLOCK_N + n
-        channels = gl.load(channel_scale + expert.to(gl.int64) * N + channel)
+        channel = column * STEP + n
+        scales_at = channel_scale + expert.to(gl.int64) * N + channel
+        left_scale = gl.load(scales_at)
+        right_scale = gl.load(scales_at + apart)
         out_row = gl.load(rows + block * BLOCK_M + m)
-        inside = (out_row < ROWS) & (n < BLOCK_N)
+        inside = (out_row < ROWS) & (n < HALF)
         if SORTED:
             gdc_wait()
         for stage in gl.static_range(STAGES - 1):
@@ -144,11 +180,20 @@ def _grouped_kernel(
 
         total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)
         product = warpgroup_mma_init(total)
+        if APART:
+            subtracted = warpgroup_mma_init(total)
+            shift = gl.full((4, TILES, 8, 4, 2), SHIFT, gl.int32, FRAGMENT)
+            sign = gl.full((BLOCK_N,), 1.0, gl.float32, gl.SliceLayout(1, PRODUCT))
         slot = 0
         for group in range(groups):
-            done = warpgroup_mma_wait(0, deps=(product,))
-            if not CHAIN:
-                total += done
+            if APART:
+                done, minus = warpgroup_mma_wait(0, deps=(product, subtracted))
+                total += (done - minus) * sign[:, None]
+                subtracted = warpgroup_mma_init(minus)
+            else:
+                done = warpgroup_mma_wait(0, deps=(product,))
+                if not CHAIN:
+                    total += done
             product = warpgroup_mma_init(done)
             async_copy.wait_group(STAGES - 2)
             fence_async_shared()
@@ -173,34 +218,59 @@ def _grouped_kernel(
                 async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
             async_copy.commit_group()
             index_at += N
-            weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
             x = token_ring.index(slot).permute((1, 0))
-            product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
+            if APART:
+                weights, negative = _look_up_apart(words, first, second, shift, BLOCK_N, BY_PRODUCTS)
+                weights = gl.convert_layout(weights, OPERAND, assert_trivial=True)
+                negative = gl.convert_layout(negative, OPERAND, assert_trivial=True)
+                sign = _signs(first, second, BLOCK_N, gl.SliceLayout(1, PRODUCT))
+                product = warpgroup_mma(weights, x, product, use_acc=False, is_async=True)
+                subtracted = warpgroup_mma(negative, x, subtracted, use_acc=False, is_async=True)
+            else:
+                weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
+                product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
             slot = (slot + 1) % STAGES
-        done = warpgroup_mma_wait(0, deps=(product,))
-        if CHAIN:
-            total = done
+        if APART:
+            done, minus = warpgroup_mma_wait(0, deps=(product, subtracted))
+            total += (done - minus) * sign[:, None]
         else:
-            total += done
-        result = gl.convert_layout(total, OUT)
+            done = warpgroup_mma_wait(0, deps=(product,))
+            if CHAIN:
+                total = done
+            else:
+                total += done
+        halves = total.reshape((2, HALF, BLOCK_M)).permute((1, 2, 0))
+        left, right = gl.split(gl.convert_layout(halves, HALVES))
 
         last = True
         if SPLIT:
             place = block * columns + column
             sums_at = sums + place.to(gl.int64) * SIZE + (m * BLOCK_N + n)
             stride = (BLOCKS * columns).to(gl.int64) * SIZE
-            gl.store(sums_at + part * stride, result, mask=inside)
+            gl.store(sums_at + part * stride, left, mask=inside)
+            gl.store(sums_at + part * stride + HALF, right, mask=inside)
             _barrier()
             last = gl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
             if last:
                 gl.store(counters + place, 0)
-                result = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, OUT)
+                left = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
+                right = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
                 for other in range(0, SPLITS, AHEAD):
                     for ahead in gl.static_range(AHEAD):
                         mask = inside & (other + ahead < SPLITS)
-                        result += gl.load(
-                            sums_at + (other + ahead) * stride, mask=mask, other=0.0, cache_modifier=".cg"
-                        )
+                        at = sums_at + (other + ahead) * stride
+                        left += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+                        right += gl.load(at + HALF, mask=mask, other=0.0, cache_modifier=".cg")
         if last:
-            scaled = result * channels * scales
-            gl.store(output + out_row.to(gl.int64) * N + channel, scaled.to(gl.bfloat16), mask=inside)
+            left = left * left_scale * scales
+            right = right * right_scale * scales
+            if GATED:
+                activated = _activated(left, right, ACTIVATION)
+                gl.store(output + out_row.to(gl.int64) * (N // 2) + channel, activated, mask=inside)
+                largest = gl.max(gl.abs(activated.to(gl.float32)), 0)
+                row_of = gl.load(rows + block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)))
+                gl.store(maxima + row_of.to(gl.int64) * columns + column, largest, mask=row_of < ROWS)
+            else:
+                output_at = output + out_row.to(gl.int64) * N + channel
+                gl.store(output_at, left.to(gl.bfloat16), mask=inside)
+                gl.store(output_at + HALF, right.to(gl.bfloat16), mask=inside)

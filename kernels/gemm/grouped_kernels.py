@@ -203,7 +203,6 @@ def _activate_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program (r, b): part b of activation(gate) · up of pair r; rounded to bfloat16 where vLLM's kernels round.
@@ -211,9 +210,6 @@ def _activate_kernel(
     WHOLE: there is one part, which is quantized. Otherwise it is left in the place of the gate, with its largest
     magnitude in `maxima`, for `_quantize_pairs_kernel`.
     """
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     pair = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
@@ -244,6 +240,8 @@ def _quantize_pairs_kernel(
     scales,
     maxima,
     K,
+    WIDTH,
+    MAXIMA,
     expert_map,
     MAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -251,17 +249,20 @@ def _quantize_pairs_kernel(
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (r, b): part b of the activations of pair r in FP8. PARTS: of a pair at most, a power of two."""
+    """Program (r, b): part b of the activations of pair r in FP8.
+
+    WIDTH: of a row of `both`. MAXIMA: largest magnitudes of a pair; PARTS of them at most, a power of two.
+    """
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     pair = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     if _place(ids, pair, True, expert_map, MAPPED) >= 0:
-        here = part < tl.num_programs(1)
-        largest = tl.max(tl.load(maxima + pair * tl.num_programs(1) + part, mask=here, other=0.0), 0)
+        here = part < MAXIMA
+        largest = tl.max(tl.load(maxima + pair * MAXIMA + part, mask=here, other=0.0), 0)
         k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        product = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
+        product = tl.load(both + pair * WIDTH + k, mask=k < K, other=0.0).to(tl.float32)
         _quantize(product, largest, active + pair * K + k, scales + pair, k < K, INTERPRETED)
 
 

@@ -20,8 +20,11 @@ class Launch:
 
     block_m: pairs of a block, a power of two from 16, on Hopper from 8. block_n: output channels of a block. splits:
     parts of K. stages: copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of
-    channels (and parts of K) that follow each other before the next block of pairs; None for all. indexed: on Hopper,
-    read indices of tables, where layers have them, not the tables of all groups.
+    channels (and parts of K) that follow each other before the next block of pairs; None for all.
+
+    On Hopper: indexed: read indices of tables, where layers have them, not the tables of all groups. apart: with these,
+    and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts.
+    registers: of a thread at most; None as the compiler likes.
     """
 
     block_m: int
@@ -32,6 +35,8 @@ class Launch:
     chain: bool = False
     columns: int | None = None
     indexed: bool = True
+    apart: int = 0
+    registers: int | None = None
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
@@ -71,8 +76,8 @@ def choose_launches(
 
 
 def _launch(block_m: int, cut: Cut) -> Launch:
-    splits, block_n, stages, warps, columns, indexed = cut
-    return Launch(block_m, splits, block_n, stages, warps, block_m >= _MANY_ROWS, columns, indexed)
+    splits, block_n, stages, warps, columns, indexed, apart, registers = cut
+    return Launch(block_m, splits, block_n, stages, warps, block_m >= _MANY_ROWS, columns, indexed, apart, registers)
 
 
 def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: int) -> Launch:

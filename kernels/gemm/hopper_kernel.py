@@ -92,6 +92,12 @@ def _look_up(words, first, second, BLOCK_N: gl.constexpr):
         is_pure=True,
         pack=1,
     )
+    return _weights(upper, lower, BLOCK_N)
+
+
+@gluon.jit
+def _weights(upper, lower, BLOCK_N: gl.constexpr):
+    """Return FP8 weights [BLOCK_N, 128] of four bytes of a row n % 16 < 8 each, and of the row 8 further."""
     four = gl.join(upper, lower)
     even = gl.join(four.to(gl.int8), (four >> 8).to(gl.int8))
     odd = gl.join((four >> 16).to(gl.int8), (four >> 24).to(gl.int8))

@@ -20,7 +20,7 @@ launches each kind of kernel on very small sizes, twice, and compares nothing bu
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,6 +38,7 @@ from results import add_options, line, save
 from convert_w4a8.encoding.tables import index_tables
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
+from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches
 
 TOKENS = (1, 3, 16, 17, 64, 256)
 Row = dict[str, Any]
@@ -76,13 +77,14 @@ SANITIZED = ((_TINY, 16), (_TINY, 60), (_TINY, 100), (Size(8, 3, 1024, 128), 16)
 class Experts:
     """Random experts, their layers as `grouped.experts` takes them; expert_map: places on this rank, or None.
 
-    hopper: run by the kernel for Hopper.
+    hopper: run by the kernel for Hopper. launches: how to cut the GEMMs, None for what is chosen.
     """
 
     size: Size
     layers: tuple[grouped.Layer, grouped.Layer]
     expert_map: torch.Tensor | None
     hopper: bool
+    launches: tuple[Launch, Launch] | None = None
 
     @staticmethod
     def random(size: Size, form: str, hopper: bool, mapped: bool = False) -> "Experts":
@@ -118,7 +120,8 @@ class Experts:
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Run our kernels."""
-        return grouped.experts(x, topk_weights, topk_ids, *self.layers, self.expert_map, "silu", hopper=self.hopper)
+        given = x, topk_weights, topk_ids, *self.layers, self.expert_map, "silu", self.launches
+        return grouped.experts(*given, hopper=self.hopper)
 
     def places(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return the place of each pair's expert in the layers, int64 [M · T], −1 where it is not here."""
@@ -141,7 +144,17 @@ class Product:
     def exact(self, layer: grouped.Layer, places: torch.Tensor, share: int) -> Exact:
         """Multiply in float64; pairs whose expert is not here are 0. share: pairs that have a token in common."""
         products = torch.zeros(self.output.shape, dtype=torch.float64, device=self.output.device)
-        exact = Exact(products, torch.zeros_like(products))
+
+        def operands(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            pairs = (places >= 0).nonzero().flatten()[rows]  # `compare` leaves out those that are not here
+            weights = [
+                reference.weights(*(tensor[places[pair]] for tensor in layer[:2]))[column]
+                for pair, column in zip(pairs.tolist(), columns.tolist(), strict=True)
+            ]
+            scale = layer[2][places[pairs], columns].double() * self.scale.double().view(-1)[pairs // share]
+            return self.tokens[pairs // share].double(), torch.stack(weights).double(), scale
+
+        exact = Exact(products, torch.zeros_like(products), operands)
         for place in sorted({*places.tolist()} - {-1}):
             pairs = (places == place).nonzero().flatten()
             packed, tables, channel = (tensor[place] for tensor in layer[:3])
@@ -152,14 +165,20 @@ class Product:
 
 
 def watched(experts: Experts, given: Routed) -> tuple[torch.Tensor, Product, Product]:
-    """Run experts, and return their result with what both GEMMs were given and made."""
+    """Run experts, and return their result with what both GEMMs were given and made: of gates and ups, the products."""
     seen: list[Product] = []
     multiply = grouped._multiply  # noqa: SLF001
 
     def watch(*arguments: Any, **named: Any) -> None:
         multiply(*arguments, **named)
-        tokens, scale, _, output, *_ = arguments
-        seen.append(Product(tokens, scale, output.clone()))  # long activations take the place of the gates
+        tokens, scale, layer, output, *more = arguments
+        if named.get("activation") is None:
+            products = output.clone()  # long activations take the place of the gates
+        else:
+            products = output.new_empty(len(output), 2 * output.shape[1])
+            plain = {"activation": None, "maxima": None, "is_sorted": True}  # compiled like that for the other GEMM
+            multiply(tokens, scale, layer, products, *more, **(named | plain))
+        seen.append(Product(tokens, scale, products))
 
     with mock.patch.object(grouped, "_multiply", watch):
         result = experts(*given)
@@ -179,7 +198,7 @@ def compare(experts: Experts, given: Routed) -> tuple[torch.Tensor, Row]:
     products = []
     for made, layer, share in ((first, experts.layers[0], experts.size.choices), (second, experts.layers[1], 1)):
         exact = made.exact(layer, places, share)
-        products.append(Exact(exact.products[here], exact.magnitudes[here]).compare(made.output[here]))
+        products.append(Exact(exact.products[here], exact.magnitudes[here], exact.operands).compare(made.output[here]))
     gate, up = first.output[here].chunk(2, dim=-1)
     tokens, scale = quantize_tokens(grouped_reference.activate(gate, up, "silu"))
     different_between, activated = judge(second.values()[here], tokens.double() * scale.double(), 1)
@@ -194,6 +213,7 @@ def compare(experts: Experts, given: Routed) -> tuple[torch.Tensor, Row]:
         "different": max(different, different_between),
         "error": max(product["error"] for product in products),
         "beyond_rounding": max(product["beyond_rounding"] for product in products),
+        "steps": max(product.get("steps", 0.0) for product in products),
         "right": all(verdicts.values()) and all(product["right"] for product in products),
     }
 
@@ -219,13 +239,35 @@ def check_results(sizes: Sequence[Size], tokens: Sequence[int], forms: Sequence[
             } | row
 
 
+def check_cuts() -> Iterator[Row]:
+    """Compare results of every way to cut the GEMMs for Hopper that tuning may choose with what they must be."""
+    from tune_experts import variants  # not every Triton has Gluon
+
+    experts = Experts.random(Size(8, 2, 512, 1024), "index", hopper=True)
+    for launch in variants((0, 1, 2)):
+        given = experts.routed(4 * launch.block_m + 1)
+        cut = replace(experts, launches=(launch, launch))
+        try:
+            found, row = compare(cut, given)
+        except Exception as error:  # noqa: BLE001 - such as no room
+            why = f"{type(error).__name__}: {error}"[:200]
+            yield {"check": "cuts", "launch": str(launch), "again": True, "why_not": why}
+            continue
+        again = all(torch.equal(cut(*given), found) for _ in range(3))
+        yield {"check": "cuts", "m": len(given[0]), "launch": str(launch), "again": again} | row
+
+
 def check_launches(cases: Sequence[tuple[Size, int]], form: str, hopper: bool) -> Iterator[Row]:
     """Run each case twice, and compare the bytes."""
-    for size, m in cases:
-        experts = Experts.random(size, form, hopper)
+    for (size, m), apart in product(cases, (0, 1, 2) if hopper else (0,)):
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        chosen = choose_launches(m * size.choices, size.experts, size.hidden, size.intermediate, sms, hopper=hopper)
+        first, second = (replace(launch, apart=apart) for launch in chosen)
+        experts = replace(Experts.random(size, form, hopper), launches=(first, second))
         given = experts.routed(m)
         again = torch.equal(experts(*given), experts(*given))
-        yield {"check": "launches", "m": m, "size": str(size), "hopper": hopper, "again": again, "right": again}
+        row = {"check": "launches", "m": m, "size": str(size), "hopper": hopper, "apart": apart}
+        yield row | {"again": again, "right": again}
 
 
 def check_replays(sizes: Sequence[Size], tokens: Sequence[int], form: str, hopper: bool) -> Iterator[Row]:
@@ -265,6 +307,8 @@ def main() -> int:
     for form, hopper in kernels:
         checks.append(check_results(sizes, TOKENS, ("lut", "scale", "index") if hopper else ("lut", "scale"), hopper))
         checks.append(check_replays(sizes[-2:], (1, 16, 64, 256), form, hopper))
+        if hopper and not args.quick:
+            checks.append(check_cuts())
     rows = noted(checks)
     results = [row for row in rows if row["check"] == "results"]
     worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))

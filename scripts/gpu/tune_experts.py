@@ -3,8 +3,8 @@
     python scripts/gpu/tune_experts.py [--mixtures mixtral-8x7b ...] [--tokens 1 16 ...] [--write] [--json FILE]
 
 A time is that of all that a layer's routed experts launch, as bench_experts.py measures it. For each size of blocks the
-two GEMMs are cut one after the other: blocks of channels and parts of K first, then copies in flight, then the order of
-blocks, then whether indices of tables are read. When the time is up, what was found so far is kept.
+two GEMMs are cut one after the other: parts of K, blocks and how weights are looked up, parts of K again, and the order
+of blocks. When the time is up, what was found so far is kept.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +29,30 @@ from results import add_options, line, save
 from convert_w4a8.kernels.gemm import grouped, tuned_experts
 from convert_w4a8.kernels.gemm.grouped_launch import Launch
 
-SHAPES = {
-    8: ((64, 4), (128, 4), (128, 8)),
-    16: ((64, 4), (128, 4), (128, 8)),
-    32: ((64, 4), (128, 4), (128, 8), (256, 8)),
-    64: ((64, 4), (128, 8), (256, 8)),
-    128: ((64, 4), (128, 8)),
+Shape = tuple[int, int, int, int | None]
+SHAPES: dict[int, dict[int, tuple[Shape, ...]]] = {
+    8: {
+        0: ((64, 4, 4, None), (128, 4, 3, None), (128, 4, 4, None), (128, 8, 4, None)),
+        **dict.fromkeys(
+            (1, 2), ((64, 4, 4, None), (64, 4, 4, 80), (128, 4, 3, 128), (128, 4, 4, 128), (128, 8, 4, 80))
+        ),
+    },
+    16: {
+        0: ((64, 4, 4, None), (128, 4, 3, None), (128, 4, 4, None)),
+        **dict.fromkeys((1, 2), ((64, 4, 4, None), (64, 4, 4, 96), (128, 4, 4, None), (128, 8, 4, None))),
+    },
+    32: {
+        0: ((64, 4, 4, None), (128, 4, 3, None), (128, 8, 4, None)),
+        **dict.fromkeys((1, 2), ((64, 4, 4, None), (64, 4, 4, 128), (128, 8, 4, 128))),
+    },
+    64: {0: ((64, 4, 3, None), (64, 4, 3, 128), (64, 4, 4, None), (128, 8, 3, None))},
+    128: {0: ((64, 4, 3, None), (128, 8, 3, None))},
 }
-"""Channels and warps of a block, by its pairs."""
+"""Channels, warps, copies in flight and registers of a block, by its pairs and by how weights are looked up."""
 SPLITS = (1, 2, 3, 4, 6, 8)
-STAGES = (3, 4, 6)
 COLUMNS = (None, 1, 4, 16, 64)
 REPLAYS = 7
-FIELDS = ("splits", "block_n", "stages", "warps", "columns", "indexed")
+FIELDS = ("splits", "block_n", "stages", "warps", "columns", "indexed", "apart", "registers")
 TABLE = Path(tuned_experts.__file__)
 
 Row = dict[str, Any]
@@ -52,29 +62,28 @@ Launches = tuple[Launch, Launch]
 def blocks_of_pairs(mixture: Mixture, m: int) -> list[int]:
     """Return the sizes of blocks worth a try: about what a chosen expert has, and more."""
     mean = m * mixture.choices / min(mixture.experts, m * mixture.choices)
-    return [size for size in (8, 16, 32, 64, 128) if size / 5 < mean <= 4 * size or (size == 8 and mean < 2)]
+    return [size for size in SHAPES if size / 5 <= mean <= 1.5 * size or (size == 8 and mean < 2)]
 
 
-def shapes(block_m: int) -> list[Launch]:
-    """Return blocks of channels and warps worth a try."""
-    return [Launch(block_m, 1, n, warps=warps, chain=block_m >= 64) for n, warps in SHAPES[block_m]]
+def shapes(block_m: int, n: int, apart: Sequence[int]) -> list[Launch]:
+    """Return blocks worth a try, of a product of N = n; with many pairs, that read tables too.
 
-
-def blocks_and_splits(launch: Launch, n: int, k: int) -> list[Launch]:
-    """Return all shapes, with all numbers of parts of K that are worth a try, of a product of N = n, K = k."""
-    splits = [parts for parts in SPLITS if parts == 1 or (parts * 256 <= k and launch.block_m < 64)]
-    fitting = [shape for shape in shapes(launch.block_m) if n % shape.block_n == 0]
-    return [replace(shape, splits=parts) for shape, parts in product(fitting, splits)]
-
-
-def variants() -> list[Launch]:
-    """Return everything that tuning needs compiled."""
-    made = [shape for block_m in SHAPES for shape in shapes(block_m)]
+    apart: how weights may be looked up.
+    """
+    chain = block_m >= 64
     return [
-        replace(launch, splits=splits, stages=stages, indexed=indexed)
-        for launch, stages, indexed in product(made, STAGES, (True, False))
-        for splits in ((1, 2) if launch.block_m < 64 else (1,))
+        Launch(block_m, 1, block_n, stages, warps, chain, None, indexed, way, registers)
+        for way in sorted(SHAPES[block_m].keys() & set(apart))
+        for block_n, warps, stages, registers in SHAPES[block_m][way]
+        for indexed in ((True, False) if chain else (True,))
+        if n % block_n == 0
     ]
+
+
+def variants(apart: Sequence[int]) -> list[Launch]:
+    """Return everything that tuning needs compiled."""
+    made = [shape for block_m in SHAPES for shape in shapes(block_m, 256, apart)]
+    return [replace(launch, splits=splits) for launch in made for splits in ((1,) if launch.chain else (1, 2))]
 
 
 def compile_one(launch: Launch) -> None:
@@ -95,22 +104,27 @@ def took(mixture: Mixture, inputs: Sequence[Routed], launches: Launches) -> floa
     return microseconds(calls_of(experts, mixture, inputs), replays=REPLAYS)
 
 
-def tune(mixture: Mixture, m: int, deadline: float) -> Iterator[Row]:
+def tune(mixture: Mixture, m: int, deadline: float, apart: Sequence[int]) -> Iterator[Row]:
     """Yield the best launches for each size of blocks, until the deadline."""
     inputs = routed(mixture, m)
-    for block_m in blocks_of_pairs(mixture, m):
-        best: list[Launch] = [shapes(block_m)[0]] * 2
+    sizes = blocks_of_pairs(mixture, m)
+    left = 2 * len(sizes)
+    for block_m in sizes:
+        best: list[Launch] = [shapes(block_m, n, apart)[0] for n, _ in mixture.sizes]
         best_us = took(mixture, inputs, (best[0], best[1]))
         for place, (n, k) in enumerate(mixture.sizes):
+            until = time.monotonic() + (deadline - time.monotonic()) / left
+            left -= 1
+            splits = [parts for parts in SPLITS if parts == 1 or (parts * 256 <= k and block_m < 64)]
             sweeps: tuple[Callable[[Launch], list[Launch]], ...] = (
-                partial(blocks_and_splits, n=n, k=k),
-                lambda launch: [replace(launch, stages=stages) for stages in STAGES],
+                partial(_parts, splits=splits),
+                partial(_shapes, made=shapes(block_m, n, apart)),
+                partial(_parts, splits=splits),
                 lambda launch: [replace(launch, columns=columns) for columns in COLUMNS],
-                lambda launch: [replace(launch, indexed=not launch.indexed)],
             )
             for sweep in sweeps:
                 for launch in sweep(best[place]):
-                    if launch == best[place] or time.monotonic() > deadline:
+                    if launch == best[place] or time.monotonic() > until:
                         continue
                     tried = [*best]
                     tried[place] = launch
@@ -121,6 +135,14 @@ def tune(mixture: Mixture, m: int, deadline: float) -> Iterator[Row]:
         yield {"mixture": mixture.name, "m": m, "block_m": block_m, "us": best_us} | {
             name: asdict(launch) for name, launch in zip(("gate_up", "down"), best, strict=True)
         }
+
+
+def _parts(launch: Launch, splits: Sequence[int]) -> list[Launch]:
+    return [replace(launch, splits=parts) for parts in splits]
+
+
+def _shapes(launch: Launch, made: Sequence[Launch]) -> list[Launch]:
+    return [replace(shape, splits=launch.splits) for shape in made]
 
 
 def write(rows: Sequence[Row]) -> None:
@@ -149,6 +171,7 @@ def main() -> None:
     parser.add_argument("--mixtures", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="rows of activations")
     parser.add_argument("--seconds", type=float, default=600, help="when to stop (default: %(default)s)")
+    parser.add_argument("--apart", nargs="+", type=int, choices=(0, 1, 2), default=(0, 1, 2), help="see Launch")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     add_options(parser)
     args = parser.parse_args()
@@ -156,19 +179,19 @@ def main() -> None:
         parser.error("a Hopper GPU is needed")
     deadline = time.monotonic() + args.seconds
     with pool() as compilers:
-        compilers.map(compile_one, variants(), chunksize=1)
+        compilers.map(compile_one, variants(args.apart), chunksize=1)
     cases = [(mixture, m) for mixture in MIXTURES if mixture.name in args.mixtures for m in args.tokens]
     rows: list[Row] = []
     for number, (mixture, m) in enumerate(cases):
         now = time.monotonic()
-        for row in tune(mixture, m, now + (deadline - now) / (len(cases) - number)):
+        for row in tune(mixture, m, now + (deadline - now) / (len(cases) - number), args.apart):
             rows.append(row)
             print(row, flush=True)
+        if args.write:
+            write(rows)
         if m == args.tokens[-1]:
             mixture.__dict__.pop("lut", None)
             torch.cuda.empty_cache()
-    if args.write:
-        write(rows)
     question = "How are the GEMMs over experts best cut, by the mixture and the number of tokens?"
     print(line(save(args, question, rows)))
 

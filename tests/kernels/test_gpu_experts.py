@@ -279,4 +279,4 @@ def test_kernels_compile_to_lookups_and_fp8_products(capability: int) -> None:
         if line.startswith("_grouped"):
             assert counts[products] >= 4, line
             assert counts["HMMA"] == 0, line
-            assert counts["PRMT"] >= 48, line
+            assert counts["PRMT"] >= (32 if counts["apart"] else 48), line

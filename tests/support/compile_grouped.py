@@ -22,16 +22,18 @@ TYPES = {
     **dict.fromkeys(("tokens", "active"), "*fp8e4nv"),
     **dict.fromkeys(("ids", "rows", "of_block", "expert_map", "packed", "counters"), "*i32"),
     **dict.fromkeys(("token_scale", "channel_scale", "scales", "sums", "weights", "maxima"), "*fp32"),
-    **dict.fromkeys(("K", "N", "PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE"), "i32"),
+    **dict.fromkeys(("K", "N", "PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE", "SHIFT", "MAXIMA"), "i32"),
     "tables": "*i64",
     "index": "*u8",
     "output": "*bf16",
 }
-NOT_SIXTEEN = ("PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE")
+NOT_SIXTEEN = ("PAIRS", "E", "BLOCKS", "ROWS", "WIDTH", "SPLITS", "SHARE", "SHIFT", "MAXIMA")
 INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT")
 
 
-def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4, source_of: Any = ASTSource) -> None:
+def show(
+    kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4, source_of: Any = ASTSource, **more: Any
+) -> None:
     names = kernel.arg_names
     constants = {"INTERPRETED": False, "EARLY": capability == 90} | constants
     constants = {name: value for name, value in constants.items() if name in names}
@@ -40,27 +42,35 @@ def show(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4
     variable = [name for name in names if name not in constants and name not in NOT_SIXTEEN]
     sixteen = {(names.index(name),): [["tt.divisibility", 16]] for name in variable}
     source = source_of(kernel, signature, places, sixteen)
-    options = {"num_warps": warps, "launch_pdl": capability == 90}
+    options: dict[str, Any] = {"num_warps": warps, "launch_pdl": capability == 90} | more
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     code = machine_code(compiled)
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     counts = " ".join(f"{name}={count}" for name, count in found.items())
-    print(kernel.__name__, counts, f"shared={compiled.metadata.shared}")  # noqa: T201
+    apart = int(constants.get("APART", False))
+    print(kernel.__name__, counts, f"shared={compiled.metadata.shared} apart={apart}")  # noqa: T201
 
 
 HOPPER = (
-    *((8, 2, 64, 4, 4, True), (16, 1, 64, 4, 4, True), (16, 2, 128, 4, 4, False), (16, 1, 128, 8, 6, True)),
-    *((32, 1, 256, 8, 4, True), (64, 1, 128, 4, 3, True), (64, 1, 64, 4, 4, False), (128, 1, 128, 8, 3, True)),
+    *((8, 2, 64, 4, 4, True, 2, None), (8, 1, 128, 4, 4, True, 1, "silu"), (16, 2, 64, 4, 6, True, 0, "silu")),
+    *(
+        (16, 1, 128, 4, 4, False, 0, "gelu"),
+        (16, 2, 128, 8, 4, True, 1, None),
+        (32, 1, 128, 4, 3, True, 0, "gelu_tanh"),
+    ),
+    *((32, 1, 64, 4, 4, True, 2, None), (64, 1, 64, 4, 3, False, 0, "silu"), (128, 1, 128, 8, 3, True, 0, None)),
 )
-"""Pairs of a block, parts of K, channels, warps, copies in flight, whether it reads indices of tables."""
+"""Pairs of a block, parts of K, channels, warps, copies in flight, whether it reads indices of tables, how weights are
+looked up, the activation."""
 
 
 def show_hopper() -> None:
     from convert_w4a8.kernels.gemm import grouped_hopper_kernel
 
-    for block_m, splits, block_n, warps, stages, indexed in HOPPER:
-        constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "CHAIN": block_m >= 64}
-        constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": indexed}
+    for block_m, splits, block_n, warps, stages, indexed, apart, activation in HOPPER:
+        constants: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "CHAIN": block_m >= 64}
+        constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
+        constants |= {"APART": apart > 0, "BY_PRODUCTS": apart == 2}
         show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource)
 
 

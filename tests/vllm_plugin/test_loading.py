@@ -163,18 +163,26 @@ HIDDEN, INTERMEDIATE = 256, 1024
 SIZES = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
 
 
-def _experts(tp: int = 1, rank: int = 0, local: tuple[int, ...] | None = None, experts: int = 2) -> Any:
+def _experts(
+    tp: int = 1,
+    rank: int = 0,
+    local: tuple[int, ...] | None = None,
+    experts: int = 2,
+    tables: TableForm = TableForm.SCALE,
+) -> Any:
     moe = make_moe_config(experts, HIDDEN, INTERMEDIATE, tp, rank)
-    return make_experts(make_config(TableForm.SCALE), moe, QWEN, local)
+    return make_experts(make_config(tables), moe, QWEN, local)
 
 
-def _load_experts(layer: Any, experts: int = 2, missing: tuple[str, ...] = ()) -> None:
+def _load_experts(
+    layer: Any, experts: int = 2, missing: tuple[str, ...] = (), tables: TableForm = TableForm.SCALE
+) -> None:
     stored = [
         (f"{expert}.{name}.{tensor}", value)
         for expert in range(experts)
         for name in QWEN
         if f"{expert}.{name}" not in missing
-        for tensor, value in Weight(*SIZES[name], TableForm.SCALE, 0).tensors().items()
+        for tensor, value in Weight(*SIZES[name], tables, 0).tensors().items()
     ]
     list(layer.load_weights(iter(stored)))
 
@@ -311,6 +319,25 @@ def test_weights_can_be_reloaded(
         layerwise.finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
         for name, parameter in layer.named_parameters():
             assert torch.equal(parameter.view(torch.uint8), loaded[name].view(torch.uint8)), name
+
+
+@ON_BOTH
+@BOTH_TABLES
+def test_experts_of_group_scales_have_indices(
+    vllm: vllm_sources.Ranks,  # noqa: ARG001
+    tables: TableForm,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others have none, however few their tables are: their kernel counts on multiples of a scale."""
+    module = importlib.import_module("convert_w4a8.vllm_plugin.moe")
+    monkeypatch.setattr(module, "decode_kernel", lambda _device: True)
+    monkeypatch.setattr(module.warm_up, "experts", lambda *_: None)  # it launches what needs a GPU
+    monkeypatch.setattr("convert_w4a8.vllm_plugin.indices.reads_indices", lambda _device: True)
+    layer = _experts(tables=tables)
+    _load_experts(layer, tables=tables)
+    layer.quant_method.process_weights_after_loading(layer)
+    found = {name for name, _ in layer.named_parameters() if name.endswith(("table_index", "distinct_tables"))}
+    assert len(found) == (4 if tables is TableForm.SCALE else 0)
 
 
 @ON_BOTH
