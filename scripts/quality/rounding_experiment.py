@@ -61,7 +61,7 @@ from convert_w4a8.samples.tokenizer import open_tokenizer
 NUMBERS = {
     "mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 1.0, "search": 32.0, "keep": 0.0, "embeddings": 0.0, "seconds": 0.0,
     "beta1": 0.9, "beta2": 0.99, "entries": 1.0, "scale": 1.0, "other": 1.0, "weight": 1.0, "points": 4.0, "sweeps": 4.0,
-    "latent": 0.0, "last": 0.0, "power": 1.0, "low": 0.02, "final": 0.0, "calib": 131072.0, "center": 0.0, "vote": 0.0,
+    "latent": 0.0, "last": 0.0, "power": 1.0, "low": 0.02, "final": 0.0, "calib": 131072.0, "center": 0.0, "vote": 0.0, "staged": 0.0,
 }  # fmt: skip
 WORDS = {"mode": "ste", "before": "free", "regrid": "", "save": "", "preset": "tables"}
 
@@ -201,9 +201,16 @@ def choose_grid(t: torch.Tensor, h: torch.Tensor, search: int, sweeps: int) -> t
 def regrid(trainer: "Experiment", samples: Sequence[Sample]) -> dict[str, float]:
     """Choose channel scales and entries of all layers anew; return errors by the energy of outputs, means of layers."""
     student, run = trainer.student, trainer.run
+    names = list(student.layers)
+    if run["staged"]:
+        parts = len(run["regrid"].split("/"))
+        names = names[trainer.staged * len(names) // parts : (trainer.staged + 1) * len(names) // parts]
+        trainer.staged += 1
+        trainer.fixed += [student.layers[name] for name in names]
     moments = second_moments(student, samples, int(run["calib"]), trainer._device)
     total: dict[str, float] = {}
-    for name, layer in student.layers.items():
+    for name in names:
+        layer = student.layers[name]
         _, channel, codes, _ = layer.operand()
         t = (layer.start + layer.entries * layer.step).clamp(-E4M3_MAX, E4M3_MAX)
         gap = None
@@ -217,7 +224,7 @@ def regrid(trainer: "Experiment", samples: Sequence[Sample]) -> dict[str, float]
             t = t + torch.linalg.solve(h + ridge, pull[..., None]).view(t.shape) * run["center"]
         q, f, sums = choose_grid(t.flatten(1), h, int(run["search"]), int(run["sweeps"]))
         for key in ("nearest", "compensated", "searched"):
-            total[key] = total.get(key, 0.0) + sums[key] / sums["energy"] / len(student.layers)
+            total[key] = total.get(key, 0.0) + sums[key] / sums["energy"] / len(names)
         q = q.view(t.shape)
         new_step, new_channel = spacing(q), channel / f
         ratio = (new_step * new_channel[:, None, None]) / (layer.step * channel[:, None, None])
@@ -243,7 +250,8 @@ class Experiment(Trainer):
         self.run, self.rounding = run, rounding
         self.began = time.monotonic()
         self.frozen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.stages = self.counted = 0
+        self.stages = self.counted = self.staged = 0
+        self.fixed: list[LutLinear] = []
         self.votes: dict[int, torch.Tensor] = {}
 
     @property
@@ -271,6 +279,8 @@ class Experiment(Trainer):
     @torch.no_grad()
     def pull(self, factor: float) -> None:
         run, done = self.run, self.progress
+        for layer in self.fixed:
+            layer.entries.zero_()
         if run["vote"] and done >= 1 - run["vote"]:
             self.counted += 1
             for layer in self.student.layers.values():
