@@ -239,6 +239,29 @@ def regrid(trainer: "Experiment", samples: Sequence[Sample]) -> dict[str, float]
     return total
 
 
+@torch.no_grad()
+def by_counts(layer: LutLinear, search: int) -> None:
+    """Choose a layer's channel scales by the rounding errors of its weights alone, and round its entries."""
+    _, channel, codes, _ = layer.operand()
+    t = (layer.start + layer.entries * layer.step).clamp(-E4M3_MAX, E4M3_MAX)
+    n, groups, _ = t.shape
+    code = codes.view(n, groups, GROUP_SIZE)
+    counts = torch.stack([((code == j) | ((code == 16 - j) & (j > 0))).sum(-1) for j in range(8)], dim=-1).float()
+    room = torch.where(t.abs().amax((1, 2)) > E4M3_MAX / 2, 0.5, 1.0)
+    best, chosen, factor = torch.full((n,), math.inf, device=t.device), t, torch.ones(n, device=t.device)
+    for i in range(-1, search):
+        f = torch.ones_like(room) if i < 0 else room * 2.0 ** (-i / search)
+        q = round_to_e4m3(t * f[:, None, None])
+        error = ((q / f[:, None, None] - t).square() * counts).sum((1, 2))
+        better = error < best
+        best, factor = torch.where(better, error, best), torch.where(better, f, factor)
+        chosen = torch.where(better[:, None, None], q, chosen)
+    layer.start.copy_(chosen), layer.step.copy_(spacing(chosen)), layer.entries.zero_()
+    layer.channel_scale.copy_(channel / factor), layer.scale.zero_()
+    if layer.weight is not None:
+        layer.weight.mul_((channel * 0 + factor)[:, None])
+
+
 # --- the training ---
 
 
@@ -394,6 +417,18 @@ def one_run(run: dict[str, Any], args: argparse.Namespace, parts: dict[str, Any]
         while left and trainer.progress >= left[0]:
             found: dict[str, Any] = {"at": left.pop(0), "free": measure(0.0), "nearest": measure(1.0)}
             trainer.set_part()
+            if not run["staged"]:
+                parts_ = ("start", "step", "channel_scale", "scale", "entries", "weight")
+                kept = [
+                    (t, t.detach().clone()) for layer in student.layers.values() for t in (getattr(layer, p) for p in parts_) if t is not None
+                ]
+                for layer in student.layers.values():
+                    by_counts(layer, int(run["search"]))
+                found["by_counts"] = measure(1.0)
+                with torch.no_grad():
+                    for tensor, before in kept:
+                        tensor.copy_(before)
+                trainer.set_part()
             then = time.monotonic()
             found |= {"errors": regrid(trainer, samples[:: max(1, len(samples) // 400)]), "seconds": time.monotonic() - then}
             found["after"] = measure(1.0)
