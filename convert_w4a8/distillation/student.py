@@ -12,6 +12,7 @@ from torch import nn
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.distillation.embeddings import trained_embeddings
 from convert_w4a8.distillation.experts import place_experts
 from convert_w4a8.distillation.fused import fuse, rotations
 from convert_w4a8.distillation.hidden import check_blocks
@@ -30,7 +31,7 @@ class Student:
     """A model to be trained.
 
     layers: the quantized ones by their names in the checkpoint. others: its other trained parameters, in BF16, by
-    names likewise: norms and biases.
+    names likewise: norms and biases, and perhaps embeddings.
     """
 
     model: nn.Module
@@ -94,12 +95,18 @@ def load_teacher(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
 
 
 def load_student(
-    checkpoint: Checkpoint, teacher: Checkpoint, preset: Preset, device: torch.device, towards: float = 0.0
+    checkpoint: Checkpoint,
+    teacher: Checkpoint,
+    preset: Preset,
+    device: torch.device,
+    towards: float = 0.0,
+    *,
+    embeddings: bool = False,
 ) -> Student:
-    """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`.
+    """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`. embeddings: train them too.
 
     Raises:
-        ConvertError: transformers has no place for its tensors.
+        ConvertError: transformers has no place for its tensors, or there are no embeddings to train.
 
     """
     check_models(checkpoint, teacher)
@@ -128,7 +135,9 @@ def load_student(
             raise ConvertError(name, reason, "leave this model as it is")
         above, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(above), leaf, layer)
-    others = {}
+    others = dict(trained_embeddings(model, checkpoint)) if embeddings else {}
+    for parameter in others.values():
+        parameter.requires_grad_()
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)
         if info is None or info.dtype != "BF16":
