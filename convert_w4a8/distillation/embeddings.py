@@ -1,6 +1,7 @@
 """Embeddings and lm_head, trained like norms: values in float32, used and written in BF16."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,12 @@ def trained_embeddings(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tup
         reason = "has no embeddings in BF16 to train"
         raise ConvertError(str(checkpoint.root), reason, f"leave out {OPTION}")
     if type(inputs) is nn.Embedding:  # one that does more, as Gemma's, keeps torch's own gradient
-        inputs.forward = lambda ids: _LookUp.apply(inputs.weight, ids)  # type: ignore[no-untyped-call]
+        found.get_input_embeddings().forward = partial(_look_up, inputs)
+
+
+def _look_up(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    rows: torch.Tensor = _LookUp.apply(module.weight, ids)  # type: ignore[no-untyped-call]
+    return rows
 
 
 class _LookUp(torch.autograd.Function):
