@@ -10,7 +10,7 @@ Keys of a run, beside names of `DistillOptions` and factors of its rates (entrie
          alpha  r + α(round(r) − r), α rising from 0 to 1 at the part `end` of the steps
          prox   not rounded, but drawn to the nearest E4M3 number, from the part `begin` of the steps on, by up to
                 mu·rate a step, which rises exponentially to that from a fiftieth (ProxQuant, Bai et al. 2019)
-    before=free the mode until `begin`
+    first=free  the mode until `begin`
     regrid=A/B  after these parts of the steps channel scales and entries are chosen anew, by the error of the layers'
                 outputs, with `search` scales to choose from. staged=1: of the first of the layers at A, of the next at
                 B, ...; their entries stay, and all else is trained on
@@ -52,10 +52,13 @@ from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.samples.sample import Sample
 from convert_w4a8.samples.tokenizer import open_tokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from results import add_options, save
+
 NUMBERS = {"mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 2.0, "search": 64.0, "staged": 0.0, "seconds": 0.0} | {
     f.name: 1.0 for f in fields(Rates)
 }
-WORDS = {"mode": "ste", "before": "free", "regrid": ""}
+WORDS = {"mode": "ste", "first": "free", "regrid": ""}
 LOW = 0.02
 """Where the pull of `prox` begins, of mu."""
 DAMPING = 1e-3
@@ -172,7 +175,7 @@ class Experiment(Trainer):
     def set_part(self) -> None:
         """Say how far entries are rounded in the next forward pass."""
         run = self.run
-        mode = run["mode"] if self.progress >= run["begin"] else run["before"]
+        mode = run["mode"] if self.progress >= run["begin"] else run["first"]
         self.rounding.part.fill_({"ste": 1.0, "alpha": min(1.0, self.progress / run["end"])}.get(mode, 0.0))
 
     @torch.no_grad()
@@ -261,6 +264,7 @@ def main() -> int:
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_options(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     source = open_checkpoint(args.teacher)
@@ -275,10 +279,13 @@ def main() -> int:
         "evaluation": read(args.evaluation, tokenizer, args.measured_tokens, args.window),
         "teacher": LiveTeacher(load_teacher(source, device)),
     }
+    rows: list[dict[str, Any]] = []
     with deterministic(device), patch.object(linear, "round_to_e4m3", parts["rounding"]):
         for run in args.runs:
-            print(json.dumps(train(run, args, parts)), flush=True)
+            rows.append(train(run, args, parts))
+            print(json.dumps(rows[-1]), flush=True)
             gc.collect()  # of the CUDA graphs of the last
+    save(args, "What do other ways of rounding entries gain, and embeddings that are trained?", rows)
     return 0
 
 
