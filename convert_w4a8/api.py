@@ -211,7 +211,7 @@ def distill(
     """Train a W4A8 checkpoint to predict as the model in 16 bits does; `out` appears whole, at the end, or not at all.
 
     samples, held_out: from `convert_w4a8.samples`; a domain is what a file's name is without endings. held_out: to
-    measure on; None: one of 16 samples of each domain. mix: "drop", "uniform", the drop of each domain, or a JSON file
+    measure on; None: some of each domain. mix: "drop", "uniform", the drop of each domain, or a JSON file
     that has them. gpus: over how many both models are spread, as with `--gpus`. teacher_logits: directory of the
     teacher's logits, which are written there if they are not there yet, the `top_k` highest of each token, or all with
     0. progress: called with each step and its divergence in nats per token. The other parameters are those of

@@ -21,7 +21,10 @@ from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.errors import ConvertError
+from convert_w4a8.samples.sample import Sample
 
+_POSITIONS = frozenset({"embed_positions", "wpe", "position_embeddings", "pos_embed"})
+"""What transformers calls tables of learned positions; beyond them there is none, where rotary ones go on."""
 WITHOUT_DATA = "quantize it without --data"
 _BESIDE = frozenset({
     *("attention_mask", "causal_mask", "position_embeddings", "position_ids", "cache_position"),
@@ -58,6 +61,15 @@ class Model:
         self._load_outside()
         self._calls: tuple[tuple[int, int], list[BlockCall]] | None = None
 
+    def check_length(self, sample: Sample) -> None:
+        """Raise ConvertError where a sample has more tokens than the model has learned positions."""
+        for name, module in self._decoder.named_modules():
+            if isinstance(module, nn.Embedding) and _has_positions(name):
+                most = module.num_embeddings - getattr(module, "offset", 0)
+                if len(sample) > most:
+                    reason = f"has {len(sample):,} tokens, and the model {most:,} positions"
+                    raise ConvertError(sample.origin, reason, "cut it, or leave it out")
+
     def _load_outside(self) -> None:
         """Load what is not in a block: embeddings and norms."""
         parent = self.above.removesuffix(self._list_name)
@@ -80,9 +92,9 @@ class Model:
         return found[0]
 
     def forget_embeddings(self) -> None:
-        """Free the tables from which the first hidden states came."""
-        for module in self._decoder.modules():
-            if isinstance(module, nn.Embedding):
+        """Free the tables from which the first hidden states came, but positions, which are asked for again."""
+        for name, module in self._decoder.named_modules():
+            if isinstance(module, nn.Embedding) and not _has_positions(name):
                 module.to("meta")
 
     def call(self, block: int, shape: tuple[int, int]) -> BlockCall:
@@ -112,7 +124,7 @@ class Model:
         return calls
 
     def load_block(self, number: int) -> nn.Module:
-        """Load the weights of a block and return it. Experts in one tensor stay in the checkpoint's dtype.
+        """Load the weights of a block and return it.
 
         Raises:
             ConvertError: the checkpoint has not all of them.
@@ -127,9 +139,14 @@ class Model:
                     f"is a parameter of transformers' model {list(stub.shape)}, and not in the checkpoint",
                     WITHOUT_DATA,
                 )
-            dtype = found.dtype if is_stack(name) else self.dtype
-            _set(block, name, found.to(self.device, dtype))
+            self._put(block, name, found)
         return block.eval()
+
+    def _put(self, block: nn.Module, name: str, found: torch.Tensor) -> None:
+        """Set a parameter or buffer of a block: experts in one tensor, and what transformers keeps, in their dtype."""
+        names = getattr(self._decoder, "_keep_in_fp32_modules_strict", None) or ()
+        stays = found.dtype == torch.float32 and any(f".{part}." in f".{name}." for part in names)
+        _set(block, name, found.to(self.device, found.dtype if stays or is_stack(name) else self.dtype))
 
     def load_again(self, number: int, checkpoint: Checkpoint) -> None:
         """Load what another checkpoint has of a block's parameters, under the same names and in the same shapes."""
@@ -138,11 +155,11 @@ class Model:
             if is_stack(name):  # None where the experts are quantized
                 whole = find_tensor(checkpoint, f"{self.above}.{number}", name, tuple(stub.shape))
                 if whole is not None:
-                    _set(block, name, whole.to(self.device, whole.dtype))
+                    self._put(block, name, whole)
                 continue
             info = tensor_of(checkpoint, f"{self.above}.{number}", name)
             if info is not None and info.shape == tuple(stub.shape):
-                _set(block, name, read_tensor(info).to(self.device, self.dtype))
+                self._put(block, name, read_tensor(info))
 
     def modules(self, number: int) -> set[str]:
         """Return all that has a weight in a block, by its name in the checkpoint; experts one by one."""
@@ -158,6 +175,10 @@ def hidden_states(output: Any) -> torch.Tensor:
     """Return the hidden states of what a block returns: of some models the first of several things."""
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return states
+
+
+def _has_positions(name: str) -> bool:
+    return name.rpartition(".")[2] in _POSITIONS
 
 
 def _is_tensor(value: Any) -> bool:

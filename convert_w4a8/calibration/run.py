@@ -125,6 +125,7 @@ class _Run:
         dtype = torch.float32 if self._device.type == "cpu" else torch.bfloat16
         with memory_errors("the model"):
             model = Model(self._checkpoint, self._device, dtype)
+        model.check_length(max(self._samples.samples, key=len))
         by_block: dict[int, list[ShardTask]] = {}
         others = []
         for task in tasks:

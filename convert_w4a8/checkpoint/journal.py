@@ -140,7 +140,8 @@ class WorkDirectory:
         self._remove_directories()
         self.files = {}
         self.checkpoint.mkdir()
-        self._append({"fingerprint": dict(fingerprint)}, durable=True)
+        self._append({"fingerprint": dict(fingerprint)})
+        os.fsync(self._journal)
         fsync(self.path)
 
     def _remove_directories(self) -> None:
@@ -157,17 +158,18 @@ class WorkDirectory:
             "layers": dict(finished.layers),
             "infinities": dict(finished.infinities),
         }
-        self._append(entry, durable=True)
-        self.files[name] = replace(finished, pieces=[])  # which only a later process needs, from the journal
+        self._append(entry)
+        # Before the disk is waited for, where a signal may come: what is in the journal is not to be given up. Only a
+        # later process needs the pieces, and reads them there.
+        self.files[name] = replace(finished, pieces=[])
+        os.fsync(self._journal)
 
-    def _append(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
+    def _append(self, entry: Mapping[str, Any]) -> None:
         text = json.dumps(entry).encode()
         line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
         with self._writing:
             while line:
                 line = line[os.write(self._journal, line) :]
-        if durable:
-            os.fsync(self._journal)
 
     def remove(self) -> None:
         """Remove everything; the lock last, so that nobody else begins before the rest is gone."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     type=LocalPath(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Text to measure on, and to choose the best step by. [default: one of 16 samples of each file of --data]",
+    help="Text to measure on, and to choose the best step by. [default: some of each file of --data]",
 )
 @click.option(
     "--preset",
@@ -150,6 +150,7 @@ def distill_command(
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render_distilled as render
     from convert_w4a8.devices import resolve_device
+    from convert_w4a8.distillation.agreement import check_text
     from convert_w4a8.distillation.first_pass import check_stored
     from convert_w4a8.distillation.linear import Preset
     from convert_w4a8.distillation.options import TOP_K, DistillOptions
@@ -182,6 +183,7 @@ def distill_command(
     check_models(trained, source, blocks=options.hidden_weight > 0)
     check_gpus(trained, gpus, on, embeddings=options.embeddings)
     found = _read(source, data, held_out, mix, mask, max_length)
+    check_text(trained, source, (*found.samples, *found.held_out))
     stored = None if teacher_logits is None else top_k
     together = (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
     cost = predict(trained, source, found, options, together=together, top_k=stored, gpus=gpus)

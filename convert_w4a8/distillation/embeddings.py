@@ -1,41 +1,24 @@
 """Embeddings and lm_head, trained like norms: values in float32, used and written in BF16."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.errors import ConvertError
-
-OPTION = "--embeddings"
+EMBEDDINGS = "--embeddings"
 _AT_ONCE = 1 << 27
 """Numbers of the matrix that says which token is where."""
 
 
-def trained_embeddings(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield embeddings and lm_head, one parameter where they are tied, with their names in the checkpoint.
-
-    Raises:
-        ConvertError: neither is in BF16.
-
-    """
+def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of embeddings and lm_head, the same where they are tied; make their gradient a product."""
     found: Any = model
     inputs, outputs = found.get_input_embeddings(), found.get_output_embeddings()
-    ours = {id(module.weight) for module in (inputs, outputs) if isinstance(module, nn.Embedding | nn.Linear)}
-    some = False
-    for name, parameter in model.named_parameters():
-        info = checkpoint.tensors.get(name)
-        if id(parameter) in ours and info is not None and info.dtype == "BF16":
-            some = True
-            yield name, parameter
-    if not some:
-        reason = "has no embeddings in BF16 to train"
-        raise ConvertError(str(checkpoint.root), reason, f"leave out {OPTION}")
     if type(inputs) is nn.Embedding:  # one that does more, as Gemma's, keeps torch's own gradient
         found.get_input_embeddings().forward = partial(_look_up, inputs)
+    weights: list[Any] = [module.weight for module in (inputs, outputs) if isinstance(module, nn.Embedding | nn.Linear)]
+    return weights
 
 
 def _look_up(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:

@@ -133,9 +133,10 @@ def _computed(
 
 
 def _rows(target: Logits, top_k: int) -> dict[str, torch.Tensor]:
+    logits = target.logits.bfloat16()  # some models give theirs in float32
     if not top_k:
-        return {"logits": target.logits.cpu()}
-    top = TopK.of(target.logits, top_k)
+        return {"logits": logits.cpu()}
+    top = TopK.of(logits, top_k)
     return {"tokens": top.tokens.int().cpu(), "logits": top.logits.cpu(), "rest": top.rest.cpu()}
 
 

@@ -1,7 +1,8 @@
 """Norms, gates and rotary positions of Llama-like blocks as one kernel each, in the place of transformers' many.
 
-A part of a model is replaced where what it computes of random numbers is what the reference of the kernel computes, to
-the last bit, so a norm of another kind stays as it is.
+A part of a model is replaced where what it computes of random numbers, small and large, is what the reference of the
+kernel computes, to the last bit, so a norm of another kind stays as it is, and a gate that is cut off. What a kernel
+does not take, as rotary positions of a part of each head, is computed as before.
 """
 
 import sys
@@ -19,6 +20,7 @@ from convert_w4a8.kernels.blocks import reference
 _ROTATE = "apply_rotary_pos_emb"
 """What transformers calls the function in each of its modules."""
 _ROTATIONS = "_w4a8_rotations"
+_LARGE = 2.0**16
 
 
 def fuse(model: nn.Module, device: torch.device) -> None:
@@ -63,8 +65,8 @@ def _is_norm(module: nn.Module) -> bool:
     ours = type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "variance_epsilon", None), float)
     if not ours or weight is None or weight.dim() != 1 or weight.dtype != torch.bfloat16:
         return False
-    x = _probe(3, len(weight), device=weight.device)
-    return _same(module, (x,), reference.normalize(x, weight, _epsilon(module))[0])
+    probes = _probes(3, len(weight), device=weight.device)
+    return all(_same(module, x, reference.normalize(x, weight, _epsilon(module))[0]) for x in probes)
 
 
 def _is_gated(module: nn.Module) -> bool:
@@ -76,8 +78,8 @@ def _is_gated(module: nn.Module) -> bool:
     width = getattr(module, "hidden_size", None)
     if parameter is None or not isinstance(width, int):
         return False
-    x = _probe(3, width, device=parameter.device)
-    return _same(module, (x,), down(reference.gate(gates(x), up(x))))
+    probes = _probes(3, width, device=parameter.device)
+    return all(_same(module, x, down(reference.gate(gates(x), up(x)))) for x in probes)
 
 
 def _is_rotation(rotate: Callable[..., Any], module: nn.Module) -> bool:
@@ -93,9 +95,9 @@ def _is_rotation(rotate: Callable[..., Any], module: nn.Module) -> bool:
         return False
 
 
-def _same(module: nn.Module, inputs: tuple[torch.Tensor, ...], expected: torch.Tensor) -> bool:
+def _same(module: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> bool:
     try:
-        found = module(*inputs)
+        found = module(x)
     except (RuntimeError, TypeError, ValueError):  # it takes something else
         return False
     return isinstance(found, torch.Tensor) and torch.equal(found, expected)
@@ -105,13 +107,23 @@ def _probe(*shape: int, device: torch.device) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
 
 
+def _probes(*shape: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return numbers as activations are, and so large that whatever has a limit shows it."""
+    x = _probe(*shape, device=device)
+    return x, x * _LARGE
+
+
 def _epsilon(module: nn.Module) -> float:
     epsilon: Any = module.variance_epsilon
     return float(epsilon)
 
 
 def _normalize(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = _Norm.apply(hidden_states, module.weight, _epsilon(module))  # type: ignore[no-untyped-call]
+    found: torch.Tensor
+    if hidden_states.dtype == torch.bfloat16:
+        found = _Norm.apply(hidden_states, module.weight, _epsilon(module))  # type: ignore[no-untyped-call]
+    else:
+        found = type(module).forward(module, hidden_states)
     return found
 
 
@@ -127,7 +139,16 @@ def _rotate_both(original: Callable[..., Any], *arguments: Any, **options: Any) 
     if options or len(arguments) != 4 or any(each.dtype != torch.bfloat16 for each in arguments):
         return original(*arguments, **options)
     query, key, cos, sin = arguments
+    if not all(_rotates(x, cos, sin) for x in (query, key)):
+        return original(*arguments)
     return tuple(_Rotation.apply(x, cos, sin) for x in (query, key))  # type: ignore[no-untyped-call]
+
+
+def _rotates(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether the kernel takes these: all of each head is rotated, not a part, and each token has one angle."""
+    if x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+        return False
+    return cos.shape[1:] == (x.shape[2], x.shape[3]) and cos.shape[0] in (1, x.shape[0])
 
 
 class _Norm(torch.autograd.Function):

@@ -11,20 +11,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def deterministic(*devices: torch.device) -> Iterator[None]:
-    """Have GPUs give the same bytes from run to run: of attention, without the kernels that add in any order."""
+    """Have GPUs give the same bytes from run to run: of attention, without the kernels that add in any order.
+
+    Where torch has no kernel that does, as for the cumulative sums of linear attention, it warns and takes another.
+    """
     if not any(device.type == "cuda" for device in devices):
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
     settings: Any = torch.utils.deterministic
-    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(mode=True)
+    before = {"mode": torch.are_deterministic_algorithms_enabled()}
+    before["warn_only"] = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
     settings.fill_uninitialized_memory = False  # nothing here reads what it did not write
     try:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
-        torch.use_deterministic_algorithms(mode=before)
+        torch.use_deterministic_algorithms(**before)
         settings.fill_uninitialized_memory = filled
 
 

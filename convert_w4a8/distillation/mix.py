@@ -17,6 +17,7 @@ import numpy as np
 from convert_w4a8.checkpoint.json_file import read_json
 from convert_w4a8.distillation.data import Batch, in_batches, make_batch, rows_of
 from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.distillation.overlap import conversations, last_calls, overlapping
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.sample import Sample
 
@@ -24,8 +25,10 @@ DROP, UNIFORM = "drop", "uniform"
 """Mixes that have names."""
 FLOOR = 0.25
 """The part of all tokens that is shared evenly, so that no domain is forgotten."""
-_EVERY = 16
-"""One of so many samples of a domain is held out, …"""
+_ENOUGH = 8
+"""So many samples of a domain show how sure a gain is, …"""
+_EVERY = (4, 16)
+"""… so one of 16 is held out where that is enough, and of fewer than 128 more, up to one of 4, …"""
 _HELD_OUT_TOKENS = 32_768
 """… while these are no more tokens."""
 _REMEDY = "name one number for each file of --data, by its name without endings"
@@ -58,8 +61,8 @@ def training_data(
 ) -> TrainingData:
     """Return the data of a training: of the samples, those in which a prediction counts.
 
-    held_out: samples to measure on; None: some of each domain. mix: `DROP`, `UNIFORM`, the drop of each domain, or the
-    JSON file that has them.
+    held_out: samples to measure on, of which those that are the beginning of another one of their domain are left out;
+    None: some of each domain. mix: `DROP`, `UNIFORM`, the drop of each domain, or the JSON file that has them.
 
     Raises:
         ConvertError: too few samples are left to train or to measure on, or a domain has no drop.
@@ -70,19 +73,22 @@ def training_data(
         held_out = _with_predictions(held_out, "--held-out")
     else:
         samples, held_out = hold_out(samples)
+    held_out = _once(held_out)
     samples = apart(samples, held_out)
     tags = list(by_tag(samples))
-    drops = None
+    drops, uniform = None, mix == UNIFORM
     if isinstance(mix, Mapping):
         drops = _drops_of(mix, tags, "the drops")
     elif mix not in (DROP, UNIFORM):
         drops = read_drops(Path(mix), tags)
     elif mix == DROP:
         measured = by_tag(held_out)
-        if missing := [tag for tag in tags if tag not in measured]:
+        missing = [tag for tag in tags if tag not in measured]
+        uniform = missing == tags and len(tags) == 1  # all is of one domain, whatever its drop is
+        if missing and not uniform:
             reason = "is a domain of --data, and none of --held-out: its drop is not known"
-            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix")
-    return TrainingData(tuple(samples), tuple(held_out), drops, uniform=mix == UNIFORM)
+            raise ConvertError(missing[0], reason, "hold some of it out too, or name the drops with --mix FILE")
+    return TrainingData(tuple(samples), tuple(held_out), drops, uniform=uniform)
 
 
 def _with_predictions(samples: Sequence[Sample], subject: str) -> list[Sample]:
@@ -111,20 +117,33 @@ def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
     return found
 
 
+def _once(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples that are the beginning of no other one of their domain: a text is to count once."""
+    kept: set[int] = set()
+    for numbers in by_tag(samples).values():
+        kept.update(numbers[last] for last in last_calls([samples[number] for number in numbers]))
+    return [sample for number, sample in enumerate(samples) if number in kept]
+
+
 def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Return the samples to train on and those to measure on: of each domain some, evenly spread.
 
+    Where samples are the beginning of others, the last ones of some conversations are held out (`conversations`).
+
     Raises:
-        ConvertError: a domain has one sample only.
+        ConvertError: a domain has one sample only, or those of one conversation.
 
     """
     held: set[int] = set()
-    for tag, numbers in by_tag(samples).items():
+    for tag, all_numbers in by_tag(samples).items():
+        numbers = [all_numbers[last] for last in conversations([samples[number] for number in all_numbers])]
         if len(numbers) < 2:
-            reason = "has one sample, and some have to be held out to measure on"
+            reason = "has one sample, or beginnings of one, and some have to be held out to measure on"
             raise ConvertError(tag, reason, "add samples, or name others with --held-out")
         room = _HELD_OUT_TOKENS
-        for mine, number in enumerate(numbers[_EVERY // 2 :: _EVERY] or numbers[-1:]):
+        least, most = _EVERY
+        every = min(max(len(numbers) // _ENOUGH, least), most)
+        for mine, number in enumerate(numbers[every // 2 :: every] or numbers[-1:]):
             if mine and len(samples[number]) > room:
                 break
             room -= len(samples[number])
@@ -136,7 +155,7 @@ def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 
 def apart(samples: Sequence[Sample], held_out: Sequence[Sample]) -> list[Sample]:
-    """Return the samples that are not among those to measure on.
+    """Return the samples that are not among those to measure on, nor the beginning of one, nor go on from one.
 
     Raises:
         ConvertError: none is left, or one sample to measure on, which shows no error.
@@ -145,8 +164,8 @@ def apart(samples: Sequence[Sample], held_out: Sequence[Sample]) -> list[Sample]
     if len(held_out) < 2:
         reason = "is one sample, which shows no standard error"
         raise ConvertError("the text to measure on", reason, "add samples, or name more of them with --held-out")
-    held = {sample.tokens.tobytes() for sample in held_out}
-    left = [sample for sample in samples if sample.tokens.tobytes() not in held]
+    held = overlapping(samples, held_out)
+    left = [sample for number, sample in enumerate(samples) if number not in held]
     if not left:
         raise ConvertError("--held-out", "has all samples of --data", "name other text to measure on")
     return left
@@ -166,6 +185,8 @@ def read_drops(path: Path, tags: Sequence[str]) -> dict[str, float]:
         ConvertError: a domain is missing, or has no such number.
 
     """
+    if not path.exists():
+        raise ConvertError(f"--mix {path}", "is no file", f"give {DROP}, {UNIFORM}, or a JSON file of drops")
     found: Any = read_json(path)
     return _drops_of(found.get("drops", found), tags, str(path))
 

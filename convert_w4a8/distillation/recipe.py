@@ -55,7 +55,8 @@ def section(options: DistillOptions, result: DistillResult) -> str:
         [
             "## Distillation",
             "",
-            "Trained by `w4a8 distill` to give the predictions of the model in 16 bits, in the kernel's arithmetic.",
+            "Trained by `w4a8 distill` to give the predictions of the model in 16 bits, in the kernel's arithmetic."
+            " What is said above of codes, tables and errors is of the checkpoint before the training.",
             "",
             "| | |",
             "|---|---|",

@@ -16,6 +16,7 @@ from convert_w4a8.conversion.destination import privacy
 from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.devices import kind_of
+from convert_w4a8.distillation.agreement import check_text
 from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
 from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.distillation.machine import deterministic
@@ -71,6 +72,7 @@ def distill(
     """
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     check_models(start, teacher, blocks=options.hidden_weight > 0)
+    check_text(start, teacher, (*data.samples, *data.held_out))
     check_gpus(start, gpus, device, teacher_device, embeddings=options.embeddings)
     stored: StoredTeacher | None = None
     teacher_on = teacher_device or device

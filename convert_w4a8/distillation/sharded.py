@@ -22,7 +22,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.data import Batch
-from convert_w4a8.distillation.embeddings import OPTION as _EMBEDDINGS
+from convert_w4a8.distillation.embeddings import EMBEDDINGS
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.distillation.options import DistillOptions
@@ -59,7 +59,7 @@ def check_gpus(
     if gpus == 1:
         return
     if embeddings:
-        raise ConvertError(f"{OPTION} {gpus}", "embeddings are trained on one GPU only", f"leave out {_EMBEDDINGS}")
+        raise ConvertError(f"{OPTION} {gpus}", "embeddings are trained on one GPU only", f"leave out {EMBEDDINGS}")
     if device.index or (teacher_device is not None and teacher_device != device):
         remedy = "choose GPUs with CUDA_VISIBLE_DEVICES, and leave out --teacher-device"
         raise ConvertError(f"{OPTION} {gpus}", "spreads both models over the first GPUs", remedy)

@@ -10,7 +10,8 @@ The JSON file is replaced when the tensors are on the disk, so the two always be
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from convert_w4a8.checkpoint.disk import disk_errors, fsync
+from convert_w4a8.devices import is_out_of_memory
 from convert_w4a8.errors import ConvertError, DiskError
 
 _SUFFIX = ".w4a8-distill"
@@ -89,6 +91,22 @@ class StateDirectory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
         return notes
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Turn into one line what a state raises that is not as this version of the package writes it.
+
+        Raises:
+            ConvertError: it is not.
+
+        """
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = "is not what this version keeps of a training, or is damaged"
+            raise ConvertError(str(self.path), reason, _AGAIN) from error
 
     def save(self, step: int, notes: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a state, whole or not at all, and forget those before it."""

@@ -1,6 +1,7 @@
 """The two models: the teacher as transformers computes it in BF16, and the student, whose layers are `LutLinear`."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,9 @@ from torch import nn
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.model_classes import transformers_for
+from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
-from convert_w4a8.distillation.embeddings import trained_embeddings
+from convert_w4a8.distillation.embeddings import EMBEDDINGS, embedding_parameters
 from convert_w4a8.distillation.experts import place_experts
 from convert_w4a8.distillation.fused import fuse, rotations
 from convert_w4a8.distillation.hidden import check_blocks
@@ -24,6 +26,8 @@ from convert_w4a8.targets import find_target
 _ROLES = ("weight_packed", "weight_scale", "weight_lut", "weight_chan_scale")
 """What the tensors of a quantized layer are called."""
 _ANOTHER = "distill a model that it has"
+_SMALL = 1 << 22
+"""The most numbers of a tensor that may be kept in float32: a router's matrix has fewer."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,12 @@ def check_models(start: Checkpoint, teacher: Checkpoint, *, blocks: bool = False
     blocks: whether their blocks are to be compared. What a configuration does not say is checked when models are there.
 
     Raises:
-        ConvertError: the teacher is quantized, the student is not of the format `lut` with stored tables, or the two
-            are of other vocabulary or blocks.
+        ConvertError: the teacher is quantized, the student is not, or not of the format `lut` with stored tables, or
+            the two are of other vocabulary or blocks.
 
     """
+    if not start.quantization_config:
+        raise ConvertError(str(start.root), "is not quantized", "quantize it first, with w4a8 quantize")
     if teacher.quantization_config:
         raise ConvertError(str(teacher.root), "is quantized", "give the model in 16 bits as --teacher")
     names = find_target(start).find_layers(start)
@@ -126,27 +132,33 @@ def load_student(
             weight = read_tensor(original) if wanted and original is not None else None
             layers[name] = LutLinear(w, state.get(f"{name}.bias"), preset, weight, towards)
     model = _build(checkpoint, state).requires_grad_(requires_grad=False)
-    experts = place_experts(model, layers)
-    for name, layer in layers.items():
-        if name in experts:
+    ours, theirs = _decoders(model, names)
+    places = {_moved(name, ours, theirs): name for name in names}
+    experts = place_experts(model, {place: layers[name] for place, name in places.items()})
+    for place, name in places.items():
+        if place in experts:
             continue
-        if not isinstance(_find(model, name), nn.Linear):
+        if not isinstance(_find(model, place), nn.Linear):
             reason = f"is no linear layer of transformers' {type(model).__name__}"
             raise ConvertError(name, reason, "leave this model as it is")
-        above, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(above), leaf, layer)
-    others = dict(trained_embeddings(model, checkpoint)) if embeddings else {}
-    for parameter in others.values():
-        parameter.requires_grad_()
-    for name, parameter in model.named_parameters():
+        above, _, leaf = place.rpartition(".")
+        setattr(model.get_submodule(above), leaf, layers[name])
+    more = embedding_parameters(model) if embeddings else []
+    others = {}
+    for place, parameter in model.named_parameters():
+        name = _moved(place, theirs, ours)
         info = checkpoint.tensors.get(name)
-        if info is None or info.dtype != "BF16":
+        if info is None or info.dtype != "BF16" or parameter.dtype != torch.bfloat16:
             continue  # it is written as it is
         owner = name.rpartition(".")[0]
         is_bias = owner in layers and name == f"{owner}.bias"
-        if is_bias or (owner not in layers and parameter.dim() == 1):
+        is_embedding = any(parameter is one for one in more)
+        if is_bias or is_embedding or (owner not in layers and parameter.dim() == 1):
             parameter.requires_grad_()
             others[name] = parameter
+    if embeddings and not any(one.requires_grad for one in more):
+        reason = "has no embeddings in BF16 to train"
+        raise ConvertError(str(checkpoint.root), reason, f"leave out {EMBEDDINGS}")
     model.to(device)
     fuse(model, device)
     return Student(model, layers, others)
@@ -189,6 +201,25 @@ def vocabulary(model: nn.Module) -> int:
     return size
 
 
+def _decoders(model: nn.Module, layers: Sequence[str]) -> tuple[str, str]:
+    """Return where the decoder is in a checkpoint of so named layers, and where in transformers' model; "" if as there.
+
+    In models that see too it is `language_model.model` in many checkpoints, and `model.language_model` there.
+    """
+    if any(_find(model, name) is not None for name in layers):
+        return "", ""
+    above = Counter(found[0] for name in layers if (found := block_of(name)) is not None)
+    part: Any = model
+    decoder = part.get_decoder() if hasattr(model, "get_decoder") else None
+    theirs = next((name for name, module in model.named_modules() if module is decoder), "")
+    ours = max(above, key=above.__getitem__, default="").rpartition(".")[0]
+    return (ours, theirs) if ours and theirs else ("", "")
+
+
+def _moved(name: str, before: str, after: str) -> str:
+    return f"{after}{name.removeprefix(before)}" if before and name.startswith(f"{before}.") else name
+
+
 def _find(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
@@ -197,7 +228,8 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+    """Round a matrix, for its memory. Small tensors are left to transformers, which keeps some in float32."""
+    return tensor.bfloat16() if tensor.is_floating_point() and tensor.numel() > _SMALL else tensor
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.processes import Place
 from convert_w4a8.distillation.result import DistillResult, Domain, Point
 from convert_w4a8.distillation.sharded import ShardedStudent, ShardedTrainer, shard, shard_student
-from convert_w4a8.distillation.state import StateDirectory
+from convert_w4a8.distillation.state import Saved, StateDirectory
 from convert_w4a8.distillation.stored import StoredTeacher
 from convert_w4a8.distillation.student import Student, check_vocabulary, load_student, load_teacher, vocabulary
 from convert_w4a8.distillation.teacher import LiveTeacher, Teacher
@@ -25,7 +25,20 @@ from convert_w4a8.errors import ConvertError
 
 _HOST = torch.device("cpu")
 _SURE = 2.0
-"""Standard errors by which the divergence of held-out samples has to fall, or nothing is written."""
+"""Standard errors by which the divergence of many held-out samples has to fall, or nothing is written; see `sure`."""
+
+
+def sure(samples: int) -> float:
+    """Return the standard errors, estimated from so many samples, that are as sure as `_SURE` known ones.
+
+    The quantile of Student's t, by Fisher's expansion (Abramowitz and Stegun, 26.7.5).
+    """
+    if samples < 2:
+        return math.inf
+    z, n = _SURE, float(samples - 1)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 @dataclass
@@ -83,20 +96,24 @@ class Run:
             self._best, self._best_values = self._before.clone(), self._trainer.values()
             self._best_step = self._worse = 0
         else:
-            tensors, notes = saved.tensors, saved.notes
-            self._before, self._best = tensors["before"], tensors["best"]
-            self._best_values = {
-                name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")
-            }
-            self._curve = [Point(*point) for point in notes["curve"]]
-            self._best_step, self._worse = notes["best_step"], notes["worse"]
-            self._spent, self._tokens = notes["seconds"], notes["tokens"]
-            self._trainer.restore(tensors, notes["step"])
-            self._keep(notes["step"])
+            with state.understood():
+                self._continue(saved)
+            self._keep(self._trainer.step)
         tags = by_tag(data.held_out)
         self.drops = {tag: mean(self._before[numbers]) for tag, numbers in tags.items()}
         self.shares = self._shares()
         self._batch = mixed(data.samples, self.shares, options)
+
+    def _continue(self, saved: Saved) -> None:
+        tensors, notes = saved.tensors, saved.notes
+        self._before, self._best = tensors["before"], tensors["best"]
+        self._best_values = {
+            name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")
+        }
+        self._curve = [Point(*point) for point in notes["curve"]]
+        self._best_step, self._worse = notes["best_step"], notes["worse"]
+        self._spent, self._tokens = notes["seconds"], notes["tokens"]
+        self._trainer.restore(tensors, notes["step"])
 
     def _load_student(self, start: Checkpoint, teacher: Checkpoint, device: torch.device) -> Student:
         options = self._options
@@ -143,7 +160,7 @@ class Run:
                 losses = []
         seconds = time.monotonic() - began
         change, error = difference(self._best, self._before)
-        if not change < -_SURE * error:
+        if not change < -sure(len(self._best)) * error:
             reason = f"changed by {change:+.5f} ± {error:.5f} nats per token at best, which is no gain for sure"
             raise ConvertError(
                 "divergence of held-out samples",

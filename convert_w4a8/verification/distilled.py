@@ -55,7 +55,11 @@ def verify_distilled(
     may_change = set(map(str, embeddings)) if isinstance(embeddings, list) and not keeps_codes else set()
     problems: list[Problem] = []
     checks: list[LayerCheck] = []
-    names = set(find_target(start).find_layers(start))
+    try:
+        names = set(find_target(start).find_layers(start))
+    except ConvertError as error:
+        reason = f"is not the W4A8 checkpoint that {out.root.name} was trained from"
+        raise ConvertError(str(start.root), reason, "give that to --source") from error
     problems += [problem(name, "is not in the output") for name in sorted(start.tensors.keys() - out.tensors.keys())]
     problems += [
         problem(name, "is in the output, but not in what was trained")

@@ -115,6 +115,7 @@ def experts(
     results = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
     chunk = _chunk(pairs)
     mapping = {"expert_map": ids if expert_map is None else expert_map, "MAPPED": expert_map is not None}
+    # A grid has at most 65,535 programs along its second dimension; pairs may be more.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _prepare_kernel[(count + m,)](
             x.contiguous(),
@@ -141,15 +142,15 @@ def experts(
         _multiply(tokens, token_scale, gate_up, both, rows, of_block, choices, launches[0], hopper=hopper)
         of_pairs = (both, ids, active, pair_scale, maxima, intermediate)
         constants = {"BLOCK": block, "EARLY": hopper, "INTERPRETED": INTERPRETED, **mapping}
-        _activate_kernel[(parts, pairs)](
+        _activate_kernel[(pairs, parts)](
             *of_pairs, WHOLE=parts == 1, ACTIVATION=activation, num_warps=4, launch_pdl=hopper, **constants
         )
         if parts > 1:
             most = triton.next_power_of_2(parts)
-            _quantize_pairs_kernel[(parts, pairs)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
+            _quantize_pairs_kernel[(pairs, parts)](*of_pairs, PARTS=most, num_warps=4, launch_pdl=hopper, **constants)
         _multiply(active, pair_scale, down, results, rows, of_block, 1, launches[1], hopper=hopper, is_sorted=True)
         block = min(1024, triton.next_power_of_2(hidden))
-        _combine_kernel[(triton.cdiv(hidden, block), m)](
+        _combine_kernel[(m, triton.cdiv(hidden, block))](
             results,
             weights,
             ids,

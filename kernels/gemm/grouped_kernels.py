@@ -206,7 +206,7 @@ def _activate_kernel(
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (b, r): part b of activation(gate) · up of pair r; rounded to bfloat16 where vLLM's kernels round.
+    """Program (r, b): part b of activation(gate) · up of pair r; rounded to bfloat16 where vLLM's kernels round.
 
     WHOLE: there is one part, which is quantized. Otherwise it is left in the place of the gate, with its largest
     magnitude in `maxima`, for `_quantize_pairs_kernel`.
@@ -214,8 +214,8 @@ def _activate_kernel(
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    pair = tl.program_id(1).to(tl.int64)
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
     up = tl.load(both + pair * (2 * K) + K + k, mask=k < K, other=0.0).to(tl.float32)
     if _place(ids, pair, True, expert_map, MAPPED) >= 0:
@@ -233,7 +233,7 @@ def _activate_kernel(
         else:
             tl.store(both + pair * (2 * K) + k, product, mask=k < K)
             largest = tl.max(tl.abs(product.to(tl.float32)), 0)
-            tl.store(maxima + pair * tl.num_programs(0) + tl.program_id(0), largest)
+            tl.store(maxima + pair * tl.num_programs(1) + tl.program_id(1), largest)
 
 
 @triton.jit
@@ -251,16 +251,16 @@ def _quantize_pairs_kernel(
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (b, r): part b of the activations of pair r in FP8. PARTS: of a pair at most, a power of two."""
+    """Program (r, b): part b of the activations of pair r in FP8. PARTS: of a pair at most, a power of two."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     if _place(ids, pair, True, expert_map, MAPPED) >= 0:
-        here = part < tl.num_programs(0)
-        largest = tl.max(tl.load(maxima + pair * tl.num_programs(0) + part, mask=here, other=0.0), 0)
-        k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        here = part < tl.num_programs(1)
+        largest = tl.max(tl.load(maxima + pair * tl.num_programs(1) + part, mask=here, other=0.0), 0)
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         product = tl.load(both + pair * (2 * K) + k, mask=k < K, other=0.0).to(tl.float32)
         _quantize(product, largest, active + pair * K + k, scales + pair, k < K, INTERPRETED)
 
@@ -279,12 +279,12 @@ def _combine_kernel(
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (b, m): part b of the sum of token m's experts, in the order of the router's choices."""
+    """Program (m, b): part b of the sum of token m's experts, in the order of the router's choices."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOICES):
         pair = m * CHOICES + choice

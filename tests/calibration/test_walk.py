@@ -7,7 +7,8 @@ import pytest
 import torch
 from checkpoint_edits import snapshot
 from interruptions import interrupted_walk
-from tiny_models import samples_of, transformers, write_llama, write_mixtral
+from safetensors.torch import load_file, save_file
+from tiny_models import samples_of, transformers, write_llama, write_mixtral, write_model
 
 from convert_w4a8 import api
 from convert_w4a8.calibration.block import Block, Stage, round_tokens
@@ -16,6 +17,7 @@ from convert_w4a8.calibration.moments import Moments
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.states import batches
 from convert_w4a8.calibration.walk import Walk
+from convert_w4a8.errors import ConvertError
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.samples.sample import SampleSet
 
@@ -139,3 +141,31 @@ def test_resumed_at_a_block(preset: str, stop: int, tmp_path: Path, monkeypatch:
     assert quantized[len(done) :] == [number for number in range(3) if number >= done[-1]]
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_what_transformers_keeps_in_float32_is_not_rounded(tmp_path: Path) -> None:
+    """On a GPU blocks are in BF16, in which corrections of a router's scores would be the same for all experts."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 256, "num_experts_per_tok": 2}
+    more = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+    directory = write_model(tmp_path / "model", "Glm4MoeForCausalLM", "Glm4MoeConfig", layers=1, **sizes, **more)
+    found = load_file(directory / "model.safetensors")
+    name = "mlp.gate.e_score_correction_bias"
+    found[f"model.layers.0.{name}"] = correction = torch.tensor([9.001, 9.002, 9.003, 9.004])
+    save_file(found, directory / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = api.open_checkpoint(directory)
+    model = Model(checkpoint, CPU, torch.bfloat16)
+    block = model.load_block(0)
+    assert torch.equal(block.get_buffer(name), correction)
+    model.load_again(0, checkpoint)
+    assert torch.equal(block.get_buffer(name), correction)
+    assert block.get_parameter("input_layernorm.weight").dtype is torch.bfloat16
+
+
+def test_samples_longer_than_learned_positions(tmp_path: Path) -> None:
+    """Are one line, and nothing is left; as many tokens as there are positions are taken."""
+    sizes = {"ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 16}
+    model = write_model(tmp_path / "model", "OPTForCausalLM", "OPTConfig", layers=1, **sizes)
+    with pytest.raises(ConvertError, match="sample 1: has 17 tokens, and the model 16 positions"):
+        api.quantize(model, tmp_path / "out", samples=samples_of([16, 17]), device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    api.quantize(model, tmp_path / "out", samples=samples_of([16, 16]), device="cpu")

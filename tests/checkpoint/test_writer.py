@@ -14,7 +14,7 @@ from checkpoint_edits import snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from convert_w4a8.checkpoint import shards
+from convert_w4a8.checkpoint import journal, shards
 from convert_w4a8.checkpoint.disk import check_destination
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec
@@ -510,3 +510,28 @@ def test_what_a_dead_process_still_writes(tmp_path: Path, monkeypatch: pytest.Mo
         with writer.states() as directory:
             assert list(directory.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_journal_is_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says is finished by then, and is not removed: the main thread notes files that other processes write."""
+    plans = plan_shards(SPECS, 1 << 30)
+
+    def interrupted(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    def write(out: Path) -> None:
+        with CheckpointWriter(out, plans, fingerprint={}) as w:
+            shard = w.shard_writer(plans[0].file_name)
+            for spec in plans[0].specs:
+                shard.write(spec.name, [TENSORS[spec.name]])
+            pieces = shard.finish()
+            monkeypatch.setattr(journal, "fsync", lambda _path: None)
+            monkeypatch.setattr(os, "fsync", interrupted)
+            w.note(plans[0].file_name, pieces, {})
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        write(tmp_path / "out")
+    monkeypatch.undo()
+    assert raised.value.__notes__ == ["1 of 1 files are finished; --resume continues from there"]
+    with CheckpointWriter(tmp_path / "out", plans, fingerprint={}, resume=True) as w:
+        assert w.unfinished == []

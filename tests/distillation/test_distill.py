@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY
 
 from convert_w4a8 import api
 from convert_w4a8.distillation.linear import Preset
-from convert_w4a8.distillation.mix import apart, check_domains, hold_out
+from convert_w4a8.distillation.mix import apart, check_domains, hold_out, training_data
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher
@@ -37,6 +37,8 @@ def test_it_trains_and_verifies(preset: str, model: Path, start: Path, data: lis
     assert sum(domain["share"] for domain in found["domains"]) == pytest.approx(1)
     verified = run("verify", tmp_path / "out", "--source", start)
     assert verified.exit_code == 0, verified.output
+    refused = run("verify", tmp_path / "out", "--source", model)
+    assert "is not the W4A8 checkpoint that out was trained from; give that to --source" in refused.stderr
     before, after = tensors(start), tensors(tmp_path / "out")
     same = {
         name for name, value in before.items() if torch.equal(value.view(torch.uint8), after[name].view(torch.uint8))
@@ -47,7 +49,8 @@ def test_it_trains_and_verifies(preset: str, model: Path, start: Path, data: lis
     assert not {name for name in before if name.endswith("weight_chan_scale")} & same
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["conversion"]["distillation"]["preset"] == preset
-    assert "## Distillation" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.index("error mean") < card.index("## Distillation") < card.index("the checkpoint before the training")
 
 
 @pytest.mark.parametrize("preset", ["tables", "weights"])
@@ -141,7 +144,7 @@ def test_refusals(model: Path, start: Path, data: list[Path], tmp_path: Path) ->
     """A teacher that is quantized, a student that is not, tables of a scale, an output in an input."""
     out = tmp_path / "out"
     assert "is quantized; give the model" in distill(start, start, data, out).stderr
-    assert distill(model, model, data, out).exit_code == 1
+    assert "is not quantized; quantize it first" in distill(model, model, data, out).stderr
     assert "overlaps" in distill(start, model, data, start / "out").stderr
     assert run("quantize", model, tmp_path / "scale", "--tables", "scale", "--device", "cpu").exit_code == 0
     assert "--tables free" in distill(tmp_path / "scale", model, data, out).stderr
@@ -196,6 +199,29 @@ def test_domains_without_held_out_text_need_drops(model: Path, start: Path, data
         assert result.stderr.count("two") == 1
 
 
+def test_one_domain_needs_no_drop(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """All is of it, so text to measure on may be of any name."""
+    result = distill(start, model, data[:1], tmp_path / "out", "--held-out", data[1], "--rate", "4", "--json")
+    assert result.exit_code == 0, result.output
+    assert [domain["tag"] for domain in json.loads(result.stdout)["domains"]] == ["two"]
+
+
+def test_held_out_samples_count_once() -> None:
+    """Copies would make the standard error of a change smaller than it is; one sample many times shows none."""
+    samples = [sample_of("chat", 10, n) for n in range(40)]
+    found = training_data(samples[2:], [*samples[:2], *samples[:2] * 20], "uniform")
+    assert [sample.tokens[0] for sample in found.held_out] == [0, 1]
+    with pytest.raises(ConvertError, match="is one sample"):
+        training_data(samples[2:], samples[:1] * 20, "uniform")
+
+
+def test_a_mix_that_there_is_not(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """A name that is mistyped is no file."""
+    result = distill(start, model, data, tmp_path / "out", "--mix", "unifrom")
+    assert result.exit_code == 1
+    assert "give drop, uniform, or a JSON file" in result.stderr
+
+
 def test_samples_without_predictions_are_left_out(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
     """A sample of one token has none: a batch of such samples only would have no divergence. None left is one line."""
     few = tmp_path / "few.jsonl"
@@ -232,7 +258,7 @@ def sample_of(name: str, length: int, first: int) -> Sample:
 
 def test_each_domain_is_measured_on_other_text() -> None:
     """Long samples of one domain do not keep another from being held out; what is held out is not trained on."""
-    samples = [sample_of("chat", 10, n) for n in range(40)] + [sample_of("books", 50_000, n) for n in range(20)]
+    samples = [sample_of("chat", 10, n) for n in range(40)] + [sample_of("books", 50_000, n) for n in range(50, 70)]
     _, held_out = hold_out(samples)
     assert {sample.origin.partition(".")[0] for sample in held_out} == {"chat", "books"}
     assert len(apart([*samples, *held_out], held_out)) == len(samples) - len(held_out)

@@ -1,10 +1,12 @@
 """Embeddings and lm_head, trained with the weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_training import distill, quantized, run, tensors
 from tiny_models import VOCABULARY, write_llama
 
@@ -96,6 +98,23 @@ def test_where_they_are_not_trained(model: Path, start: Path, data: list[Path], 
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="preset weights"):
         DistillOptions(embeddings=True)
+
+
+def test_embeddings_in_other_types_are_refused(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+    """They would be written in BF16."""
+    other = tmp_path / "start"
+    shutil.copytree(start, other)
+    for path in other.glob("*.safetensors"):
+        found = load_file(path)
+        save_file(
+            {name: value.float() if "embed" in name or "lm_head" in name else value for name, value in found.items()},
+            path,
+            metadata={"format": "pt"},
+        )
+    refused = distill(other, model, data, tmp_path / "out", *OPTIONS)
+    assert refused.exit_code == 1
+    assert "no embeddings in BF16" in refused.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_they_are_predicted(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:

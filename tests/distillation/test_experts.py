@@ -80,7 +80,7 @@ def test_the_student_is_near_its_teacher(mixture: tuple[str, Path, Path]) -> Non
 def test_they_are_trained_and_verify(preset: str, mixture: tuple[str, Path, Path], tmp_path: Path) -> None:
     """Tables of every expert change, the output verifies, and is what the training measured."""
     kind, model, start = mixture
-    data = [write_data(tmp_path / "text.jsonl", 0, count=48)]
+    data = [write_data(tmp_path / "text.jsonl", 0, count=160)]
     result = distill(start, model, data, tmp_path / "out", "--rate", "6", "--preset", preset)
     assert result.exit_code == 0, result.output
     verified = run("verify", tmp_path / "out", "--source", start)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import write_model
 from torch import nn
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.distillation import fused
 from convert_w4a8.distillation.fused import replace, rotations
 from convert_w4a8.distillation.student import load_teacher, logits_of
 
@@ -47,3 +49,42 @@ def test_other_norms_and_gates_stay() -> None:
     model = gemma.GemmaForCausalLM(config).bfloat16().eval()
     replace(model)
     assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_rotations_of_a_part_of_each_head_stay(tmp_path: Path) -> None:
+    """The same function of transformers turns whole heads of one model, and the first half of each of another."""
+    positions = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    directory = write_model(tmp_path / "phi", "Phi3ForCausalLM", "Phi3Config", rope_parameters=positions)
+    ids = torch.arange(24).view(2, 12)
+    whole, parts = (load_teacher(open_checkpoint(directory), CPU) for _ in range(2))
+    replace(parts)
+    assert torch.equal(logits_of(parts, ids), logits_of(whole, ids))
+
+
+class CutGate(llama.LlamaMLP):  # type: ignore[misc, name-defined]
+    """A gate whose activations have a limit, which those of everyday inputs do not reach."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute it."""
+        gates = self.gate_proj(x).clamp(max=7)
+        found: torch.Tensor = self.down_proj(self.act_fn(gates) * self.up_proj(x))
+        return found
+
+
+def test_a_gate_with_a_limit_stays() -> None:
+    """As DeepSeek V4's."""
+    config = llama.LlamaConfig(hidden_size=32, intermediate_size=64)
+    gates = nn.ModuleList([CutGate(config), llama.LlamaMLP(config)]).bfloat16().eval()
+    replace(gates)
+    assert ["forward" in vars(gate) for gate in gates] == [False, True]
+
+
+def test_a_norm_of_float32_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is for BF16: what a model normalizes in float32 is left to transformers."""
+    norm = llama.LlamaRMSNorm(32).bfloat16()
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = norm(x)
+    replace(norm)
+    assert "forward" in vars(norm)
+    monkeypatch.setattr(fused, "blocks", lambda _device: pytest.fail("a kernel was called"))
+    assert torch.equal(norm(x), expected)

@@ -83,7 +83,7 @@ def test_blocks_that_are_elsewhere(option: str) -> None:
 
 def test_from_python(model: Path, start: Path, tmp_path: Path) -> None:
     """The same bytes as the command's, with drops given; what cannot be done is a ConvertError."""
-    files = [write_data(tmp_path / f"{name}.jsonl", seed, count=40) for seed, name in enumerate(("one", "two"))]
+    files = [write_data(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(("one", "two"))]
     samples = read_samples(files, None, vocab_size=VOCABULARY)
     options = DistillOptions("tables", steps=8, every=2, batch_tokens=256, rate=4)  # type: ignore[arg-type]
     assert options.preset is Preset.TABLES

@@ -67,7 +67,7 @@ def test_dry_run(model: Path, start: Path, data: list[Path], tmp_path: Path) -> 
     assert "predicted" in shown.stdout
     assert list(tmp_path.iterdir()) == []
     found = json.loads(run(*arguments, "--json").stdout)
-    rows = sum(40 + i % 3 - 1 for i in range(24)) * 2
+    rows = sum(40 + i % 3 - 1 for i in range(120)) * 2
     assert found["predicted_logits"] == rows * (8 * 6 + 4)
     assert found["predicted_trained"] > 0
     assert found["domains"] == ["one", "two"]

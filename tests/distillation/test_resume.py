@@ -5,12 +5,16 @@ from typing import NoReturn
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from small_training import distill
 from tiny_models import VOCABULARY
 
 from convert_w4a8 import DistillOptions, api
 from convert_w4a8.distillation import run
+from convert_w4a8.distillation.data import Batch
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import training_data
+from convert_w4a8.distillation.train import Trainer
 from convert_w4a8.samples.read import read_samples
 
 CPU, GPU, ANOTHER = torch.device("cpu"), torch.device("cuda:1"), torch.device("cuda:2")
@@ -57,6 +61,7 @@ def test_a_gpu_is_deterministic_whichever_model_is_there(
     def entered(*devices: torch.device) -> NoReturn:
         with deterministic(*devices):
             assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled()  # linear attention has none that is
         raise EnteredError
 
     monkeypatch.setattr(run, "deterministic", entered)
@@ -65,3 +70,36 @@ def test_a_gpu_is_deterministic_whichever_model_is_there(
     with pytest.raises(EnteredError):
         run.distill(*checkpoints, samples, tmp_path / "out", DistillOptions(), device=student, teacher_device=teacher)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@pytest.mark.parametrize("damage", ["moment", "size", "first measurement", "curve"])
+def test_a_state_of_another_version_is_one_line(
+    damage: str, model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has other tensors or notes than this one keeps; it stays where it is."""
+
+    def interrupted(self: Trainer, batch: Batch) -> float:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return train(self, batch)
+
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    assert distill(start, model, data, tmp_path / "out").exit_code == 130
+    monkeypatch.setattr(Trainer, "train", train)
+    (file,) = (tmp_path / ".out.w4a8-distill").glob("*.safetensors")
+    notes = file.with_name("state.json")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("first."))
+    if damage == "curve":
+        notes.write_text(notes.read_text().replace("curve", "line"))
+    elif damage == "size":
+        tensors[name] = tensors[name].flatten()[1:].clone()
+    else:
+        del tensors[name if damage == "moment" else "before"]
+    save_file(tensors, file)
+    result = distill(start, model, data, tmp_path / "out", "--resume")
+    assert result.exit_code == 1
+    assert "is not what this version keeps of a training, or is damaged; begin again" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.w4a8-distill"]

@@ -1,5 +1,6 @@
 """The kernels of experts against their reference and float64: interpreted without a GPU, compiled with one."""
 
+import functools
 import importlib
 import os
 import re
@@ -183,6 +184,36 @@ def test_no_tokens_and_what_is_refused() -> None:
         run(case, "relu2")
     with pytest.raises(ValueError, match="not multiples of 128"):
         run(random_case(1, 2, 1, 96, 128))
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("whole", [2048, 128])
+def test_grids_of_many_pairs_are_possible(whole: int, hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many tokens as vLLM gives at once: CUDA takes 65,535 programs along all dimensions but the first."""
+    m, choices, hidden, intermediate = 16_384, 8, 256, 256
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_arguments, **_constants: None
+
+    if hopper:
+        name = "convert_w4a8.kernels.gemm.grouped_hopper_kernel"
+        monkeypatch.setattr(pytest.importorskip(name, reason="Triton has no Gluon"), "_grouped_kernel", Recorder())
+    for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_quantize_pairs_kernel", "_combine_kernel"):
+        monkeypatch.setattr(KERNELS, name, Recorder())
+    monkeypatch.setattr(KERNELS, "_WHOLE", whole)
+    monkeypatch.setattr(KERNELS, "_PART", 128)
+    empty = functools.partial(torch.empty, device="meta")
+    layers = [
+        (empty(4, k // 32, 4 * n, dtype=torch.int32), empty(4, k // 128, n, 8, dtype=torch.uint8), empty(4, n))
+        for n, k in ((2 * intermediate, hidden), (hidden, intermediate))
+    ]
+    x, ids = empty(m, hidden, dtype=torch.bfloat16), empty(m, choices, dtype=torch.int32)
+    KERNELS.experts(x, empty(m, choices), ids, *layers, None, "silu", hopper=hopper)
+    assert len(grids) >= 5
+    assert max(size for grid in grids for size in grid[1:] or (1,)) <= 65_535
 
 
 @given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=12), block_m=st.sampled_from([16, 32, 64, 128]))

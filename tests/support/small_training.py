@@ -34,7 +34,7 @@ def quantized(model: Path, out: Path) -> Path:
     return out
 
 
-def write_data(path: Path, seed: int, count: int = 24) -> Path:
+def write_data(path: Path, seed: int, count: int = 120) -> Path:
     """Write samples of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     lines = [

@@ -51,6 +51,19 @@ def write_gemma(directory: Path) -> Path:
     return _write(transformers.Gemma3ForCausalLM, config, directory, torch.bfloat16)
 
 
+def write_gemma_that_sees(directory: Path) -> Path:
+    """Write a Gemma 3 with a vision tower, whose decoder is `language_model.model` in the checkpoint."""
+    sizes = {"intermediate_size": 256, "num_hidden_layers": 1, "query_pre_attn_scalar": 64, "initializer_range": 0.06}
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**_SIZES, **sizes},
+        vision_config={**tower, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        image_token_index=255,
+    )
+    return _write(transformers.Gemma3ForConditionalGeneration, config, directory, torch.bfloat16)
+
+
 def write_model(directory: Path, kind: str, config: str, layers: int = 2, **settings: Any) -> Path:
     """Write a model of any class of transformers, by the names of the class and of its configuration."""
     sizes = {**_SIZES, "intermediate_size": 256, "num_hidden_layers": layers, "pad_token_id": 0, **settings}

@@ -48,7 +48,7 @@ def test_vllm_holds_distilled_experts(version: str, tmp_path: Path) -> None:
     for write in (write_qwen3_moe, write_mixtral):
         model = write(tmp_path / write.__name__)
         start, out = quantized(model, tmp_path / f"{write.__name__}-start"), tmp_path / f"{write.__name__}-out"
-        result = distill(start, model, [write_data(tmp_path / "text.jsonl", 0, count=48)], out, "--rate", "6")
+        result = distill(start, model, [write_data(tmp_path / "text.jsonl", 0, count=160)], out, "--rate", "6")
         assert result.exit_code == 0, result.output
         trained = tensors(out)
         for path in model.glob("*.safetensors"):
