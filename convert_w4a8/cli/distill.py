@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Weight in the loss of how far the blocks' outputs are from the teacher's.",
 )
+@click.option("--embeddings", is_flag=True, help="With --preset weights: train embeddings and lm_head too.")
 @click.option("--png", type=LocalPath(path_type=Path), metavar="FILE", help="Draw the curve of the training.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT2 if it exists.")
 @click.option("--resume", is_flag=True, help="Continue a training to OUT2 that was interrupted, if there is one.")
@@ -166,6 +167,8 @@ def distill_command(
         raise click.UsageError("--top-k goes with --teacher-logits")
     if gpus > 1 and teacher_device is not None:
         raise click.UsageError("--teacher-device does not go with --gpus: the teacher is spread over them too")
+    if choices["embeddings"] and choices["preset"] != "weights":
+        raise click.UsageError("--embeddings goes with --preset weights")
     if png is not None:
         require_matplotlib()
         check_writable(png)
@@ -178,7 +181,7 @@ def distill_command(
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
     check_models(trained, source, blocks=options.hidden_weight > 0)
-    check_gpus(trained, gpus, on)
+    check_gpus(trained, gpus, on, embeddings=options.embeddings)
     found = _read(source, data, held_out, mix, mask, max_length)
     check_text(trained, source, (*found.samples, *found.held_out))
     stored = None if teacher_logits is None else top_k

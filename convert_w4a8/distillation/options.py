@@ -11,18 +11,20 @@ class Rates:
     """Step sizes of Adam at their highest.
 
     entries: of table entries, in units of their spacing on the E4M3 grid. scale: of the logarithms of channel scales.
-    other: of norms and biases, in units of their root mean square. weight: of latent weights, likewise.
+    other: of norms and biases, in units of their root mean square. weight, embedding: of latent weights, and of
+    embeddings and lm_head, likewise.
     """
 
     entries: float
     scale: float
     other: float
     weight: float = 0.0
+    embedding: float = 0.0
 
 
 RATES = {
     Preset.TABLES: Rates(entries=0.011, scale=1e-4, other=2e-4),
-    Preset.WEIGHTS: Rates(entries=0.007, scale=1e-4, other=2e-4, weight=2.5e-3),
+    Preset.WEIGHTS: Rates(entries=0.007, scale=1e-4, other=2e-4, weight=2.5e-3, embedding=8e-4),
 }
 """Of a training of `_STEPS` steps; docs/explanation/distillation.md has what others do."""
 _STEPS = 1000
@@ -52,6 +54,7 @@ class DistillOptions:
     before the training ends; 0: any number. recompute: compute blocks a second time in the backward pass instead of
     keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
     the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
+    embeddings: train these and lm_head too, with the preset `weights`.
     """
 
     preset: Preset = Preset.TABLES
@@ -65,10 +68,16 @@ class DistillOptions:
     recompute: bool = False
     seed: int = 0
     hidden_weight: float = 0.0
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
-        """Take the preset as a string too. Raises ValueError for one that there is not, and numbers that are none."""
+        """Take the preset as a string too.
+
+        Raises ValueError for one that there is not, numbers that are none, and embeddings where codes stay.
+        """
         object.__setattr__(self, "preset", Preset(self.preset))
         for name in ("rate", "warmup", "towards", "hidden_weight"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is not a finite number")
+        if self.embeddings and self.preset is not Preset.WEIGHTS:
+            raise ValueError("embeddings are trained with the preset weights only")

@@ -66,7 +66,8 @@ class Sizes:
     weights: quantized ones. active: those that a token goes through: of experts, the chosen ones. channels: outputs of
     all layers. width: inputs and outputs that a token has of the layers of all blocks. block, layer: weights of the
     largest block, and of the largest layer, of experts each by itself. others: trained parameters beside the layers,
-    norms and biases. fixed: parameters that are not trained. hidden: channels between the `blocks` blocks.
+    norms and biases. fixed: parameters that are not trained. hidden: channels between the `blocks` blocks. embeddings:
+    parameters of these and of lm_head, which are fixed if nothing else is said.
     """
 
     weights: int
@@ -80,6 +81,7 @@ class Sizes:
     hidden: int
     blocks: int
     vocabulary: int
+    embeddings: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
         hidden=hidden,
         blocks=len(blocks),
         vocabulary=vocabulary,
+        embeddings=sum(_count(info) for info in rest if info.dtype == "BF16" and info.shape == (vocabulary, hidden)),
     )
 
 
@@ -205,6 +208,8 @@ def predict_cost(
     are stored of the teacher; None for none. gpus: over which both models are spread; each has a batch of its own.
     shapes: of batches, whose passes are kept as CUDA graphs, each with logits and gradients of its own.
     """
+    if options.embeddings:
+        sizes = replace(sizes, others=sizes.others + sizes.embeddings, fixed=sizes.fixed - sizes.embeddings)
     preset, tokens = options.preset, options.batch_tokens
     is_latent = preset is Preset.WEIGHTS
     trained = sizes.weights // (GROUP_SIZE // 8) + sizes.channels + sizes.others + (sizes.weights if is_latent else 0)

@@ -1,5 +1,6 @@
 """How an output was trained, in words: for its config.json and its card."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from convert_w4a8.distillation.linear import Preset
@@ -13,21 +14,28 @@ _TRAINED = {
 }
 
 
-def record(options: DistillOptions, digest: str, result: DistillResult) -> dict[str, Any]:
-    """Return what config.json says of a training."""
-    return {
+def record(
+    options: DistillOptions, digest: str, result: DistillResult, *, embeddings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return what config.json says of a training. embeddings: names of those that were trained."""
+    found = {
         "preset": str(options.preset),
         "steps": result.best_step,
         "tokens": result.tokens,
         "held_out_kl": [round(result.before, 6), round(result.after, 6)],
         "data_sha256": digest,
-    } | ({"top_k": result.top_k} if result.top_k else {})
+    }
+    return (
+        found
+        | ({"top_k": result.top_k} if result.top_k else {})
+        | ({"embeddings": list(embeddings)} if embeddings else {})
+    )
 
 
 def section(options: DistillOptions, result: DistillResult) -> str:
     """Return what the card says of a training, in Markdown."""
     rows = [
-        ("trained", _TRAINED[options.preset]),
+        ("trained", _TRAINED[options.preset] + (", embeddings and lm_head" if options.embeddings else "")),
         ("tokens", f"{result.tokens:,}; the best of {options.steps} steps was {result.best_step}"),
         (
             "KL of held-out samples, nats per token"

@@ -73,7 +73,7 @@ def distill(
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     check_models(start, teacher, blocks=options.hidden_weight > 0)
     check_text(start, teacher, (*data.samples, *data.held_out))
-    check_gpus(start, gpus, device, teacher_device)
+    check_gpus(start, gpus, device, teacher_device, embeddings=options.embeddings)
     stored: StoredTeacher | None = None
     teacher_on = teacher_device or device
     if teacher_logits is not None:
@@ -126,7 +126,10 @@ def distill(
         except KeyboardInterrupt as error:
             kept.note(error)
             raise
-        write_output(writer, start, layers, others, record(options, data.digest(), result), section(options, result))
+        notes = record(
+            options, data.digest(), result, embeddings=[name for name, one in others.items() if one.dim() > 1]
+        )
+        write_output(writer, start, layers, others, notes, section(options, result))
         check_unchanged(before, _fingerprint(start, teacher, options, data, device, predictions, gpus))
         writer.commit()
     state.remove()

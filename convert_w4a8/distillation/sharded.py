@@ -22,6 +22,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
 from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.embeddings import EMBEDDINGS
 from convert_w4a8.distillation.fused import fuse
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import LutLinear, Preset
@@ -41,15 +42,25 @@ _FIXED = ("codes", "start", "step", "channel_scale")
 """Buffers of a `LutLinear`."""
 
 
-def check_gpus(start: Checkpoint, gpus: int, device: torch.device, teacher_device: torch.device | None = None) -> None:
+def check_gpus(
+    start: Checkpoint,
+    gpus: int,
+    device: torch.device,
+    teacher_device: torch.device | None = None,
+    *,
+    embeddings: bool = False,
+) -> None:
     """Check that a training of a checkpoint can be spread over so many GPUs, or on a CPU processes.
 
     Raises:
-        ConvertError: there are fewer GPUs, others are named, or the model is a mixture of experts.
+        ConvertError: there are fewer GPUs, others are named, embeddings are to be trained, or the model is a mixture of
+            experts.
 
     """
     if gpus == 1:
         return
+    if embeddings:
+        raise ConvertError(f"{OPTION} {gpus}", "embeddings are trained on one GPU only", f"leave out {EMBEDDINGS}")
     if device.index or (teacher_device is not None and teacher_device != device):
         remedy = "choose GPUs with CUDA_VISIBLE_DEVICES, and leave out --teacher-device"
         raise ConvertError(f"{OPTION} {gpus}", "spreads both models over the first GPUs", remedy)

@@ -14,6 +14,7 @@ from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.model_classes import transformers_for
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
+from convert_w4a8.distillation.embeddings import EMBEDDINGS, embedding_parameters
 from convert_w4a8.distillation.experts import place_experts
 from convert_w4a8.distillation.fused import fuse, rotations
 from convert_w4a8.distillation.hidden import check_blocks
@@ -34,7 +35,7 @@ class Student:
     """A model to be trained.
 
     layers: the quantized ones by their names in the checkpoint. others: its other trained parameters, in BF16, by
-    names likewise: norms and biases.
+    names likewise: norms and biases, and perhaps embeddings.
     """
 
     model: nn.Module
@@ -100,12 +101,18 @@ def load_teacher(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
 
 
 def load_student(
-    checkpoint: Checkpoint, teacher: Checkpoint, preset: Preset, device: torch.device, towards: float = 0.0
+    checkpoint: Checkpoint,
+    teacher: Checkpoint,
+    preset: Preset,
+    device: torch.device,
+    towards: float = 0.0,
+    *,
+    embeddings: bool = False,
 ) -> Student:
-    """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`.
+    """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`. embeddings: train them too.
 
     Raises:
-        ConvertError: transformers has no place for its tensors.
+        ConvertError: transformers has no place for its tensors, or there are no embeddings to train.
 
     """
     check_models(checkpoint, teacher)
@@ -136,6 +143,7 @@ def load_student(
             raise ConvertError(name, reason, "leave this model as it is")
         above, _, leaf = place.rpartition(".")
         setattr(model.get_submodule(above), leaf, layers[name])
+    more = embedding_parameters(model) if embeddings else []
     others = {}
     for place, parameter in model.named_parameters():
         name = _moved(place, theirs, ours)
@@ -144,9 +152,13 @@ def load_student(
             continue  # it is written as it is
         owner = name.rpartition(".")[0]
         is_bias = owner in layers and name == f"{owner}.bias"
-        if is_bias or (owner not in layers and parameter.dim() == 1):
+        is_embedding = any(parameter is one for one in more)
+        if is_bias or is_embedding or (owner not in layers and parameter.dim() == 1):
             parameter.requires_grad_()
             others[name] = parameter
+    if embeddings and not any(one.requires_grad for one in more):
+        reason = "has no embeddings in BF16 to train"
+        raise ConvertError(str(checkpoint.root), reason, f"leave out {EMBEDDINGS}")
     model.to(device)
     fuse(model, device)
     return Student(model, layers, others)

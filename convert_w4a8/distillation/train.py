@@ -182,7 +182,10 @@ def difference(measured: torch.Tensor, before: torch.Tensor) -> tuple[float, flo
 def _trained(name: str, parameter: nn.Parameter) -> Trained:
     leaf = name.rpartition(".")[2]
     own = parameter.dtype == torch.float32
-    kind = leaf if own and leaf in ("entries", "scale") else "weight" if own else "other"
+    if own:
+        kind = leaf if leaf in ("entries", "scale") else "weight"
+    else:
+        kind = "other" if parameter.dim() == 1 else "embedding"
     value = parameter.data if own else parameter.detach().float()
     unit = 1.0 if own else float(value.square().mean().sqrt().clamp(min=2.0**-7))
     zeros = torch.zeros_like(value)

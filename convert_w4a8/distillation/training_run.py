@@ -116,7 +116,8 @@ class Run:
         self._trainer.restore(tensors, notes["step"])
 
     def _load_student(self, start: Checkpoint, teacher: Checkpoint, device: torch.device) -> Student:
-        return load_student(start, teacher, self._options.preset, device, self._options.towards)
+        options = self._options
+        return load_student(start, teacher, options.preset, device, options.towards, embeddings=options.embeddings)
 
     def _load_teacher(self, teacher: Checkpoint, device: torch.device) -> nn.Module:
         return load_teacher(teacher, device)

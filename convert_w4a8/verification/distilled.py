@@ -24,8 +24,8 @@ from convert_w4a8.verification.reading import LibraryReader
 
 _REMEDY = "distill the checkpoint again"
 _LARGEST_CHANGE = 0.5
-"""Relative to the root mean square of a norm's or a bias's values, the root mean square that training may change them
-by: a trained model differs by a few hundredths."""
+"""Relative to the root mean square of the values of a norm, a bias or embeddings, the root mean square that training
+may change them by: a trained model differs by a few hundredths."""
 
 
 def is_distilled(out: Checkpoint) -> bool:
@@ -41,8 +41,8 @@ def verify_distilled(
 
     Layers have the same shapes; their tables and channel scales are numbers; their weights have 6 dB of SQNR against
     those before, every output channel 3 dB; where the preset was `tables`, all codes are the same. Vectors in 16 bits
-    (norms, biases) are finite and have not moved far. All else is the same, byte for byte; of config.json all but
-    `quantization_config.conversion`.
+    (norms, biases), and embeddings that the output says were trained, are finite and have not moved far. All else is
+    the same, byte for byte; of config.json all but `quantization_config.conversion`.
 
     Raises:
         ConvertError: one of the two cannot be read.
@@ -51,6 +51,8 @@ def verify_distilled(
     target, read = find_target(out), LibraryReader()
     conversion = out.quantization_config["conversion"]["distillation"]
     keeps_codes = conversion.get("preset") != "weights"
+    embeddings = conversion.get("embeddings")
+    may_change = set(map(str, embeddings)) if isinstance(embeddings, list) and not keeps_codes else set()
     problems: list[Problem] = []
     checks: list[LayerCheck] = []
     try:
@@ -88,7 +90,7 @@ def verify_distilled(
     for name, info in start.tensors.items():
         if name in done or name not in out.tensors:
             continue
-        if len(info.shape) == 1 and info.dtype == "BF16":
+        if (len(info.shape) == 1 or name in may_change) and info.dtype == "BF16":
             problems += _vector(name, read(info), read(out.tensors[name]))
         else:
             problems += check_copy(info, out.tensors[name], name, read)

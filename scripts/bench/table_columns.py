@@ -324,6 +324,11 @@ COLUMNS: dict[str, Columns] = {
         *(("library", "{library:.5f}"), ("packages", "{packages:.5f}")),
         *(("evaluation text", "{evaluation:.5f}"), ("averaged", "{averaged:.5f}")),
     ),
+    "distill-rounding": (
+        *(("preset", "{preset}"), ("entries are rounded to E4M3", "{rounding}"), ("tokens", "{tokens:,}")),
+        *(("evaluation text before rounding", "{real_evaluation:.5f}"), ("library", "{library:.5f}")),
+        *(("packages", "{packages:.5f}"), ("evaluation text", "{evaluation:.5f}")),
+    ),
     "distill-step": (
         *(("preset", "{preset}"), ("norms, gates and rotations", "{blocks}"), ("kernels", "{launches:,}")),
         *(
