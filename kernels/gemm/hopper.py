@@ -14,6 +14,7 @@ below the largest of its token (`kernels.activations`).
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +33,8 @@ _STAGES = {8: 6, 16: 6, 32: 4, 64: 4, 128: 3}
 _SPLITS = 12
 ALWAYS = 32
 """Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
+MOST_OF_CLUSTER = 8
+"""Blocks of a cluster that every Hopper GPU takes."""
 _MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
 
@@ -47,6 +50,8 @@ class Launch:
     indexed: read indices of tables, where the layer has them, not the tables of all groups.
     overlap: multiply one group while the next one's words are read; takes the room of one more group of tokens.
     early: start before the kernel ahead of it has ended.
+    cluster: blocks that have the parts of K of the same outputs add them up through each other's shared memory; at most
+        `MOST_OF_CLUSTER` parts. Otherwise the last one does, through memory.
     """
 
     block_m: int
@@ -58,6 +63,7 @@ class Launch:
     indexed: bool = True
     overlap: bool = False
     early: bool = True
+    cluster: bool = False
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) -> Launch:
@@ -66,8 +72,8 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     rows = block_m * terms
     chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
-        splits, stages, block_n, warps, indexed, overlap = measured
-        return Launch(block_m, splits, stages, block_n, warps, chain, indexed, overlap)
+        splits, stages, block_n, warps, indexed, overlap, cluster = measured
+        return Launch(block_m, splits, stages, block_n, warps, chain, indexed, overlap, cluster=cluster)
     blocks = triton.cdiv(n, BLOCK_N)
     splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
     return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
@@ -81,7 +87,7 @@ def _block_m(m: int) -> int:
 def compiled_for(m: int, n: int, k: int, device: torch.device, terms: int) -> Hashable:
     """Return what the kernel for an [m, n, k] product is compiled for; see `gpu.compiled_for`."""
     launch = _launch(m, n, k, device, terms)
-    return replace(launch, splits=min(launch.splits, 2)), terms
+    return launch if launch.cluster else replace(launch, splits=min(launch.splits, 2)), terms
 
 
 def _launch(m: int, n: int, k: int, device: torch.device, terms: int) -> Launch:
@@ -153,33 +159,44 @@ def gemm_by(
     if n % launch.block_n:
         raise ValueError(f"N = {n} is not a multiple of {launch.block_n}")
     blocks = n // launch.block_n
-    splits, sums, counters = workspace.split(output, blocks, launch.block_n * launch.block_m, launch.splits)
+    wanted = 1 if launch.cluster else launch.splits
+    splits, sums, counters = workspace.split(output, blocks, launch.block_n * launch.block_m, wanted)
     few = distinct if launch.indexed and index is not None else None
+    arguments = (
+        *(tokens, packed, (tables if few is None else few).view(torch.int64), packed if few is None else index),
+        *(token_scale, channel_scale, output, sums, counters, m, n, k, launch.splits if launch.cluster else splits),
+    )
+    constants = {
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.stages,
+        "TERMS": terms,
+        "CHAIN": launch.chain,
+        "SPLIT": splits > 1,
+        "EARLY": launch.early,
+        "INDEXED": few is not None,
+        "OVERLAP": launch.overlap,
+        "CLUSTER": launch.splits if launch.cluster else 0,
+    }
+    options = {"num_warps": launch.warps, "launch_pdl": launch.early}
+    grid = (blocks * splits,)
     with torch.cuda.device(tokens.device):
-        _gemm_kernel[(blocks * splits,)](
-            tokens,
-            packed,
-            (tables if few is None else few).view(torch.int64),
-            packed if few is None else index,
-            token_scale,
-            channel_scale,
-            output,
-            sums,
-            counters,
-            m,
-            n,
-            k,
-            splits,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            STAGES=launch.stages,
-            TERMS=terms,
-            CHAIN=launch.chain,
-            SPLIT=splits > 1,
-            EARLY=launch.early,
-            INDEXED=few is not None,
-            OVERLAP=launch.overlap,
-            num_warps=launch.warps,
-            launch_pdl=launch.early,
-        )
+        if launch.cluster:
+            _launch_clusters(blocks, launch.splits, arguments, constants, options)
+        else:
+            _gemm_kernel[grid](*arguments, **constants, **options)
     return output
+
+
+def _launch_clusters(
+    clusters: int, size: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Launch so many clusters of blocks.
+
+    For Triton, the blocks of a cluster share one program and all its tensors. Here each has its own: the kernel is
+    compiled as for single blocks, and only launched in clusters.
+    """
+    compiled = _gemm_kernel.warmup(*arguments, grid=(clusters,), **constants, **options)
+    warps, _, *rest = compiled.packed_metadata
+    compiled.packed_metadata = (warps, size, *rest)
+    compiled[clusters, 1, 1](*arguments, *constants.values())

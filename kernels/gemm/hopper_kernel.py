@@ -66,6 +66,71 @@ def _after(words):
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.constexpr_function
+def _share(tokens, parts):
+    """Return how many tokens' parts each block of a cluster adds up: a power of two, enough for all."""
+    share = 1
+    while share * parts < tokens:
+        share *= 2
+    return share
+
+
+@gluon.constexpr_function
+def _remote(rank):
+    """Return the assembly that reads four numbers from where another block of the cluster has them."""
+    return f"""
+{{
+.reg .b32 there;
+mapa.shared::cluster.u32 there, $4, {rank};
+ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [there];
+}}
+"""
+
+
+@gluon.jit
+def _in_cluster(instruction: gl.constexpr):
+    """Have every thread do what takes no operands."""
+    gl.inline_asm_elementwise(instruction, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _shared_at(places):
+    """Return addresses of float32 numbers at the start of the block's shared memory, whatever lay there."""
+    start = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    return start + 4 * places
+
+
+@gluon.jit
+def _add_in_cluster(result, places, own_places, PARTS: gl.constexpr):
+    """Return the sum of all parts of K, for the outputs that are this block's own; it is in the order of K.
+
+    result: this part's sums [BLOCK_N, BLOCK_M], four of a thread side by side at `places` in shared memory, which the
+    blocks of the cluster may read afterwards until they all have arrived again.
+    """
+    _barrier()  # nobody needs any more what has been in shared memory
+    gl.inline_asm_elementwise(
+        "st.shared.v4.f32 [$4], {$8, $9, $10, $11}; mov.b32 $0, 0;",
+        "=r,=r,=r,=r,r,r,r,r,f,f,f,f",
+        [_shared_at(places), result],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
+    _in_cluster("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;")
+    own_at = _shared_at(own_places)
+    parts = ()
+    for part in gl.static_range(PARTS):
+        parts += (
+            gl.inline_asm_elementwise(
+                _remote(part), "=f,=f,=f,=f,r,r,r,r", [own_at], dtype=gl.float32, is_pure=False, pack=4
+            ),
+        )
+    total = parts[0]  # type: ignore[misc]
+    for part in gl.static_range(1, PARTS):
+        total += parts[part]
+    return total
+
+
 @gluon.jit
 def _look_up(words, first, second, BLOCK_N: gl.constexpr):
     """Return FP8 weights [BLOCK_N, 128] of words [4, BLOCK_N/16, 8, 4, 2].
@@ -123,11 +188,14 @@ def _gemm_kernel(
     EARLY: gl.constexpr,
     INDEXED: gl.constexpr,
     OVERLAP: gl.constexpr,
+    CLUSTER: gl.constexpr,
 ):
     """Multiply.
 
     INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. OVERLAP: the tensor
     core multiplies a group while the next one's words are read, until their lookup; one more group of tokens waits.
+    CLUSTER: so many blocks, which have the parts of K of the same outputs, are a cluster and read each other's sums; 0:
+    sums go through memory.
     """
     WARPS: gl.constexpr = gl.num_warps()
     TILES: gl.constexpr = BLOCK_N // 16
@@ -156,8 +224,12 @@ def _gemm_kernel(
     )
 
     blocks = N // BLOCK_N
-    block = gl.program_id(0) % blocks
-    part = gl.program_id(0) // blocks
+    if CLUSTER:
+        block = gl.program_id(0) // CLUSTER
+        part = gl.program_id(0) % CLUSTER
+    else:
+        block = gl.program_id(0) % blocks
+        part = gl.program_id(0) // blocks
     begin = (K // 128 * part) // SPLITS
     groups = (K // 128 * (part + 1)) // SPLITS - begin
 
@@ -257,6 +329,12 @@ def _gemm_kernel(
         product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
         slot = (slot + 1) % STAGES
         token_slot = (token_slot + 1) % TOKEN_STAGES
+    if CLUSTER:
+        SHARE: gl.constexpr = _share(BLOCK_M, CLUSTER)
+        places = m * BLOCK_N + n
+        m = part * SHARE + gl.arange(0, SHARE, gl.SliceLayout(0, OUT))[None, :]
+        own_places = gl.minimum(m, BLOCK_M - 1) * BLOCK_N + n
+        inside = (m < M) & (n < BLOCK_N)
     scales = gl.load(token_scale + m, mask=m < M, other=0.0)
     done = warpgroup_mma_wait(0, deps=(product,))
     if CHAIN:
@@ -270,7 +348,10 @@ def _gemm_kernel(
         result = gl.convert_layout(total, OUT)
 
     last = True
-    if SPLIT:
+    if CLUSTER:
+        result = _add_in_cluster(result, places, own_places, CLUSTER)
+        _in_cluster("barrier.cluster.arrive.release.aligned; mov.b32 $0, 0;")
+    elif SPLIT:
         sums_at = sums + block.to(gl.int64) * (BLOCK_M * BLOCK_N) + (m * BLOCK_N + n)
         stride = blocks.to(gl.int64) * (BLOCK_M * BLOCK_N)
         gl.store(sums_at + part * stride, result, mask=inside)
@@ -286,3 +367,5 @@ def _gemm_kernel(
     if last:
         scaled = result * channels * scales
         gl.store(output + m.to(gl.int64) * N + channel, scaled.to(gl.bfloat16), mask=inside)
+    if CLUSTER:
+        _in_cluster("barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;")
