@@ -98,7 +98,7 @@ def test_decode_kernels_compile_for_hopper() -> None:
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [dict(part.split("=") for part in line.split()) for line in done.stdout.splitlines()]
-    assert len(lines) == 11
+    assert len(lines) == 12
     for counts in lines:
         tiles = int(counts["tiles"])
         assert (counts["HMMA"], counts["LDL"], counts["STL"]) == ("0", "0", "0")
@@ -108,3 +108,5 @@ def test_decode_kernels_compile_for_hopper() -> None:
         assert int(counts["ACQBULK"]) >= 1
         assert counts["PREEXIT"] == "1"
         assert int(counts["FENCE"]) >= 1  # Triton 3.7 has one of its own besides
+        meetings = 2 if int(counts["cluster"]) else 0  # when sums can be read, and when nobody reads them any more
+        assert (int(counts["UCGABAR_ARV"]), int(counts["UCGABAR_WAIT"])) == (meetings, meetings)
