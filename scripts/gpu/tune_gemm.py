@@ -43,20 +43,20 @@ SHAPES = (
 )
 BLOCKS = ((64, 1), (32, 1), (16, 1), (8, 1), (128, 1), (8, 2), (16, 2))
 """Tokens of a block, and terms of an activation."""
-PER_SM = (0.6, 8)
+PER_SM = (0.8, 8)
 """Blocks of a multiprocessor, at least and at most, where K is split."""
 SHARED = 227 * 1024
 """Bytes of shared memory of a multiprocessor; a block takes 1 KiB more than its own."""
 THREADS = 2048
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
-STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 5, 6), 128: (3, 4)}
+STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
 WIDTHS = ((64, 4), (128, 4), (128, 8), (256, 8))
 """Output channels and warps of a block."""
 WIDE_FROM = 64
 """Rows of tokens from which blocks of 256 channels are tried."""
 OVERLAPPED = (32, 64)
 """Rows of tokens for which products beside reads are tried."""
-FINALISTS = 4
+FINALISTS = 3
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
 TABLE = Path(hopper.__file__).with_name("tuned.py")
