@@ -31,6 +31,10 @@ _BLOCKS_PER_SM = {8: 6, 16: 5, 32: 4, 64: 3, 128: 2}
 """By the rows of tokens in a block: blocks of one multiprocessor at a time, by shared memory and registers."""
 _STAGES = {8: 6, 16: 6, 32: 4, 64: 4, 128: 3}
 _SPLITS = 12
+_REGISTERS = 65536
+"""Of a multiprocessor."""
+_LEAST_REGISTERS = 80
+"""Of a thread, with which a kernel keeps nearly all that it needs."""
 ALWAYS = 32
 """Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
 MOST_OF_CLUSTER = 8
@@ -52,6 +56,7 @@ class Launch:
     early: start before the kernel ahead of it has ended.
     cluster: blocks that have the parts of K of the same outputs add them up through each other's shared memory; at most
         `MOST_OF_CLUSTER` parts. Otherwise the last one does, through memory.
+    registers: of a thread, at most, so that more blocks have room on a multiprocessor; 0: what the compiler takes.
     """
 
     block_m: int
@@ -64,6 +69,17 @@ class Launch:
     overlap: bool = False
     early: bool = True
     cluster: bool = False
+    registers: int = 0
+
+    @property
+    def share(self) -> int:
+        """Tokens for which a block of a cluster adds up the parts: a power of two, of which all have enough."""
+        power: int = triton.next_power_of_2(triton.cdiv(self.block_m, self.splits))
+        return power if self.cluster else 0
+
+    def exchanged(self) -> int:
+        """Return the bytes of shared memory for what a block of a cluster is sent; it takes the place of copies."""
+        return 4 * self.block_n * self.share * self.splits + 8
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) -> Launch:
@@ -72,11 +88,20 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     rows = block_m * terms
     chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
-        splits, stages, block_n, warps, indexed, overlap, cluster = measured
-        return Launch(block_m, splits, stages, block_n, warps, chain, indexed, overlap, cluster=cluster)
+        splits, stages, block_n, warps, indexed, overlap, cluster, registers = measured
+        return Launch(
+            block_m, splits, stages, block_n, warps, chain, indexed, overlap, cluster=cluster, registers=registers
+        )
     blocks = triton.cdiv(n, BLOCK_N)
-    splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
-    return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
+    splits = max(1, min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP)))
+    registers = registers_for(blocks * splits, 4, multiprocessors)
+    return Launch(block_m, splits, _STAGES[rows], chain=chain, registers=registers)
+
+
+def registers_for(blocks: int, warps: int, multiprocessors: int) -> int:
+    """Return with how many registers of a thread all blocks run at once; 0: with all there are, or not at all."""
+    most = _REGISTERS // (32 * warps * triton.cdiv(blocks, multiprocessors)) // 8 * 8
+    return most if _LEAST_REGISTERS <= most < 255 else 0
 
 
 def _block_m(m: int) -> int:
@@ -95,19 +120,23 @@ def _launch(m: int, n: int, k: int, device: torch.device, terms: int) -> Launch:
 
 
 def probe(device: torch.device) -> None:
-    """Run a small product by tables and by indices; raises whatever goes wrong, ArithmeticError if it is that."""
-    ones = torch.ones(1, 128, device=device).to(torch.float8_e4m3fn)
-    packed = torch.full((4, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
-    tables = torch.ones(1, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
+    """Run a small product by tables and by indices, parts of K added up in memory and in a cluster.
+
+    Raises whatever goes wrong, ArithmeticError if it is the result.
+    """
+    ones = torch.ones(1, 256, device=device).to(torch.float8_e4m3fn)
+    packed = torch.full((8, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
+    tables = torch.ones(2, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones(BLOCK_N, dtype=torch.float32, device=device)
     index, distinct = (
-        torch.zeros(1, BLOCK_N, dtype=torch.uint8, device=device),
-        tables.expand(4, -1, -1).reshape(256, 8),
+        torch.zeros(2, BLOCK_N, dtype=torch.uint8, device=device),
+        tables.expand(2, -1, -1, -1).reshape(256, 8),
     )
-    for few in ((), (index, distinct)):
-        product = gemm(ones, scale[:1, None], packed, tables, scale, *few)
-        if not bool((product == 128).all()):
-            raise ArithmeticError("1 · 1, 128 times, is not 128")
+    for few, cluster in (((), False), ((index, distinct), True)):
+        launch = Launch(8, 2, cluster=cluster)
+        product = gemm_by(ones, scale[:1, None], packed, tables, scale, *few, launch=launch)
+        if not bool((product == 256).all()):
+            raise ArithmeticError("1 · 1, 256 times, is not 256")
 
 
 def suits(m: int, n: int, k: int) -> bool:
@@ -177,8 +206,9 @@ def gemm_by(
         "INDEXED": few is not None,
         "OVERLAP": launch.overlap,
         "CLUSTER": launch.splits if launch.cluster else 0,
+        "SHARE": launch.share,
     }
-    options = {"num_warps": launch.warps, "launch_pdl": launch.early}
+    options = {"num_warps": launch.warps, "launch_pdl": launch.early, "maxnreg": launch.registers or None}
     grid = (blocks * splits,)
     with torch.cuda.device(tokens.device):
         if launch.cluster:

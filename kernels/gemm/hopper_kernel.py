@@ -66,68 +66,84 @@ def _after(words):
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=gl.int32, is_pure=False, pack=1)
 
 
-@gluon.constexpr_function
-def _share(tokens, parts):
-    """Return how many tokens' parts each block of a cluster adds up: a power of two, enough for all."""
-    share = 1
-    while share * parts < tokens:
-        share *= 2
-    return share
-
-
-@gluon.constexpr_function
-def _remote(rank):
-    """Return the assembly that reads four numbers from where another block of the cluster has them."""
-    return f"""
-{{
-.reg .b32 there;
-mapa.shared::cluster.u32 there, $4, {rank};
-ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [there];
-}}
-"""
+_OPEN = gl.constexpr("""
+{
+.reg .pred first;
+.reg .b32 thread;
+mov.u32 thread, %tid.x;
+setp.eq.u32 first, thread, 0;
+@first mbarrier.init.shared::cta.b64 [$1], 1;
+@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;
+fence.mbarrier_init.release.cluster;
+barrier.cluster.arrive.relaxed.aligned;
+barrier.cluster.wait.acquire.aligned;
+mov.b32 $0, 0;
+}
+""")
+"""Set up a block's barrier, which waits for so many bytes, and wait until all blocks of the cluster have theirs."""
+_SEND = gl.constexpr("""
+{
+.reg .b32 there, barrier;
+mapa.shared::cluster.u32 there, $4, $12;
+mapa.shared::cluster.u32 barrier, $16, $12;
+st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {$8, $9, $10, $11}, [barrier];
+mov.b32 $0, 0;
+}
+""")
+"""Send four numbers to another block of the cluster."""
+_RECEIVE = gl.constexpr("""
+{
+.reg .pred there;
+WAIT:
+mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [$1], 0;
+@!there bra.uni WAIT;
+mov.b32 $0, 0;
+}
+""")
+"""Wait for what others send."""
 
 
 @gluon.jit
-def _in_cluster(instruction: gl.constexpr):
-    """Have every thread do what takes no operands."""
-    gl.inline_asm_elementwise(instruction, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def _add_in_cluster(result, n, m, part, PARTS: gl.constexpr, SHARE: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Return the sums of all parts of K, in their order, of those tokens [BLOCK_N, SHARE] that are this block's.
 
-
-@gluon.jit
-def _shared_at(places):
-    """Return addresses of float32 numbers at the start of the block's shared memory, whatever lay there."""
-    start = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-    return start + 4 * places
-
-
-@gluon.jit
-def _add_in_cluster(result, places, own_places, PARTS: gl.constexpr):
-    """Return the sum of all parts of K, for the outputs that are this block's own; it is in the order of K.
-
-    result: this part's sums [BLOCK_N, BLOCK_M], four of a thread side by side at `places` in shared memory, which the
-    blocks of the cluster may read afterwards until they all have arrived again.
+    result: this part's sums [BLOCK_N, BLOCK_M], of which a thread has four side by side. Each block of the cluster
+    sends them to the blocks that add them up. They come to the start of a block's shared memory, whatever has been
+    there: the first barriers say that no block needs that any more.
     """
-    _barrier()  # nobody needs any more what has been in shared memory
+    BLOCK_N: gl.constexpr = result.shape[0]
+    PART: gl.constexpr = 4 * SHARE * BLOCK_N  # bytes
+    start = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    arrivals = start + PARTS * PART
+    _barrier()
+    expected = gl.where(part * SHARE < BLOCK_M, PARTS * PART, 0)
+    gl.inline_asm_elementwise(_OPEN, "=r,r,r", [arrivals, expected], dtype=gl.int32, is_pure=False, pack=1)
     gl.inline_asm_elementwise(
-        "st.shared.v4.f32 [$4], {$8, $9, $10, $11}; mov.b32 $0, 0;",
-        "=r,=r,=r,=r,r,r,r,r,f,f,f,f",
-        [_shared_at(places), result],
+        _SEND,
+        "=r,=r,=r,=r,r,r,r,r,f,f,f,f,r,r,r,r,r,r,r,r",
+        [start + part * PART + 4 * (m % SHARE * BLOCK_N + n), result, m // SHARE, arrivals],
         dtype=gl.int32,
         is_pure=False,
         pack=4,
     )
-    _in_cluster("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;")
-    own_at = _shared_at(own_places)
+    gl.inline_asm_elementwise(_RECEIVE, "=r,r", [arrivals], dtype=gl.int32, is_pure=False, pack=1)
+    own = gl.arange(0, SHARE, gl.SliceLayout(0, result.type.layout))[None, :]
+    sums_at = start + 4 * (own * BLOCK_N + n)
     parts = ()
-    for part in gl.static_range(PARTS):
+    for other in gl.static_range(PARTS):
         parts += (
             gl.inline_asm_elementwise(
-                _remote(part), "=f,=f,=f,=f,r,r,r,r", [own_at], dtype=gl.float32, is_pure=False, pack=4
+                "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+                "=f,=f,=f,=f,r,r,r,r",
+                [sums_at + other * PART],
+                dtype=gl.float32,
+                is_pure=False,
+                pack=4,
             ),
         )
     total = parts[0]  # type: ignore[misc]
-    for part in gl.static_range(1, PARTS):
-        total += parts[part]
+    for other in gl.static_range(1, PARTS):
+        total += parts[other]
     return total
 
 
@@ -256,13 +272,14 @@ def _gemm_kernel(
     INDEXED: gl.constexpr,
     OVERLAP: gl.constexpr,
     CLUSTER: gl.constexpr,
+    SHARE: gl.constexpr,
 ):
     """Multiply.
 
     INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. OVERLAP: the tensor
     core multiplies a group while the next one's words are read, until their lookup; one more group of tokens waits.
-    CLUSTER: so many blocks, which have the parts of K of the same outputs, are a cluster and read each other's sums; 0:
-    sums go through memory.
+    CLUSTER: so many blocks, which have the parts of K of the same outputs, are a cluster; each adds up what the others
+    send it, for SHARE tokens. 0: sums go through memory.
     """
     WARPS: gl.constexpr = gl.num_warps()
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
@@ -377,10 +394,8 @@ def _gemm_kernel(
             index_at += N
             tokens_at += 128
     if CLUSTER:
-        SHARE: gl.constexpr = _share(BLOCK_M, CLUSTER)
-        places = m * BLOCK_N + n
+        all_tokens = m
         m = part * SHARE + gl.arange(0, SHARE, gl.SliceLayout(0, OUT))[None, :]
-        own_places = gl.minimum(m, BLOCK_M - 1) * BLOCK_N + n
         inside = (m < M) & (n < BLOCK_N)
     scales = gl.load(token_scale + m, mask=m < M, other=0.0)
     done = warpgroup_mma_wait(0, deps=(product,))
@@ -396,8 +411,7 @@ def _gemm_kernel(
 
     last = True
     if CLUSTER:
-        result = _add_in_cluster(result, places, own_places, CLUSTER)
-        _in_cluster("barrier.cluster.arrive.release.aligned; mov.b32 $0, 0;")
+        result = _add_in_cluster(result, n, all_tokens, part, CLUSTER, SHARE, BLOCK_M)
     elif SPLIT:
         sums_at = sums + block.to(gl.int64) * (BLOCK_M * BLOCK_N) + (m * BLOCK_N + n)
         stride = blocks.to(gl.int64) * (BLOCK_M * BLOCK_N)
@@ -414,5 +428,3 @@ def _gemm_kernel(
     if last:
         scaled = result * channels * scales
         gl.store(output + m.to(gl.int64) * N + channel, scaled.to(gl.bfloat16), mask=inside)
-    if CLUSTER:
-        _in_cluster("barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;")

@@ -5,7 +5,8 @@
 A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
 which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
 cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, and
-with products beside reads. The Triton kernel for every GPU is measured beside it.
+with products beside reads, and with as many registers as the compiler takes. The Triton kernel for every GPU is
+measured beside it.
 """
 
 import argparse
@@ -50,10 +51,8 @@ SHARED = 227 * 1024
 THREADS = 2048
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
-WIDTHS = ((64, 4), (128, 4), (128, 8), (256, 8))
+WIDTHS = ((64, 4), (128, 4))
 """Output channels and warps of a block."""
-WIDE_FROM = 64
-"""Rows of tokens from which blocks of 256 channels are tried."""
 OVERLAPPED = (32, 64)
 """Rows of tokens for which products beside reads are tried."""
 FINALISTS = 3
@@ -62,7 +61,7 @@ GAIN = 0.99
 TABLE = Path(hopper.__file__).with_name("tuned.py")
 
 REPLAYS = 21
-LAUNCH = ("splits", "stages", "block_n", "warps", "indexed", "overlap", "cluster")
+LAUNCH = ("splits", "stages", "block_n", "warps", "indexed", "overlap", "cluster", "registers")
 """What the table says of a launch, in its order."""
 
 Gemm = Callable[..., torch.Tensor]
@@ -85,17 +84,19 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     found = []
     for (width, warps), stages in product(WIDTHS, STAGES[rows]):
         shared = stages * (72 * width + 128 * rows)
-        if n % width or (width > 128 and rows < WIDE_FROM) or max(shared, 4 * width * block_m) > SHARED - 1024:
+        if n % width or shared > SHARED - 1024:
             continue
         fit = min(SHARED // (shared + 1024), THREADS // (32 * warps), PER_SM[1])
         for splits in SPLITS:
             blocks = n // width * splits
             if splits > 1 and not (PER_SM[0] * sms <= blocks <= fit * sms and splits <= k // gpu.GROUP):
                 continue
-            launch = hopper.Launch(block_m, splits, stages, width, warps, chain, indexed=False)
+            registers = hopper.registers_for(blocks, warps, sms)
+            launch = hopper.Launch(block_m, splits, stages, width, warps, chain, indexed=False, registers=registers)
             found.append(launch)
-            if 1 < splits <= hopper.MOST_OF_CLUSTER and shared >= 4 * width * block_m:
-                found.append(replace(launch, cluster=True))
+            together = replace(launch, cluster=True)
+            if 1 < splits <= hopper.MOST_OF_CLUSTER and together.exchanged() <= shared:
+                found.append(together)
     return found
 
 
@@ -122,7 +123,8 @@ class Size:
     def finalists(self) -> list[hopper.Launch]:
         """Return the best ways of cutting, in all other ways."""
         best = [launch for _, launch in sorted(self.tried, key=lambda found: found[0])[:FINALISTS]]
-        return [replace(launch, **way) for launch in best for way in ways(self.block_m * self.terms)]
+        either = [replace(by, registers=registers) for by in best for registers in {by.registers, 0}]
+        return [replace(launch, **way) for launch in either for way in ways(self.block_m * self.terms)]
 
     def rule(self) -> hopper.Launch:
         """Return what is chosen without a table."""

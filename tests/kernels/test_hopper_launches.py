@@ -13,7 +13,7 @@ def assert_possible(launch: "hopper.Launch", m: int, n: int, k: int, terms: int)
     """Tokens and channels fit, no part of K is empty, and what is copied ahead has a place."""
     assert launch.block_m >= m
     assert launch.block_m & (launch.block_m - 1) == 0
-    assert launch.block_n in (64, 128, 256)
+    assert launch.block_n in (64, 128)
     assert n % launch.block_n == 0
     assert 1 <= launch.splits <= k // 128
     assert launch.stages >= 2
@@ -21,7 +21,8 @@ def assert_possible(launch: "hopper.Launch", m: int, n: int, k: int, terms: int)
     assert launch.stages * (tokens + 73 * launch.block_n) + launch.overlap * tokens <= SHARED
     if launch.cluster:  # sums take the place of copies
         assert 2 <= launch.splits <= hopper.MOST_OF_CLUSTER
-        assert 4 * launch.block_n * launch.block_m <= launch.stages * (tokens + 72 * launch.block_n)
+        assert launch.share * launch.splits >= launch.block_m
+        assert launch.exchanged() <= launch.stages * (tokens + 72 * launch.block_n)
 
 
 def test_launches_that_were_measured() -> None:

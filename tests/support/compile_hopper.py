@@ -14,14 +14,14 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from convert_w4a8.kernels.gemm import hopper, hopper_kernel
 
-INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FENCE", "UCGABAR_ARV", "UCGABAR_WAIT")
+INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FENCE", "UCGABAR_ARV", "STAS")
 """The last five: wait for the kernel before, let the one behind begin, show copies to the tensor core, arrive where the
-blocks of a cluster meet, and wait for them there."""
+blocks of a cluster meet, and send sums to another one."""
 
 FORMS = (
     *((1, 1, 64, 4, True, 0), (8, 1, 64, 4, False, 8), (16, 1, 64, 4, True, 3), (32, 1, 64, 4, True, 0)),
-    *((32, 1, 128, 4, False, 5), (64, 1, 64, 4, False, 4), (64, 1, 128, 8, True, 0), (64, 1, 128, 4, True, 8)),
-    *((64, 1, 256, 8, False, 5), (128, 1, 128, 8, False, 0), (8, 2, 64, 4, True, 2), (32, 2, 64, 4, False, 0)),
+    *((32, 1, 128, 4, False, 5), (64, 1, 64, 4, False, 4), (64, 1, 128, 8, True, 0), (64, 1, 128, 4, False, 8)),
+    *((128, 1, 128, 8, False, 0), (8, 2, 64, 4, True, 2), (32, 2, 64, 4, False, 0)),
 )
 """Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables, and the blocks
 of a cluster: 0 for none."""
@@ -64,6 +64,7 @@ for tokens, terms, width, warps, indexed, cluster in FORMS:
         "INDEXED": indexed,
         "OVERLAP": indexed,
         "CLUSTER": cluster,
+        "SHARE": triton.next_power_of_2(triton.cdiv(launch.block_m, cluster)) if cluster else 0,
     }
     source = GluonASTSource(hopper_kernel._gemm_kernel, *arguments(hopper_kernel._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
