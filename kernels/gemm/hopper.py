@@ -77,9 +77,14 @@ class Launch:
         power: int = triton.next_power_of_2(triton.cdiv(self.block_m, self.splits))
         return power if self.cluster else 0
 
-    def exchanged(self) -> int:
-        """Return the bytes of shared memory for what a block of a cluster is sent; it takes the place of copies."""
-        return 4 * self.block_n * self.share * self.splits + 8
+    def copied(self, terms: int) -> int:
+        """Return the bytes of shared memory for copies in flight: of words, tables and tokens."""
+        return self.stages * (72 * self.block_n + 128 * self.block_m * terms)
+
+    def clusters(self, terms: int) -> bool:
+        """Whether clusters can add up the parts of K, if there are any: what blocks are sent lies where copies did."""
+        share = replace(self, cluster=True).share
+        return 1 < self.splits <= MOST_OF_CLUSTER and 4 * self.block_n * share * self.splits + 8 <= self.copied(terms)
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) -> Launch:
@@ -185,6 +190,8 @@ def gemm_by(
     terms = tokens.shape[0] // m
     if m > (MAX_TOKENS if terms == 1 else MAX_TOKENS_OF_TWO_TERMS):
         raise ValueError(f"M = {m} with {terms} terms is more than a launch takes")
+    if launch.cluster and not launch.clusters(terms):
+        raise ValueError(f"{launch} cannot have clusters")
     if n % launch.block_n:
         raise ValueError(f"N = {n} is not a multiple of {launch.block_n}")
     blocks = n // launch.block_n

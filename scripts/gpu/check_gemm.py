@@ -186,7 +186,7 @@ def check_indices(kernel: Any, sizes: Sequence[tuple[int, int]], tokens: Sequenc
         indices = index_tables(layer.tables)
         launch = kernel.choose_launch(m, n, k, sms, terms)
         launch = replace(launch, splits=min(launch.splits, kernel.MOST_OF_CLUSTER))
-        clusters = (False, True) if launch.splits > 1 else (False,)
+        clusters = (False, True) if launch.clusters(terms) else (False,)
         launches = [replace(launch, cluster=by, **way) for by in clusters for way in ways(launch.block_m * terms)]
         first, *more = (some.call(partial(kernel.gemm_by, launch=by), layer, *(indices or ())) for by in launches)
         same = indices is not None and all(torch.equal(found, first) for found in more)

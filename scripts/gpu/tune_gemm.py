@@ -42,9 +42,9 @@ SHAPES = (
     *("12288x33792", "14336x12288", "67584x12288", "12288x12288"),  # Command A
     "1536x2048",
 )
-BLOCKS = ((64, 1), (32, 1), (16, 1), (8, 1), (128, 1), (8, 2), (16, 2))
+BLOCKS = ((64, 1), (32, 1), (8, 1), (16, 1), (128, 1), (8, 2), (16, 2))
 """Tokens of a block, and terms of an activation."""
-PER_SM = (0.8, 8)
+PER_SM = (1.4, 8)
 """Blocks of a multiprocessor, at least and at most, where K is split."""
 SHARED = 227 * 1024
 """Bytes of shared memory of a multiprocessor; a block takes 1 KiB more than its own."""
@@ -83,7 +83,7 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
     found = []
     for (width, warps), stages in product(WIDTHS, STAGES[rows]):
-        shared = stages * (72 * width + 128 * rows)
+        shared = hopper.Launch(block_m, 1, stages, width, warps).copied(terms)
         if n % width or shared > SHARED - 1024:
             continue
         fit = min(SHARED // (shared + 1024), THREADS // (32 * warps), PER_SM[1])
@@ -94,9 +94,8 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
             registers = hopper.registers_for(blocks, warps, sms)
             launch = hopper.Launch(block_m, splits, stages, width, warps, chain, indexed=False, registers=registers)
             found.append(launch)
-            together = replace(launch, cluster=True)
-            if 1 < splits <= hopper.MOST_OF_CLUSTER and together.exchanged() <= shared:
-                found.append(together)
+            if launch.clusters(terms):
+                found.append(replace(launch, cluster=True))
     return found
 
 
@@ -123,8 +122,8 @@ class Size:
     def finalists(self) -> list[hopper.Launch]:
         """Return the best ways of cutting, in all other ways."""
         best = [launch for _, launch in sorted(self.tried, key=lambda found: found[0])[:FINALISTS]]
-        either = [replace(by, registers=registers) for by in best for registers in {by.registers, 0}]
-        return [replace(launch, **way) for launch in either for way in ways(self.block_m * self.terms)]
+        otherwise = [replace(launch, **way) for launch in best for way in ways(self.block_m * self.terms)]
+        return otherwise + [replace(launch, registers=0) for launch in best if launch.registers]
 
     def rule(self) -> hopper.Launch:
         """Return what is chosen without a table."""
