@@ -82,9 +82,13 @@ class Launch:
         return self.stages * (72 * self.block_n + 128 * self.block_m * terms)
 
     def clusters(self, terms: int) -> bool:
-        """Whether clusters can add up the parts of K, if there are any: what blocks are sent lies where copies did."""
-        share = replace(self, cluster=True).share
-        return 1 < self.splits <= MOST_OF_CLUSTER and 4 * self.block_n * share * self.splits + 8 <= self.copied(terms)
+        """Whether clusters can add up the parts of K, if there are any.
+
+        What blocks are sent lies where copies did, and no two threads may have the same sums: they would be sent twice.
+        """
+        sent = 4 * self.block_n * replace(self, cluster=True).share * self.splits + 8
+        once = self.block_m >= 2 * self.warps
+        return 1 < self.splits <= MOST_OF_CLUSTER and once and sent <= self.copied(terms)
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) -> Launch:

@@ -26,7 +26,7 @@ from results import add_options, line, save
 from tune_gemm import pairs
 
 from convert_w4a8.kernels.activations import gpu as activations
-from convert_w4a8.kernels.gemm import hopper, hopper_kernel, workspace
+from convert_w4a8.kernels.gemm import cluster_sums, hopper, hopper_kernel, workspace
 
 SIZES = (
     "6144x4096x64",
@@ -58,7 +58,8 @@ WITHOUT: dict[str, tuple[tuple[str, str], ...]] = {
 
 def kernels(directory: Path) -> dict[str, Any]:
     """Return the kernel as it is, and those without something. ValueError where the source has no such place."""
-    source = Path(hopper_kernel.__file__).read_text(encoding="utf-8")
+    sums, kernel = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (cluster_sums, hopper_kernel))
+    source = sums + re.sub(rf"from {cluster_sums.__name__} import .*\n", "", kernel)  # in one module, to be changed
     found = {"whole": hopper_kernel._gemm_kernel}  # noqa: SLF001
     for name, edits in WITHOUT.items():
         text = source

@@ -30,6 +30,12 @@ def test_launches_that_were_measured() -> None:
         assert_possible(hopper.choose_launch(block_m, n, k, 132, terms), block_m, n, k, terms)
 
 
+def test_no_sums_are_sent_twice() -> None:
+    """Eight warps have room for 16 tokens: of eight tokens, two warps would have the same."""
+    assert hopper.Launch(8, 4, warps=4).clusters(1)
+    assert not hopper.Launch(8, 4, block_n=128, warps=8).clusters(1)
+
+
 @given(
     m=st.integers(1, hopper.MAX_TOKENS),
     n=st.integers(1, 1200).map(lambda blocks: 64 * blocks),
