@@ -14,6 +14,7 @@ below the largest of its token (`kernels.activations`).
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -30,8 +31,14 @@ _BLOCKS_PER_SM = {8: 6, 16: 5, 32: 4, 64: 3, 128: 2}
 """By the rows of tokens in a block: blocks of one multiprocessor at a time, by shared memory and registers."""
 _STAGES = {8: 6, 16: 6, 32: 4, 64: 4, 128: 3}
 _SPLITS = 12
+_REGISTERS = 65536
+"""Of a multiprocessor."""
+_LEAST_REGISTERS = 80
+"""Of a thread, with which a kernel keeps nearly all that it needs."""
 ALWAYS = 32
 """Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
+MOST_OF_CLUSTER = 8
+"""Blocks of a cluster that every Hopper GPU takes."""
 _MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
 
@@ -47,6 +54,9 @@ class Launch:
     indexed: read indices of tables, where the layer has them, not the tables of all groups.
     overlap: multiply one group while the next one's words are read; takes the room of one more group of tokens.
     early: start before the kernel ahead of it has ended.
+    cluster: blocks that have the parts of K of the same outputs add them up through each other's shared memory; at most
+        `MOST_OF_CLUSTER` parts. Otherwise the last one does, through memory.
+    registers: of a thread, at most, so that more blocks have room on a multiprocessor; 0: what the compiler takes.
     """
 
     block_m: int
@@ -58,6 +68,27 @@ class Launch:
     indexed: bool = True
     overlap: bool = False
     early: bool = True
+    cluster: bool = False
+    registers: int = 0
+
+    @property
+    def share(self) -> int:
+        """Tokens for which a block of a cluster adds up the parts: a power of two, of which all have enough."""
+        power: int = triton.next_power_of_2(triton.cdiv(self.block_m, self.splits))
+        return power if self.cluster else 0
+
+    def copied(self, terms: int) -> int:
+        """Return the bytes of shared memory for copies in flight: of words, tables and tokens."""
+        return self.stages * (72 * self.block_n + 128 * self.block_m * terms)
+
+    def clusters(self, terms: int) -> bool:
+        """Whether clusters can add up the parts of K, if there are any.
+
+        What blocks are sent lies where copies did, and no two threads may have the same sums: they would be sent twice.
+        """
+        sent = 4 * self.block_n * replace(self, cluster=True).share * self.splits + 8
+        once = self.block_m >= 2 * self.warps
+        return 1 < self.splits <= MOST_OF_CLUSTER and once and sent <= self.copied(terms)
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) -> Launch:
@@ -66,11 +97,20 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     rows = block_m * terms
     chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
-        splits, stages, block_n, warps, indexed, overlap = measured
-        return Launch(block_m, splits, stages, block_n, warps, chain, indexed, overlap)
+        splits, stages, block_n, warps, indexed, overlap, cluster, registers = measured
+        return Launch(
+            block_m, splits, stages, block_n, warps, chain, indexed, overlap, cluster=cluster, registers=registers
+        )
     blocks = triton.cdiv(n, BLOCK_N)
-    splits = min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP))
-    return Launch(block_m, max(1, splits), _STAGES[rows], chain=chain)
+    splits = max(1, min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP)))
+    registers = registers_for(blocks * splits, 4, multiprocessors)
+    return Launch(block_m, splits, _STAGES[rows], chain=chain, registers=registers)
+
+
+def registers_for(blocks: int, warps: int, multiprocessors: int) -> int:
+    """Return with how many registers of a thread all blocks run at once; 0: with all there are, or not at all."""
+    most = _REGISTERS // (32 * warps * triton.cdiv(blocks, multiprocessors)) // 8 * 8
+    return most if _LEAST_REGISTERS <= most < 255 else 0
 
 
 def _block_m(m: int) -> int:
@@ -81,7 +121,7 @@ def _block_m(m: int) -> int:
 def compiled_for(m: int, n: int, k: int, device: torch.device, terms: int) -> Hashable:
     """Return what the kernel for an [m, n, k] product is compiled for; see `gpu.compiled_for`."""
     launch = _launch(m, n, k, device, terms)
-    return replace(launch, splits=min(launch.splits, 2)), terms
+    return launch if launch.cluster else replace(launch, splits=min(launch.splits, 2)), terms
 
 
 def _launch(m: int, n: int, k: int, device: torch.device, terms: int) -> Launch:
@@ -89,19 +129,23 @@ def _launch(m: int, n: int, k: int, device: torch.device, terms: int) -> Launch:
 
 
 def probe(device: torch.device) -> None:
-    """Run a small product by tables and by indices; raises whatever goes wrong, ArithmeticError if it is that."""
-    ones = torch.ones(1, 128, device=device).to(torch.float8_e4m3fn)
-    packed = torch.full((4, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
-    tables = torch.ones(1, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
+    """Run a small product by tables and by indices, parts of K added up in memory and in a cluster.
+
+    Raises whatever goes wrong, ArithmeticError if it is the result.
+    """
+    ones = torch.ones(1, 256, device=device).to(torch.float8_e4m3fn)
+    packed = torch.full((8, 4 * BLOCK_N), -0x77777778, dtype=torch.int32, device=device)  # the first entry everywhere
+    tables = torch.ones(2, BLOCK_N, 8, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones(BLOCK_N, dtype=torch.float32, device=device)
     index, distinct = (
-        torch.zeros(1, BLOCK_N, dtype=torch.uint8, device=device),
-        tables.expand(4, -1, -1).reshape(256, 8),
+        torch.zeros(2, BLOCK_N, dtype=torch.uint8, device=device),
+        tables.expand(2, -1, -1, -1).reshape(256, 8),
     )
-    for few in ((), (index, distinct)):
-        product = gemm(ones, scale[:1, None], packed, tables, scale, *few)
-        if not bool((product == 128).all()):
-            raise ArithmeticError("1 · 1, 128 times, is not 128")
+    for few, cluster in (((), False), ((index, distinct), True)):
+        launch = Launch(8, 2, cluster=cluster)
+        product = gemm_by(ones, scale[:1, None], packed, tables, scale, *few, launch=launch)
+        if not bool((product == 256).all()):
+            raise ArithmeticError("1 · 1, 256 times, is not 256")
 
 
 def suits(m: int, n: int, k: int) -> bool:
@@ -150,36 +194,50 @@ def gemm_by(
     terms = tokens.shape[0] // m
     if m > (MAX_TOKENS if terms == 1 else MAX_TOKENS_OF_TWO_TERMS):
         raise ValueError(f"M = {m} with {terms} terms is more than a launch takes")
+    if launch.cluster and not launch.clusters(terms):
+        raise ValueError(f"{launch} cannot have clusters")
     if n % launch.block_n:
         raise ValueError(f"N = {n} is not a multiple of {launch.block_n}")
     blocks = n // launch.block_n
-    splits, sums, counters = workspace.split(output, blocks, launch.block_n * launch.block_m, launch.splits)
+    wanted = 1 if launch.cluster else launch.splits
+    splits, sums, counters = workspace.split(output, blocks, launch.block_n * launch.block_m, wanted)
     few = distinct if launch.indexed and index is not None else None
+    arguments = (
+        *(tokens, packed, (tables if few is None else few).view(torch.int64), packed if few is None else index),
+        *(token_scale, channel_scale, output, sums, counters, m, n, k, launch.splits if launch.cluster else splits),
+    )
+    constants = {
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.stages,
+        "TERMS": terms,
+        "CHAIN": launch.chain,
+        "SPLIT": splits > 1,
+        "EARLY": launch.early,
+        "INDEXED": few is not None,
+        "OVERLAP": launch.overlap,
+        "CLUSTER": launch.splits if launch.cluster else 0,
+        "SHARE": launch.share,
+    }
+    options = {"num_warps": launch.warps, "launch_pdl": launch.early, "maxnreg": launch.registers or None}
+    grid = (blocks * splits,)
     with torch.cuda.device(tokens.device):
-        _gemm_kernel[(blocks * splits,)](
-            tokens,
-            packed,
-            (tables if few is None else few).view(torch.int64),
-            packed if few is None else index,
-            token_scale,
-            channel_scale,
-            output,
-            sums,
-            counters,
-            m,
-            n,
-            k,
-            splits,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            STAGES=launch.stages,
-            TERMS=terms,
-            CHAIN=launch.chain,
-            SPLIT=splits > 1,
-            EARLY=launch.early,
-            INDEXED=few is not None,
-            OVERLAP=launch.overlap,
-            num_warps=launch.warps,
-            launch_pdl=launch.early,
-        )
+        if launch.cluster:
+            _launch_clusters(blocks, launch.splits, arguments, constants, options)
+        else:
+            _gemm_kernel[grid](*arguments, **constants, **options)
     return output
+
+
+def _launch_clusters(
+    clusters: int, size: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Launch so many clusters of blocks.
+
+    For Triton, the blocks of a cluster share one program and all its tensors. Here each has its own: the kernel is
+    compiled as for single blocks, and only launched in clusters.
+    """
+    compiled = _gemm_kernel.warmup(*arguments, grid=(clusters,), **constants, **options)
+    warps, _, *rest = compiled.packed_metadata
+    compiled.packed_metadata = (warps, size, *rest)
+    compiled[clusters, 1, 1](*arguments, *constants.values())

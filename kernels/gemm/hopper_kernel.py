@@ -16,11 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.activations.reference import LOW_TERM
+from convert_w4a8.kernels.gemm.cluster_sums import add_in_cluster, barrier
 from convert_w4a8.kernels.gemm.device_code import LOOK_UP
 
 _LOOK_UP = gl.constexpr(LOOK_UP.value)
 _LOW = gl.constexpr(1 / LOW_TERM)
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_barrier = barrier
 
 
 @gluon.constexpr_function
@@ -105,6 +106,73 @@ def _weights(upper, lower, BLOCK_N: gl.constexpr):
     return weights.permute((1, 5, 2, 0, 4, 3, 7, 6)).reshape((BLOCK_N, 128))
 
 
+@gluon.jit
+def _multiply_group(
+    group,
+    groups,
+    SLOT: gl.constexpr,
+    rings,
+    packed_at,
+    tables_at,
+    tables,
+    index_at,
+    tokens_at,
+    is_token,
+    total,
+    product,
+    STAGES: gl.constexpr,
+    CHAIN: gl.constexpr,
+    INDEXED: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    WORDS: gl.constexpr,
+    FRAGMENT: gl.constexpr,
+    BOTH: gl.constexpr,
+    TABLES: gl.constexpr,
+    TABLES_COPY: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
+
+    Return the sums of the groups before the last one, and the product of this one, which the tensor core is still at.
+    """
+    words_ring, tables_ring, token_ring, index_ring = rings
+    SLOTS: gl.constexpr = len(words_ring)
+    FILL: gl.constexpr = (SLOT + STAGES - 1) % SLOTS
+    BLOCK_N: gl.constexpr = tables_ring[0].shape[0]
+    TILES: gl.constexpr = BLOCK_N // 16
+    if not OVERLAP:
+        done = warpgroup_mma_wait(0, deps=(product,))
+        if not CHAIN:
+            total += done
+        product = warpgroup_mma_init(done)
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+    words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
+    both = tables_ring[SLOT].load(BOTH)
+    if INDEXED:
+        tables_at = tables + index_ring[FILL].load(TABLES_COPY)
+    if group + STAGES - 1 < groups:
+        async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
+        async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
+        async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
+    if INDEXED and group + 2 * STAGES - 2 < groups:
+        async_copy.async_copy_global_to_shared(index_ring[(SLOT + 2 * STAGES - 2) % SLOTS], index_at)
+    async_copy.commit_group()
+    if OVERLAP:
+        # Before lookups, since the tensor core reads its operand from the registers that they write.
+        done = warpgroup_mma_wait(0, deps=(product,))
+        if not CHAIN:
+            total += done
+        product = warpgroup_mma_init(done)
+        words = _after(words)
+    first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
+    first = gl.convert_layout(first, TABLES, assert_trivial=True)
+    second = gl.convert_layout(second, TABLES, assert_trivial=True)
+    weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
+    product = warpgroup_mma(weights, token_ring[SLOT].permute((1, 0)), product, use_acc=CHAIN, is_async=True)
+    return total, product
+
+
 @gluon.jit(do_not_specialize=["M", "SPLITS"])
 def _gemm_kernel(
     tokens,
@@ -129,14 +197,17 @@ def _gemm_kernel(
     EARLY: gl.constexpr,
     INDEXED: gl.constexpr,
     OVERLAP: gl.constexpr,
+    CLUSTER: gl.constexpr,
+    SHARE: gl.constexpr,
 ):
     """Multiply.
 
     INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. OVERLAP: the tensor
     core multiplies a group while the next one's words are read, until their lookup; one more group of tokens waits.
+    CLUSTER: so many blocks, which have the parts of K of the same outputs, are a cluster; each adds up what the others
+    send it, for SHARE tokens. 0: sums go through memory.
     """
     WARPS: gl.constexpr = gl.num_warps()
-    TILES: gl.constexpr = BLOCK_N // 16
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
     AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)  # sums of other parts that are read at a time
     ROWS: gl.constexpr = TERMS * BLOCK_M  # of tokens: all first terms, then all second ones
@@ -152,18 +223,26 @@ def _gemm_kernel(
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
-    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    tables_ring = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    if INDEXED:
-        index_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    TOKEN_STAGES: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
-    token_ring = gl.allocate_shared_memory(
-        gl.float8e4nv, [TOKEN_STAGES, ROWS, 128], gl.NVMMASharedLayout(128, 8, rank=2)
-    )
+    # Each buffer by itself: the compiler sees that copies into one have no need to wait for reads of another.
+    SLOTS: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
+    words_ring = ()
+    tables_ring = ()
+    token_ring = ()
+    index_ring = ()
+    for _ in gl.static_range(SLOTS):
+        words_ring += (gl.allocate_shared_memory(gl.int32, [4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])),)
+        tables_ring += (gl.allocate_shared_memory(gl.int64, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
+        token_ring += (gl.allocate_shared_memory(gl.float8e4nv, [ROWS, 128], gl.NVMMASharedLayout(128, 8, rank=2)),)
+        if INDEXED:
+            index_ring += (gl.allocate_shared_memory(gl.uint8, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
 
     blocks = N // BLOCK_N
-    block = gl.program_id(0) % blocks
-    part = gl.program_id(0) // blocks
+    if CLUSTER:
+        block = gl.program_id(0) // CLUSTER
+        part = gl.program_id(0) % CLUSTER
+    else:
+        block = gl.program_id(0) % blocks
+        part = gl.program_id(0) // blocks
     begin = (K // 128 * part) // SPLITS
     groups = (K // 128 * (part + 1)) // SPLITS - begin
 
@@ -188,16 +267,17 @@ def _gemm_kernel(
             firsts += (gl.load(index + of_tables + min(stage, groups - 1) * N + channels_of_tables),)
     for stage in gl.static_range(STAGES - 1):
         if stage < groups:
-            async_copy.async_copy_global_to_shared(words_ring.index(stage), packed_at + stage * 16 * N)
+            async_copy.async_copy_global_to_shared(words_ring[stage], packed_at + stage * 16 * N)
             if not INDEXED:
-                async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables_at + stage * N)
+                async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
         if INDEXED and stage + STAGES - 1 < groups:
-            later = index_ring.index((stage + STAGES - 1) % STAGES)
-            async_copy.async_copy_global_to_shared(later, index_at + (stage + STAGES - 1) * N)
+            async_copy.async_copy_global_to_shared(
+                index_ring[(stage + STAGES - 1) % SLOTS], index_at + (stage + STAGES - 1) * N
+            )
     if INDEXED:
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
-                async_copy.async_copy_global_to_shared(tables_ring.index(stage), tables + firsts[stage])
+                async_copy.async_copy_global_to_shared(tables_ring[stage], tables + firsts[stage])
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))[:, None]
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
     inside = (m < M) & (n < BLOCK_N)
@@ -207,7 +287,7 @@ def _gemm_kernel(
         gdc_wait()
     for stage in gl.static_range(STAGES - 1):
         if stage < groups:
-            async_copy.async_copy_global_to_shared(token_ring.index(stage), tokens_at + stage * 128, mask=is_token)
+            async_copy.async_copy_global_to_shared(token_ring[stage], tokens_at + stage * 128, mask=is_token)
         async_copy.commit_group()
     packed_at += (STAGES - 1) * 16 * N
     tables_at += (STAGES - 1) * N
@@ -216,53 +296,33 @@ def _gemm_kernel(
 
     total = gl.zeros((BLOCK_N, ROWS), gl.float32, PRODUCT)
     product = warpgroup_mma_init(total)
-    slot = 0
-    token_slot = 0
-    for group in range(groups):
-        if not OVERLAP:
-            done = warpgroup_mma_wait(0, deps=(product,))
-            if not CHAIN:
-                total += done
-            product = warpgroup_mma_init(done)
-        async_copy.wait_group(STAGES - 2)
-        fence_async_shared()
-        # All that a lookup needs is read before the next copies start: the compiler keeps the order of reads and
-        # copies, and does not sink reads between lookups that wait for them.
-        words = gl.convert_layout(
-            words_ring.index(slot).load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True
-        )
-        fill = (slot + STAGES - 1) % STAGES
-        both = tables_ring.index(slot).load(BOTH)
-        if INDEXED:
-            tables_at = tables + index_ring.index(fill).load(TABLES_COPY)
-        if group + STAGES - 1 < groups:
-            async_copy.async_copy_global_to_shared(words_ring.index(fill), packed_at)
-            async_copy.async_copy_global_to_shared(tables_ring.index(fill), tables_at)
-            token_fill = (token_slot + STAGES - 1) % TOKEN_STAGES
-            async_copy.async_copy_global_to_shared(token_ring.index(token_fill), tokens_at, mask=is_token)
-        if INDEXED and group + 2 * STAGES - 2 < groups:
-            async_copy.async_copy_global_to_shared(index_ring.index((fill + STAGES - 1) % STAGES), index_at)
-        async_copy.commit_group()
-        packed_at += 16 * N
-        if not INDEXED:
+    for turn in range(groups // SLOTS):
+        for slot in gl.static_range(SLOTS):
+            total, product = _multiply_group(
+                *(turn * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring, index_ring)),
+                *(packed_at, tables_at, tables, index_at, tokens_at, is_token, total, product),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND),
+            )
+            packed_at += 16 * N
             tables_at += N
-        index_at += N
-        tokens_at += 128
-        if OVERLAP:
-            # Before lookups, since the tensor core reads its operand from the registers that they write.
-            done = warpgroup_mma_wait(0, deps=(product,))
-            if not CHAIN:
-                total += done
-            product = warpgroup_mma_init(done)
-            words = _after(words)
-        first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
-        first = gl.convert_layout(first, TABLES, assert_trivial=True)
-        second = gl.convert_layout(second, TABLES, assert_trivial=True)
-        weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
-        x = token_ring.index(token_slot).permute((1, 0))
-        product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
-        slot = (slot + 1) % STAGES
-        token_slot = (token_slot + 1) % TOKEN_STAGES
+            index_at += N
+            tokens_at += 128
+    for slot in gl.static_range(SLOTS - 1):
+        if slot < groups % SLOTS:
+            total, product = _multiply_group(
+                *(groups // SLOTS * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring, index_ring)),
+                *(packed_at, tables_at, tables, index_at, tokens_at, is_token, total, product),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND),
+            )
+            product = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(product,)))  # no product outlasts its branch
+            packed_at += 16 * N
+            tables_at += N
+            index_at += N
+            tokens_at += 128
+    if CLUSTER:
+        all_tokens = m
+        m = part * SHARE + gl.arange(0, SHARE, gl.SliceLayout(0, OUT))[None, :]
+        inside = (m < M) & (n < BLOCK_N)
     scales = gl.load(token_scale + m, mask=m < M, other=0.0)
     done = warpgroup_mma_wait(0, deps=(product,))
     if CHAIN:
@@ -276,7 +336,9 @@ def _gemm_kernel(
         result = gl.convert_layout(total, OUT)
 
     last = True
-    if SPLIT:
+    if CLUSTER:
+        result = add_in_cluster(result, n, all_tokens, part, CLUSTER, SHARE, BLOCK_M)
+    elif SPLIT:
         sums_at = sums + block.to(gl.int64) * (BLOCK_M * BLOCK_N) + (m * BLOCK_N + n)
         stride = blocks.to(gl.int64) * (BLOCK_M * BLOCK_N)
         gl.store(sums_at + part * stride, result, mask=inside)

@@ -384,6 +384,17 @@ COLUMNS: dict[str, Columns] = {
     ),
     "decode": DECODE,
     "decode-h200": DECODE,
+    "decode-parts": (
+        ("N × K", "{n} × {k}"),
+        ("tokens", "{m}"),
+        ("all µs", "{whole_us:.1f}"),
+        ("without sums of parts", "{no_sums_us:.1f}"),
+        ("without lookups", "{no_lookups_us:.1f}"),
+        ("without copies of tokens", "{no_token_copies_us:.1f}"),
+        ("without copies of words", "{no_word_copies_us:.1f}"),
+        ("without any group", "{no_groups_us:.1f}"),
+        ("quantization alone", "{quantization_us:.1f}"),
+    ),
     "layer": (
         ("tokens", "{m}"),
         ("layer µs", "{layer_us:.1f}"),

@@ -220,7 +220,10 @@ def replay(graphs: Sequence[Replayed]) -> Iterator[Row]:
 
 
 def check_indices(kernel: Any, sizes: Sequence[tuple[int, int]], tokens: Sequence[int], terms: int) -> Iterator[Row]:
-    """Compare products by indices of tables with those by the tables of all groups, all ways, to the byte."""
+    """Compare products by indices of tables with those by the tables of all groups, all ways, to the byte.
+
+    And those of parts of K that clusters add up with those of parts that are added up in memory.
+    """
     from tune_gemm import ways  # not every Triton has Gluon
 
     sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -228,7 +231,9 @@ def check_indices(kernel: Any, sizes: Sequence[tuple[int, int]], tokens: Sequenc
         layer, some = Layer.random(n, k, "scale"), Tokens.random(m, k, terms)
         indices = index_tables(layer.tables)
         launch = kernel.choose_launch(m, n, k, sms, terms)
-        launches = [replace(launch, **way) for way in ways(launch.block_m * terms)]
+        launch = replace(launch, splits=min(launch.splits, kernel.MOST_OF_CLUSTER))
+        clusters = (False, True) if launch.clusters(terms) else (False,)
+        launches = [replace(launch, cluster=by, **way) for by in clusters for way in ways(launch.block_m * terms)]
         first, *more = (some.call(partial(kernel.gemm_by, launch=by), layer, *(indices or ())) for by in launches)
         same = indices is not None and all(torch.equal(found, first) for found in more)
         yield {"check": "indices", "m": m, "n": n, "k": k, "again": same}

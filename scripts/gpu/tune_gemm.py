@@ -5,20 +5,25 @@
 A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
 which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
 cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, and
-with products beside reads. The Triton kernel for every GPU is measured beside it.
+with products beside reads, and with as many registers as the compiler takes. The Triton kernel for every GPU is
+measured beside it.
 """
 
 import argparse
+import math
+import multiprocessing
 import re
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime.errors import TritonError
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -37,13 +42,16 @@ SHAPES = (
     *("12288x33792", "14336x12288", "67584x12288", "12288x12288"),  # Command A
     "1536x2048",
 )
-BLOCKS = ((64, 1), (32, 1), (16, 1), (8, 1), (128, 1), (8, 2), (16, 2))
+BLOCKS = ((64, 1), (32, 1), (8, 1), (16, 1), (128, 1), (8, 2), (16, 2))
 """Tokens of a block, and terms of an activation."""
-PER_SM = (0.6, 8)
-"""Blocks of a multiprocessor, at least and at most."""
+PER_SM = (1.4, 8)
+"""Blocks of a multiprocessor, at least and at most, where K is split."""
+SHARED = 227 * 1024
+"""Bytes of shared memory of a multiprocessor; a block takes 1 KiB more than its own."""
+THREADS = 2048
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
-STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 5, 6), 64: (3, 4, 5, 6), 128: (3, 4)}
-WIDTHS = ((64, 4), (128, 4), (128, 8))
+STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
+WIDTHS = ((64, 4), (128, 4))
 """Output channels and warps of a block."""
 OVERLAPPED = (32, 64)
 """Rows of tokens for which products beside reads are tried."""
@@ -51,6 +59,10 @@ FINALISTS = 3
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
 TABLE = Path(hopper.__file__).with_name("tuned.py")
+
+REPLAYS = 21
+LAUNCH = ("splits", "stages", "block_n", "warps", "indexed", "overlap", "cluster", "registers")
+"""What the table says of a launch, in its order."""
 
 Gemm = Callable[..., torch.Tensor]
 
@@ -65,19 +77,25 @@ def pairs(layers: Layers, x: torch.Tensor, terms: int, gemm: Gemm) -> list[Call]
 
 
 def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
-    """Return the ways of cutting that are worth a try."""
+    """Return the ways of cutting that are worth a try: parts of K that all run at once; by tables of all groups."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
+    rows = block_m * terms
     chain = hopper.choose_launch(block_m, n, k, sms, terms).chain
     found = []
-    for width, warps in WIDTHS:
-        least, most = (per * sms * width / n for per in PER_SM)
-        splits = [s for s in SPLITS if s == 1 or (least <= s <= most and s <= k // gpu.GROUP)]
-        found += [
-            hopper.Launch(block_m, s, stages, width, warps, chain)
-            for s in splits
-            for stages in STAGES[block_m * terms]
-            if n % width == 0
-        ]
+    for (width, warps), stages in product(WIDTHS, STAGES[rows]):
+        shared = hopper.Launch(block_m, 1, stages, width, warps).copied(terms)
+        if n % width or shared > SHARED - 1024:
+            continue
+        fit = min(SHARED // (shared + 1024), THREADS // (32 * warps), PER_SM[1])
+        for splits in SPLITS:
+            blocks = n // width * splits
+            if splits > 1 and not (PER_SM[0] * sms <= blocks <= fit * sms and splits <= k // gpu.GROUP):
+                continue
+            registers = hopper.registers_for(blocks, warps, sms)
+            launch = hopper.Launch(block_m, splits, stages, width, warps, chain, indexed=False, registers=registers)
+            found.append(launch)
+            if launch.clusters(terms):
+                found.append(replace(launch, cluster=True))
     return found
 
 
@@ -87,43 +105,72 @@ def ways(rows: int) -> list[dict[str, bool]]:
     return [{"indexed": indexed, "overlap": overlap} for indexed in (False, True) for overlap in overlaps]
 
 
-def tune(layers: Layers, block_m: int, terms: int) -> dict[str, Any]:
-    """Return the best way of cutting one size, and the times of it, of the rule's choice and of the Triton kernel."""
-    x = torch.randn(block_m, layers.k, device="cuda", dtype=torch.bfloat16)
+@dataclass
+class Size:
+    """One size, and the times that were measured for it: of every way of cutting, and again of the best."""
 
-    def time(launch: hopper.Launch, replays: int = 21) -> float:
-        return microseconds(pairs(layers, x, terms, partial(hopper.gemm_by, launch=launch)), 12, replays)
+    layers: Layers
+    block_m: int
+    terms: int
+    tried: list[tuple[float, hopper.Launch]] = field(default_factory=list)
+    again: list[tuple[float, hopper.Launch]] = field(default_factory=list)
 
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    tuned.LAUNCHES.clear()
-    rule = hopper.choose_launch(block_m, layers.n, layers.k, sms, terms)
-    tried = [(time(launch, 6), launch) for launch in candidates(block_m, terms, layers.n, layers.k)]
-    tried.sort(key=lambda found: found[0])
-    chosen = [replace(launch, **way) for _, launch in tried[:FINALISTS] for way in ways(block_m * terms)]
-    again = [(time(launch), launch) for launch in chosen]
-    best_us, best = min(again, key=lambda found: found[0])
-    row = {"n": layers.n, "k": layers.k, "m": block_m, "terms": terms, "us": best_us}
-    row |= {
-        "splits": best.splits,
-        "stages": best.stages,
-        "block_n": best.block_n,
-        "indexed": best.indexed,
-        "warps": best.warps,
-        "overlap": best.overlap,
-    }
-    row |= {
-        f"us_{width}": min(us for us, by in tried if by.block_n == width) for width in {by.block_n for _, by in tried}
-    }
-    row |= {
-        "tables_us": min(us for us, by in again if not by.indexed),
-        "index_us": min(us for us, by in again if by.indexed),
-    }
-    if block_m * terms in OVERLAPPED:
-        row |= {"overlap_us": min(us for us, by in again if by.overlap)}
-    row |= {"rule_us": time(rule)}
-    if terms == 1:
-        row["triton_us"] = microseconds(pairs(layers, x, terms, triton_gemm), 12, 21)
-    return row
+    def launches(self) -> list[hopper.Launch]:
+        """Return the ways of cutting that are worth a try."""
+        return candidates(self.block_m, self.terms, self.layers.n, self.layers.k)
+
+    def finalists(self) -> list[hopper.Launch]:
+        """Return the best ways of cutting, in all other ways."""
+        best = [launch for _, launch in sorted(self.tried, key=lambda found: found[0])[:FINALISTS]]
+        otherwise = [replace(launch, **way) for launch in best for way in ways(self.block_m * self.terms)]
+        return otherwise + [replace(launch, registers=0) for launch in best if launch.registers]
+
+    def rule(self) -> hopper.Launch:
+        """Return what is chosen without a table."""
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        return hopper.choose_launch(self.block_m, self.layers.n, self.layers.k, sms, self.terms)
+
+    def time(self, launch: hopper.Launch, replays: int) -> tuple[float, hopper.Launch]:
+        """Return the time of a quantization and a product, and how it was cut; infinite where that fails."""
+        try:
+            calls = pairs(self.layers, self.activations(), self.terms, partial(hopper.gemm_by, launch=launch))
+            return microseconds(calls, 12, replays), launch
+        except (RuntimeError, TritonError) as error:
+            print(f"{self.name()} {launch}: {str(error).splitlines()[0]}", flush=True)
+            return math.inf, launch
+
+    def activations(self) -> torch.Tensor:
+        """Return random activations."""
+        return torch.randn(self.block_m, self.layers.k, device="cuda", dtype=torch.bfloat16)
+
+    def name(self) -> str:
+        """Return what is printed of it."""
+        return f"{self.layers.n}x{self.layers.k} M={self.block_m} terms={self.terms}"
+
+    def row(self) -> dict[str, Any]:
+        """Return the best way of cutting, and the times of it, of the rule's choice and of the Triton kernel."""
+        best_us, best = min(self.again, key=lambda found: found[0])
+        row: dict[str, Any] = {
+            "n": self.layers.n,
+            "k": self.layers.k,
+            "m": self.block_m,
+            "terms": self.terms,
+            "us": best_us,
+        }
+        row |= {name: getattr(best, name) for name in LAUNCH}
+        row |= {f"us_{width}": _best(self.tried, block_n=width) for width in {by.block_n for _, by in self.tried}}
+        row |= {"memory_us": _best(self.tried, cluster=False), "cluster_us": _best(self.tried, cluster=True)}
+        row |= {"tables_us": _best(self.again, indexed=False), "index_us": _best(self.again, indexed=True)}
+        row |= {"overlap_us": _best(self.again, overlap=True)} | {"rule_us": self.time(self.rule(), REPLAYS)[0]}
+        if self.terms == 1:
+            row["triton_us"] = microseconds(pairs(self.layers, self.activations(), 1, triton_gemm), 12, REPLAYS)
+        return {name: value for name, value in row.items() if value is not None}
+
+
+def _best(timed: list[tuple[float, hopper.Launch]], **how: Any) -> float | None:
+    """Return the least time of launches that are so; None where there is none."""
+    found = (us for us, by in timed if all(getattr(by, name) == value for name, value in how.items()))
+    return min(found, default=None)
 
 
 def triton_gemm(*arguments: torch.Tensor) -> torch.Tensor:
@@ -144,7 +191,7 @@ def write(rows: list[dict[str, Any]]) -> None:
         other = row["triton_us"] if row["m"] > hopper.ALWAYS else GAIN * row["rule_us"]
         if row["us"] < other:
             key = (row["n"], row["k"], row["m"], row["terms"])
-            kept[key] = "({splits}, {stages}, {block_n}, {warps}, {indexed}, {overlap})".format(**row)
+            kept[key] = f"({', '.join(str(row[name]) for name in LAUNCH)})"
     shapes = list(dict.fromkeys([tuple(map(int, shape.split("x"))) for shape in SHAPES] + [key[:2] for key in kept]))
     text = "".join(
         f"    {key}: {kept[key]},\n" for key in sorted(kept, key=lambda key: (shapes.index(key[:2]), key[3], key[2]))
@@ -152,55 +199,63 @@ def write(rows: list[dict[str, Any]]) -> None:
     TABLE.write_text(head + "LAUNCHES: " + old.partition("{\n")[0] + "{\n" + text + "}" + old.partition("\n}")[2])
 
 
-def warm(shard: int, shards: int) -> None:
-    """Compile a share of the variants, so that several processes fill Triton's cache together."""
-    layers = Layers(256, 512, 1)
-    launches = [
-        (hopper.Launch(block_m, splits, stages, n, warps, block_m * terms >= 64, **way), terms)
-        for block_m, terms in BLOCKS
-        for stages in STAGES[block_m * terms]
-        for n, warps in WIDTHS
-        for way in ways(block_m * terms)
-        for splits in (1, 2)
-    ]
-    for launch, terms in launches[shard::shards]:
-        tokens = activations.quantize(torch.ones(launch.block_m, 512, device="cuda", dtype=torch.bfloat16), terms)
-        weights = (layers.packed[0], layers.tables[0], layers.channel, layers.index[0], layers.distinct)
+def compile_one(launch: hopper.Launch, terms: int) -> None:
+    """Compile a kernel, in a process of its own, which leaves it in Triton's cache."""
+    layers = _small()
+    tokens = activations.quantize(torch.ones(launch.block_m, layers.k, device="cuda", dtype=torch.bfloat16), terms)
+    weights = (layers.packed[0], layers.tables[0], layers.channel, layers.index[0], layers.distinct)
+    try:
         hopper.gemm_by(*tokens, *weights, launch=launch)
+        torch.cuda.synchronize()
+    except (RuntimeError, TritonError) as error:
+        print(f"{launch}: {str(error).splitlines()[0]}", flush=True)
+
+
+@cache
+def _small() -> Layers:
+    workspace.prepare(torch.device("cuda", 0))
+    return Layers(256, 2048, 1)
+
+
+def compile_all(pool: Executor, launches: Iterable[tuple[hopper.Launch, int]]) -> None:
+    """Compile kernels side by side."""
+    different = {(by if by.cluster else replace(by, splits=min(by.splits, 2)), terms) for by, terms in launches}
+    list(pool.map(compile_one, *zip(*different, strict=True)))
 
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", type=int, help="tokens of a block times terms (default: all)")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--processes", type=int, default=8, help="that compile (default: %(default)s)")
-    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         parser.error("a Hopper GPU is needed")
     workspace.prepare(torch.device("cuda", 0))
-    if args.warm is not None:
-        warm(args.warm, args.processes)
-        return
-    command = [sys.executable, __file__, "--processes", str(args.processes), "--warm"]
-    for process in [subprocess.Popen([*command, str(i)]) for i in range(args.processes)]:
-        process.wait()
     torch.manual_seed(0)
+    tuned.LAUNCHES.clear()
+    all_layers = [Layers(*map(int, shape.split("x"))) for shape in args.shapes]
+    blocks = [(m, terms) for m, terms in BLOCKS if args.rows is None or m * terms in args.rows]
     rows: list[dict[str, Any]] = []
-    for shape in args.shapes:
-        layers = Layers(*map(int, shape.split("x")))
-        for block_m, terms in BLOCKS:
-            rows.append(row := tune(layers, block_m, terms))
-            print(*(f"{name} {value:.2f}" if name.endswith("us") else f"{name} {value}" for name, value in row.items()))
-        sys.stdout.flush()
-        del layers
-        torch.cuda.empty_cache()
-        if args.write:
-            write(rows)
     question = "How is the decode GEMM for Hopper best cut, by the size of a layer and the number of tokens?"
-    print(line(save(args, question, rows)))
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        for block_m, terms in blocks:
+            sizes = [Size(layers, block_m, terms) for layers in all_layers]
+            compile_all(pool, [(launch, terms) for size in sizes for launch in [*size.launches(), size.rule()]])
+            for size in sizes:
+                size.tried = [size.time(launch, 6) for launch in size.launches()]
+            compile_all(pool, [(launch, terms) for size in sizes for launch in size.finalists()])
+            for size in sizes:
+                size.again = [size.time(launch, REPLAYS) for launch in size.finalists()]
+                rows.append(row := size.row())
+                print(" ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+            document = save(args, question, rows)
+            if args.write:
+                write(rows)
+    print(line(document))
 
 
 if __name__ == "__main__":

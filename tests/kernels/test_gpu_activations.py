@@ -98,13 +98,16 @@ def test_decode_kernels_compile_for_hopper() -> None:
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [dict(part.split("=") for part in line.split()) for line in done.stdout.splitlines()]
-    assert len(lines) == 11
+    assert len(lines) == 12
     for counts in lines:
         tiles = int(counts["tiles"])
         assert (counts["HMMA"], counts["LDL"], counts["STL"]) == ("0", "0", "0")
-        assert int(counts["QGMMA"]) >= 4 * tiles
-        assert 48 * tiles <= int(counts["PRMT"]) <= 64 * tiles
+        groups = int(counts["QGMMA"]) // (4 * tiles)  # as many as the loop and what follows it have
+        assert groups >= 1
+        assert 48 * tiles * groups <= int(counts["PRMT"]) <= 64 * tiles * groups
         assert counts["OVERWRITTEN"] == "0"
         assert int(counts["ACQBULK"]) >= 1
         assert counts["PREEXIT"] == "1"
         assert int(counts["FENCE"]) >= 1  # Triton 3.7 has one of its own besides
+        assert int(counts["UCGABAR_ARV"]) == int(int(counts["cluster"]) > 0)
+        assert (int(counts["STAS"]) > 0) == (int(counts["cluster"]) > 0)

@@ -19,12 +19,21 @@ def assert_possible(launch: "hopper.Launch", m: int, n: int, k: int, terms: int)
     assert launch.stages >= 2
     tokens = 128 * launch.block_m * terms
     assert launch.stages * (tokens + 73 * launch.block_n) + launch.overlap * tokens <= SHARED
+    if launch.cluster:  # sums take the place of copies
+        assert launch.clusters(terms)
+        assert launch.share * launch.splits >= launch.block_m
 
 
 def test_launches_that_were_measured() -> None:
     """Of the table: its keys say the tokens of a block."""
     for n, k, block_m, terms in hopper.LAUNCHES:
         assert_possible(hopper.choose_launch(block_m, n, k, 132, terms), block_m, n, k, terms)
+
+
+def test_no_sums_are_sent_twice() -> None:
+    """Eight warps have room for 16 tokens: of eight tokens, two warps would have the same."""
+    assert hopper.Launch(8, 4, warps=4).clusters(1)
+    assert not hopper.Launch(8, 4, block_n=128, warps=8).clusters(1)
 
 
 @given(

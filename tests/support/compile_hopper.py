@@ -14,15 +14,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from convert_w4a8.kernels.gemm import hopper, hopper_kernel
 
-INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FENCE")
-"""The last three: wait for the kernel before, let the one behind begin, show copies to the tensor core."""
+INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FENCE", "UCGABAR_ARV", "STAS")
+"""The last five: wait for the kernel before, let the one behind begin, show copies to the tensor core, arrive where the
+blocks of a cluster meet, and send sums to another one."""
 
 FORMS = (
-    *((1, 1, 64, 4, True), (8, 1, 64, 4, False), (16, 1, 64, 4, True), (32, 1, 64, 4, True), (32, 1, 128, 4, False)),
-    *((64, 1, 64, 4, False), (64, 1, 128, 8, True), (64, 1, 128, 4, True), (128, 1, 128, 8, False)),
-    *((8, 2, 64, 4, True), (32, 2, 64, 4, False)),
+    *((1, 1, 64, 4, True, 0), (8, 1, 64, 4, False, 8), (16, 1, 64, 4, True, 3), (32, 1, 64, 4, True, 0)),
+    *((32, 1, 128, 4, False, 5), (64, 1, 64, 4, False, 4), (64, 1, 128, 8, True, 0), (64, 1, 128, 4, False, 8)),
+    *((128, 1, 128, 8, False, 0), (8, 2, 64, 4, True, 2), (32, 2, 64, 4, False, 0)),
 )
-"""Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables."""
+"""Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables, and the blocks
+of a cluster: 0 for none."""
 
 
 def overwritten(code: str) -> list[str]:
@@ -49,7 +51,7 @@ def overwritten(code: str) -> list[str]:
     return found
 
 
-for tokens, terms, width, warps, indexed in FORMS:
+for tokens, terms, width, warps, indexed, cluster in FORMS:
     launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
     constants = {
         "BLOCK_M": launch.block_m,
@@ -57,10 +59,12 @@ for tokens, terms, width, warps, indexed in FORMS:
         "STAGES": launch.stages,
         "TERMS": terms,
         "CHAIN": launch.chain,
-        "SPLIT": True,
+        "SPLIT": cluster == 0,
         "EARLY": True,
         "INDEXED": indexed,
         "OVERLAP": indexed,
+        "CLUSTER": cluster,
+        "SHARE": triton.next_power_of_2(triton.cdiv(launch.block_m, cluster)) if cluster else 0,
     }
     source = GluonASTSource(hopper_kernel._gemm_kernel, *arguments(hopper_kernel._gemm_kernel.arg_names, constants))
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
@@ -68,4 +72,4 @@ for tokens, terms, width, warps, indexed in FORMS:
     words = Counter(re.findall(r"\w+", code))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
     counts.append(f"OVERWRITTEN={len(overwritten(code))}")
-    print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps}")  # noqa: T201
+    print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps} cluster={cluster}")  # noqa: T201
