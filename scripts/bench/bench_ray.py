@@ -145,14 +145,15 @@ def finished(out: Path) -> int:
 
 
 @contextmanager
-def cluster(*cpus: int) -> Iterator[Any]:
-    """Start a head without work and nodes with so many CPUs each."""
+def cluster(*cpus: int, head_cpus: int = 0) -> Iterator[Any]:
+    """Start a head, by default without work, and nodes with so many CPUs each. Commands here are on the head's node."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    head = {"num_cpus": head_cpus, "object_store_memory": 80 << 20, "include_dashboard": False}
+    head |= {"memory": 8 << 30} if head_cpus else {}
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for count in cpus:
@@ -336,13 +337,11 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
         runs: dict[str, list[Outcome]] = {"without": [], "local": [], "running": []}
         cores = len(os.sched_getaffinity(0))
         options = ("--max-shard-size", args.shard_size, "--workers", min(4, cores))
-        with cluster(cores) as made:
-            for _ in range(args.rounds):
-                for name, more in (
-                    ("without", ()),
-                    ("local", ("--ray",)),
-                    ("running", ("--ray", made.address)),
-                ):
+        with cluster(head_cpus=cores) as made:
+            kinds = [("without", ()), ("local", ("--ray",)), ("running", ("--ray", made.address))]
+            for round_ in range(-args.warm_up, args.rounds):
+                for number in range(len(kinds)):
+                    name, more = kinds[(number + round_) % len(kinds)]  # each comes first, second and last in turn
                     time.sleep(args.rest)
                     outcome = convert(source, root / "out", "--quiet", *options, *more)
                     shutil.rmtree(root / "out")
@@ -354,8 +353,10 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
                         file=sys.stderr,
                         flush=True,
                     )
-                    runs[name].append(outcome)
-                _save_overhead(args, kind, cores, runs, before)
+                    if round_ >= 0:
+                        runs[name].append(outcome)
+                if round_ >= 0:
+                    _save_overhead(args, kind, cores, runs, before)
         shutil.rmtree(source)
 
 
@@ -377,6 +378,7 @@ def _save_overhead(
                 "more": walls[name] / walls["without"] - 1 if name != "without" else None,
                 "driver_mib": statistics.median(run.driver_mib for run in runs[name]),
                 "walls": [run.seconds for run in runs[name]],
+                "cpu_seconds": [run.cpu_seconds for run in runs[name]],
             }
         )
     question = "How much longer does it take on Ray, with as many cores?"
@@ -538,6 +540,7 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", default=["gptq", "awq-zp"], help="its formats, for overhead")
     parser.add_argument("--runs", type=int, default=30, help="kills")
     parser.add_argument("--rounds", type=int, default=2, help="of overhead")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds of overhead that are not counted")
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
     parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")
