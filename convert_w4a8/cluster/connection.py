@@ -1,9 +1,9 @@
 """A Ray cluster, or a local Ray that lives as long as a command: its nodes, and whether they can do our work."""
 
 import contextlib
-import math
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +29,7 @@ _GREETING_SECONDS = 120.0
 _NOTED = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where Ray notes the address of a cluster on this machine
 _ANSWER_SECONDS = 10.0
 _START = "start the cluster (`ray start`), or give the host:port of its head"
+_FREE = "free memory and /dev/shm"
 MOST_THREADS = 4
 """Threads of a task, at most, unless somebody asks for more; so many CPUs are one process of a node."""
 _NOTICE_SECONDS = 40.0
@@ -80,16 +81,16 @@ def connect(address: str) -> Iterator["Cluster"]:
             local = stack.enter_context(LocalRay())
             if cores() > MOST_THREADS:
                 local.begin()
-            yield LocalCluster(lambda: stack.enter_context(_connection(local.address())))
+            yield LocalCluster(lambda: stack.enter_context(_connection(local.address(), f"--ray {LOCAL}", _FREE)))
         else:
             load_ray()
             _check_answers(address)
-            yield Cluster(stack.enter_context(_connection(address)))
+            yield Cluster(stack.enter_context(_connection(address, f"--ray {address}", _START)))
 
 
 @contextmanager
-def _connection(address: str) -> Iterator[Any]:
-    """Connect to a cluster, and yield Ray, which is silent meanwhile.
+def _connection(address: str, subject: str, remedy: str) -> Iterator[Any]:
+    """Connect to a cluster, and yield Ray, which is silent meanwhile. subject, remedy: for what is said if that fails.
 
     Raises:
         ConvertError: that fails.
@@ -105,7 +106,7 @@ def _connection(address: str) -> Iterator[Any]:
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
-            raise ConvertError(f"--ray {address}", f"cannot be reached ({one_line(error)})", _START) from error
+            raise ConvertError(subject, f"cannot be reached ({one_line(error)})", remedy) from error
         try:
             yield ray
         finally:
@@ -329,7 +330,7 @@ class LocalCluster(Cluster):
             return self.nodes()
         import torch  # noqa: PLC0415
 
-        return [Node("", LOCAL, cores(), torch.cuda.device_count(), math.inf)]
+        return [Node("", LOCAL, cores(), torch.cuda.device_count(), sys.maxsize)]
 
     def name(self, _node_id: str) -> str:
         """Return what the node is called."""

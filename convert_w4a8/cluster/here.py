@@ -18,16 +18,14 @@ class Here:
     """Carries out a task at a time, in a thread, with CPUs and memory that Ray gives to nobody else meanwhile.
 
     A Ray that this process started gives its CPUs to nobody before the first task of ours is sent to it: so the work
-    may begin before it has. cpus, memory (bytes): of each task, at most.
+    may begin before it has. cpus, memory (bytes): of each task, at most. node: the id of its node.
     """
 
-    def __init__(self, cluster: Cluster, cpus: int, memory: int) -> None:
-        self.cpus, self.memory = cpus, memory
+    def __init__(self, cluster: Cluster, cpus: int, memory: int, node: str) -> None:
+        self.cpus, self.memory, self.node = cpus, memory, node
         self._cluster = cluster
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="here")
         self._give_back: Callable[[], None] | None = None
-        self.node = ""
-        """The id of its node, once `hold` was called."""
 
     @classmethod
     def on(cls, cluster: Cluster, cpus: int, memory: int) -> "Here | None":
@@ -36,7 +34,7 @@ class Here:
         number = nodes[0].id if cluster.is_local else cluster.node_id()
         if not any(node.id == number and node.has(cpus, 0, memory) for node in nodes):
             return None
-        here = cls(cluster, cpus, memory)
+        here = cls(cluster, cpus, memory, number)
         return here if cluster.is_local or here._take(_ASK_SECONDS) else None
 
     def places_beside(self, nodes: Sequence[Node], cpus: int) -> int:

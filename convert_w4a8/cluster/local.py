@@ -30,6 +30,8 @@ _SETTINGS = {
     "RAY_raylet_client_connect_timeout_milliseconds": "50",  # it waits so long, and tries again
     "RAY_raylet_client_num_connect_attempts": "200",
 }
+_AUTH = "RAY_AUTH_MODE"
+"""Whether Ray wants a token, which it keeps in the home directory; of one that it starts, it does by default."""
 _END_SECONDS = 10.0
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -80,8 +82,12 @@ class LocalRay:
             line = self._process.stdout.readline()
             said = {"problem": "its first process ended"} if not line else _said(line)
             if "problem" in said:
-                raise ConvertError("--ray", f"cannot be started ({said['problem']})", "free memory and /dev/shm")
+                raise ConvertError("--ray local", f"cannot be started ({said['problem']})", "free memory and /dev/shm")
             self._address = said.get("address")
+            if said.get("auth"):
+                os.environ.setdefault(_AUTH, said["auth"])
+                if "ray" in sys.modules:  # it has read its environment
+                    sys.modules["ray"]._raylet.Config.initialize("")  # noqa: SLF001 - as Ray does, where it starts one
         return self._address
 
 
@@ -150,7 +156,7 @@ def main() -> None:
         ray = load_ray()
         with muted(ray), lean(ray) as keywords:
             ray.init(address="local", log_to_driver=False, configure_logging=False, **keywords)
-        said = {"address": ray.get_runtime_context().gcs_address}
+        said = {"address": ray.get_runtime_context().gcs_address, "auth": os.environ.get(_AUTH, "")}
     except Exception as error:  # noqa: BLE001 - whatever it is, the command says it
         said = {"problem": one_line(error)}
     with suppress(OSError):

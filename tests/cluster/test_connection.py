@@ -9,8 +9,9 @@ import pytest
 from failing_import import fail_import
 
 from convert_w4a8.cluster import connection
-from convert_w4a8.cluster.connection import connect, load_ray
+from convert_w4a8.cluster.connection import connect
 from convert_w4a8.cluster.local import lean
+from convert_w4a8.cluster.quiet import load_ray
 from convert_w4a8.errors import ConvertError
 
 

@@ -19,7 +19,8 @@ import torch
 from paths import ROOT
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.cluster.connection import connect, load_ray
+from convert_w4a8.cluster.connection import connect
+from convert_w4a8.cluster.quiet import load_ray
 from convert_w4a8.cluster.shards import ShardsOnCluster, gpu_of_task
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.run import carry_out
