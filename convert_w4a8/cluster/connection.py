@@ -330,7 +330,9 @@ class LocalCluster(Cluster):
             return self.nodes()
         import torch  # noqa: PLC0415
 
-        return [Node("", LOCAL, cores(), torch.cuda.device_count(), sys.maxsize)]
+        from convert_w4a8.conversion.memory import available_memory  # noqa: PLC0415
+
+        return [Node("", LOCAL, cores(), torch.cuda.device_count(), available_memory() or sys.maxsize)]
 
     def name(self, _node_id: str) -> str:
         """Return what the node is called."""

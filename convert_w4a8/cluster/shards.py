@@ -59,7 +59,7 @@ class ShardsOnCluster:
     @property
     def device_type(self) -> str:
         """The type of the device that tasks take, as nodes are now: cpu or cuda."""
-        return self._device_on(self._cluster.nodes())[0]
+        return self._device_on(self._cluster.expected_nodes())[0]
 
     def kind_of_device(self) -> str:
         """Return the kind of device that all tasks run on from now on, as `devices.kind_of` calls it.
@@ -132,7 +132,7 @@ class ShardsOnCluster:
                         if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
                             raise ClusterError(str(path), "is not here what the node wrote", "look at the file system")
                         path.replace(writer.directory / call.name)
-                    writer.note(call.name, result.pieces, result.layers, result.infinities)
+                    writer.note_later(call.name, result.pieces, result.layers, result.infinities)
                     bars.finish(call.name)
 
     def _check(self, tasks: Sequence[ShardTask], directory: Path) -> None:

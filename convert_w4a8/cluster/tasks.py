@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 from convert_w4a8.cluster.connection import SEES_ALL_GPUS, Cluster, Node
@@ -113,7 +113,7 @@ class Runner:
                     self._begin(waiting.popleft(), running)
                 ready = self._wait(running)
                 now = time.monotonic()
-                if not ready or now - polled_at >= _POLL_SECONDS:
+                if now - polled_at >= _POLL_SECONDS:
                     polled_at = now
                     self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
                 for reference in ready:
@@ -149,10 +149,6 @@ class Runner:
     @property
     def _ray(self) -> Any:
         return self._cluster.ray
-
-    @cached_property
-    def _remote(self) -> Any:
-        return self._ray.remote(max_retries=0)(_entry())
 
     def _window(self, nodes: Sequence[Node], cpus: int) -> int:
         """Return how many attempts may be under way: two a place, so that no place is idle between them.
@@ -208,7 +204,7 @@ class Runner:
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
             options["runtime_env"] = SEES_ALL_GPUS
-        remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
+        remote = _remote(self._ray).options(**options, scheduling_strategy=strategy, name=task.name)
         reference = remote.remote(__version__, payload)
         state.running[reference] = number
         running[reference] = state
@@ -320,6 +316,12 @@ def _value(answer: dict[str, Any]) -> Any:
     for note in (*answer["notes"], f"on node {answer['node']}"):
         error.add_note(note)
     raise error
+
+
+@lru_cache(1)
+def _remote(ray: Any) -> Any:
+    """Return what Ray sends to nodes; once, for it keeps each that it is given."""
+    return ray.remote(max_retries=0)(_entry())
 
 
 def _entry() -> Callable[[str, bytes], dict[str, Any]]:

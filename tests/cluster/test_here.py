@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray_nodes
 from checkpoint_edits import write_case
-from ray_stand_in import GB, LOST, Dropped, StandIn, task
+from ray_stand_in import GB, LOST, Dropped, Held, task
 
 from convert_w4a8.api import convert
 from convert_w4a8.cluster import connection
@@ -27,24 +27,6 @@ from convert_w4a8.options import Options
 
 NODE = Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB)
 SMALL = 400_000
-
-
-class Held(StandIn):
-    """A stand-in whose CPUs are free or not; what happens is kept in order."""
-
-    def __init__(self, *arguments: Any, free: bool = True, local: bool = False) -> None:
-        super().__init__(*arguments)
-        self.free, self.is_local = free, local
-        self.happened: list[Any] = []
-
-    def node_id(self) -> str:
-        """Do as a cluster does."""
-        return NODE.id
-
-    def reserve(self, cpus: int, memory: int, _seconds: int) -> Callable[[], None] | None:
-        """Do as a cluster does."""
-        self.happened.append(("reserved", cpus, memory))
-        return (lambda: self.happened.append("given back")) if self.free else None
 
 
 def ours(name: str, function: Callable[..., Any], **keywords: Any) -> Task:

@@ -145,6 +145,17 @@ def doubled(name: str, value: torch.Tensor, parent: int) -> torch.Tensor:
     return 2 * value
 
 
+def long_elsewhere(name: str, parent: int) -> str:
+    """Take long elsewhere, and refuse here, when it is begun there."""
+    if os.getpid() != parent:
+        mark(f"long-{name}")
+        time.sleep(20)
+        return name
+    while not marks("long-"):
+        time.sleep(0.05)
+    raise ConvertError(name, "is refused", "give another one")
+
+
 def gpu_for_a_while() -> tuple[str, str, int]:
     """Return the device that a task takes, the GPUs that its process sees, and the process."""
     time.sleep(0.3)

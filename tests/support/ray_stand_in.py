@@ -96,3 +96,32 @@ class Dropped(list[tuple[str, int]]):
     def __call__(self, dropped: Task, number: int) -> None:
         """Drop one."""
         self.append((dropped.name, number))
+
+
+class Held(StandIn):
+    """A stand-in whose CPUs are free or not; what happens is kept in order. here: the id of this process's node."""
+
+    def __init__(
+        self,
+        outcomes: Sequence[Any],
+        nodes: Sequence[Node] = (Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB),),
+        *,
+        here: str = "a" * 9,
+        free: bool = True,
+        local: bool = False,
+    ) -> None:
+        super().__init__(outcomes, nodes)
+        self.here, self.free, self.is_local = here, free, local
+        self.happened: list[Any] = []
+
+    def node_id(self) -> str:
+        """Do as a cluster does."""
+        return self.here
+
+    def check_versions(self) -> None:
+        """Do as a cluster does."""
+
+    def reserve(self, cpus: int, memory: int, _seconds: int) -> Callable[[], None] | None:
+        """Do as a cluster does."""
+        self.happened.append(("reserved", cpus, memory))
+        return (lambda: self.happened.append("given back")) if self.free else None
