@@ -134,6 +134,7 @@ class ShardsOnCluster:
                         path.replace(writer.directory / call.name)
                     writer.note_later(call.name, result.pieces, result.layers, result.infinities)
                     bars.finish(call.name)
+            writer.wait()
 
     def _check(self, tasks: Sequence[ShardTask], directory: Path) -> None:
         """Check that all nodes have this version, see the inputs as we do, and can write into a directory."""
