@@ -43,8 +43,8 @@ class CallsOnCluster:
         self._cluster, self._kind = cluster, ShardsOnCluster(cluster, device=device).kind_of_device()
         self._gpus = 0 if self._kind == "cpu" else 1
         nodes = cluster.expected_nodes()
-        self._cpus = threads_of(nodes, None)
         self._here = None if self._gpus else Here.on(cluster, torch.get_num_threads(), PROCESS_BYTES)
+        self._cpus = threads_of(nodes if self._here is None else self._here.beside(nodes), None)
         self.device = device_here(cluster.hold_gpu() if self._gpus else "cpu", self._kind)
 
     def _slots(self) -> int:

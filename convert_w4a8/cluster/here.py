@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from convert_w4a8.cluster.connection import Cluster, Node
@@ -37,14 +38,18 @@ class Here:
         here = cls(cluster, cpus, memory, number)
         return here if cluster.is_local or here._take(_ASK_SECONDS) else None
 
+    def beside(self, nodes: Sequence[Node]) -> list[Node]:
+        """Return nodes with what this process leaves of its own one."""
+        return [
+            replace(node, cpus=node.cpus - self.cpus, memory=node.memory - self.memory)
+            if node.id == self.node
+            else node
+            for node in nodes
+        ]
+
     def places_beside(self, nodes: Sequence[Node], cpus: int) -> int:
         """Return how many tasks nodes can carry out beside this process, of so many CPUs each and as much memory."""
-        found = 0
-        for node in nodes:
-            ours = node.id == self.node
-            free_cpus, free_memory = (node.cpus - self.cpus * ours, node.memory - self.memory * ours)
-            found += int(min(free_cpus // cpus, free_memory // self.memory))
-        return found
+        return sum(int(min(node.cpus // cpus, node.memory // self.memory)) for node in self.beside(nodes))
 
     def _take(self, seconds: int) -> bool:
         self.node = self._cluster.node_id()

@@ -80,7 +80,13 @@ def test_an_error_here_does_not_wait_for_others(nodes: Nodes) -> None:
 
 @pytest.mark.parametrize(
     ("cpus", "local", "slots", "reserved"),
-    [((4,), False, 0, True), ((4,), True, 0, False), ((4, 8), False, 2, True), ((8,), True, 1, True)],
+    [
+        ((4,), False, 0, True),
+        ((4,), True, 0, False),
+        ((4, 8), False, 2, True),
+        ((8,), True, 1, True),
+        ((6,), False, 1, True),  # of two threads then
+    ],
     ids=str,
 )
 def test_the_cpus_of_the_command_are_its_own(
