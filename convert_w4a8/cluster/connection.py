@@ -296,8 +296,9 @@ class Cluster:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.util.remove_placement_group(group)
 
-        if group.wait(seconds):
-            return give_back
+        with contextlib.suppress(ray.exceptions.RayError):
+            if group.wait(seconds):
+                return give_back
         give_back()
         return None
 
