@@ -184,6 +184,16 @@ class CheckpointWriter:
         with disk_errors(self.directory / file_name):
             self._work.note_file(file_name, finished)
 
+    def note_later(
+        self,
+        file_name: str,
+        pieces: list[Piece],
+        layers: Mapping[str, Any],
+        infinities: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """Note a shard as `note` does, in the background: nothing that interrupts this thread comes in between."""
+        self._in_background(lambda: self.note(file_name, pieces, layers, infinities))
+
     def _in_background(self, run: Callable[[], None]) -> None:
         """Run something behind everything that was handed over before; raise what went wrong there meanwhile."""
         with self._lock:

@@ -20,16 +20,15 @@ _REMOVALS = 20
 
 
 @contextmanager
-def reporting(directory: Path) -> Iterator[Progress]:
+def reporting(directory: Path, node: str) -> Iterator[Progress]:
     """Write now and then how many bytes are done with, and on which node, into a file of a directory.
+
+    node: its id; "" in the process of the command.
 
     Raises:
         ClusterError: the directory is gone, in what is yielded.
 
     """
-    import ray  # noqa: PLC0415
-
-    node = ray.get_runtime_context().get_node_id()
     lock, done, last = threading.Lock(), 0, 0.0
 
     def write() -> None:
@@ -80,7 +79,7 @@ class Attempts:
 
     def where(self, task: Task, number: int) -> str | None:
         """Return the id of the node that has an attempt, if that is known."""
-        return self._nodes.get((task.name, number))
+        return self._nodes.get((task.name, number)) or None
 
     def poll(self, attempts: Sequence[tuple[Task, int]]) -> None:
         """Look how far attempts are."""

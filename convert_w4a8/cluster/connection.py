@@ -3,20 +3,22 @@
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, holder, name_of_gpu, one_line
-from convert_w4a8.cluster.local import lean
-from convert_w4a8.cluster.quiet import muted, undisturbed
+from convert_w4a8.cluster.local import LocalRay, cores
+from convert_w4a8.cluster.quiet import load_ray, muted, undisturbed
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
-from convert_w4a8.version import __version__, install_command
+from convert_w4a8.version import __version__
 
 LOCAL = "local"
 """The address of a Ray that is started on this machine, and ends with the command."""
@@ -27,6 +29,7 @@ _GREETING_SECONDS = 120.0
 _NOTED = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where Ray notes the address of a cluster on this machine
 _ANSWER_SECONDS = 10.0
 _START = "start the cluster (`ray start`), or give the host:port of its head"
+_FREE = "free memory and /dev/shm"
 MOST_THREADS = 4
 """Threads of a task, at most, unless somebody asks for more; so many CPUs are one process of a node."""
 _NOTICE_SECONDS = 40.0
@@ -55,72 +58,59 @@ class Node:
         return self.cpus >= cpus and self.gpus >= gpus and self.memory >= memory
 
 
-def load_ray() -> Any:
-    """Import Ray, which is an extra.
-
-    Raises:
-        ConvertError: it is not installed, or cannot be imported.
-
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and when it starts
-    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
-    try:
-        import ray  # noqa: PLC0415  (an extra; it takes half a second)
-    except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "ray"
-        reason = "is not installed" if absent else f"cannot be imported ({one_line(error)})"
-        raise ConvertError("--ray", f"needs ray, which {reason}", install_command("ray")) from error
-    return ray
-
-
 @contextmanager
 def connect(address: str) -> Iterator["Cluster"]:
     """Connect to a cluster, by host:port or "auto", or start a local Ray; nothing of that is left at the end.
 
+    A local Ray begins meanwhile, where there are CPUs for more processes than this one; otherwise when it is needed.
+
     Raises:
-        ConvertError: Ray is not installed, or there is no cluster at this address.
+        ConvertError: Ray is not installed, or there is no cluster at this address; of a local Ray where it is needed.
 
     """
-    ray = load_ray()
     if address.startswith("ray://"):
         raise ConvertError(
             f"--ray {address}",
             "is for Ray's client, which sees no files of the cluster",
             "run this on a machine of the cluster, and give its host:port, or auto",
         )
-    _check_answers(address)
-    if ray.is_initialized():
-        raise ConvertError("--ray", "this process uses Ray already", "call ray.shutdown() before")
-    with muted(ray):
-        _begin(ray, address)
-        try:
-            yield Cluster(ray, is_local=address == LOCAL)
-        finally:
-            ray.shutdown()
+    with ExitStack() as stack:
+        if address == LOCAL:
+            if find_spec("ray") is None:
+                load_ray()
+            local = stack.enter_context(LocalRay())
+            if cores() > MOST_THREADS:
+                local.begin()
+            yield LocalCluster(lambda: stack.enter_context(_connection(local.address(), f"--ray {LOCAL}", _FREE)))
+        else:
+            load_ray()
+            _check_answers(address)
+            yield Cluster(stack.enter_context(_connection(address, f"--ray {address}", _START)))
 
 
-def _begin(ray: Any, address: str) -> None:
-    """Have Ray connect to a cluster, or start one.
+@contextmanager
+def _connection(address: str, subject: str, remedy: str) -> Iterator[Any]:
+    """Connect to a cluster, and yield Ray, which is silent meanwhile. subject, remedy: for what is said if that fails.
 
     Raises:
         ConvertError: that fails.
 
     """
-    started: AbstractContextManager[dict[str, Any]] = lean(ray) if address == LOCAL else nullcontext({})
-    with undisturbed(), started as keywords:
+    ray = load_ray()
+    if ray.is_initialized():
+        raise ConvertError("--ray", "this process uses Ray already", "call ray.shutdown() before")
+    with muted(ray):
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                configure_logging=False,
-                namespace="w4a8-convert",
-                **keywords,
-            )
+            with undisturbed():
+                ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="w4a8-convert")
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
-            remedy = "free memory and /dev/shm" if address == LOCAL else _START
-            raise ConvertError(f"--ray {address}", f"cannot be reached ({one_line(error)})", remedy) from error
+            raise ConvertError(subject, f"cannot be reached ({one_line(error)})", remedy) from error
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
@@ -140,23 +130,46 @@ def _check_answers(address: str) -> None:
 
 
 class Cluster:
-    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan.
+    """What a connection offers. Greets all nodes at once, so that they import what they need while we plan."""
 
-    is_local: whether it is a Ray that was started on this machine.
-    """
+    is_local = False
+    """Whether it is a Ray that was started on this machine, for this command."""
 
-    def __init__(self, ray: Any, *, is_local: bool = False) -> None:
-        self.ray, self.is_local = ray, is_local
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
         self.ran: list[Ran] = []
         """What was carried out, in the order in which it was finished."""
         self._names: dict[str, str] = {}
-        self._greetings = [
-            (
-                node,
-                [self.on_node(node, greeting(), (__version__,)) for _ in range(max(1, int(node.cpus) // MOST_THREADS))],
-            )
-            for node in self.nodes()
-        ]
+        self._greetings: list[tuple[Node, list[Any]]] = []
+        if ray is not None:
+            self._greet()
+
+    @property
+    def ray(self) -> Any:
+        """Ray, connected."""
+        return self._ray
+
+    def _greet(self) -> None:
+        """Let as many processes as will have tasks say their version, and import what tasks need.
+
+        This process may be one of them, so of its own node there is one less.
+        """
+        here = self.node_id()
+        for node in self.nodes():
+            processes = max(1, int(node.cpus) // MOST_THREADS) - (node.id == here)
+            self._greetings.append((node, [self._greeting(node, imports=True) for _ in range(processes)]))
+
+    def _greeting(self, node: Node, *, imports: bool) -> Any:
+        return self.on_node(node, greeting(), (__version__, imports))
+
+    def node_id(self) -> str:
+        """Return the id of the node that this process is on."""
+        found: str = self.ray.get_runtime_context().get_node_id()
+        return found
+
+    def expected_nodes(self) -> list[Node]:
+        """Return the nodes; of a Ray that was not needed yet, what it will have."""
+        return self.nodes()
 
     def nodes(self) -> list[Node]:
         """Return the nodes that are alive, by name."""
@@ -188,11 +201,14 @@ class Cluster:
     def ask_all(self, function: Any, *arguments: Any) -> list[tuple[Node, Any]]:
         """Call a function on every node that is alive, and return what they answer; nodes that get lost are left out.
 
+        A Ray that this process started is not asked whether its machine is like this one.
+
         Raises:
             ClusterError: a node does not answer.
 
         """
-        return self._answers([(node, self.on_node(node, function, arguments)) for node in self.nodes()])
+        nodes = [] if self.is_local else self.nodes()
+        return self._answers([(node, self.on_node(node, function, arguments)) for node in nodes])
 
     def _answers(self, asked: Sequence[tuple[Node, Any]]) -> list[tuple[Node, Any]]:
         found = []
@@ -243,8 +259,7 @@ class Cluster:
             ClusterError: this machine has none in the cluster.
 
         """
-        node = self.ray.get_runtime_context().get_node_id()
-        affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(self.node_id(), soft=False)
         options = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": affinity, "runtime_env": SEES_ALL_GPUS}
         try:
             self._held = self.ray.remote(holder()).options(**options).remote()
@@ -261,5 +276,65 @@ class Cluster:
             ClusterError: a node has another one, none, or one that it cannot import.
 
         """
-        for node, answer in self._answers([(node, first) for node, (first, *_) in self._greetings]):
+        if self.is_local:
+            return
+        first = [(node, next(iter(asked), None)) for node, asked in self._greetings]
+        for node, answer in self._answers(
+            [(node, asked or self._greeting(node, imports=False)) for node, asked in first]
+        ):
             check_version(node.name, *answer)
+
+    def reserve(self, cpus: int, memory: int, seconds: int) -> Callable[[], None] | None:
+        """Take CPUs and memory (bytes) of this process's node from what tasks get; returns what gives them back.
+
+        None where they are not free within some seconds, of which Ray counts whole ones.
+        """
+        ray, selector = self.ray, [{"ray.io/node-id": self.node_id()}]
+        group = ray.util.placement_group([{"CPU": cpus, "memory": memory}], bundle_label_selector=selector)
+
+        def give_back() -> None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.util.remove_placement_group(group)
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            if group.wait(seconds):
+                return give_back
+        give_back()
+        return None
+
+
+class LocalCluster(Cluster):
+    """A Ray that this command started on this machine. connect: called when Ray is first needed; returns it."""
+
+    is_local = True
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        super().__init__(None)
+        self._connect = connect
+
+    @property
+    def ray(self) -> Any:
+        """Ray, connected; waits until it is.
+
+        Raises:
+            ConvertError: it cannot be started.
+
+        """
+        if self._ray is None:
+            self._ray = self._connect()
+            self._greet()
+        return self._ray
+
+    def expected_nodes(self) -> list[Node]:
+        """Return the node; before Ray was needed, what it will find here."""
+        if self._ray is not None:
+            return self.nodes()
+        import torch  # noqa: PLC0415
+
+        from convert_w4a8.conversion.memory import available_memory  # noqa: PLC0415
+
+        return [Node("", LOCAL, cores(), torch.cuda.device_count(), available_memory() or sys.maxsize)]
+
+    def name(self, _node_id: str) -> str:
+        """Return what the node is called."""
+        return LOCAL

@@ -26,19 +26,19 @@ def check_version(node: str, found: str | None, problem: str = "") -> None:
     raise ClusterError(f"node {node}", reason, f"install {__version__} there: {install_command('ray')}")
 
 
-def greeting() -> Callable[[str], tuple[str | None, str]]:
+def greeting() -> Callable[[str, bool], tuple[str | None, str]]:
     """Return a function that returns the version of this package on a node, and why it cannot be used.
 
-    It imports what tasks need.
+    It imports what tasks need, if that is asked for.
     """
 
-    def greet(ours: str) -> tuple[str | None, str]:
+    def greet(ours: str, imports: bool) -> tuple[str | None, str]:
         theirs: str | None = None
         try:
             from convert_w4a8 import version  # noqa: PLC0415
 
             theirs = version.__version__
-            if theirs == ours:
+            if imports and theirs == ours:
                 from convert_w4a8.startup import import_torch  # noqa: PLC0415
 
                 import_torch()

@@ -1,4 +1,4 @@
-"""What Ray does to the process that connects to it, kept from it: its messages, its handlers, its paths."""
+"""Ray's import, and what it does to the process that connects to it, kept from it: messages, handlers, paths."""
 
 import logging
 import os
@@ -7,6 +7,28 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from convert_w4a8.cluster.greetings import one_line
+from convert_w4a8.errors import ConvertError
+from convert_w4a8.version import install_command
+
+
+def load_ray() -> Any:
+    """Import Ray, which is an extra.
+
+    Raises:
+        ConvertError: it is not installed, or cannot be imported.
+
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported and when it starts
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+    try:
+        import ray  # noqa: PLC0415  (an extra; it takes half a second)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "ray"
+        reason = "is not installed" if absent else f"cannot be imported ({one_line(error)})"
+        raise ConvertError("--ray", f"needs ray, which {reason}", install_command("ray")) from error
+    return ray
 
 
 @contextmanager

@@ -6,6 +6,7 @@ first attempt that succeeds to where it belongs, so that one that was thought lo
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.cluster.attempts import Attempts, Bars, reporting
 from convert_w4a8.cluster.connection import MOST_THREADS, Cluster, Node
 from convert_w4a8.cluster.greetings import name_of_gpu, one_line
+from convert_w4a8.cluster.here import Here
 from convert_w4a8.cluster.paths import check_inputs, check_output
 from convert_w4a8.cluster.tasks import PATIENCE_SECONDS, Runner, Task
 from convert_w4a8.conversion.jobs import MEMORY_BYTES, use_workers
@@ -57,7 +59,7 @@ class ShardsOnCluster:
     @property
     def device_type(self) -> str:
         """The type of the device that tasks take, as nodes are now: cpu or cuda."""
-        return self._device_on(self._cluster.nodes())[0]
+        return self._device_on(self._cluster.expected_nodes())[0]
 
     def kind_of_device(self) -> str:
         """Return the kind of device that all tasks run on from now on, as `devices.kind_of` calls it.
@@ -89,24 +91,20 @@ class ShardsOnCluster:
         bars = Bars(tasks, wanted, self._progress)
         if not wanted:
             return
-        self._cluster.check_versions()
-        states: dict[str, tuple[int, int]] = {}
-        for task in wanted:
-            states |= task.inputs
-        check_inputs(self._cluster, states)
         with writer.states() as directory:
-            check_output(self._cluster, directory)
             attempts = Attempts(directory, bars)
+            nodes = self._cluster.expected_nodes()
+            device, gpus = self._device_on(nodes)
+            cpus = threads_of(nodes, self._workers)
+            memory = max(map(self._memory, wanted))
             runner = Runner(
                 self._cluster,
                 poll=attempts.poll,
                 where=attempts.where,
                 drop=attempts.drop,
                 patience=self._patience,
+                here=None if gpus else Here.on(self._cluster, cpus, memory),
             )
-            nodes = self._cluster.nodes()
-            device, gpus = self._device_on(nodes)
-            cpus = threads_of(nodes, self._workers)
             by_name = {task.shard.file_name: task for task in wanted}
             calls = [
                 Task(
@@ -123,18 +121,29 @@ class ShardsOnCluster:
                     cpus,
                     self._memory(task),
                     gpus,
+                    write_here,
                 )
                 for name, task in by_name.items()
             ]
-            with closing(runner.run(calls)) as finished:
+            with closing(runner.run(calls, partial(self._check, wanted, directory))) as finished:
                 for call, number, result in finished:
                     path = attempts.path(call.name, number)
                     with disk_errors(path):
                         if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
                             raise ClusterError(str(path), "is not here what the node wrote", "look at the file system")
                         path.replace(writer.directory / call.name)
-                    writer.note(call.name, result.pieces, result.layers, result.infinities)
+                    writer.note_later(call.name, result.pieces, result.layers, result.infinities)
                     bars.finish(call.name)
+            writer.wait()
+
+    def _check(self, tasks: Sequence[ShardTask], directory: Path) -> None:
+        """Check that all nodes have this version, see the inputs as we do, and can write into a directory."""
+        self._cluster.check_versions()
+        states: dict[str, tuple[int, int]] = {}
+        for task in tasks:
+            states |= task.inputs
+        check_inputs(self._cluster, states)
+        check_output(self._cluster, directory)
 
     def _device_on(self, nodes: Sequence[Node]) -> tuple[str, int]:
         """Return the device of a task, and how many GPUs to ask for."""
@@ -169,12 +178,22 @@ def write_on_node(
         W4A8Error: what the function raises; ClusterError: the node lacks a path, or a device of this kind.
 
     """
+    import ray  # noqa: PLC0415
+
     for path in (directory, *task.inputs):
         if not Path(path).exists():
             raise ClusterError(path, "cannot be seen", "mount its file system there, or take the node out")
     on = device_here(gpu_of_task() if device == "cuda" else device, kind)
-    with use_workers(threads), reporting(Path(directory)) as progress:
+    with use_workers(threads), reporting(Path(directory), ray.get_runtime_context().get_node_id()) as progress:
         return function(task, Path(directory), on, progress)
+
+
+def write_here(
+    function: Convert, task: ShardTask, directory: str, device: str, threads: int, kind: str | None = None
+) -> ShardResult:
+    """Carry out one task in the process of the command, as `write_on_node` does."""
+    with use_workers(threads), reporting(Path(directory), "") as progress:
+        return function(task, Path(directory), device_here(device, kind), progress)
 
 
 def device_here(name: str, kind: str | None) -> torch.device:

@@ -6,11 +6,14 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from convert_w4a8.cluster.connection import SEES_ALL_GPUS, Cluster, Node
 from convert_w4a8.cluster.greetings import check_version
+from convert_w4a8.cluster.here import Here
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem, W4A8Error
 from convert_w4a8.text import counted, human_bytes
@@ -23,13 +26,16 @@ SLOW = 3.0
 PATIENCE_SECONDS = 30.0
 """But not before this time; and so long may there be no node that is large enough, after some were lost."""
 _POLL_SECONDS = 0.5
+_OURS_SECONDS = 0.05
+"""How long Ray is asked for what ended before this process's own task is looked at."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A call of a function of this package, and what it takes of a node. memory: in bytes.
 
-    name: for messages. arguments: called before each attempt with its number, from 0.
+    name: for messages. arguments: called before each attempt with its number, from 0. here: what does the same in this
+    process, if it may.
     """
 
     name: str
@@ -38,6 +44,7 @@ class Task:
     cpus: int
     memory: int
     gpus: int = 0
+    here: Callable[..., Any] | None = None
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Runner:
 
     where: returns the id of the node that has an attempt, if that is known. drop: called with attempts that are not
     needed any more, so that they end; Ray ends the others with the connection. (Its own `cancel` may end the driver:
-    "Tried to complete task that was not pending", 2.60.)
+    "Tried to complete task that was not pending", 2.60.) here: this process, where it carries out tasks, too.
     """
 
     def __init__(
@@ -68,37 +75,45 @@ class Runner:
         where: Callable[[Task, int], str | None] = lambda _task, _number: None,
         drop: Callable[[Task, int], None] = lambda _task, _number: None,
         patience: float = PATIENCE_SECONDS,
+        here: Here | None = None,
     ) -> None:
-        self._cluster, self._ray = cluster, cluster.ray
+        self._cluster, self._here = cluster, here
         self._poll, self._where, self._drop, self._patience = poll, where, drop, patience
-        self._remote = self._ray.remote(max_retries=0)(_entry())
         self._feasible_at = time.monotonic()
         self._seconds: list[float] = []
         self._seen: dict[tuple[str, int], float] = {}
 
-    def run(self, tasks: Sequence[Task]) -> Generator[tuple[Task, int, Any], None, None]:
+    def run(
+        self, tasks: Sequence[Task], check: Callable[[], None] = lambda: None
+    ) -> Generator[tuple[Task, int, Any], None, None]:
         """Carry out tasks, and yield each with the attempt that counts and its result, as they come.
 
+        check: called before anything is sent to a node, when this process has begun the first task, where it does any.
+
         Raises:
-            W4A8Error: what a task raised, or ClusterError where one was lost too often or fits on no node.
+            W4A8Error: what a task or `check` raised, or ClusterError where a task was lost too often or fits nowhere.
 
         """
-        nodes = self._cluster.nodes()
-        for task in tasks:
-            self._check_fits(nodes, task, task.memory)
         waiting = deque(_State(task, task.memory) for task in tasks)
         running: dict[Any, _State] = {}
         cpus = max(1, min((task.cpus for task in tasks), default=1))
         polled_at = -math.inf
         try:
-            while waiting or running:
+            self._begin_here(waiting, running)
+            check()
+            if self._here is None:
                 nodes = self._cluster.nodes()
-                window = max(2, 2 * int(sum(node.cpus for node in nodes)) // cpus)
+                for task in tasks:
+                    self._check_fits(nodes, task, task.memory)
+            while waiting or running:
+                self._begin_here(waiting, running)
+                nodes = self._cluster.expected_nodes()
+                window = self._window(nodes, cpus)
                 while waiting and len(running) < window:
                     self._begin(waiting.popleft(), running)
-                ready, _ = self._ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
+                ready = self._wait(running)
                 now = time.monotonic()
-                if not ready or now - polled_at >= _POLL_SECONDS:
+                if now - polled_at >= _POLL_SECONDS:
                     polled_at = now
                     self._poll([(state.task, state.running[reference]) for reference, state in running.items()])
                 for reference in ready:
@@ -113,22 +128,74 @@ class Runner:
                         running.pop(other)
                         self._drop(state.task, state.running[other])
                     self._seconds.append(answer["seconds"])
-                    ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun)
+                    by_command = isinstance(reference, Future)
+                    ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun, by_command)
                     value = _value(answer)
                     self._cluster.ran.append(ran)
                     yield state.task, number, value
                 if not ready:
                     self._look_after(nodes, waiting, running)
-        except self._ray.exceptions.RayTaskError:  # a bug of ours, with its traceback
-            raise
-        except self._ray.exceptions.RayError as error:
+        except Exception as error:
+            names = {kind.__name__ for kind in type(error).__mro__}  # Ray may not have been needed yet
+            if "RayError" not in names or "RayTaskError" in names:  # the latter is a bug of ours, with its traceback
+                raise
             reason = f"cannot be reached any more ({type(error).__name__})"
             raise ClusterError("Ray cluster", reason, "look at its head, and continue with --resume") from error
         finally:
             for reference, state in running.items():
                 self._drop(state.task, state.running[reference])
+            self._leave()
+
+    @property
+    def _ray(self) -> Any:
+        return self._cluster.ray
+
+    def _window(self, nodes: Sequence[Node], cpus: int) -> int:
+        """Return how many attempts may be under way: two a place, so that no place is idle between them.
+
+        While this process works, one a place beside it, so that what is left is its own.
+        """
+        if self._here is None:
+            return max(2, 2 * int(sum(node.cpus for node in nodes)) // cpus)
+        return 1 + self._here.places_beside(nodes, cpus)
+
+    def _begin_here(self, waiting: deque[_State], running: dict[Any, _State]) -> None:
+        """Begin a task in this process, if it has none; where there is none left for it, its CPUs are for others."""
+        if self._here is None or any(isinstance(reference, Future) for reference in running):
+            return
+        state = next((state for state in waiting if state.task.here and state.memory <= self._here.memory), None)
+        if state is None:
+            self._leave()
+            return
+        waiting.remove(state)
+        task, number = state.task, state.begun
+        state.begun += 1
+        assert task.here is not None
+        reference = self._here.begin(task.here, task.arguments(number))
+        state.running[reference] = number
+        running[reference] = state
+
+    def _leave(self) -> None:
+        """Work no longer in this process."""
+        if self._here is not None:
+            self._here.close()
+            self._here = None
+
+    def _wait(self, running: dict[Any, _State]) -> list[Any]:
+        """Wait until an attempt has ended, for half a second at most; returns those that have."""
+        ours = [reference for reference in running if isinstance(reference, Future)]
+        others = [reference for reference in running if not isinstance(reference, Future)]
+        if not others:
+            wait(ours, _POLL_SECONDS)
+        ready: list[Any] = [reference for reference in ours if reference.done()]
+        if others and not ready:
+            seconds = _POLL_SECONDS if not ours else _OURS_SECONDS
+            ready, _ = self._ray.wait(others, num_returns=1, timeout=seconds)
+        return ready
 
     def _begin(self, state: _State, running: dict[Any, _State], node: Node | None = None) -> None:
+        if self._here is not None:
+            self._here.hold()
         task, number = state.task, state.begun
         state.begun += 1
         payload = pickle.dumps((task.function, task.arguments(number)))
@@ -137,13 +204,16 @@ class Runner:
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
             options["runtime_env"] = SEES_ALL_GPUS
-        remote = self._remote.options(**options, scheduling_strategy=strategy, name=task.name)
+        remote = _remote(self._ray).options(**options, scheduling_strategy=strategy, name=task.name)
         reference = remote.remote(__version__, payload)
         state.running[reference] = number
         running[reference] = state
 
     def _answer(self, reference: Any, state: _State, number: int) -> dict[str, Any] | None:
         """Return what an attempt answers; None where it was lost, and may be tried again."""
+        if isinstance(reference, Future):
+            assert self._here is not None
+            return self._here.answer(reference)
         errors = self._ray.exceptions
         try:
             answer: dict[str, Any] = self._ray.get(reference)
@@ -184,8 +254,9 @@ class Runner:
         limit = max(self._patience, SLOW * statistics.median(self._seconds))
         for state in states:
             (number, *others) = state.running.values()
-            at = self._where(state.task, number)
-            if at is None or others or state.begun > ATTEMPTS:  # the time until it is known where counts for nothing
+            ours = any(isinstance(reference, Future) for reference in state.running)
+            at = self._here.node if ours and self._here else self._where(state.task, number)
+            if not at or others or state.begun > ATTEMPTS:  # the time until it is known where counts for nothing
                 continue
             free = [node for node in nodes if at != node.id and _fits(node, state.task, state.memory)]
             if free and now - self._seen.setdefault((state.task.name, number), now) > limit:
@@ -245,6 +316,12 @@ def _value(answer: dict[str, Any]) -> Any:
     for note in (*answer["notes"], f"on node {answer['node']}"):
         error.add_note(note)
     raise error
+
+
+@lru_cache(1)
+def _remote(ray: Any) -> Any:
+    """Return what Ray sends to nodes; once, for it keeps each that it is given."""
+    return ray.remote(max_retries=0)(_entry())
 
 
 def _entry() -> Callable[[str, bytes], dict[str, Any]]:

@@ -16,6 +16,7 @@ from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import GROUP_SIZE, SYMMETRIC_ZERO
 from convert_w4a8.sources import LayerSpec, Source
 from convert_w4a8.text import counted
+from convert_w4a8.threads import one_thread_each
 
 _LAYERS_READ = 32
 """Layers whose small tensors are looked at: evenly spread, so that the time does not grow with the model."""
@@ -121,7 +122,7 @@ def content_warnings(source: Source, specs: Sequence[LayerSpec]) -> Iterable[str
         if spec.dense or any(part.nbytes > _BYTES_READ for part in small):
             continue
         try:
-            for warning in _of_layer(source, spec):
+            for warning in _warnings_of(source, spec):
                 found.setdefault(warning, []).append(spec.name)
         except ConvertError:
             continue
@@ -129,6 +130,11 @@ def content_warnings(source: Source, specs: Sequence[LayerSpec]) -> Iterable[str
         yield f"{warning}: {names[0]}" + (
             f" and {len(names) - 1} more of {len(some)} looked at" if len(names) > 1 else ""
         )
+
+
+@one_thread_each()  # so little work is slower on several, if other processes have the cores
+def _warnings_of(source: Source, spec: LayerSpec) -> list[str]:
+    return list(_of_layer(source, spec))
 
 
 def _of_layer(source: Source, spec: LayerSpec) -> Iterable[str]:

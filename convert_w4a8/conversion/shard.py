@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -114,13 +115,18 @@ def convert_shard(
 
     """
     task.check_inputs()
-    writer = ShardWriter(directory, task.shard)
     notes = Notes({}, {})
-    try:
-        run_jobs(jobs_of([task], {task.shard.file_name: writer}, notes, device, progress, quantizer=quantizer))
-        return ShardResult(task.shard.file_name, writer.finish(), notes.layers, notes.infinities)
-    finally:
-        writer.close()
+    with ThreadPoolExecutor(1, thread_name_prefix="flush") as flusher:
+        flushes: list[Future[None]] = []
+        writer = ShardWriter(directory, task.shard, lambda flush: flushes.append(flusher.submit(flush)))
+        try:
+            run_jobs(jobs_of([task], {task.shard.file_name: writer}, notes, device, progress, quantizer=quantizer))
+            for flush in flushes:
+                flush.result()
+            return ShardResult(task.shard.file_name, writer.finish(), notes.layers, notes.infinities)
+        finally:
+            flusher.shutdown(cancel_futures=True)
+            writer.close()
 
 
 def jobs_of(

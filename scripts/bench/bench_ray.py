@@ -145,14 +145,15 @@ def finished(out: Path) -> int:
 
 
 @contextmanager
-def cluster(*cpus: int) -> Iterator[Any]:
-    """Start a head without work and nodes with so many CPUs each."""
+def cluster(*cpus: int, head_cpus: int = 0) -> Iterator[Any]:
+    """Start a head, by default without work, and nodes with so many CPUs each. Commands here are on the head's node."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    head = {"num_cpus": head_cpus, "object_store_memory": 80 << 20, "include_dashboard": False}
+    head |= {"memory": 8 << 30} if head_cpus else {}
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for count in cpus:
@@ -325,24 +326,26 @@ def _strike(victim: str, made: Any, command: Command, rng: random.Random) -> boo
 
 
 def overhead(args: argparse.Namespace, root: Path) -> None:
-    """Time conversions with and without Ray, in turn. One that is not counted comes first: it compiles kernels."""
+    """Time conversions with and without Ray, in turn. One that is not counted comes first: it compiles kernels.
+
+    The cluster that runs is a single node, as after `ray start --head`.
+    """
     before: list[dict[str, Any]] = []
     make_checkpoint(root / "small", "awq-zp", 0.05)
     convert(root / "small", root / "out", "--quiet")
     shutil.rmtree(root / "out")
     for kind in args.inputs:
-        source = root / kind
-        make_checkpoint(source, kind, args.gigabytes)
+        source = args.source or root / kind
+        if not args.source:
+            make_checkpoint(source, kind, args.gigabytes)
         runs: dict[str, list[Outcome]] = {"without": [], "local": [], "running": []}
         cores = len(os.sched_getaffinity(0))
         options = ("--max-shard-size", args.shard_size, "--workers", min(4, cores))
-        with cluster(cores) as made:
-            for _ in range(args.rounds):
-                for name, more in (
-                    ("without", ()),
-                    ("local", ("--ray",)),
-                    ("running", ("--ray", made.address)),
-                ):
+        with cluster(head_cpus=cores) as made:
+            kinds = [("without", ()), ("local", ("--ray",)), ("running", ("--ray", made.address))]
+            for round_ in range(-args.warm_up, args.rounds):
+                for number in range(len(kinds)):
+                    name, more = kinds[(number + round_) % len(kinds)]  # each comes first, second and last in turn
                     time.sleep(args.rest)
                     outcome = convert(source, root / "out", "--quiet", *options, *more)
                     shutil.rmtree(root / "out")
@@ -354,9 +357,12 @@ def overhead(args: argparse.Namespace, root: Path) -> None:
                         file=sys.stderr,
                         flush=True,
                     )
-                    runs[name].append(outcome)
-                _save_overhead(args, kind, cores, runs, before)
-        shutil.rmtree(source)
+                    if round_ >= 0:
+                        runs[name].append(outcome)
+                if round_ >= 0:
+                    _save_overhead(args, kind, cores, runs, before)
+        if not args.source:
+            shutil.rmtree(source)
 
 
 def _save_overhead(
@@ -377,6 +383,7 @@ def _save_overhead(
                 "more": walls[name] / walls["without"] - 1 if name != "without" else None,
                 "driver_mib": statistics.median(run.driver_mib for run in runs[name]),
                 "walls": [run.seconds for run in runs[name]],
+                "cpu_seconds": [run.cpu_seconds for run in runs[name]],
             }
         )
     question = "How much longer does it take on Ray, with as many cores?"
@@ -384,21 +391,22 @@ def _save_overhead(
 
 
 def memory(args: argparse.Namespace, root: Path) -> None:
-    """Measure the driver's memory by the number of tensors."""
+    """Measure the driver's memory by the number of tensors. On Ray, it plans only: its node has no CPUs."""
     rows = []
-    for tensors in args.tensors:
-        source = root / f"in-{tensors}"
-        bytes_in = make_small_experts(source, tensors)
-        for words, more in (("without Ray", ()), ("`--ray`", ("--ray",))):
-            outcome = convert(source, root / "out", "--quiet", "--max-shard-size", "20MB", *more)
-            files = len(list((root / "out").glob("*.safetensors")))
-            shutil.rmtree(root / "out")
-            rows.append(
-                {"tensors": tensors, "bytes_in": bytes_in, "files": files, "run": words}
-                | {"driver_mib": outcome.driver_mib, "largest_mib": outcome.largest_mib, "wall_s": outcome.seconds}
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
-        shutil.rmtree(source)
+    with cluster(2) as made:
+        for tensors in args.tensors:
+            source = root / f"in-{tensors}"
+            bytes_in = make_small_experts(source, tensors)
+            for words, more in (("without Ray", ()), ("`--ray ADDRESS`", ("--ray", made.address))):
+                outcome = convert(source, root / "out", "--quiet", "--max-shard-size", "20MB", *more)
+                files = len(list((root / "out").glob("*.safetensors")))
+                shutil.rmtree(root / "out")
+                rows.append(
+                    {"tensors": tensors, "bytes_in": bytes_in, "files": files, "run": words}
+                    | {"driver_mib": outcome.driver_mib, "largest_mib": outcome.largest_mib, "wall_s": outcome.seconds}
+                )
+                print(rows[-1], file=sys.stderr, flush=True)
+            shutil.rmtree(source)
     save(args, "What does the driver need for an index of many tensors?", rows, packages=PACKAGES)
 
 
@@ -541,6 +549,8 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", default=["gptq", "awq-zp"], help="its formats, for overhead")
     parser.add_argument("--runs", type=int, default=30, help="kills")
     parser.add_argument("--rounds", type=int, default=2, help="of overhead")
+    parser.add_argument("--source", type=Path, help="of overhead: a checkpoint that is there, of that format and size")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds of overhead that are not counted")
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
     parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")

@@ -71,8 +71,8 @@ def measured(args: argparse.Namespace) -> None:
         alone = ours["without Ray"]
         rate = (alone["wall_s"] - args.begin) * cores / alone["gigabytes"]
         for name, begin in (
-            ("`--ray`", args.begin + args.start),
-            ("`--ray ADDRESS`, one node", args.begin + args.connect),
+            ("`--ray`", args.begin),  # by the process of the command, which starts no Ray for so few cores
+            ("`--ray ADDRESS`, one node", args.begin + args.join),
         ):
             seconds, _ = predict(alone["gigabytes"], 1, rate, begin, Machines(1, cores, cores))
             words = f"{alone['gigabytes']:g} GB of {kind} on {cores} cores, {name}"
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("what", choices=["measured", "paper"])
     parser.add_argument("--begin", type=float, default=2.0, help="seconds before a conversion without Ray converts")
     parser.add_argument("--connect", type=float, default=3.0, help="further ones with Ray, until a worker converts")
-    parser.add_argument("--start", type=float, default=6.0, help="the same where Ray is started and stopped, too")
+    parser.add_argument("--join", type=float, default=1.0, help="the same, until the process of the command converts")
     parser.add_argument("--cores", type=int, default=2, help="of the machine of ray-equality")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of ray-equality")
     parser.add_argument("--node-cores", type=int, default=16, help="of a node on paper")

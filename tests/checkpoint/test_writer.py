@@ -18,7 +18,7 @@ from convert_w4a8.checkpoint import journal, shards
 from convert_w4a8.checkpoint.disk import check_destination
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec
-from convert_w4a8.checkpoint.shards import ShardPlan, plan_shards
+from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter, plan_shards
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.errors import ConvertError, DiskError
 
@@ -340,6 +340,23 @@ def test_a_flush_that_fails_in_the_background_fails_the_commit(tmp_path: Path, m
     with pytest.raises(DiskError, match="Input/output error"):
         write_all(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_does_not_come_between_a_file_and_its_note(tmp_path: Path) -> None:
+    """What another process wrote, and was handed over, is finished."""
+    (plan,) = plan_shards(SPECS, 10**9)
+
+    def interrupted() -> None:
+        with CheckpointWriter(tmp_path / "out", [plan]) as w:
+            writer = ShardWriter(w.directory, plan)
+            for spec in plan.specs:
+                writer.write(spec.name, [TENSORS[spec.name]])
+            w.note_later(plan.file_name, writer.finish(), {})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+    assert caught.value.__notes__ == ["1 of 1 files are finished; --resume continues from there"]
 
 
 def test_what_went_wrong_in_the_background_is_told_at_the_next_file(

@@ -1,6 +1,7 @@
 """Calibration with data on a cluster: matrices and experts go to nodes, and the bytes stay the same."""
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -10,13 +11,15 @@ import pytest
 import ray_nodes
 import torch
 from ray_nodes import Nodes, digests
+from ray_stand_in import GB, Held
 from tiny_models import samples_of, write_llama, write_qwen3_moe
 
 from convert_w4a8 import api
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.calls import CallsOnCluster
-from convert_w4a8.cluster.connection import Cluster
+from convert_w4a8.cluster.connection import Cluster, Node
+from convert_w4a8.cluster.shards import PROCESS_BYTES
 from convert_w4a8.cluster.tensors import packed, unpacked
 from convert_w4a8.errors import ConvertError
 
@@ -60,6 +63,45 @@ def test_calls_that_are_lost_are_made_again(nodes: Nodes) -> None:
     with pytest.raises(ConvertError, match="refused: is refused") as error:
         list(calls(ray_nodes.doubled, [("refused", torch.ones(1), os.getpid()), ("last", torch.ones(1), os.getpid())]))
     assert "on node" in "".join(error.value.__notes__)
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_here_does_not_wait_for_others(nodes: Nodes) -> None:
+    """Nobody needs what they do."""
+    for path in Path(os.environ[ray_nodes.MARKS]).iterdir():
+        path.unlink()
+    calls = CallsOnCluster(Cluster(nodes.ray), "cpu")
+    started = time.monotonic()
+    with pytest.raises(ConvertError, match="here: is refused"):
+        list(calls(ray_nodes.long_elsewhere, [("there", os.getpid()), ("here", os.getpid())]))
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("cpus", "local", "slots", "reserved"),
+    [
+        ((4,), False, 0, True),
+        ((4,), True, 0, False),
+        ((4, 8), False, 2, True),
+        ((8,), True, 1, True),
+        ((6,), False, 1, True),  # of two threads then
+    ],
+    ids=str,
+)
+def test_the_cpus_of_the_command_are_its_own(
+    cpus: tuple[int, ...], local: bool, slots: int, reserved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as torch has threads here; calls go to what is left of the nodes, and are made here where that is all."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    nodes = [Node(letter * 9, "10.0.0.1", count, 0, 64 * GB) for letter, count in zip("ab", cpus, strict=False)]
+    cluster = Held([{"value": packed("there")}] * 2, nodes, local=local)
+    calls = CallsOnCluster(cluster, "cpu")  # type: ignore[arg-type]
+    assert calls._slots() == slots
+    assert cluster.happened == [("reserved", 4, PROCESS_BYTES)] * reserved
+    found = list(calls(str, [("here",), ("here",)]))
+    assert found == ["there" if slots else "here", "here"]
+    assert len(cluster.asked) == bool(slots)
 
 
 @pytest.mark.parametrize(

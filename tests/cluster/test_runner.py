@@ -2,12 +2,13 @@
 
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from failing_import import fail_import
+from ray_stand_in import GB, LOST, Dropped, RayTaskError, StandIn, task
 
 from convert_w4a8.cluster.connection import Node
 from convert_w4a8.cluster.greetings import check_version, greeting
@@ -16,93 +17,10 @@ from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task, _entry
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem
 from convert_w4a8.version import __version__
 
-GB = 10**9
-
-
-class RayError(Exception):
-    """Base of what Ray raises."""
-
-
-LOST = {
-    name: type(name, (RayError,), {})
-    for name in ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError", "RaySystemError")
-}
-RayTaskError = type("RayTaskError", (RayError,), {})
-
-
-class Remote:
-    """A function of the stand-in; what it is asked for is kept."""
-
-    def __init__(self, asked: list[dict[str, Any]], options: dict[str, Any] | None = None) -> None:
-        self._asked, self._options = asked, options
-
-    def options(self, **options: Any) -> "Remote":
-        """Do as Ray does."""
-        return Remote(self._asked, options)
-
-    def remote(self, version: str, payload: bytes) -> int:
-        """Do as Ray does."""
-        function, arguments = pickle.loads(payload)
-        assert version == __version__
-        self._asked.append({**(self._options or {}), "call": (function, arguments)})
-        return len(self._asked) - 1
-
-
-class StandIn:
-    """Stands for a connection, and for Ray: `outcomes` decide, attempt by attempt, what becomes of it."""
-
-    def __init__(
-        self, outcomes: Sequence[Any], nodes: Sequence[Node] = (Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB),)
-    ) -> None:
-        self.outcomes, self.all_nodes = list(outcomes), list(nodes)
-        self.asked: list[dict[str, Any]] = []
-        self.ran: list[Ran] = []
-        self.ray, self.is_local = self, False
-        self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, **LOST)
-        strategy = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
-        self.util = SimpleNamespace(scheduling_strategies=strategy)
-
-    def nodes(self) -> list[Node]:
-        """Do as Ray does."""
-        return self.all_nodes
-
-    def name(self, node_id: str) -> str:
-        """Do as Ray does."""
-        return next(node.name for node in self.all_nodes if node.id == node_id)
-
-    def remote(self, **_options: Any) -> Callable[[Any], Remote]:
-        """Do as Ray does."""
-        return lambda _function: Remote(self.asked)
-
-    def wait(self, references: list[int], **_options: Any) -> tuple[list[int], list[int]]:
-        """Do as Ray does."""
-        ready = [reference for reference in references if self.outcomes[reference] is not None][:1]
-        return ready, [reference for reference in references if reference not in ready]
-
-    def get(self, reference: int) -> Any:
-        """Do as Ray does."""
-        outcome = self.outcomes[reference]
-        if isinstance(outcome, Exception):
-            raise outcome
-        return {"node": self.all_nodes[0].id, "version": __version__, "broken": "", "seconds": 1.0, **outcome}
-
-
-def task(name: str = "model-00001-of-00001.safetensors", **keywords: Any) -> Task:
-    """Return a task that needs a CPU and a gigabyte."""
-    return Task(name, len, lambda number: (f"{number}",), **{"cpus": 1, "memory": GB, **keywords})
-
 
 def run(stand_in: Any, *tasks: Task, **keywords: Any) -> list[tuple[str, int, Any]]:
     """Carry out tasks; return their names, the attempts that count, and results."""
     return [(each.name, number, value) for each, number, value in Runner(stand_in, **keywords).run(tasks)]
-
-
-class Dropped(list[tuple[str, int]]):
-    """Attempts that a runner drops."""
-
-    def __call__(self, dropped: Task, number: int) -> None:
-        """Drop one."""
-        self.append((dropped.name, number))
 
 
 @pytest.mark.parametrize("kind", LOST.values(), ids=LOST)
@@ -212,7 +130,7 @@ def test_what_a_node_answers_that_cannot_begin(version: str, expected: str, monk
 def test_a_greeting_where_imports_fail(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the node, and says what is wrong there."""
     fail_import("convert_w4a8.conversion.shard", error, monkeypatch)
-    version, problem = greeting()(__version__)
+    version, problem = greeting()(__version__, True)
     assert version == __version__
     if "has no" in expected:
         version = None
@@ -306,14 +224,14 @@ def test_large_tasks_do_not_queue(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_said() -> None:
     """By node, and how often something was begun again."""
-    ran = [Ran("x", "n2", 1.5, 1), Ran("y", "n1", 2.0, 2)]
+    ran = [Ran("x", "n2", 1.5, 1), Ran("y", "n1", 2.0, 2, by_command=True)]
     assert as_dict(ran) == {
         "nodes": {"n1": {"tasks": 1, "seconds": 2.0}, "n2": {"tasks": 1, "seconds": 1.5}},
         "tasks": [
-            {"task": "x", "node": "n2", "seconds": 1.5, "attempts": 1},
-            {"task": "y", "node": "n1", "seconds": 2.0, "attempts": 2},
+            {"task": "x", "node": "n2", "seconds": 1.5, "attempts": 1, "by_command": False},
+            {"task": "y", "node": "n1", "seconds": 2.0, "attempts": 2, "by_command": True},
         ],
     }
-    assert "n1: 1 task" in as_text(ran)
+    assert "n1: 1 task, 2 s (1 by this process)" in as_text(ran)
     assert "1 further attempt" in as_text(ran)
     assert as_text([]) == "ray        nothing was left to do"

@@ -117,6 +117,10 @@ class Gpus:
     def __init__(self, found: dict[str, list[str]]) -> None:
         self._found = found
 
+    def expected_nodes(self) -> list[Node]:
+        """Return nodes."""
+        return self.nodes()
+
     def nodes(self) -> list[Node]:
         """Return nodes."""
         return [Node(name, name, 4, len(gpus), 10**10) for name, gpus in self._found.items()]

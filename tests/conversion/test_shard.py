@@ -1,5 +1,6 @@
 """One file of the output alone: plain data in, the file and plain data out, in any process, with the same bytes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from checkpoint_edits import edit_quantization, edit_tensors, write_case
 
+from convert_w4a8.checkpoint import shards
 from convert_w4a8.checkpoint.checksum import is_intact
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.shards import ShardWriter
@@ -24,7 +26,7 @@ from convert_w4a8.conversion.plan import Plan, make_plan
 from convert_w4a8.conversion.result import Result
 from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.conversion.shard import ShardTask, convert_shard, shard_tasks
-from convert_w4a8.errors import ConvertError
+from convert_w4a8.errors import ConvertError, DiskError
 from convert_w4a8.options import Options, ScalesMode
 from convert_w4a8.quantization.layer import LayerStats
 
@@ -270,3 +272,23 @@ def test_an_error_closes_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match=name):
         convert_shard(task, tmp_path, CPU)
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_bytes_that_are_lost_in_the_background_fail_the_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of a lost write once, and not whoever asks at the end."""
+    task = shard_tasks(plan_of(source))[0]
+    (tmp_path / "out").mkdir()
+    told: list[int] = []
+
+    def lose_once(descriptor: int) -> None:
+        told.append(descriptor)
+        if len(told) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shards, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", lose_once)
+    with pytest.raises(DiskError, match="Input/output error"):
+        convert_shard(task, tmp_path / "out", CPU)
+    assert told

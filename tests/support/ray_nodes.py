@@ -19,7 +19,8 @@ import torch
 from paths import ROOT
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.cluster.connection import connect, load_ray
+from convert_w4a8.cluster.connection import connect
+from convert_w4a8.cluster.quiet import load_ray
 from convert_w4a8.cluster.shards import ShardsOnCluster, gpu_of_task
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.run import carry_out
@@ -142,6 +143,17 @@ def doubled(name: str, value: torch.Tensor, parent: int) -> torch.Tensor:
         if mark(f"called-{name}"):
             os.kill(os.getpid(), signal.SIGKILL)
     return 2 * value
+
+
+def long_elsewhere(name: str, parent: int) -> str:
+    """Take long elsewhere, and refuse here, when it is begun there."""
+    if os.getpid() != parent:
+        mark(f"long-{name}")
+        time.sleep(20)
+        return name
+    while not marks("long-"):
+        time.sleep(0.05)
+    raise ConvertError(name, "is refused", "give another one")
 
 
 def gpu_for_a_while() -> tuple[str, str, int]:

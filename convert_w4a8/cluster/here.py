@@ -1,0 +1,97 @@
+"""The process of the command as one that carries out tasks: it has imported what they need before any other."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from convert_w4a8.cluster.connection import Cluster, Node
+from convert_w4a8.errors import ClusterError, W4A8Error
+
+_OURS_SECONDS = 30
+"""How long a Ray that nobody else uses may take to give us CPUs."""
+_ASK_SECONDS = 1
+"""How long another one may take: where its CPUs are in use, this process only plans."""
+
+
+class Here:
+    """Carries out a task at a time, in a thread, with CPUs and memory that Ray gives to nobody else meanwhile.
+
+    A Ray that this process started gives its CPUs to nobody before the first task of ours is sent to it: so the work
+    may begin before it has. cpus, memory (bytes): of each task, at most. node: the id of its node.
+    """
+
+    def __init__(self, cluster: Cluster, cpus: int, memory: int, node: str) -> None:
+        self.cpus, self.memory, self.node = cpus, memory, node
+        self._cluster = cluster
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="here")
+        self._give_back: Callable[[], None] | None = None
+
+    @classmethod
+    def on(cls, cluster: Cluster, cpus: int, memory: int) -> "Here | None":
+        """Return this process as one that works, if it is on a node of the cluster whose CPUs are free."""
+        nodes = cluster.expected_nodes()
+        number = nodes[0].id if cluster.is_local else cluster.node_id()
+        if not any(node.id == number and node.has(cpus, 0, memory) for node in nodes):
+            return None
+        here = cls(cluster, cpus, memory, number)
+        return here if cluster.is_local or here._take(_ASK_SECONDS) else None
+
+    def beside(self, nodes: Sequence[Node]) -> list[Node]:
+        """Return nodes with what this process leaves of its own one."""
+        return [
+            replace(node, cpus=node.cpus - self.cpus, memory=node.memory - self.memory)
+            if node.id == self.node
+            else node
+            for node in nodes
+        ]
+
+    def places_beside(self, nodes: Sequence[Node], cpus: int) -> int:
+        """Return how many tasks nodes can carry out beside this process, of so many CPUs each and as much memory."""
+        return sum(int(min(node.cpus // cpus, node.memory // self.memory)) for node in self.beside(nodes))
+
+    def _take(self, seconds: int) -> bool:
+        self.node = self._cluster.node_id()
+        self._give_back = self._give_back or self._cluster.reserve(self.cpus, self.memory, seconds)
+        return self._give_back is not None
+
+    def hold(self) -> None:
+        """Take what is needed from Ray, before tasks are sent to it; again, that does nothing.
+
+        Raises:
+            ClusterError: it is not to be had.
+
+        """
+        if not self._take(_OURS_SECONDS):
+            raise ClusterError("Ray", f"gives no {self.cpus} CPUs within {_OURS_SECONDS} s", "leave out --ray")
+
+    def begin(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> "Future[tuple[Any, float]]":
+        """Begin a call; returns what it gives and the seconds that it takes, later."""
+        return self._pool.submit(_timed, function, arguments)
+
+    def answer(self, future: "Future[tuple[Any, float]]") -> dict[str, Any]:
+        """Return what a call gives, as the answer of a node.
+
+        Raises:
+            W4A8Error: what it raises, with the node.
+
+        """
+        name = self._cluster.name(self.node)
+        try:
+            value, seconds = future.result()
+        except W4A8Error as error:
+            error.add_note(f"on node {name}")
+            raise
+        return {"node": name, "value": value, "seconds": seconds}
+
+    def close(self) -> None:
+        """Give back what was taken, when the call that is under way has ended."""
+        self._pool.shutdown()
+        if self._give_back is not None:
+            self._give_back()
+
+
+def _timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float]:
+    started = time.monotonic()
+    return function(*arguments), time.monotonic() - started

@@ -1,0 +1,184 @@
+"""The process of the command as one that carries out tasks: beside nodes, alone, and with a Ray that is not needed."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_nodes
+from checkpoint_edits import write_case
+from ray_stand_in import GB, LOST, Dropped, Held, task
+
+from convert_w4a8.api import convert
+from convert_w4a8.cluster import connection
+from convert_w4a8.cluster.connection import Node
+from convert_w4a8.cluster.here import Here
+from convert_w4a8.cluster.local import LocalRay
+from convert_w4a8.cluster.tasks import Runner, Task
+from convert_w4a8.errors import ClusterError, ConvertError
+from convert_w4a8.options import Options
+
+NODE = Node("a" * 9, "10.0.0.1", 4, 0, 8 * GB)
+SMALL = 400_000
+
+
+def ours(name: str, function: Callable[..., Any], **keywords: Any) -> Task:
+    """Return a task that this process may carry out by a function."""
+    return Task(name, len, lambda number: (number,), **{"cpus": 1, "memory": GB, "here": function, **keywords})
+
+
+def run(cluster: Any, *tasks: Task, check: Callable[[], None] = lambda: None, **keywords: Any) -> list[tuple[str, Any]]:
+    """Carry out tasks, here, too, with a CPU and a gigabyte; return their names and results."""
+    here = Here.on(cluster, 1, GB)
+    assert here is not None
+    return [(each.name, value) for each, _, value in Runner(cluster, here=here, **keywords).run(tasks, check)]
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_alone(local: bool) -> None:
+    """Where a node has room for one, this process is it: nothing is sent, and no other Ray is asked for CPUs."""
+    cluster = Held([], [Node("" if local else NODE.id, "10.0.0.1", 1, 0, 8 * GB)], local=local)
+    found = run(cluster, ours("a", lambda number: number + 7), ours("b", lambda number: number + 8))
+    assert found == [("a", 7), ("b", 8)]
+    assert cluster.asked == []
+    assert [ran.by_command for ran in cluster.ran] == [True, True]
+    assert cluster.happened == ([] if local else [("reserved", 1, GB), "given back"])
+
+
+def test_beside_others() -> None:
+    """So many are sent as there is room for beside this process, and the rest it does itself."""
+    release = threading.Event()
+
+    def wait(_number: int) -> str:
+        assert release.wait(10)
+        return "here"
+
+    cluster = Held([{"value": "there"}, {"value": "there"}, None], [Node(NODE.id, "10.0.0.1", 3, 0, 8 * GB)])
+    tasks = Runner(cluster, here=Here.on(cluster, 1, GB)).run([ours(name, wait) for name in "abcd"])  # type: ignore[arg-type]
+    assert next(tasks)[2] == next(tasks)[2] == "there"
+    assert len(cluster.asked) == 3
+    assert cluster.happened == [("reserved", 1, GB)]
+    cluster.outcomes[2] = {"value": "there"}
+    release.set()
+    assert sorted(value for _, _, value in tasks) == ["here", "there"]
+    assert cluster.happened[1:] == ["given back"]
+    assert sum(ran.by_command for ran in cluster.ran) == 1
+
+
+def test_checks_come_before_anything_is_sent() -> None:
+    """A task has begun here meanwhile; what it has is dropped where they fail, and nothing counts."""
+    begun, dropped = threading.Event(), Dropped()
+
+    def begin(_number: int) -> None:
+        begun.set()
+        while not dropped:  # as a file does, whose directory is gone
+            time.sleep(0.01)
+        raise ClusterError("a", "is gone", "look at others")
+
+    def check() -> None:
+        assert begun.wait(10)
+        raise ClusterError("node 10.0.0.2", "cannot see IN", "mount it")
+
+    cluster = Held([])
+    with pytest.raises(ClusterError, match="cannot see IN"):
+        run(cluster, ours("a", begin), ours("b", begin), check=check, drop=dropped)
+    assert dropped == [("a", 0)]
+    assert (cluster.asked, cluster.ran) == ([], [])
+    assert cluster.happened[-1] == "given back"
+
+
+def test_an_error_here_is_one_of_the_task() -> None:
+    """With the node, as those of others."""
+
+    def fail(_number: int) -> None:
+        raise ConvertError("a", "b", "c")
+
+    with pytest.raises(ConvertError, match="a: b") as caught:
+        run(Held([]), ours("a", fail))
+    assert caught.value.__notes__ == ["on node 10.0.0.1"]
+
+
+def test_what_is_too_large_is_for_others() -> None:
+    """A task that ran out of memory is asked for with more than this process holds, which goes then."""
+    cluster = Held([LOST["OutOfMemoryError"](), {"value": 5}], [Node(NODE.id, "10.0.0.1", 2, 0, 8 * GB)])
+    found = run(cluster, ours("a", lambda _number: 3), task("b"))
+    assert sorted(found) == [("a", 3), ("b", 5)]
+    assert [asked["memory"] for asked in cluster.asked] == [GB, 2 * GB]
+    assert cluster.happened == [("reserved", 1, GB), "given back"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "free"),
+    [([NODE], False), ([Node("b" * 9, "10.0.0.2", 4, 0, 8 * GB)], True), ([Node(NODE.id, "n", 0, 0, 8 * GB)], True)],
+    ids=["busy", "elsewhere", "head without CPUs"],
+)
+def test_only_with_cpus_that_ray_gives(nodes: list[Node], free: bool) -> None:
+    """Otherwise this process plans, and no more."""
+    assert Here.on(Held([], nodes, free=free), 1, GB) is None  # type: ignore[arg-type]
+
+
+def test_places_beside_it() -> None:
+    """By CPUs and memory."""
+    here = Here.on(Held([]), 2, 3 * GB)  # type: ignore[arg-type]
+    assert here is not None
+    others = [Node(f"{n}", "n", 6, 0, n * GB) for n in range(2, 11)]
+    assert [here.places_beside([node], 2) for node in others] == [0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert [here.places_beside([Node(NODE.id, "n", 6, 0, n * GB)], 2) for n in (5, 6, 9)] == [0, 1, 2]
+    here.close()
+
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+
+
+@needs_ray
+def test_a_ray_that_is_not_needed_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with CPUs for one process of tasks, which is the command's."""
+    source = write_case("awq-mixtral-w1-w2-w3", tmp_path / "in").path
+
+    def begin(_self: LocalRay) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(LocalRay, "begin", begin)
+    monkeypatch.setattr(connection, "cores", lambda: 2)
+    convert(source, tmp_path / "a", options=Options(max_shard_size=SMALL))
+    convert(source, tmp_path / "b", options=Options(max_shard_size=SMALL), ray="local", workers=2, device="cpu")
+    assert ray_nodes.digests(tmp_path / "a") == ray_nodes.digests(tmp_path / "b")
+
+
+@pytest.fixture
+def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Start a cluster that is one node with two CPUs, the head."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", ray_nodes.python_path())
+    from ray.cluster_utils import Cluster as Processes
+
+    head = {"num_cpus": 2, "object_store_memory": ray_nodes.STORE, "include_dashboard": False}
+    processes = Processes(initialize_head=True, head_node_args={**head, "memory": ray_nodes.MEMORY})
+    yield processes
+    processes.shutdown()
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.parametrize(("workers", "by_others"), [(2, False), (1, True)])
+def test_on_a_node_of_a_cluster(workers: int, by_others: bool, one_node: Any, tmp_path: Path) -> None:
+    """The bytes are those of a conversion without Ray, whoever carries out which task."""
+    source = write_case("awq-mixtral-w1-w2-w3", tmp_path / "in").path
+    convert(source, tmp_path / "a", options=Options(max_shard_size=SMALL))
+    command = [sys.executable, "-P", "-m", "convert_w4a8", "convert", source, tmp_path / "b", "--device", "cpu"]
+    options = ["--json", "--max-shard-size", SMALL, "--workers", workers, "--ray", one_node.address]
+    ended = subprocess.run([*map(str, command + options)], env=os.environ, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ray_nodes.digests(tmp_path / "a") == ray_nodes.digests(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "in"]
+    tasks = json.loads(ended.stdout)["ray"]["tasks"]
+    assert any(task["by_command"] for task in tasks)
+    assert by_others or all(task["by_command"] for task in tasks)
+    assert len({task["node"] for task in tasks}) == 1
