@@ -122,7 +122,7 @@ def distill(
                     run = Run(start, teacher, data, options, device, predictions, state, before, kept)
                     with _nothing_kept(state):
                         result = run.train(progress)
-                layers, others = run.student.layers.items(), run.student.others
+                layers, others = run.student.layers.items(), run.student.others | run.student.again
         except KeyboardInterrupt as error:
             kept.note(error)
             raise

@@ -105,7 +105,7 @@ def shard_student(student: Student, place: Place) -> ShardedStudent:
     parts = {}
     for name, leaf, parameter in _sharded(student):
         parts[f"{name}.{leaf}"] = nn.Parameter(_local(parameter))
-    return ShardedStudent(student.model, student.layers, student.others, parts)
+    return ShardedStudent(student.model, student.layers, student.others, student.again, parts)
 
 
 def shard(model: nn.Module, place: Place, also: set[int] | None = None) -> nn.Module:

@@ -35,12 +35,14 @@ class Student:
     """A model to be trained.
 
     layers: the quantized ones by their names in the checkpoint. others: its other trained parameters, in BF16, by
-    names likewise: norms and biases, and perhaps embeddings.
+    names likewise: norms and biases, and perhaps embeddings. again: those of them that the checkpoint has a second
+    time, by that name: lm_head, where it is tied and stored.
     """
 
     model: nn.Module
     layers: dict[str, LutLinear]
     others: dict[str, nn.Parameter]
+    again: dict[str, nn.Parameter]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every parameter that is trained, in a fixed order, with a name."""
@@ -112,7 +114,7 @@ def load_student(
     """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`. embeddings: train them too.
 
     Raises:
-        ConvertError: transformers has no place for its tensors, or there are no embeddings to train.
+        ConvertError: transformers has no place for its tensors, or embeddings are not to be trained.
 
     """
     check_models(checkpoint, teacher)
@@ -144,8 +146,12 @@ def load_student(
         above, _, leaf = place.rpartition(".")
         setattr(model.get_submodule(above), leaf, layers[name])
     more = embedding_parameters(model) if embeddings else []
-    others = {}
-    for place, parameter in model.named_parameters():
+    if len({id(one) for one in more}) > 1 and checkpoint.config.get("tie_word_embeddings") is True:
+        reason = "ties embeddings and lm_head by its config.json, and has others in lm_head, which vLLM does not read"
+        raise ConvertError(str(checkpoint.root), reason, f"remove that, or leave out {EMBEDDINGS}")
+    others: dict[str, nn.Parameter] = {}
+    again: dict[str, nn.Parameter] = {}
+    for place, parameter in model.named_parameters(remove_duplicate=False):
         name = _moved(place, theirs, ours)
         info = checkpoint.tensors.get(name)
         if info is None or info.dtype != "BF16" or parameter.dtype != torch.bfloat16:
@@ -154,14 +160,15 @@ def load_student(
         is_bias = owner in layers and name == f"{owner}.bias"
         is_embedding = any(parameter is one for one in more)
         if is_bias or is_embedding or (owner not in layers and parameter.dim() == 1):
+            is_there = any(parameter is one for one in others.values())
             parameter.requires_grad_()
-            others[name] = parameter
+            (again if is_there else others)[name] = parameter
     if embeddings and not any(one.requires_grad for one in more):
         reason = "has no embeddings in BF16 to train"
         raise ConvertError(str(checkpoint.root), reason, f"leave out {EMBEDDINGS}")
     model.to(device)
     fuse(model, device)
-    return Student(model, layers, others)
+    return Student(model, layers, others, again)
 
 
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ wrong without showing is checked: layout and tables that are no numbers, codes t
 that no training changes, files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 import torch
@@ -95,6 +96,7 @@ def verify_distilled(
         else:
             problems += check_copy(info, out.tensors[name], name, read)
         progress(info.nbytes)
+    problems += _tied(out, start, may_change, read)
     problems += _settings(out, start)
     accounts = account(out, start)
     return Verification(
@@ -127,6 +129,20 @@ def _vector(name: str, before: torch.Tensor, after: torch.Tensor) -> list[Proble
     if change > _LARGEST_CHANGE * before.double().square().mean().sqrt() + 2.0**-7:
         return [problem(name, f"has changed by {float(change):.3g}, more than a training does")]
     return []
+
+
+def _tied(out: Checkpoint, start: Checkpoint, trained: AbstractSet[str], read: LibraryReader) -> Iterator[Problem]:
+    """Check that embeddings that are tied, and that the checkpoint has twice, are the same after the training, too."""
+    if start.config.get("tie_word_embeddings") is not True:
+        return
+    for name in sorted(trained & start.tensors.keys() & out.tensors.keys()):
+        info = start.tensors[name]
+        for other, found in start.tensors.items():
+            if other == name or other not in out.tensors or (found.shape, found.dtype) != (info.shape, info.dtype):
+                continue
+            was, now = ((read(from_.tensors[name]), read(from_.tensors[other])) for from_ in (start, out))
+            if torch.equal(*was) and not torch.equal(*now):
+                yield problem(other, f"is no longer what {name} is, though config.json ties them")
 
 
 def _settings(out: Checkpoint, start: Checkpoint) -> list[Problem]:

@@ -199,7 +199,7 @@ def random_student(blocks: int, preset: Preset, vocabulary: int) -> tuple[Studen
         if "norm" in name:
             parameter.requires_grad_()
             others[name] = parameter
-    return Student(model, layers, others), teacher
+    return Student(model, layers, others, {}), teacher
 
 
 def measure(

@@ -67,6 +67,42 @@ def test_embeddings_are_trained_written_and_verified(tied: bool, data: list[Path
         assert names[0] in refused.output
 
 
+def _store_lm_head(path: Path, times: float = 1.0) -> None:
+    """Store lm_head too, a multiple of the embeddings that it is tied to."""
+    for file in path.glob("*.safetensors"):
+        found = load_file(file)
+        save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"] * times}, file, {"format": "pt"})
+
+
+def test_tied_embeddings_that_are_stored_twice_stay_tied(data: list[Path], tmp_path: Path) -> None:
+    """Transformers ties only those that are the same; vLLM reads the embeddings alone."""
+    model = write_llama(tmp_path / "teacher", layers=1, initializer_range=0.06, tie_word_embeddings=True)
+    start, out = quantized(model, tmp_path / "start"), tmp_path / "out"
+    _store_lm_head(start)
+    assert distill(start, model, data, out, *OPTIONS).exit_code == 0
+    after = tensors(out)
+    assert not torch.equal(after["lm_head.weight"], tensors(start)["lm_head.weight"])
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    verified = run("verify", out, "--source", start)
+    assert verified.exit_code == 0, verified.output
+    (file,) = out.glob("*.safetensors")
+    save_file(after | {"lm_head.weight": tensors(start)["lm_head.weight"]}, file, {"format": "pt"})
+    refused = run("verify", out, "--source", start)
+    assert refused.exit_code == 1
+    assert "lm_head.weight: is no longer what model.embed_tokens.weight is" in refused.output
+
+
+def test_tied_embeddings_with_another_lm_head_are_refused(data: list[Path], tmp_path: Path) -> None:
+    """Transformers does not tie them, so what is measured is not what vLLM would serve."""
+    model = write_llama(tmp_path / "teacher", layers=1, initializer_range=0.06, tie_word_embeddings=True)
+    start = quantized(model, tmp_path / "start")
+    _store_lm_head(start, 2.0)
+    refused = distill(start, model, data, tmp_path / "out", *OPTIONS)
+    assert refused.exit_code == 1
+    assert "ties embeddings and lm_head" in refused.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_gives_the_same_bytes(
     model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
