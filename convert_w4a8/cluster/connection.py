@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -317,11 +317,14 @@ class LocalCluster(Cluster):
         """Ray, connected; waits until it is.
 
         Raises:
-            ConvertError: it cannot be started.
+            ClusterError: it cannot be started, perhaps in the middle of the work.
 
         """
         if self._ray is None:
-            self._ray = self._connect()
+            try:
+                self._ray = self._connect()
+            except ConvertError as error:
+                raise ClusterError(*astuple(error.problem)) from error
             self._greet()
         return self._ray
 

@@ -13,15 +13,21 @@ from typing import Any
 
 import pytest
 import ray_nodes
+import torch
 from checkpoint_edits import write_case
 from ray_stand_in import GB, LOST, Dropped, Held, task
 
 from convert_w4a8.api import convert
+from convert_w4a8.checkpoint.directory import open_checkpoint
+from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.connection import Node
 from convert_w4a8.cluster.here import Here
 from convert_w4a8.cluster.local import LocalRay
 from convert_w4a8.cluster.tasks import Runner, Task
+from convert_w4a8.conversion.plan import make_plan
+from convert_w4a8.conversion.run import carry_out
+from convert_w4a8.conversion.shard import convert_shard
 from convert_w4a8.errors import ClusterError, ConvertError
 from convert_w4a8.options import Options
 
@@ -150,6 +156,35 @@ def test_a_ray_that_is_not_needed_is_not_started(tmp_path: Path, monkeypatch: py
     convert(source, tmp_path / "a", options=Options(max_shard_size=SMALL))
     convert(source, tmp_path / "b", options=Options(max_shard_size=SMALL), ray="local", workers=2, device="cpu")
     assert ray_nodes.digests(tmp_path / "a") == ray_nodes.digests(tmp_path / "b")
+
+
+@needs_ray
+def test_a_ray_that_cannot_be_started_gives_up_nothing_that_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not needed before files are written: the system is at fault then, not the command line."""
+    source, out = write_case("awq-mixtral-w1-w2-w3", tmp_path / "in").path, tmp_path / "out"
+    checkpoint = open_checkpoint(source)
+
+    def interrupted(tasks: Any, writer: Any) -> None:
+        for each in tasks[:3]:
+            result = convert_shard(each, writer.directory, torch.device("cpu"))
+            writer.note(result.file_name, result.pieces, result.layers, result.infinities)
+        raise KeyboardInterrupt
+
+    def fail(_self: LocalRay) -> str:
+        raise ConvertError("--ray local", "cannot be started (no room)", "free memory and /dev/shm")
+
+    options = Options(max_shard_size=SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(checkpoint, make_plan(checkpoint, options), out, device=torch.device("cpu"), write=interrupted)
+    monkeypatch.setattr(LocalRay, "begin", lambda _self: None)
+    monkeypatch.setattr(LocalRay, "address", fail)
+    monkeypatch.setattr(connection, "cores", lambda: 8)
+    with pytest.raises(ClusterError, match="cannot be started") as caught:
+        convert(source, out, options=options, ray="local", workers=1, device="cpu", resume=True)
+    assert "--resume continues from there" in caught.value.__notes__[0]
+    assert len(list((work_path(out) / "checkpoint").glob("*.safetensors"))) >= 3
 
 
 @pytest.fixture
