@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, holder, name_of_gpu, one_line
@@ -311,6 +312,7 @@ class LocalCluster(Cluster):
     def __init__(self, connect: Callable[[], Any]) -> None:
         super().__init__(None)
         self._connect = connect
+        self._connecting = RLock()
 
     @property
     def ray(self) -> Any:
@@ -320,13 +322,14 @@ class LocalCluster(Cluster):
             ClusterError: it cannot be started, perhaps in the middle of the work.
 
         """
-        if self._ray is None:
-            try:
-                self._ray = self._connect()
-            except ConvertError as error:
-                raise ClusterError(*astuple(error.problem)) from error
-            self._greet()
-        return self._ray
+        with self._connecting:
+            if self._ray is None:
+                try:
+                    self._ray = self._connect()
+                except ConvertError as error:
+                    raise ClusterError(*astuple(error.problem)) from error
+                self._greet()
+            return self._ray
 
     def expected_nodes(self) -> list[Node]:
         """Return the node; before Ray was needed, what it will find here."""

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 from failing_import import fail_import
 
 from convert_w4a8.cluster import connection, local
-from convert_w4a8.cluster.connection import connect
+from convert_w4a8.cluster.connection import LocalCluster, connect
 from convert_w4a8.cluster.local import lean
 from convert_w4a8.cluster.quiet import load_ray
 from convert_w4a8.errors import ConvertError
@@ -28,6 +31,27 @@ def test_ray_that_cannot_be_imported(error: ImportError, expected: str, monkeypa
     fail_import("ray", error, monkeypatch)
     with pytest.raises(ConvertError, match=f"--ray: needs ray, which .*{expected.removeprefix('which ')}"):
         load_ray()
+
+
+def test_threads_that_need_a_local_ray_at_the_same_time_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of a calibration are made by threads."""
+    monkeypatch.setattr(LocalCluster, "_greet", lambda _self: None)
+    begun, connected = Barrier(4), list[object]()
+
+    def connect_slowly() -> object:
+        connected.append(object())
+        time.sleep(0.1)
+        return connected[-1]
+
+    cluster = LocalCluster(connect_slowly)
+
+    def need(_number: int) -> object:
+        begun.wait(10)
+        return cluster.ray
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(need, range(4))) == connected * 4
+    assert len(connected) == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
