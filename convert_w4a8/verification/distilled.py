@@ -27,6 +27,10 @@ _REMEDY = "distill the checkpoint again"
 _LARGEST_CHANGE = 0.5
 """Relative to the root mean square of the values of a norm, a bias or embeddings, the root mean square that training
 may change them by: a trained model differs by a few hundredths."""
+_LARGEST_OF_ROW = 1.0
+"""Likewise of a row of embeddings, relative to all of them: the row of another token differs by 1.4, as a rule."""
+_ROWS = 4096
+"""Rows that are compared at a time."""
 
 
 def is_distilled(out: Checkpoint) -> bool:
@@ -42,8 +46,9 @@ def verify_distilled(
 
     Layers have the same shapes; their tables and channel scales are numbers; their weights have 6 dB of SQNR against
     those before, every output channel 3 dB; where the preset was `tables`, all codes are the same. Vectors in 16 bits
-    (norms, biases), and embeddings that the output says were trained, are finite and have not moved far. All else is
-    the same, byte for byte; of config.json all but `quantization_config.conversion`.
+    (norms, biases), and embeddings that the output says were trained, of these every row, are finite and have not moved
+    far; embeddings that are tied and stored twice still are the same. All else is the same, byte for byte; of
+    config.json all but `quantization_config.conversion`.
 
     Raises:
         ConvertError: one of the two cannot be read.
@@ -120,14 +125,29 @@ def _numbers(name: str, w: W4A8Linear) -> list[Problem]:
 
 
 def _vector(name: str, before: torch.Tensor, after: torch.Tensor) -> list[Problem]:
-    """Check a vector that may have been trained."""
+    """Check a vector, or embeddings, that may have been trained."""
     if after.dtype != before.dtype or after.shape != before.shape:
         return [problem(name, f"is {after.dtype} {list(after.shape)}, was {before.dtype} {list(before.shape)}")]
     if not bool(after.isfinite().all()):
         return [problem(name, "is not finite")]
+    if before.dim() > 1:
+        return _rows(name, before, after)
     change = (after.double() - before.double()).square().mean().sqrt()
     if change > _LARGEST_CHANGE * before.double().square().mean().sqrt() + 2.0**-7:
         return [problem(name, f"has changed by {float(change):.3g}, more than a training does")]
+    return []
+
+
+def _rows(name: str, before: torch.Tensor, after: torch.Tensor) -> list[Problem]:
+    """Check embeddings: all of them, and the row of each token, which may not be another token's."""
+    parts = list(zip(torch.split(before, _ROWS), torch.split(after, _ROWS), strict=True))
+    size = torch.cat([was.double().square().mean(1) for was, _ in parts]).mean().sqrt()
+    changes = torch.cat([(now.double() - was.double()).square().mean(1) for was, now in parts])
+    change, (largest, row), unit = changes.mean().sqrt(), changes.sqrt().max(0), max(float(size), 2.0**-7)
+    if change > _LARGEST_CHANGE * unit:
+        return [problem(name, f"has changed by {float(change):.3g}, more than a training does")]
+    if largest > _LARGEST_OF_ROW * unit:
+        return [problem(name, f"has changed by {float(largest):.3g} in row {int(row)}, more than a training does")]
     return []
 
 

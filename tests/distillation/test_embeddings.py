@@ -67,6 +67,26 @@ def test_embeddings_are_trained_written_and_verified(tied: bool, data: list[Path
         assert names[0] in refused.output
 
 
+@pytest.mark.parametrize("which", ["all", "few"])
+def test_embeddings_of_other_tokens_are_noticed(which: str, data: list[Path], tmp_path: Path) -> None:
+    """All zeros, or rows of some tokens exchanged: neither is what a training does, however small the numbers are."""
+    model = write_llama(tmp_path / "teacher", layers=1, initializer_range=0.014, tie_word_embeddings=True)
+    start, out = quantized(model, tmp_path / "start"), tmp_path / "out"
+    assert distill(start, model, data, out, "--preset", "weights", "--embeddings").exit_code == 0
+    assert run("verify", out, "--source", start).exit_code == 0
+    after, name = tensors(out), "model.embed_tokens.weight"
+    before = after[name].clone()
+    if which == "all":
+        after[name].zero_()
+    else:
+        after[name][[7, 8]] = before[[8, 7]]
+    (file,) = out.glob("*.safetensors")
+    save_file(after, file, {"format": "pt"})
+    refused = run("verify", out, "--source", start)
+    assert refused.exit_code == 1
+    assert f"{name}: has changed by" in refused.output
+
+
 def _store_lm_head(path: Path, times: float = 1.0) -> None:
     """Store lm_head too, a multiple of the embeddings that it is tied to."""
     for file in path.glob("*.safetensors"):
