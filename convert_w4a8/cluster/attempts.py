@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from convert_w4a8.checkpoint.disk import disk_errors
 from convert_w4a8.cluster.tasks import Task
 from convert_w4a8.conversion.shard import Progress, ShardTask
 from convert_w4a8.errors import ClusterError
@@ -63,9 +64,15 @@ class Attempts:
         return self._root / f"{name}.{number}" / name
 
     def make(self, task: ShardTask, number: int) -> str:
-        """Make a directory for an attempt."""
+        """Make a directory for an attempt.
+
+        Raises:
+            DiskError: the disk is full, or fails.
+
+        """
         directory = self.path(task.shard.file_name, number).parent
-        directory.mkdir(parents=True)
+        with disk_errors(directory):
+            directory.mkdir(parents=True)
         return str(directory)
 
     def drop(self, task: Task, number: int) -> None:

@@ -14,14 +14,14 @@ from tiny_models import write_llama
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cluster.access import path_on
-from convert_w4a8.cluster.attempts import Bars
+from convert_w4a8.cluster.attempts import Attempts, Bars
 from convert_w4a8.cluster.connection import Cluster, Node
 from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, device_here, threads_of
 from convert_w4a8.conversion.jobs import MEMORY_BYTES
 from convert_w4a8.conversion.layer import layer_memory
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.shard import ShardTask, shard_tasks
-from convert_w4a8.errors import ClusterError, ConvertError
+from convert_w4a8.errors import ClusterError, ConvertError, DiskError
 from convert_w4a8.options import Options
 
 NOBODY = cast("Cluster", None)
@@ -37,6 +37,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[ShardTask]:
     """Return tasks of small files, which layers straddle."""
     source = write_case("awq-mixtral-w1-w2-w3", tmp_path_factory.mktemp("sizes") / "in").path
     return shard_tasks(make_plan(open_checkpoint(source), Options(max_shard_size=60_000)))
+
+
+def test_no_room_for_an_attempt_is_the_disks_fault(tasks: list[ShardTask], tmp_path: Path) -> None:
+    """In one line, after which `--resume` continues."""
+    (tmp_path / "states").touch()
+    with pytest.raises(DiskError, match="cannot be written"):
+        Attempts(tmp_path / "states", Bars(tasks, tasks, lambda _nbytes: None)).make(tasks[0], 0)
 
 
 @pytest.mark.parametrize(
