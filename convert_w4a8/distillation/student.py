@@ -151,10 +151,12 @@ def load_student(
         raise ConvertError(str(checkpoint.root), reason, f"remove that, or leave out {EMBEDDINGS}")
     others: dict[str, nn.Parameter] = {}
     again: dict[str, nn.Parameter] = {}
+    stay: list[nn.Parameter] = []
     for place, parameter in model.named_parameters(remove_duplicate=False):
         name = _moved(place, theirs, ours)
         info = checkpoint.tensors.get(name)
         if info is None or info.dtype != "BF16" or parameter.dtype != torch.bfloat16:
+            stay += [one for one in more if one is parameter and info is not None]
             continue  # it is written as it is
         owner = name.rpartition(".")[0]
         is_bias = owner in layers and name == f"{owner}.bias"
@@ -163,6 +165,9 @@ def load_student(
             is_there = any(parameter is one for one in others.values())
             parameter.requires_grad_()
             (again if is_there else others)[name] = parameter
+    if any(one.requires_grad for one in stay):
+        reason = "has one of the embeddings and lm_head, which are tied, in other types than BF16"
+        raise ConvertError(str(checkpoint.root), reason, f"leave out {EMBEDDINGS}")
     if embeddings and not any(one.requires_grad for one in more):
         reason = "has no embeddings in BF16 to train"
         raise ConvertError(str(checkpoint.root), reason, f"leave out {EMBEDDINGS}")

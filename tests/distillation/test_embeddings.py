@@ -123,6 +123,21 @@ def test_tied_embeddings_with_another_lm_head_are_refused(data: list[Path], tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("which", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_embeddings_in_two_types_are_refused(which: str, data: list[Path], tmp_path: Path) -> None:
+    """One of them would stay as it was."""
+    model = write_llama(tmp_path / "teacher", layers=1, initializer_range=0.06, tie_word_embeddings=True)
+    start = quantized(model, tmp_path / "start")
+    _store_lm_head(start)
+    for file in start.glob("*.safetensors"):
+        found = load_file(file)
+        save_file(found | {which: found[which].float()}, file, {"format": "pt"})
+    refused = distill(start, model, data, tmp_path / "out", *OPTIONS)
+    assert refused.exit_code == 1
+    assert "in other types than BF16" in refused.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_gives_the_same_bytes(
     model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
