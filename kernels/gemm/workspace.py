@@ -6,10 +6,10 @@ from functools import cache
 import torch
 
 _STREAMS = 64
-_COUNTERS = 4096
+COUNTERS = 4096
 """More than blocks that K is split for: a multiprocessor has several blocks long before."""
 _arrivals: dict[torch.device, torch.Tensor] = {}
-"""Counters of blocks that have arrived, int32 [_STREAMS, _COUNTERS] a device, 0 between launches. Never freed: CUDA
+"""Counters of blocks that have arrived, int32 [_STREAMS, COUNTERS] a device, 0 between launches. Never freed: CUDA
 graphs keep pointing at them."""
 _slots: dict[tuple[torch.device, int], int] = {}
 
@@ -28,7 +28,7 @@ def prepare(device: torch.device) -> None:
     """
 
     def allocate() -> torch.Tensor:
-        counters = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+        counters = torch.zeros(_STREAMS, COUNTERS, dtype=torch.int32, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return counters
@@ -57,6 +57,6 @@ def _counters(device: torch.device, blocks: int) -> torch.Tensor | None:
         prepare(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     slot = _slots.setdefault((device, stream), len(_slots))
-    if device not in _arrivals or slot >= _STREAMS or blocks > _COUNTERS:
+    if device not in _arrivals or slot >= _STREAMS or blocks > COUNTERS:
         return None
     return _arrivals[device][slot]

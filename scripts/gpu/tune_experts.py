@@ -26,8 +26,8 @@ from expert_contestants import Mixture
 from graph_timing import microseconds
 from results import add_options, line, save
 
-from convert_w4a8.kernels.gemm import grouped, tuned_experts
-from convert_w4a8.kernels.gemm.grouped_launch import Launch
+from convert_w4a8.kernels.gemm import grouped, tuned_experts, workspace
+from convert_w4a8.kernels.gemm.grouped_launch import Launch, most_blocks
 
 Shape = tuple[int, int, int, int | None]
 SHAPES: dict[int, dict[int, tuple[Shape, ...]]] = {
@@ -124,7 +124,7 @@ def tune(mixture: Mixture, m: int, deadline: float, apart: Sequence[int]) -> Ite
             )
             for sweep in sweeps:
                 for launch in sweep(best[place]):
-                    if launch == best[place] or time.monotonic() > until:
+                    if launch == best[place] or time.monotonic() > until or not has_counters(mixture, m, n, launch):
                         continue
                     tried = [*best]
                     tried[place] = launch
@@ -135,6 +135,12 @@ def tune(mixture: Mixture, m: int, deadline: float, apart: Sequence[int]) -> Ite
         yield {"mixture": mixture.name, "m": m, "block_m": block_m, "us": best_us} | {
             name: asdict(launch) for name, launch in zip(("gate_up", "down"), best, strict=True)
         }
+
+
+def has_counters(mixture: Mixture, m: int, n: int, launch: Launch) -> bool:
+    """Whether K is split as the launch says: there is a counter for each block of outputs."""
+    blocks = most_blocks(m * mixture.choices, mixture.experts, launch.block_m)
+    return launch.splits == 1 or blocks * (n // launch.block_n) <= workspace.COUNTERS
 
 
 def _parts(launch: Launch, splits: Sequence[int]) -> list[Launch]:

@@ -22,6 +22,7 @@ from convert_w4a8.kernels.gemm import grouped_reference, reference
 pytest.importorskip("triton", reason="Triton is not installed")
 KERNELS: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped")
 LAUNCHES: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_launch")
+COUNTERS: int = importlib.import_module("convert_w4a8.kernels.gemm.workspace").COUNTERS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GAP = 0.01 if DEVICE == "cuda" else 0.001
 """How far results may be from the reference, as a share of their length: where a sum rounds the other way, so may a
@@ -256,6 +257,9 @@ def test_measured_launches_are_possible() -> None:
             both = LAUNCHES.choose_launches(fewer, experts, hidden, intermediate, 132, hopper=True)
             assert both[0].block_m == block_m
             assert_possible(both, hidden, intermediate)
+            blocks = LAUNCHES.most_blocks(fewer, experts, block_m)
+            for launch, n in zip(both, (2 * intermediate, hidden), strict=True):  # or K would not be split after all
+                assert launch.splits == 1 or blocks * (n // launch.block_n) <= COUNTERS
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])

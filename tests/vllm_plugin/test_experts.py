@@ -121,7 +121,7 @@ def test_experts_with_few_tables_have_indices(
     monkeypatch: pytest.MonkeyPatch,
     ran: list[str],
 ) -> None:
-    """Where the kernel reads them: beside each layer's tables, the same ones."""
+    """Where the kernel reads them, and tables are group scales: beside each layer's tables, the same ones."""
     for module in ("indices", "experts"):
         monkeypatch.setattr(f"convert_w4a8.vllm_plugin.{module}.reads_indices", lambda _device: True)
     given: list[Any] = []
@@ -139,6 +139,9 @@ def test_experts_with_few_tables_have_indices(
     watch(layer, ran)
     layer.quant_method.apply(layer, *routed(3), None, None)
     assert ran == ["hopper"]
+    if tables is TableForm.ENTRIES:
+        assert [len(given[3]), len(given[4])] == [3, 3]
+        return
     for n, k, (_, all_tables, _, index, distinct) in ((512, HIDDEN, given[3]), (HIDDEN, 256, given[4])):
         assert index.shape == (4, k // 128, n)
         assert torch.equal(distinct.view(torch.uint8)[index.long()], all_tables.view(torch.uint8))
