@@ -77,16 +77,21 @@ WITHOUT, OURS, DAMAGED = (
 )
 
 
-def worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """Run one engine over all prompts, in this process."""
+def start_engine(options: Mapping[str, Any]) -> tuple[Any, float]:
+    """Return an engine in this process, and the seconds that it took to start."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests are there before the first step
     # Inductor picks among its kernels by timing them: "stock again" must be compiled again to show what that does.
     os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
     from vllm import LLM
 
     start = time.perf_counter()
-    llm = LLM(**payload["llm"])
-    started = time.perf_counter() - start
+    llm = LLM(**options)
+    return llm, time.perf_counter() - start
+
+
+def worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Run one engine over all prompts, in this process."""
+    llm, started = start_engine(payload["llm"])
     with ExitStack() as stack:
         if payload["turn"]:
             fcntl.flock(stack.enter_context(Path(payload["turn"]).open("w")), fcntl.LOCK_EX)

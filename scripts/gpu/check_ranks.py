@@ -30,7 +30,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import kernel_parts
 import rank_agreement
 import vllm_engine
-from check_equivalence import BATCH, answers, engine_options, make_prompts
+from check_equivalence import BATCH, answers, engine_options, make_prompts, start_engine
 from gaps import compare
 from results import VLLM_PACKAGES, add_options, save, visible_gpus
 
@@ -80,13 +79,7 @@ WAYS = {
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Run one engine over all prompts, twice over the first of them, in this process."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests are there before the first step
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    from vllm import LLM
-
-    start = time.perf_counter()
-    llm = LLM(**payload["llm"])
-    started = time.perf_counter() - start
+    llm, started = start_engine(payload["llm"])
     prompts, new = payload["prompts"], payload["new_tokens"]
     with Path(payload["turn"]).open("w") as turn:
         if payload["llm"]["tensor_parallel_size"] > 1:
