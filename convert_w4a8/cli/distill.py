@@ -65,6 +65,11 @@ if TYPE_CHECKING:
 @click.option(
     "--rate", type=NumberRange(min=0, min_open=True), default=1.0, show_default=True, help="Factor of all rates."
 )
+@click.option(
+    "--damping",
+    type=NumberRange(min=0),
+    help="How stiff the springs become that draw values to what they are rounded to. [default: by --steps]",
+)
 @click.option("--every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between measurements.")
 @click.option(
     "--patience",

@@ -41,6 +41,14 @@ def rates_for(preset: Preset, steps: int) -> Rates:
     return Rates(**{name: rate * factor for name, rate in asdict(RATES[preset]).items()})
 
 
+_LONG, _DAMPING = 2000, 0.5
+
+
+def damping_for(steps: int) -> float:
+    """Return how stiff springs become in a training of so many steps: they gain nothing in a short one."""
+    return _DAMPING if steps > _LONG else 0.0
+
+
 TOP_K = 64
 """Logits of each token that are stored of a teacher, if nothing else is said."""
 
@@ -54,7 +62,8 @@ class DistillOptions:
     before the training ends; 0: any number. recompute: compute blocks a second time in the backward pass instead of
     keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
     the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
-    embeddings: train these and lm_head too, with the preset `weights`.
+    embeddings: train these and lm_head too, with the preset `weights`. damping: how stiff the springs are that draw
+    values to what they are rounded to, at the end (`damping.stiffness`); 0: there are none; None: `damping_for`.
     """
 
     preset: Preset = Preset.TABLES
@@ -69,6 +78,7 @@ class DistillOptions:
     seed: int = 0
     hidden_weight: float = 0.0
     embeddings: bool = False
+    damping: float | None = None
 
     def __post_init__(self) -> None:
         """Take the preset as a string too.
@@ -76,7 +86,9 @@ class DistillOptions:
         Raises ValueError for one that there is not, numbers that are none, and embeddings where codes stay.
         """
         object.__setattr__(self, "preset", Preset(self.preset))
-        for name in ("rate", "warmup", "towards", "hidden_weight"):
+        if self.damping is None:
+            object.__setattr__(self, "damping", damping_for(self.steps))
+        for name in ("rate", "warmup", "towards", "hidden_weight", "damping"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is not a finite number")
         if self.embeddings and self.preset is not Preset.WEIGHTS:

@@ -190,6 +190,8 @@ class ShardedTrainer(Trainer):
         self._passes = _Passes(student)  # type: ignore[assignment]
         self._place = place
 
+    _own = staticmethod(_local)
+
     def divergences(self, batch: Batch) -> torch.Tensor:
         """Return the divergence at each token of the whole batch that counts, float32 [C], in every process."""
         part, tokens = part_of(batch, self._place.rank, self._place.ranks)

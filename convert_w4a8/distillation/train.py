@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convert_w4a8.devices import training
+from convert_w4a8.distillation import damping
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
 from convert_w4a8.distillation.fused import rotations
 from convert_w4a8.distillation.graphs import Passes
@@ -103,7 +104,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, factor: float) -> None:
-        """Take one step of Adam."""
+        """Take one step of Adam, and draw values towards what they are rounded to."""
         first, second = (1 - beta ** (self.step + 1) for beta in _BETAS)
         ones = [one for one in self.trained.values() if one.parameter.grad is not None]
         sizes = [factor * getattr(self._rates, one.kind) * one.unit / first for one in ones]
@@ -114,6 +115,16 @@ class Trainer:
             gradient = one.parameter.grad
             assert gradient is not None
             operations.adam(one.value, gradient, one.first, one.second, one.rounded, own)
+        if not self.options.damping or self.step % damping.EVERY:
+            return
+        stiff = damping.EVERY * factor * damping.stiffness(self.options.damping, self.step / self.options.steps)
+        for layer in self.student.layers.values():
+            damping.pull(layer, stiff * self._rates.entries, stiff * self._rates.weight, self._own)
+
+    @staticmethod
+    def _own(tensor: torch.Tensor) -> torch.Tensor:
+        """Return what this process has of a layer's tensor."""
+        return tensor
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> torch.Tensor:

@@ -14,10 +14,6 @@ Keys of a run, beside names of `DistillOptions` and factors of its rates (entrie
     regrid=A/B  after these parts of the steps channel scales and entries are chosen anew, by the error of the layers'
                 outputs, with `search` scales to choose from. staged=1: of the first of the layers at A, of the next at
                 B, ...; their entries stay, and all else is trained on
-    damp=μ      entries are drawn to the E4M3 number that they are rounded to, latent weights to the value of their
-                code, as by a spring: μ·rate for each spacing (or cell) that they are away. damp_from=a: at first a·μ.
-                damp_weights=μ: of latent weights, instead of damp. by_noise=1: in proportion to the gradient's root
-                mean square in its layer
     fall=P      rates fall as (1 − t)^P, not as a cosine
     seconds=S   the schedule goes by time, not by steps
 
@@ -63,7 +59,7 @@ from results import add_options, save
 NUMBERS = {"mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 2.0, "search": 64.0, "staged": 0.0, "seconds": 0.0} | {
     f.name: 1.0 for f in fields(Rates)
 }
-NUMBERS |= {"damp": 0.0, "damp_from": 1.0, "damp_weights": -1.0, "by_noise": 0.0, "fall": 0.0}
+NUMBERS |= {"fall": 0.0}
 WORDS = {"mode": "ste", "first": "free", "regrid": ""}
 LOW = 0.02
 """Where the pull of `prox` begins, of mu."""
@@ -179,7 +175,7 @@ class Experiment(Trainer):
         if self.run["fall"]:
             done = min(1.0, self.progress)
             rise = min(1.0, (done + 1e-4) / max(1e-4, self.options.warmup))
-            return self.options.rate * rise * (1 - done) ** self.run["fall"]
+            return self.options.rate * rise * float((1 - done) ** self.run["fall"])
         return super().factor(max(step, int(min(1.0, self.progress) * self.options.steps)))
 
     def set_part(self) -> None:
@@ -193,7 +189,6 @@ class Experiment(Trainer):
         super()._update(factor)
         for layer in self._fixed:
             layer.entries.zero_()
-        self._damp(factor)
         run, done = self.run, self.progress
         if run["mode"] != "prox" or done < run["begin"]:
             return
@@ -201,41 +196,6 @@ class Experiment(Trainer):
         for layer in self.student.layers.values():
             nearest = (round_to_e4m3(layer.start + layer.entries * layer.step) - layer.start) / layer.step
             layer.entries.sub_((layer.entries - nearest).clamp(-most, most))
-
-    @torch.no_grad()
-    def _damp(self, factor: float) -> None:
-        """Draw entries and latent weights towards what they are rounded to."""
-        run = self.run
-        strength = run["damp_from"] ** (1 - min(1.0, self.progress)) * factor
-        entries = strength * run["damp"] * self._rates.entries
-        weights = strength * (run["damp"] if run["damp_weights"] < 0 else run["damp_weights"]) * self._rates.weight
-        if not entries and not weights:
-            return
-        for layer in self.student.layers.values():
-            if entries:
-                one = self._of[layer.entries]
-                away = (
-                    layer.entries - (round_to_e4m3(layer.start + layer.entries * layer.step) - layer.start) / layer.step
-                )
-                layer.entries.sub_(away.mul_(self._noise(one)).mul_(entries).clamp_(-0.5, 0.5))
-            if weights and layer.weight is not None:
-                _, scale, _, values = layer.operand()
-                unit = (layer.unit * layer.channel_scale / scale)[:, None]
-                away = layer.weight - values.float() / unit
-                cell = 4 * away.abs().mean().clamp(min=0.01)
-                layer.weight.sub_(away.mul_(self._noise(self._of[layer.weight])).mul_(weights / cell))
-
-    @property
-    def _of(self) -> dict[nn.Parameter, Any]:
-        if not hasattr(self, "_by_parameter"):
-            self._by_parameter = {one.value: one for one in self.trained.values()}
-        return self._by_parameter
-
-    def _noise(self, one: Any) -> torch.Tensor | float:
-        if not self.run["by_noise"]:
-            return 1.0
-        root = one.second.sqrt()
-        return (root / root.mean().clamp(min=1e-30)).clamp_(0.1, 10)
 
     @torch.no_grad()
     def regrid(self, samples: Sequence[Sample]) -> None:

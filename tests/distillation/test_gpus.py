@@ -51,6 +51,7 @@ class Case:
     recompute: bool = False
     hidden_weight: float = 0.0
     fused: bool = False
+    damping: float = 0.0
 
     @property
     def options(self) -> DistillOptions:
@@ -61,6 +62,7 @@ class Case:
             batch_tokens=self.tokens,
             recompute=self.recompute,
             hidden_weight=self.hidden_weight,
+            damping=self.damping,
             rate=4.0,
         )
 
@@ -74,6 +76,8 @@ CASES = (
     Case(Preset.TABLES, fused=True),
     Case(Preset.WEIGHTS, fused=True),
     Case(Preset.TABLES, recompute=True, fused=True),
+    Case(Preset.TABLES, damping=20.0),
+    Case(Preset.WEIGHTS, damping=20.0),
 )
 
 

@@ -7,26 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from small_training import GROUPS, N, random_layer
 
 from convert_w4a8.distillation.linear import LutLinear, Preset
 from convert_w4a8.distillation.loss import counted, divergence
 from convert_w4a8.distillation.tables import nearest_within_cells, round_to_e4m3, spacing
 from convert_w4a8.encoding import lut_layout
-from convert_w4a8.encoding.packing import pack_codes
 from convert_w4a8.encoding.tables import decode, expand_tables, gemm
 from convert_w4a8.kernels.training.reference import by_code, choose, look_up, sum_by_entry
 from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
 
-N, GROUPS, TOKENS = 16, 3, 11
-
-
-def random_layer(seed: int = 0) -> W4A8Linear:
-    """Return a layer with free tables, whose entries are in no order."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (N, GROUPS * GROUP_SIZE), generator=generator).to(torch.uint8)
-    entries = torch.randn(GROUPS, N, 8, generator=generator).mul_(30).to(torch.float8_e4m3fn)
-    scale = torch.rand(N, generator=generator) * 1e-3 + 1e-4
-    return W4A8Linear(pack_codes(codes), Packing.PACK_QUANTIZED, None, entries, scale)
+TOKENS = 11
 
 
 def random_activations(seed: int = 1) -> torch.Tensor:

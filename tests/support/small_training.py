@@ -9,6 +9,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY
 
 from convert_w4a8.cli.main import main
+from convert_w4a8.encoding.packing import pack_codes
+from convert_w4a8.linear import GROUP_SIZE, Packing, W4A8Linear
+
+N, GROUPS = 16, 3
+"""Of `random_layer`."""
 
 FEW = ("--steps", "8", "--every", "2", "--batch-tokens", "256", "--device", "cpu")
 
@@ -50,3 +55,12 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     for path in out.glob("*.safetensors"):
         found |= load_file(path)
     return found
+
+
+def random_layer(seed: int = 0) -> W4A8Linear:
+    """Return a layer with free tables, whose entries are in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (N, GROUPS * GROUP_SIZE), generator=generator).to(torch.uint8)
+    entries = torch.randn(GROUPS, N, 8, generator=generator).mul_(30).to(torch.float8_e4m3fn)
+    scale = torch.rand(N, generator=generator) * 1e-3 + 1e-4
+    return W4A8Linear(pack_codes(codes), Packing.PACK_QUANTIZED, None, entries, scale)
