@@ -202,6 +202,7 @@ def distill(
     device: str = "auto",
     teacher_device: str | None = None,
     gpus: int = 1,
+    replicate: bool = False,
     teacher_logits: PathOrId | None = None,
     top_k: int = TOP_K,
     overwrite: bool = False,
@@ -212,10 +213,10 @@ def distill(
 
     samples, held_out: from `convert_w4a8.samples`; a domain is what a file's name is without endings. held_out: to
     measure on; None: some of each domain. mix: "drop", "uniform", the drop of each domain, or a JSON file
-    that has them. gpus: over how many both models are spread, as with `--gpus`. teacher_logits: directory of the
-    teacher's logits, which are written there if they are not there yet, the `top_k` highest of each token, or all with
-    0. progress: called with each step and its divergence in nats per token. The other parameters are those of
-    `convert`.
+    that has them. gpus, replicate: over how many both models are spread, or on how many each has the whole of them, as
+    with `--gpus` and `--replicate`. teacher_logits: directory of the teacher's logits, which are written there if they
+    are not there yet, the `top_k` highest of each token, or all with 0. progress: called with each step and its
+    divergence in nats per token. The other parameters are those of `convert`.
 
     Raises:
         ConvertError: the models, the output path, the data or the device do not allow it, or training did not help.
@@ -231,6 +232,7 @@ def distill(
         device=on,
         teacher_device=on if teacher_device is None else resolve_device(teacher_device, "--teacher-device"),
         gpus=gpus,
+        replicate=replicate,
         teacher_logits=None if teacher_logits is None else local_path(teacher_logits),
         top_k=top_k,
         overwrite=overwrite,

@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Spread the models over the first N GPUs of this machine, which share every batch.",
 )
+@click.option("--replicate", is_flag=True, help="With --gpus: each GPU has the whole of both models.")
 @click.option(
     "--teacher-logits",
     type=LocalPath(path_type=Path, directory=True),
@@ -136,6 +137,7 @@ def distill_command(
     device: str,
     teacher_device: str | None,
     gpus: int,
+    replicate: bool,
     teacher_logits: Path | None,
     top_k: int | None,
     png: Path | None,
@@ -171,7 +173,9 @@ def distill_command(
     if top_k is not None and teacher_logits is None:
         raise click.UsageError("--top-k goes with --teacher-logits")
     if gpus > 1 and teacher_device is not None:
-        raise click.UsageError("--teacher-device does not go with --gpus: the teacher is spread over them too")
+        raise click.UsageError("--teacher-device does not go with --gpus: the teacher is on all of them too")
+    if replicate and gpus == 1:
+        raise click.UsageError("--replicate goes with --gpus")
     if choices["embeddings"] and choices["preset"] != "weights":
         raise click.UsageError("--embeddings goes with --preset weights")
     if png is not None:
@@ -186,12 +190,12 @@ def distill_command(
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
     check_models(trained, source, blocks=options.hidden_weight > 0)
-    check_gpus(trained, gpus, on, embeddings=options.embeddings)
+    check_gpus(trained, gpus, on, embeddings=options.embeddings, replicate=replicate)
     found = _read(source, data, held_out, mix, mask, max_length)
     check_text(trained, source, (*found.samples, *found.held_out))
     stored = None if teacher_logits is None else top_k
     together = (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
-    cost = predict(trained, source, found, options, together=together, top_k=stored, gpus=gpus)
+    cost = predict(trained, source, found, options, together=together, top_k=stored, gpus=gpus, replicate=replicate)
     if not (quiet or as_json):
         echo(render.plan_text(options, found, cost, gpus))
     if dry_run:
@@ -210,6 +214,7 @@ def distill_command(
             device=on,
             teacher_device=teacher_on,
             gpus=gpus,
+            replicate=replicate,
             teacher_logits=teacher_logits,
             top_k=top_k,
             overwrite=overwrite,

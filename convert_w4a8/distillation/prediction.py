@@ -151,25 +151,33 @@ def predict(
     together: bool = True,
     top_k: int | None = None,
     gpus: int = 1,
+    replicate: bool = False,
 ) -> Cost:
     """Predict what a training of a checkpoint takes.
 
     together: whether the teacher runs on the device of the student. top_k: its logits are stored, so many of each
-    token, or all with 0; None: they are not. gpus: that share every batch; memory is that of each.
+    token, or all with 0; None: they are not. gpus: that share every batch; memory is that of each. replicate: each has
+    the whole of both models.
     """
     whole, options = options, replace(options, batch_tokens=-(-options.batch_tokens // gpus))
     samples = {key_of(sample): sample for sample in (*data.samples, *data.held_out)} if top_k is not None else {}
     sizes, of_teacher = sizes_of(start), 2 * sum(map(_count, teacher.tensors.values())) if together else 0
+    parts = 1 if replicate else gpus
     found = predict_cost(
         sizes,
         options,
         teacher_bytes=of_teacher if top_k is None else 0,
-        held_out_tokens=sum(map(len, data.held_out)),
+        held_out_tokens=sum(map(len, data.held_out)) * parts // gpus,
         stored_rows=None if top_k is None else sum(map(rows_of, samples.values())),
         top_k=top_k or 0,
-        gpus=gpus,
-        shapes=_captured_shapes(start, sizes, options) if gpus == 1 else 1,
+        gpus=parts,
+        shapes=_captured_shapes(start, sizes, options) if parts == 1 else 1,
     )
+    if replicate:  # their gradients are added up
+        bytes_ = 4 * found.trained
+        step = found.seconds_per_step + bytes_ * 2 * (gpus - 1) / gpus / LINK
+        seconds = found.seconds + (step - found.seconds_per_step) * options.steps
+        found = replace(found, seconds_per_step=step, seconds=seconds, gpu_memory=found.gpu_memory + bytes_)
     if top_k is None or not together:
         return found
     return replace(found, gpu_memory=max(found.gpu_memory, _first_pass_memory(sizes, of_teacher, whole.batch_tokens)))

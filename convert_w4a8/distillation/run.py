@@ -4,10 +4,12 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from convert_w4a8.checkpoint.directory import Checkpoint, open_checkpoint
 from convert_w4a8.checkpoint.disk import real_path
@@ -17,6 +19,7 @@ from convert_w4a8.conversion.fingerprint import check_unchanged, fingerprint
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.devices import kind_of
 from convert_w4a8.distillation.agreement import check_text
+from convert_w4a8.distillation.data_parallel import ReplicatedState
 from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
 from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.distillation.machine import deterministic
@@ -30,8 +33,8 @@ from convert_w4a8.distillation.result import DistillResult
 from convert_w4a8.distillation.sharded import BestValues, ShardedState, check_gpus, part_files
 from convert_w4a8.distillation.state import StateDirectory
 from convert_w4a8.distillation.stored import StoredTeacher, read_notes
-from convert_w4a8.distillation.student import check_models
-from convert_w4a8.distillation.training_run import Kept, Run, ShardedRun
+from convert_w4a8.distillation.student import check_models, load_student
+from convert_w4a8.distillation.training_run import Kept, ParallelRun, Run, ShardedRun
 from convert_w4a8.errors import ConvertError, DiskError
 
 _PARTS = "the models, their gradients and moments, and a batch"
@@ -51,6 +54,7 @@ def distill(
     device: torch.device,
     teacher_device: torch.device | None = None,
     gpus: int = 1,
+    replicate: bool = False,
     teacher_logits: Path | None = None,
     top_k: int = TOP_K,
     overwrite: bool = False,
@@ -60,7 +64,8 @@ def distill(
 ) -> DistillResult:
     """Train the W4A8 checkpoint `start` to predict as `teacher` does. `out` appears whole, at the end, or not at all.
 
-    gpus: over how many GPUs of this machine both models are spread, a process for each; of a CPU, how many processes.
+    gpus: of this machine that share every batch, a process for each; of a CPU, how many processes. replicate: each has
+    the whole of both models, not a part.
     teacher_logits: directory of the teacher's logits, the `top_k` highest of each token and the sum of the others, or
     all with 0. They are written there if they are not there yet; the teacher does not run beside the student then.
     progress: called with the number of each step and its divergence in nats per token. storing: called while logits are
@@ -73,7 +78,7 @@ def distill(
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     check_models(start, teacher, blocks=options.hidden_weight > 0)
     check_text(start, teacher, (*data.samples, *data.held_out))
-    check_gpus(start, gpus, device, teacher_device, embeddings=options.embeddings)
+    check_gpus(start, gpus, device, teacher_device, embeddings=options.embeddings, replicate=replicate)
     stored: StoredTeacher | None = None
     teacher_on = teacher_device or device
     if teacher_logits is not None:
@@ -91,7 +96,8 @@ def distill(
                 progress=storing,
             )
     predictions = stored or teacher_on
-    before = _fingerprint(start, teacher, options, data, device, predictions, gpus)
+    described = partial(_fingerprint, start, teacher, options, data, device, predictions, gpus, replicate=replicate)
+    before = described()
     state = StateDirectory(real_path(out))
     plan = plan_files(start)
     with CheckpointWriter(
@@ -111,12 +117,15 @@ def distill(
         others: Mapping[str, torch.Tensor]
         try:
             if gpus > 1:
-                job = _Job(start.root, teacher.root, data, options, teacher_logits, out, before)
+                job = _Job(start.root, teacher.root, data, options, teacher_logits, out, before, replicate)
                 state.notes(before)  # what is not to be continued stays
                 with _nothing_kept(state):
                     result = _train_on_all(job, gpus, device.type, progress, kept)
-                best = BestValues(part_files(state.path, kept.last(), gpus))
-                layers, others = best.layers(start, options.preset, device), best.others(start)
+                if replicate:
+                    layers, others = _best_whole(start, teacher, options, device, state.file(kept.last()))
+                else:
+                    best = BestValues(part_files(state.path, kept.last(), gpus))
+                    layers, others = best.layers(start, options.preset, device), best.others(start)
             else:
                 with memory_errors("the training", _PARTS, _LESS, of_gpu=True), deterministic(device, teacher_on):
                     run = Run(start, teacher, data, options, device, predictions, state, before, kept)
@@ -130,7 +139,9 @@ def distill(
             options, data.digest(), result, embeddings=[name for name, one in others.items() if one.dim() > 1]
         )
         write_output(writer, start, layers, others, notes, section(options, result))
-        check_unchanged(before, _fingerprint(start, teacher, options, data, device, predictions, gpus))
+        check_unchanged(
+            before, _fingerprint(start, teacher, options, data, device, predictions, gpus, replicate=replicate)
+        )
         writer.commit()
     state.remove()
     return result
@@ -159,6 +170,18 @@ class _Job:
     teacher_logits: Path | None
     out: Path
     fingerprint: Mapping[str, Any]
+    replicate: bool
+
+
+def _best_whole(
+    start: Checkpoint, teacher: Checkpoint, options: DistillOptions, device: torch.device, file: Path
+) -> tuple[Iterable[tuple[str, LutLinear]], Mapping[str, torch.Tensor]]:
+    """Return the layers and other tensors of a training that is done, with the best values of its last state."""
+    student = load_student(start, teacher, options.preset, device, options.towards, embeddings=options.embeddings)
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        for name, parameter in student.trained():
+            parameter.copy_(tensors.get_tensor(f"best.{name}"))
+    return student.layers.items(), student.others | student.again
 
 
 def _train_on_all(job: _Job, gpus: int, kind: str, progress: Callable[[int, float], None], kept: Kept) -> DistillResult:
@@ -185,7 +208,8 @@ def _train_part(place: Place, job: _Job) -> DistillResult:
         notes = read_notes(job.teacher_logits)
         assert notes is not None  # `distill` has seen to that
         predictions = StoredTeacher(job.teacher_logits, notes)
-    state = ShardedState(real_path(job.out), place)
+    out = real_path(job.out)
+    state = ReplicatedState(out, place) if job.replicate else ShardedState(out, place)
 
     def tell(*message: Any) -> None:
         if place.is_first:
@@ -193,7 +217,8 @@ def _train_part(place: Place, job: _Job) -> DistillResult:
 
     with memory_errors("the training", _PARTS, _LESS_OF_ALL, of_gpu=True), deterministic(place.device):
         kept = Kept(job.options.steps)
-        run = ShardedRun(start, teacher, job.data, job.options, place, predictions, state, job.fingerprint, kept)
+        kind = ParallelRun if job.replicate else ShardedRun
+        run = kind(start, teacher, job.data, job.options, place, predictions, state, job.fingerprint, kept)
         return run.train(tell)
 
 
@@ -205,6 +230,8 @@ def _fingerprint(
     device: torch.device,
     predictions: StoredTeacher | torch.device,
     gpus: int = 1,
+    *,
+    replicate: bool = False,
 ) -> dict[str, Any]:
     """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise."""
     found = fingerprint(start, options)
@@ -212,6 +239,7 @@ def _fingerprint(
     found["--device"] = kind_of(device)
     if gpus > 1:
         found["--gpus"] = gpus
+        found["--replicate"] = replicate
     if isinstance(predictions, StoredTeacher):
         found["--teacher-logits"] = predictions.digest
     else:

@@ -4,8 +4,7 @@ Both models are sharded block by block: of each tensor of the quantized layers, 
 the teacher's matrices and all embeddings, a process has a part of the rows; they are brought together for a block's
 passes, and gradients are summed where their rows are. Norms and biases, of one dimension, are whole in every process.
 
-Each process computes a part of every batch: some of its samples. Losses are weighted so that the sum over processes
-is the mean over the tokens that count of the whole batch, as on one device.
+Each process computes a part of every batch, as in `data_parallel`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from torch import nn
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
-from convert_w4a8.distillation.data import Batch
+from convert_w4a8.distillation.data_parallel import DataParallelTrainer
 from convert_w4a8.distillation.embeddings import EMBEDDINGS
 from convert_w4a8.distillation.fused import fuse
 from convert_w4a8.distillation.hidden import blocks_of
@@ -31,7 +30,6 @@ from convert_w4a8.distillation.processes import Place
 from convert_w4a8.distillation.state import StateDirectory
 from convert_w4a8.distillation.student import Student, logits_of
 from convert_w4a8.distillation.teacher import Teacher
-from convert_w4a8.distillation.train import Trainer
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.linear import W4A8Linear
 from convert_w4a8.targets import find_target
@@ -49,21 +47,25 @@ def check_gpus(
     teacher_device: torch.device | None = None,
     *,
     embeddings: bool = False,
+    replicate: bool = False,
 ) -> None:
     """Check that a training of a checkpoint can be spread over so many GPUs, or on a CPU processes.
 
+    replicate: whether each of them has the whole of both models.
+
     Raises:
-        ConvertError: there are fewer GPUs, others are named, embeddings are to be trained, or the model is a mixture of
-            experts.
+        ConvertError: there are fewer GPUs, others are named, embeddings are to be trained in parts, or the model is a
+            mixture of experts.
 
     """
     if gpus == 1:
         return
-    if embeddings:
-        raise ConvertError(f"{OPTION} {gpus}", "embeddings are trained on one GPU only", f"leave out {EMBEDDINGS}")
+    if embeddings and not replicate:
+        reason = "embeddings are trained where each GPU has the whole of them"
+        raise ConvertError(f"{OPTION} {gpus}", reason, f"give --replicate, or leave out {EMBEDDINGS}")
     if device.index or (teacher_device is not None and teacher_device != device):
         remedy = "choose GPUs with CUDA_VISIBLE_DEVICES, and leave out --teacher-device"
-        raise ConvertError(f"{OPTION} {gpus}", "spreads both models over the first GPUs", remedy)
+        raise ConvertError(f"{OPTION} {gpus}", "trains on the first GPUs", remedy)
     if device.type == "cuda" and gpus > torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise ConvertError(f"{OPTION} {gpus}", f"there are {there} CUDA devices", f"give {OPTION} {there}")
@@ -182,49 +184,14 @@ class _Passes:
             other.grad = summed.view(other.shape).to(other.dtype)
 
 
-class ShardedTrainer(Trainer):
-    """A `Trainer` whose batches and measurements the processes share, and whose state is of this process."""
-
-    def __init__(self, student: ShardedStudent, teacher: Teacher, options: DistillOptions, place: Place) -> None:
-        super().__init__(student, teacher, options, place.device)
-        self._passes = _Passes(student)  # type: ignore[assignment]
-        self._place = place
+class ShardedTrainer(DataParallelTrainer):
+    """A `DataParallelTrainer` whose state is of this process."""
 
     _own = staticmethod(_local)
 
-    def divergences(self, batch: Batch) -> torch.Tensor:
-        """Return the divergence at each token of the whole batch that counts, float32 [C], in every process."""
-        part, tokens = part_of(batch, self._place.rank, self._place.ranks)
-        values = super().divergences(part)
-        found = values.new_zeros(int(batch.counts.sum()))
-        found[tokens] = values[: tokens.stop - tokens.start]
-        dist.all_reduce(found)
-        return found
-
-    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this process's part of the loss of a batch, and the mean divergence of the whole batch."""
-        part, tokens = part_of(batch, self._place.rank, self._place.ranks)
-        loss, found = super()._losses(part)
-        weight = (tokens.stop - tokens.start) / int(batch.counts.sum())
-        found = found.detach() * weight
-        dist.all_reduce(found)
-        return loss * weight, found
-
-
-def part_of(batch: Batch, rank: int, ranks: int) -> tuple[Batch, slice]:
-    """Return the samples of a batch that a process computes, and which of the batch's tokens that count are theirs.
-
-    With fewer samples than processes some have none: they compute one, of which no tokens are theirs, since all have to
-    take part when blocks are brought together.
-    """
-    start, end = (len(batch.ids) * number // ranks for number in (rank, rank + 1))
-    first = int(batch.counts[:start].sum())
-    tokens = slice(first, first + int(batch.counts[start:end].sum()))
-    if start == end:
-        start, end = 0, 1
-    samples = batch.samples[start:end]
-    longest = max(map(len, samples), default=batch.ids.shape[1])
-    return Batch(batch.ids[start:end, :longest], batch.counts[start:end, :longest], samples), tokens
+    def __init__(self, student: ShardedStudent, teacher: Teacher, options: DistillOptions, place: Place) -> None:
+        super().__init__(student, teacher, options, place)
+        self._passes = _Passes(student)  # type: ignore[assignment]
 
 
 class ShardedState(StateDirectory):
@@ -237,7 +204,8 @@ class ShardedState(StateDirectory):
     def _files(self, step: int) -> list[Path]:
         return part_files(self.path, step, self._place.ranks)
 
-    def _file(self, step: int) -> Path:
+    def file(self, step: int) -> Path:
+        """See `StateDirectory`."""
         return self._files(step)[self._place.rank]
 
     def _finish(self, step: int, notes: Any) -> None:

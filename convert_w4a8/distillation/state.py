@@ -73,7 +73,7 @@ class StateDirectory:
         if notes is None:
             return None
         try:
-            return Saved(notes, load_file(self._file(int(notes["step"]))))
+            return Saved(notes, load_file(self.file(int(notes["step"]))))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
 
@@ -112,14 +112,14 @@ class StateDirectory:
         """Keep a state, whole or not at all, and forget those before it."""
         with disk_errors(self.path):
             self.path.mkdir(mode=0o700, exist_ok=True)
-            save_tensors(tensors, self._file(step))
+            save_tensors(tensors, self.file(step))
             self._finish(step, notes)
 
     def _files(self, step: int) -> list[Path]:
         """Return where all tensors of a step are."""
         return [self.path / f"state-{step}.safetensors"]
 
-    def _file(self, step: int) -> Path:
+    def file(self, step: int) -> Path:
         """Return where this process has those that it keeps."""
         return self._files(step)[0]
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.distillation.data_parallel import ReplicatedTrainer
 from convert_w4a8.distillation.hidden import check_blocks, sizes_of_blocks
 from convert_w4a8.distillation.mix import TrainingData, by_tag, mixed, shares
 from convert_w4a8.distillation.options import DistillOptions
@@ -210,8 +211,11 @@ class Run:
         self._keep(step)
 
 
-class ShardedRun(Run):
-    """One training of several processes, in one of them. What they decide by is the same in all."""
+class ParallelRun(Run):
+    """One training of several processes, in one of them. What they decide by is the same in all.
+
+    Each has the whole of both models.
+    """
 
     def __init__(
         self,
@@ -227,6 +231,18 @@ class ShardedRun(Run):
     ) -> None:
         self._place = place
         super().__init__(start, teacher, data, options, place.device, predictions, state, fingerprint_, kept)
+
+    def _new_trainer(self, target: Teacher, device: torch.device) -> Trainer:  # noqa: ARG002
+        return ReplicatedTrainer(self.student, target, self._options, self._place)
+
+    def _keep(self, step: int) -> None:
+        super()._keep(step)
+        if self._place.is_first:
+            self._place.tell((step, None))
+
+
+class ShardedRun(ParallelRun):
+    """One where each process has a part of both models."""
 
     # Models are loaded on the host, by one process after the other, so that it holds one of them at a time.
 
@@ -244,8 +260,3 @@ class ShardedRun(Run):
     def _new_trainer(self, target: Teacher, device: torch.device) -> Trainer:  # noqa: ARG002
         assert isinstance(self.student, ShardedStudent)
         return ShardedTrainer(self.student, target, self._options, self._place)
-
-    def _keep(self, step: int) -> None:
-        super()._keep(step)
-        if self._place.is_first:
-            self._place.tell((step, None))

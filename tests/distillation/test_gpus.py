@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from tiny_models import VOCABULARY
 from torch import nn
 
 from convert_w4a8 import api
+from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.distillation import fused
 from convert_w4a8.distillation.data import Batch, make_batch
+from convert_w4a8.distillation.data_parallel import ReplicatedTrainer, part_of
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.mix import hold_out, mixed
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.processes import Place, run_on_all
-from convert_w4a8.distillation.sharded import ShardedTrainer, check_gpus, part_of, shard, shard_student
+from convert_w4a8.distillation.sharded import ShardedTrainer, check_gpus, shard, shard_student
 from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, mean
@@ -52,6 +55,8 @@ class Case:
     hidden_weight: float = 0.0
     fused: bool = False
     damping: float = 0.0
+    replicate: bool = False
+    embeddings: bool = False
 
     @property
     def options(self) -> DistillOptions:
@@ -63,6 +68,7 @@ class Case:
             recompute=self.recompute,
             hidden_weight=self.hidden_weight,
             damping=self.damping,
+            embeddings=self.embeddings,
             rate=4.0,
         )
 
@@ -78,6 +84,9 @@ CASES = (
     Case(Preset.TABLES, recompute=True, fused=True),
     Case(Preset.TABLES, damping=20.0),
     Case(Preset.WEIGHTS, damping=20.0),
+    Case(Preset.TABLES, replicate=True),
+    Case(Preset.WEIGHTS, tokens=42, damping=20.0, replicate=True),
+    Case(Preset.WEIGHTS, tokens=130, embeddings=True, fused=True, replicate=True),
 )
 
 
@@ -102,6 +111,9 @@ def in_process(place: Place, start: Path, model: Path, data: list[Path], out: Pa
     checkpoint, source = api.open_checkpoint(start), api.open_checkpoint(model)
     found = []
     for number, case in enumerate(CASES):
+        if case.replicate:
+            found.append(replicated(place, case, checkpoint, source, data, out / f"{number}-{place.rank}.safetensors"))
+            continue
         models = load_student(checkpoint, source, case.preset, CPU), load_teacher(source, CPU)
         with fusing(case):
             student, spread = shard_student(models[0], place), shard(models[1], place)
@@ -118,6 +130,20 @@ def in_process(place: Place, start: Path, model: Path, data: list[Path], out: Pa
     return found
 
 
+def replicated(
+    place: Place, case: Case, checkpoint: Checkpoint, source: Checkpoint, data: list[Path], file: Path
+) -> list[float]:
+    """Train a case with the whole of both models in each process."""
+    with fusing(case):
+        student = load_student(checkpoint, source, case.preset, CPU, embeddings=case.embeddings)
+        teacher = LiveTeacher(load_teacher(source, CPU))
+    trainer = ReplicatedTrainer(student, teacher, case.options, place)
+    losses = [trainer.train(batch) for batch in batches(data, case.options)]
+    measured = trainer.measure(read_samples(data, None, vocab_size=VOCABULARY).samples)
+    save_file(trainer.state() | {"measured": measured}, file)
+    return losses
+
+
 class Accumulated(Trainer):
     """A whole model which computes the parts of a batch one after the other, and adds up their gradients."""
 
@@ -125,8 +151,7 @@ class Accumulated(Trainer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        for block in blocks_of(self.student.model, ""):
-            block.register_forward_pre_hook(_pass_on)
+        self.copies = [block.register_forward_pre_hook(_pass_on) for block in blocks_of(self.student.model, "")]
 
     def train(self, batch: Batch) -> float:
         """Take one step."""
@@ -193,46 +218,56 @@ def test_processes_compute_what_one_does(
     checkpoint, source = api.open_checkpoint(start), api.open_checkpoint(model)
     with fusing(case):
         teacher = LiveTeacher(load_teacher(source, CPU))
-        added = Accumulated(load_student(checkpoint, source, case.preset, CPU), teacher, case.options, CPU)
+        students = [load_student(checkpoint, source, case.preset, CPU, embeddings=case.embeddings) for _ in range(2)]
+        added = Accumulated(students[0], teacher, case.options, CPU)
+    if case.replicate:
+        for hook in added.copies:
+            hook.remove()
     assert [added.train(batch) for batch in batches(data, case.options)] == losses[number]
     parts = [load_file(out / f"{number}-{rank}.safetensors") for rank in range(2)]
     others = set(added.student.others)
     for name, value in added.state().items():
         leaf = name.partition(".")[2]
-        found = parts[0][name] if leaf in others else torch.cat([part[name] for part in parts])
+        is_whole = case.replicate or leaf in others
+        found = parts[0][name] if is_whole else torch.cat([part[name] for part in parts])
         assert torch.equal(found, value), name
-        assert leaf not in others or torch.equal(parts[1][name], value)
+        assert not is_whole or torch.equal(parts[1][name], value)
     samples = read_samples(data, None, vocab_size=VOCABULARY).samples
     assert torch.equal(parts[0]["measured"], parts[1]["measured"])
     assert torch.allclose(parts[0]["measured"], added.measure(samples), rtol=1e-5, atol=0)
-    whole = Trainer(load_student(checkpoint, source, case.preset, CPU), teacher, case.options, CPU)
+    whole = Trainer(students[1], teacher, case.options, CPU)
     assert [whole.train(batch) for batch in batches(data, case.options)] == pytest.approx(losses[number], rel=0.02)
 
 
-def test_a_killed_process_is_one_line_and_resumed(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("replicate", [False, True])
+def test_a_killed_process_is_one_line_and_resumed(
+    replicate: bool, model: Path, start: Path, data: list[Path], tmp_path: Path
+) -> None:
     """It ends the others, leaves nothing in OUT, and --resume on as many goes on to the bytes of a whole training."""
-    more = ("--rate", "4", "--preset", "weights", "--gpus", 2)
+    same = ("--rate", "4", "--preset", "weights", *(["--embeddings"] if replicate else []))
+    more = (*same, "--gpus", 2, *(["--replicate"] if replicate else []))
     whole = distill(start, model, data, tmp_path / "whole", *more, "--json")
     assert whole.exit_code == 0, whole.output
     samples = read_samples(data, None, vocab_size=VOCABULARY)
-    options = DistillOptions(Preset.WEIGHTS, steps=8, every=2, batch_tokens=256, rate=4.0)
+    options = DistillOptions(Preset.WEIGHTS, steps=8, every=2, batch_tokens=256, rate=4.0, embeddings=replicate)
+    train = partial(api.distill, start, model, tmp_path / "out", samples, options, device="cpu", gpus=2)
 
     def kill(step: int, _loss: float) -> None:
         if step == 5:
             os.kill(max(process.pid or 0 for process in active_children()), signal.SIGKILL)
 
     with pytest.raises(DiskError, match=r"process [12] of the training: was ended by signal 9; .* --resume"):
-        api.distill(start, model, tmp_path / "out", samples, options, device="cpu", gpus=2, progress=kill)
+        train(progress=kill, replicate=replicate)
     assert active_children() == []
     assert not (tmp_path / "out").exists()
-    one = distill(start, model, data, tmp_path / "out", *more[:-2], "--resume")
+    one = distill(start, model, data, tmp_path / "out", *same, "--resume")
     assert one.exit_code == 1
     assert "out: --gpus: is not what it was in the training that was interrupted" in one.stderr
     kept = tmp_path / ".out.w4a8-distill"
     step = json.loads((kept / "state.json").read_text(encoding="utf-8"))["step"]
     assert step in (4, 6)
     assert {path.name for path in kept.glob(f"state-{step}-*")} == {
-        f"state-{step}-{part}-of-2.safetensors" for part in (1, 2)
+        f"state-{step}-{part}-of-2.safetensors" for part in (1, 2) if not replicate
     }
     continued = distill(start, model, data, tmp_path / "out", *more, "--resume")
     assert continued.exit_code == 0, continued.output
@@ -304,6 +339,12 @@ def test_refusals(model: Path, start: Path, data: list[Path], tmp_path: Path, mo
     refused = distill(start, model, data, out, "--gpus", 2, "--teacher-device", "cpu")
     assert refused.exit_code == 2
     assert "--teacher-device does not go with --gpus" in refused.stderr
+    refused = distill(start, model, data, out, "--replicate")
+    assert refused.exit_code == 2
+    assert "--replicate goes with --gpus" in refused.stderr
+    refused = distill(start, model, data, out, "--gpus", 2, "--preset", "weights", "--embeddings")
+    assert refused.exit_code == 1
+    assert "give --replicate, or leave out --embeddings" in refused.stderr
     checkpoint = api.open_checkpoint(start)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConvertError, match="--gpus 3: there are 2 CUDA devices; give --gpus 2"):
