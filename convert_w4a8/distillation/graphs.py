@@ -8,6 +8,7 @@ router chose, and models that are spread over processes, which wait for each oth
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,12 +95,14 @@ class _Captured:
                 del logits
         torch.cuda.current_stream(ids.device).wait_stream(stream)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=pool, stream=stream):
+        # Other threads, as NCCL's, which looks at what is sent, may ask the device for what they like meanwhile.
+        captured = partial(torch.cuda.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with captured(self._forward):
             logits = logits_of(model, self._ids)
         self._logits = logits.detach().requires_grad_(bool(parameters))
         if parameters:
             self._upstream = torch.zeros_like(logits)
-            with torch.cuda.graph(self._backward, pool=pool, stream=stream):
+            with captured(self._backward):
                 self._gradients = torch.autograd.grad(logits, parameters, self._upstream, allow_unused=True)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
