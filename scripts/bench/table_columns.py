@@ -340,8 +340,19 @@ COLUMNS: dict[str, Columns] = {
     ),
     "distill-kl": (
         *(("checkpoint", "{weights}"), ("activations", "{activations}"), ("tokens trained on", "{tokens:,}")),
-        *(("s", "{seconds:.0f}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
+        *(("GPUs", "{gpus}"), ("s", "{seconds:.0f}")),
+        ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
         *(("perplexity", "{perplexity:.3f}"), ("same next token", "{agreement:.2%}")),
+    ),
+    "distill-springs": (
+        *(("preset", "{preset}"), ("changed", "{changed}"), ("tokens", "{tokens:,}")),
+        *(("library", "{library:.5f}"), ("wide", "{wide:.5f}"), ("evaluation text", "{evaluation:.5f}")),
+    ),
+    "distill-gpus": (
+        *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("GPUs", "{gpus}")),
+        *(("s a step", "{seconds_per_step:.3f}"), ("predicted, H100", "{predicted_seconds:.3f}")),
+        *(("bytes on each, kept", "{bytes_kept:,}"), ("at most", "{peak_bytes:,}")),
+        ("predicted", "{predicted_bytes:,}"),
     ),
     "distill-kl-vllm": (
         *(("checkpoint", "{weights}"), ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}")),
