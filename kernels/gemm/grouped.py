@@ -133,6 +133,7 @@ def experts(
             count,
             blocks,
             BLOCK_M=block_m,
+            LEAST=triton.next_power_of_2(block_m),
             BINS=max(128, triton.next_power_of_2(count)),
             CHUNK=chunk,
             ONE_CHUNK=pairs <= chunk,
@@ -233,7 +234,11 @@ def _multiply(
     }
     if hopper:
         # Gluon may be absent.
-        from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _grouped_kernel as hopper_kernel  # noqa: PLC0415
+        from convert_w4a8.kernels.gemm import (  # noqa: PLC0415
+            grouped_hopper_kernel,
+            grouped_many_kernel,
+            grouped_tiles_kernel,
+        )
 
         indexed = launch.indexed and bool(few)
         index, tables = few if indexed else (packed, tables)
@@ -247,23 +252,25 @@ def _multiply(
             sums,
             counters,
         )
-        hopper_kernel[grid](
-            tokens,
-            packed,
-            tables.view(torch.int64),
-            index,
-            *tensors,
-            *sizes,
-            1 << 16,
-            APART=indexed and launch.apart > 0 and not launch.chain,
-            BY_PRODUCTS=launch.apart == 2,
-            ACTIVATION=activation,
-            SORTED=is_sorted,
-            INDEXED=indexed,
-            maxnreg=launch.registers,
-            launch_pdl=True,
-            **constants,
-        )
+        arguments = (tokens, packed, tables.view(torch.int64), index, *tensors, *sizes)
+        constants |= {"ACTIVATION": activation, "SORTED": is_sorted, "INDEXED": indexed}
+        options = {"maxnreg": launch.registers, "launch_pdl": True}
+        if launch.overlap:
+            first = 1 << (launch.block_m.bit_length() - 1)
+            if splits > 1 and (launch.block_m > first or launch.tiles):
+                raise ValueError(f"{launch} cannot split K")
+            constants |= {"BLOCK_M": first, "REST": launch.block_m - first, "BY_PRODUCTS": launch.apart == 2}
+            if launch.tiles:
+                if launch.block_m > first:
+                    raise ValueError(f"{launch} has no program for many tiles")
+                del constants["REST"], constants["SPLIT"]
+                programs = min(grid[0], launch.tiles * workspace.multiprocessors(output.device))
+                grouped_tiles_kernel._grouped_kernel[(programs,)](*arguments, **constants, **options)  # noqa: SLF001
+                return
+            grouped_many_kernel._grouped_kernel[grid](*arguments, **constants, **options)  # noqa: SLF001
+            return
+        constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}
+        grouped_hopper_kernel._grouped_kernel[grid](*arguments, 1 << 16, **constants, **options)  # noqa: SLF001
         return
     _grouped_kernel[grid](
         tokens, packed, tables.view(torch.int64), *of_all, *sizes, INTERPRETED=INTERPRETED, **constants

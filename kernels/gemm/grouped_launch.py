@@ -37,6 +37,8 @@ class Launch:
     indexed: bool = True
     apart: int = 0
     registers: int | None = None
+    overlap: bool = False
+    tiles: int = 0
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
