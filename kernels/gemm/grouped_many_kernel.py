@@ -144,24 +144,29 @@ def _multiply_group(
 
 
 @gluon.jit
+def _waited(sums, REST: gl.constexpr):
+    """Return the same sums when all products are done."""
+    total, product, more_total, more_product = sums
+    if REST:
+        product, more_product = warpgroup_mma_wait(0, deps=(product, more_product))
+        more_product = warpgroup_mma_init(more_product)
+    else:
+        product = warpgroup_mma_wait(0, deps=(product,))
+    return total, warpgroup_mma_init(product), more_total, more_product
+
+
+@gluon.jit
 def _add_up(sums, CHAIN: gl.constexpr, REST: gl.constexpr):
     """Wait for all products, and add them to the totals."""
     total, product, more_total, more_product = sums
     if REST:
         done, more_done = warpgroup_mma_wait(0, deps=(product, more_product))
-        if CHAIN:
-            more_total = more_done
-        else:
-            more_total += more_done
+        more_total = more_done if CHAIN else more_total + more_done
         more_product = warpgroup_mma_init(more_done)
     else:
         done = warpgroup_mma_wait(0, deps=(product,))
-    if CHAIN:
-        total = done
-    else:
-        total += done
-    product = warpgroup_mma_init(done)
-    return total, product, more_total, more_product
+    total = done if CHAIN else total + done
+    return total, warpgroup_mma_init(done), more_total, more_product
 
 
 @gluon.jit
@@ -417,6 +422,7 @@ def _grouped_kernel(
                 index_at += N
                 tokens_at += 128
                 more_at += 128
+        sums_of = _waited(sums_of, REST)  # no product lasts from one branch to the next
         for slot in gl.static_range(SLOTS - 1):
             if slot < groups % SLOTS:
                 sums_of = _multiply_group(
@@ -424,7 +430,7 @@ def _grouped_kernel(
                     *(packed_at, tables_at, tables, index_at, tokens_at, is_token, more_at, is_more, sums_of),
                     *(shift, STAGES, CHAIN, REST, INDEXED, BY_PRODUCTS, slot == 0, 0),
                     *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
-                )  # no product outlasts its branch
+                )
                 packed_at += 16 * N
                 tables_at += N
                 index_at += N

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.gemm.grouped_many_kernel import _add_up, _finish, _multiply_group
+from convert_w4a8.kernels.gemm.grouped_many_kernel import _add_up, _finish, _multiply_group, _waited
 from convert_w4a8.kernels.gemm.hopper_kernel import _barrier, _tables_layout, _words_layout
 
 
@@ -223,6 +223,7 @@ def _grouped_kernel(
                 tables_at += N
                 index_at += N
                 tokens_at += 128
+        sums_of = _waited(sums_of, 0)  # no product lasts from one branch to the next
         for slot in gl.static_range(SLOTS - 1):
             if slot < groups % SLOTS:
                 sums_of = _multiply_group(
@@ -230,7 +231,7 @@ def _grouped_kernel(
                     *(packed_at, tables_at, tables, index_at, tokens_at, is_token, tokens_at, is_token, sums_of),
                     *(shift, STAGES, CHAIN, 0, INDEXED, BY_PRODUCTS, slot == 0, 0),
                     *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, OPERAND),
-                )  # no product outlasts its branch
+                )
                 packed_at += 16 * N
                 tables_at += N
                 index_at += N
