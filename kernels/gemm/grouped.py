@@ -32,7 +32,7 @@ from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches, mo
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 GROUP = 128
-_CHUNK = 1024
+_CHUNK = 2048
 """The most pairs that the sort looks at at once."""
 _WHOLE, _PART = 2048, 1024
 """The longest activations that one program quantizes, and the parts of longer ones."""
@@ -234,11 +234,7 @@ def _multiply(
     }
     if hopper:
         # Gluon may be absent.
-        from convert_w4a8.kernels.gemm import (  # noqa: PLC0415
-            grouped_hopper_kernel,
-            grouped_many_kernel,
-            grouped_tiles_kernel,
-        )
+        from convert_w4a8.kernels.gemm import grouped_hopper_kernel, grouped_many_kernel  # noqa: PLC0415
 
         indexed = launch.indexed and bool(few)
         index, tables = few if indexed else (packed, tables)
@@ -257,16 +253,10 @@ def _multiply(
         options = {"maxnreg": launch.registers, "launch_pdl": True}
         if launch.overlap:
             first = 1 << (launch.block_m.bit_length() - 1)
-            if splits > 1 and (launch.block_m > first or launch.tiles):
-                raise ValueError(f"{launch} cannot split K")
-            constants |= {"BLOCK_M": first, "REST": launch.block_m - first, "BY_PRODUCTS": launch.apart == 2}
-            if launch.tiles:
-                if launch.block_m > first:
-                    raise ValueError(f"{launch} has no program for many tiles")
-                del constants["REST"], constants["SPLIT"]
-                programs = min(grid[0], launch.tiles * workspace.multiprocessors(output.device))
-                grouped_tiles_kernel._grouped_kernel[(programs,)](*arguments, **constants, **options)  # noqa: SLF001
-                return
+            if not launch.chain or (splits > 1 and launch.block_m > first):
+                raise ValueError(f"{launch} has no kernel")
+            del constants["CHAIN"]
+            constants |= {"BLOCK_M": first, "REST": launch.block_m - first}
             grouped_many_kernel._grouped_kernel[grid](*arguments, **constants, **options)  # noqa: SLF001
             return
         constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}

@@ -1,8 +1,9 @@
-"""The GEMM over experts for Hopper where experts have many pairs, in Gluon: weights are looked up a group ahead.
+"""The GEMM over experts for Hopper where experts have many pairs, in Gluon: products overlap with lookups.
 
-As `grouped_hopper_kernel`, but for the loop: while the tensor core multiplies one group, the weights of the next one are
-looked up, into registers of their own. A block may have two runs of pairs, BLOCK_M and REST, each a power of two: their
-weights are looked up once.
+As `grouped_hopper_kernel`, but for the loop: while the tensor core multiplies one group, the weights of the next one
+are looked up, into other registers. All groups are one chain of sums in the tensor core: the compiler would copy sums that
+it is still at, where groups were added up apart (`tests/support/compile_gemm_types.py` sees that). A block may have two
+runs of pairs, BLOCK_M and REST, each a power of two: their weights are looked up once.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -20,45 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.gemm.device_code import LOOK_UP
 from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _activated
 from convert_w4a8.kernels.gemm.hopper_kernel import (
     _barrier,
-    _columns,
     _look_up,
     _tables_layout,
-    _weights,
     _words_layout,
 )
-
-_LOOK_UP_BY_PRODUCTS = gl.constexpr(LOOK_UP.value.replace("shr.u32 entry, entry, 16;", "mul.hi.u32 entry, entry, $11;"))
-
-
-@gluon.jit
-def _look_up_by_products(words, first, second, shift, BLOCK_N: gl.constexpr):
-    """Do what `_look_up` does; its shift is a product, on another unit. shift: 2¹⁶, which the compiler must not know."""
-    first_low, first_high, first_low_positive, first_high_positive = _columns(first)
-    second_low, second_high, second_low_positive, second_high_positive = _columns(second)
-    upper, lower = gl.inline_asm_elementwise(
-        _LOOK_UP_BY_PRODUCTS,
-        "=r,=r,r,r,r,r,r,r,r,r,r,r",
-        [
-            words,
-            first_low,
-            first_high,
-            first_low_positive,
-            first_high_positive,
-            second_low,
-            second_high,
-            second_low_positive,
-            second_high_positive,
-            gl.full(words.shape, shift, gl.int32, words.type.layout),
-        ],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    return _weights(upper, lower, BLOCK_N)
 
 
 @gluon.jit
@@ -76,13 +45,9 @@ def _multiply_group(
     more_at,
     is_more,
     sums,
-    shift,
     STAGES: gl.constexpr,
-    CHAIN: gl.constexpr,
     REST: gl.constexpr,
     INDEXED: gl.constexpr,
-    BY_PRODUCTS: gl.constexpr,
-    FIRST: gl.constexpr,
     OUTSTANDING: gl.constexpr,
     WORDS: gl.constexpr,
     FRAGMENT: gl.constexpr,
@@ -94,12 +59,10 @@ def _multiply_group(
 ):
     """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
 
-    sums: those that are added up, and a chain of groups that the tensor core is still at; the same again for the rest
-    of the pairs. FIRST: before this group's product, add up the chain, and begin the next, unless CHAIN: it has all
-    groups. OUTSTANDING: products that are not waited for.
+    sums: of both runs of pairs, which the tensor core may be at. Returned with one more group: OUTSTANDING products are
+    not waited for.
     """
     words_ring, tables_ring, token_ring, index_ring, more_ring = rings
-    total, product, more_total, more_product = sums
     SLOTS: gl.constexpr = STAGES + 1
     FILL: gl.constexpr = (SLOT + STAGES - 1) % SLOTS
     BLOCK_N: gl.constexpr = tables_ring[0].shape[0]
@@ -122,51 +85,27 @@ def _multiply_group(
     first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
     first = gl.convert_layout(first, TABLES, assert_trivial=True)
     second = gl.convert_layout(second, TABLES, assert_trivial=True)
-    if BY_PRODUCTS:
-        weights = _look_up_by_products(words, first, second, shift, BLOCK_N)
-    else:
-        weights = _look_up(words, first, second, BLOCK_N)
+    weights = _look_up(words, first, second, BLOCK_N)
     operand = gl.convert_layout(weights, OPERAND, assert_trivial=True)
-    if FIRST and not CHAIN:
-        total, product, more_total, more_product = _add_up((total, product, more_total, more_product), CHAIN, REST)
-    ADD: gl.constexpr = CHAIN or not FIRST
-    product = warpgroup_mma(operand, token_ring[SLOT].permute((1, 0)), product, use_acc=ADD, is_async=True)
+    x = token_ring[SLOT].permute((1, 0))
+    products = (warpgroup_mma(operand, x, sums[0], use_acc=True, is_async=True),)
     if REST:
         operand = gl.convert_layout(weights, MORE_OPERAND, assert_trivial=True)
         x = more_ring[SLOT].permute((1, 0))
-        more_product = warpgroup_mma(operand, x, more_product, use_acc=ADD, is_async=True)
-        product, more_product = warpgroup_mma_wait(2 * OUTSTANDING, deps=(product, more_product))
-        more_product = warpgroup_mma_init(more_product)
-    else:
-        product = warpgroup_mma_wait(OUTSTANDING, deps=(product,))
-    product = warpgroup_mma_init(product)
-    return total, product, more_total, more_product
+        products += (warpgroup_mma(operand, x, sums[1], use_acc=True, is_async=True),)
+    return _waited(products, OUTSTANDING, REST)
 
 
 @gluon.jit
-def _waited(sums, REST: gl.constexpr):
-    """Return the same sums when all products are done."""
-    total, product, more_total, more_product = sums
+def _waited(products, OUTSTANDING: gl.constexpr, REST: gl.constexpr):
+    """Return these products, of which those of so many groups are not waited for."""
     if REST:
-        product, more_product = warpgroup_mma_wait(0, deps=(product, more_product))
-        more_product = warpgroup_mma_init(more_product)
+        first, more = warpgroup_mma_wait(2 * OUTSTANDING, deps=(products[0], products[1]))
+        waited = (warpgroup_mma_init(first), warpgroup_mma_init(more))
     else:
-        product = warpgroup_mma_wait(0, deps=(product,))
-    return total, warpgroup_mma_init(product), more_total, more_product
-
-
-@gluon.jit
-def _add_up(sums, CHAIN: gl.constexpr, REST: gl.constexpr):
-    """Wait for all products, and add them to the totals."""
-    total, product, more_total, more_product = sums
-    if REST:
-        done, more_done = warpgroup_mma_wait(0, deps=(product, more_product))
-        more_total = more_done if CHAIN else more_total + more_done
-        more_product = warpgroup_mma_init(more_done)
-    else:
-        done = warpgroup_mma_wait(0, deps=(product,))
-    total = done if CHAIN else total + done
-    return total, warpgroup_mma_init(done), more_total, more_product
+        first = warpgroup_mma_wait(OUTSTANDING, deps=(products[0],))
+        waited = (warpgroup_mma_init(first),)
+    return waited
 
 
 @gluon.jit
@@ -262,12 +201,10 @@ def _grouped_kernel(
     REST: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    CHAIN: gl.constexpr,
     SPLIT: gl.constexpr,
     ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
-    BY_PRODUCTS: gl.constexpr,
 ):
     """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -287,7 +224,7 @@ def _grouped_kernel(
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
-    MORE: gl.constexpr = REST if REST else 8
+    MORE: gl.constexpr = REST or 8
     MORE_PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE, 32])
     MORE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MORE_PRODUCT, 4)
     HALVES: gl.constexpr = gl.BlockedLayout([4, 1, 2], [HALF // 4, 128 // HALF, 1], [1, WARPS, 1], [2, 0, 1])
@@ -405,30 +342,15 @@ def _grouped_kernel(
         tokens_at += (STAGES - 1) * 128
         more_at += (STAGES - 1) * 128
 
-        zeros = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)
-        more_zeros = gl.zeros((BLOCK_N, MORE), gl.float32, MORE_PRODUCT)
-        sums_of = (zeros, warpgroup_mma_init(zeros), more_zeros, warpgroup_mma_init(more_zeros))
-        shift = min(BLOCKS, 1) << 16
+        sums_of = (warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)),)
+        if REST:
+            sums_of += (warpgroup_mma_init(gl.zeros((BLOCK_N, REST), gl.float32, MORE_PRODUCT)),)
         rings = (words_ring, tables_ring, token_ring, index_ring, more_ring)
         for turn in range(groups // SLOTS):
             for slot in gl.static_range(SLOTS):
                 sums_of = _multiply_group(
                     *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, tables, index_at),
-                    *(tokens_at, is_token, more_at, is_more, sums_of, shift, STAGES, CHAIN, REST, INDEXED),
-                    *(BY_PRODUCTS, slot == 0, 1, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
-                )
-                packed_at += 16 * N
-                tables_at += N
-                index_at += N
-                tokens_at += 128
-                more_at += 128
-        sums_of = _waited(sums_of, REST)  # no product lasts from one branch to the next
-        for slot in gl.static_range(SLOTS - 1):
-            if slot < groups % SLOTS:
-                sums_of = _multiply_group(
-                    *(groups // SLOTS * SLOTS + slot, groups, slot, rings),
-                    *(packed_at, tables_at, tables, index_at, tokens_at, is_token, more_at, is_more, sums_of),
-                    *(shift, STAGES, CHAIN, REST, INDEXED, BY_PRODUCTS, slot == 0, 0),
+                    *(tokens_at, is_token, more_at, is_more, sums_of, STAGES, REST, INDEXED, 1),
                     *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
@@ -436,7 +358,20 @@ def _grouped_kernel(
                 index_at += N
                 tokens_at += 128
                 more_at += 128
-        total, _, more_total, _ = _add_up(sums_of, CHAIN, REST)
+        sums_of = _waited(sums_of, 0, REST)  # no product lasts from one branch to the next
+        for slot in gl.static_range(SLOTS - 1):
+            if slot < groups % SLOTS:
+                sums_of = _multiply_group(
+                    *(groups // SLOTS * SLOTS + slot, groups, slot, rings),
+                    *(packed_at, tables_at, tables, index_at, tokens_at, is_token, more_at, is_more, sums_of),
+                    *(STAGES, REST, INDEXED, 0, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
+                )
+                packed_at += 16 * N
+                tables_at += N
+                index_at += N
+                tokens_at += 128
+                more_at += 128
+        total = warpgroup_mma_wait(0, deps=(sums_of[0],))
         place = block * columns + column
         stride = (BLOCKS * columns).to(gl.int64) * (BLOCK_M * BLOCK_N)
         left_scale = left_scales.load(gl.SliceLayout(1, OUT))[:, None]
@@ -451,6 +386,7 @@ def _grouped_kernel(
             *(sums_at, stride, part, counters + place, SPLITS, HALVES, SPLIT, ACTIVATION),
         )
         if REST:
+            more_total = warpgroup_mma_wait(0, deps=(sums_of[1],))
             row_of = more_rows_kept.load(gl.SliceLayout(0, OUT))
             scales = more_scales_kept.load(gl.SliceLayout(0, OUT))
             _finish(
