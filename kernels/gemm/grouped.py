@@ -15,6 +15,7 @@ blocks there are at most is known from the number of tokens, and those without p
 
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -224,7 +225,7 @@ def _multiply(
     grid = (blocks * columns * splits,)
     of_all = (token_scale, channel_scale, output, rows, of_block, sums, counters)
     sizes = (len(output), n, k, blocks, min(launch.columns or columns * splits, columns * splits), splits, share)
-    constants = {
+    constants: dict[str, Any] = {
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "STAGES": launch.stages,

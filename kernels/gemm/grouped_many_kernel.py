@@ -1,9 +1,9 @@
 """The GEMM over experts for Hopper where experts have many pairs, in Gluon: products overlap with lookups.
 
 As `grouped_hopper_kernel`, but for the loop: while the tensor core multiplies one group, the weights of the next one
-are looked up, into other registers. All groups are one chain of sums in the tensor core: the compiler would copy sums that
-it is still at, where groups were added up apart (`tests/support/compile_gemm_types.py` sees that). A block may have two
-runs of pairs, BLOCK_M and REST, each a power of two: their weights are looked up once.
+are looked up, into other registers. All groups are one chain of sums in the tensor core: where groups were added up
+apart, the compiler copied sums that it was still at (`tests/support/compile_gemm_types.py` sees that). A block may have
+two runs of pairs, BLOCK_M and REST, each a power of two: their weights are looked up once.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -290,8 +290,9 @@ def _grouped_kernel(
                 if not INDEXED:
                     async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
             if INDEXED and stage + STAGES - 1 < groups:
-                later = index_ring[(stage + STAGES - 1) % SLOTS]
-                async_copy.async_copy_global_to_shared(later, index_at + (stage + STAGES - 1) * N)
+                async_copy.async_copy_global_to_shared(
+                    index_ring[(stage + STAGES - 1) % SLOTS], index_at + (stage + STAGES - 1) * N
+                )
         if INDEXED:
             for stage in gl.static_range(STAGES - 1):
                 if stage < groups:

@@ -47,5 +47,5 @@ for tokens, terms, width, warps, indexed, cluster in FORMS:
     code = machine_code(found)
     words = Counter(re.findall(r"\w+", code))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
-    counts.append(f"OVERWRITTEN={len(hazards(code))}")
+    counts.append(f"HAZARDS={len(hazards(code))}")
     print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps} cluster={cluster}")  # noqa: T201
