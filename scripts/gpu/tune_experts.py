@@ -57,7 +57,19 @@ OVERLAP: dict[int, tuple[Shape, ...]] = {
 SPLITS = (1, 2, 3, 4, 6, 8)
 COLUMNS = (None, 1, 4, 16, 64)
 REPLAYS = 7
-FIELDS = ("splits", "block_n", "stages", "warps", "columns", "indexed", "apart", "registers", "chain", "overlap")
+FIELDS = (
+    "splits",
+    "block_n",
+    "stages",
+    "warps",
+    "columns",
+    "indexed",
+    "apart",
+    "registers",
+    "chain",
+    "overlap",
+    "at_once",
+)
 TABLE = Path(tuned_experts.__file__)
 
 Row = dict[str, Any]
@@ -83,9 +95,10 @@ def shapes(block_m: int, n: int, apart: Sequence[int]) -> list[Launch]:
         for indexed in ((True, False) if chain else (True,))
     ]
     made += [
-        Launch(block_m, 1, block_n, stages, warps, True, None, indexed, 0, registers, overlap=True)
+        Launch(block_m, 1, block_n, stages, warps, True, None, indexed, 0, registers, True, at_once)
         for block_n, warps, stages, registers in OVERLAP.get(block_m, ())
         for indexed in (True, False)
+        for at_once in ((1, 2) if block_m <= 64 else (1,))
     ]
     return [launch for launch in made if n % launch.block_n == 0]
 
