@@ -257,7 +257,7 @@ def _multiply(
             if not launch.chain or (splits > 1 and launch.block_m > first):
                 raise ValueError(f"{launch} has no kernel")
             del constants["CHAIN"]
-            constants |= {"BLOCK_M": first, "REST": launch.block_m - first, "STEP": launch.at_once}
+            constants |= {"BLOCK_M": first, "REST": launch.block_m - first}
             grouped_many_kernel._grouped_kernel[grid](*arguments, **constants, **options)  # noqa: SLF001
             return
         constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}

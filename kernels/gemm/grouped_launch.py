@@ -26,8 +26,7 @@ class Launch:
     On Hopper: indexed: read indices of tables, where layers have them, not the tables of all groups. apart: with these,
     and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts.
     registers: of a thread at most; None as the compiler likes. overlap: look up the weights of a group while the one
-    before is multiplied; with `chain`, and K is not split where a block is of two powers. at_once: with that, groups
-    of K whose copies are waited for at once, 1 or 2; with 2, `stages` are pairs of groups, and one less is in flight.
+    before is multiplied; with `chain`, and K is not split where a block is of two powers.
     """
 
     block_m: int
@@ -41,7 +40,6 @@ class Launch:
     apart: int = 0
     registers: int | None = None
     overlap: bool = False
-    at_once: int = 1
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
@@ -81,10 +79,8 @@ def choose_launches(
 
 
 def _launch(block_m: int, cut: Cut) -> Launch:
-    splits, block_n, stages, warps, columns, indexed, apart, registers, chain, overlap, at_once = cut
-    return Launch(
-        *(block_m, splits, block_n, stages, warps, chain, columns, indexed, apart, registers, overlap, at_once)
-    )
+    splits, block_n, stages, warps, columns, indexed, apart, registers, chain, overlap = cut
+    return Launch(block_m, splits, block_n, stages, warps, chain, columns, indexed, apart, registers, overlap)
 
 
 def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: int) -> Launch:

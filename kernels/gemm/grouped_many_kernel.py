@@ -45,9 +45,7 @@ def _multiply_group(
     more_at,
     is_more,
     sums,
-    N,
-    AHEAD: gl.constexpr,
-    STEP: gl.constexpr,
+    STAGES: gl.constexpr,
     REST: gl.constexpr,
     INDEXED: gl.constexpr,
     OUTSTANDING: gl.constexpr,
@@ -59,44 +57,31 @@ def _multiply_group(
     OPERAND: gl.constexpr,
     MORE_OPERAND: gl.constexpr,
 ):
-    """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one AHEAD later.
-
-    STEP: groups that are waited for, and whose copies are started, at once.
+    """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
 
     sums: of both runs of pairs, which the tensor core may be at. Returned with one more group: OUTSTANDING products are
     not waited for.
     """
     words_ring, tables_ring, token_ring, index_ring, more_ring = rings
-    SLOTS: gl.constexpr = len(words_ring)
+    SLOTS: gl.constexpr = STAGES + 1
+    FILL: gl.constexpr = (SLOT + STAGES - 1) % SLOTS
     BLOCK_N: gl.constexpr = tables_ring[0].shape[0]
     TILES: gl.constexpr = BLOCK_N // 16
-    if SLOT % STEP == 0:
-        async_copy.wait_group(AHEAD // STEP - 1)
-        fence_async_shared()
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
     words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
     both = tables_ring[SLOT].load(BOTH)
-    if SLOT % STEP == 0:
-        for more in gl.static_range(STEP):
-            source = tables_at + more * N
-            if INDEXED:
-                source = tables + index_ring[(SLOT + AHEAD + more) % SLOTS].load(TABLES_COPY)
-            if group + AHEAD + more < groups:
-                async_copy.async_copy_global_to_shared(
-                    words_ring[(SLOT + AHEAD + more) % SLOTS], packed_at + more * 16 * N
-                )
-                async_copy.async_copy_global_to_shared(tables_ring[(SLOT + AHEAD + more) % SLOTS], source)
-                async_copy.async_copy_global_to_shared(
-                    token_ring[(SLOT + AHEAD + more) % SLOTS], tokens_at + more * 128, mask=is_token
-                )
-                if REST:
-                    async_copy.async_copy_global_to_shared(
-                        more_ring[(SLOT + AHEAD + more) % SLOTS], more_at + more * 128, mask=is_more
-                    )
-            if INDEXED and group + 2 * AHEAD + more < groups:
-                async_copy.async_copy_global_to_shared(
-                    index_ring[(SLOT + 2 * AHEAD + more) % SLOTS], index_at + more * N
-                )
-        async_copy.commit_group()
+    if INDEXED:
+        tables_at = tables + index_ring[FILL].load(TABLES_COPY)
+    if group + STAGES - 1 < groups:
+        async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
+        async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
+        async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
+        if REST:
+            async_copy.async_copy_global_to_shared(more_ring[FILL], more_at, mask=is_more)
+    if INDEXED and group + 2 * STAGES - 2 < groups:
+        async_copy.async_copy_global_to_shared(index_ring[(SLOT + 2 * STAGES - 2) % SLOTS], index_at)
+    async_copy.commit_group()
     first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
     first = gl.convert_layout(first, TABLES, assert_trivial=True)
     second = gl.convert_layout(second, TABLES, assert_trivial=True)
@@ -216,7 +201,6 @@ def _grouped_kernel(
     REST: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    STEP: gl.constexpr,
     SPLIT: gl.constexpr,
     ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
@@ -225,11 +209,10 @@ def _grouped_kernel(
     """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are."""
     WARPS: gl.constexpr = gl.num_warps()
     PAIRS: gl.constexpr = BLOCK_M + REST
-    SLOTS: gl.constexpr = STAGES + 1 if STEP == 1 else STEP * STAGES
-    AHEAD: gl.constexpr = SLOTS - 2 * STEP
+    SLOTS: gl.constexpr = STAGES + 1
     HALF: gl.constexpr = BLOCK_N // 2
     GATED: gl.constexpr = ACTIVATION is not None
-    WIDE: gl.constexpr = HALF if GATED else BLOCK_N
+    STEP: gl.constexpr = HALF if GATED else BLOCK_N
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
@@ -293,25 +276,25 @@ def _grouped_kernel(
             channels_of_tables += channels_of_tables // HALF * (apart - HALF)
             channels_of_index += channels_of_index // HALF * (apart - HALF)
         first_group = expert.to(gl.int64) * (K // 128) + begin
-        packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * WIDE) + word)
-        of_tables = first_group * N + column * WIDE
+        packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * STEP) + word)
+        of_tables = first_group * N + column * STEP
         tables_at = tables + of_tables + channels_of_tables
         index_at = index + of_tables + channels_of_index
         firsts = ()
         if INDEXED:
-            for stage in gl.static_range(AHEAD):
+            for stage in gl.static_range(STAGES - 1):
                 firsts += (gl.load(index + of_tables + min(stage, groups - 1) * N + channels_of_tables),)
-        for stage in gl.static_range(AHEAD):
+        for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(words_ring[stage], packed_at + stage * 16 * N)
                 if not INDEXED:
                     async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
-            if INDEXED and stage + AHEAD < groups:
+            if INDEXED and stage + STAGES - 1 < groups:
                 async_copy.async_copy_global_to_shared(
-                    index_ring[(stage + AHEAD) % SLOTS], index_at + (stage + AHEAD) * N
+                    index_ring[(stage + STAGES - 1) % SLOTS], index_at + (stage + STAGES - 1) * N
                 )
         if INDEXED:
-            for stage in gl.static_range(AHEAD):
+            for stage in gl.static_range(STAGES - 1):
                 if stage < groups:
                     async_copy.async_copy_global_to_shared(tables_ring[stage], tables + firsts[stage])
         places = rows + block * PAIRS
@@ -326,10 +309,10 @@ def _grouped_kernel(
             more_at = tokens + (row // SHARE).to(gl.int64) * K + (begin * 128 + inner)
             is_more = (row < ROWS) & (inner < 128)
         n = gl.arange(0, HALF, gl.SliceLayout(1, OUT))[:, None]
-        channel = column * WIDE + n
+        channel = column * STEP + n
         left_scales = gl.allocate_shared_memory(gl.float32, [HALF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         right_scales = gl.allocate_shared_memory(gl.float32, [HALF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        scales_at = channel_scale + expert.to(gl.int64) * N + column * WIDE + gl.arange(0, HALF, SCALES_COPY)
+        scales_at = channel_scale + expert.to(gl.int64) * N + column * STEP + gl.arange(0, HALF, SCALES_COPY)
         async_copy.async_copy_global_to_shared(left_scales, scales_at)
         async_copy.async_copy_global_to_shared(right_scales, scales_at + apart)
         m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
@@ -339,13 +322,12 @@ def _grouped_kernel(
             more_row_of = gl.load(places + BLOCK_M + more_m)
         if SORTED:
             gdc_wait()
-        for stage in gl.static_range(AHEAD):
+        for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(token_ring[stage], tokens_at + stage * 128, mask=is_token)
                 if REST:
                     async_copy.async_copy_global_to_shared(more_ring[stage], more_at + stage * 128, mask=is_more)
-            if stage % STEP == STEP - 1:
-                async_copy.commit_group()
+            async_copy.commit_group()
         # Needed at the end again; until then registers are for sums.
         scales = gl.load(token_scale + row_of // SHARE, mask=row_of < ROWS, other=0.0)
         rows_kept = gl.allocate_shared_memory(gl.int32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]), row_of)
@@ -355,11 +337,11 @@ def _grouped_kernel(
             flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
             more_rows_kept = gl.allocate_shared_memory(gl.int32, [REST], flat, more_row_of)
             more_scales_kept = gl.allocate_shared_memory(gl.float32, [REST], flat, scales)
-        packed_at += AHEAD * 16 * N
-        tables_at += AHEAD * N
-        index_at += 2 * AHEAD * N
-        tokens_at += AHEAD * 128
-        more_at += AHEAD * 128
+        packed_at += (STAGES - 1) * 16 * N
+        tables_at += (STAGES - 1) * N
+        index_at += (2 * STAGES - 2) * N
+        tokens_at += (STAGES - 1) * 128
+        more_at += (STAGES - 1) * 128
 
         sums_of = (warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)),)
         if REST:
@@ -369,7 +351,7 @@ def _grouped_kernel(
             for slot in gl.static_range(SLOTS):
                 sums_of = _multiply_group(
                     *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, tables, index_at),
-                    *(tokens_at, is_token, more_at, is_more, sums_of, N, AHEAD, STEP, REST, INDEXED, 1),
+                    *(tokens_at, is_token, more_at, is_more, sums_of, STAGES, REST, INDEXED, 1),
                     *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
@@ -383,8 +365,7 @@ def _grouped_kernel(
                 sums_of = _multiply_group(
                     *(groups // SLOTS * SLOTS + slot, groups, slot, rings),
                     *(packed_at, tables_at, tables, index_at, tokens_at, is_token, more_at, is_more, sums_of),
-                    *(N, AHEAD, STEP, REST, INDEXED, 0, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY),
-                    *(OPERAND, MORE_OPERAND),
+                    *(STAGES, REST, INDEXED, 0, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N

@@ -50,7 +50,7 @@ SHAPES: dict[int, dict[int, tuple[Shape, ...]]] = {
 }
 """Channels, warps, copies in flight and registers of a block, by its pairs and by how weights are looked up."""
 OVERLAP: dict[int, tuple[Shape, ...]] = {
-    **dict.fromkeys((32, 64), ((64, 4, 3, 128), (128, 8, 3, 128), (256, 16, 3, 128))),
+    **dict.fromkeys((32, 64), ((64, 4, 3, 128), (128, 8, 3, 128))),
     **dict.fromkeys((80, 96), ((128, 8, 3, 128), (128, 8, 3, None), (64, 4, 3, None))),
 }
 """The same of blocks that look up weights while they multiply, by pairs: one power of two, or two of them added."""
@@ -68,7 +68,6 @@ FIELDS = (
     "registers",
     "chain",
     "overlap",
-    "at_once",
 )
 TABLE = Path(tuned_experts.__file__)
 
@@ -87,18 +86,17 @@ def shapes(block_m: int, n: int, apart: Sequence[int]) -> list[Launch]:
 
     apart: how weights may be looked up.
     """
-    chain = block_m >= 64
     made = [
         Launch(block_m, 1, block_n, stages, warps, chain, None, indexed, way, registers)
-        for way in sorted(SHAPES.get(block_m, {}).keys() & set(apart))
+        for chain in ((block_m >= 64,) if block_m != 32 else (False, True))
+        for way in sorted(SHAPES.get(block_m, {}).keys() & ({0} if chain else set(apart)))
         for block_n, warps, stages, registers in SHAPES[block_m][way]
         for indexed in ((True, False) if chain else (True,))
     ]
     made += [
-        Launch(block_m, 1, block_n, stages, warps, True, None, indexed, 0, registers, True, at_once)
+        Launch(block_m, 1, block_n, stages, warps, True, None, indexed, 0, registers, overlap=True)
         for block_n, warps, stages, registers in OVERLAP.get(block_m, ())
         for indexed in (True, False)
-        for at_once in ((1, 2) if block_m <= 64 else (1,))
     ]
     return [launch for launch in made if n % launch.block_n == 0]
 

@@ -67,12 +67,12 @@ looked up, the activation."""
 
 
 MANY = (
-    *((32, 0, 2, 64, 4, 3, 1, True, None, None), (64, 0, 1, 64, 4, 3, 1, True, 128, "silu")),
-    *((64, 16, 1, 64, 4, 3, 1, True, None, "gelu"), (64, 16, 1, 128, 8, 3, 1, False, None, None)),
-    *((64, 32, 1, 128, 8, 3, 1, False, None, "silu"), (32, 0, 1, 64, 4, 3, 2, True, None, "silu")),
+    *((32, 0, 2, 64, 4, 3, True, None, None), (64, 0, 1, 64, 4, 3, True, 128, "silu")),
+    *((64, 16, 1, 64, 4, 3, True, None, "gelu"), (64, 16, 1, 128, 8, 3, False, None, None)),
+    *((64, 32, 1, 128, 8, 3, False, None, "silu"), (64, 0, 1, 128, 8, 3, True, None, None)),
 )
-"""Of the kernel for many pairs: both runs of pairs, parts of K, channels, warps, copies in flight, groups at once,
-whether it reads indices of tables, registers, the activation."""
+"""Of the kernel for many pairs: both runs of pairs, parts of K, channels, warps, copies in flight, whether it reads
+indices of tables, registers, the activation."""
 
 
 def show_hopper() -> None:
@@ -83,9 +83,9 @@ def show_hopper() -> None:
         constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
         constants |= {"APART": apart > 0, "BY_PRODUCTS": apart == 2}
         show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource)
-    for block_m, rest, splits, block_n, warps, stages, step, indexed, registers, activation in MANY:
+    for block_m, rest, splits, block_n, warps, stages, indexed, registers, activation in MANY:
         constants = {"BLOCK_M": block_m, "REST": rest, "BLOCK_N": block_n, "STAGES": stages, "SPLIT": splits > 1}
-        constants |= {"STEP": step, "INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
+        constants |= {"INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
         show(grouped_many_kernel._grouped_kernel, 90, constants, warps, GluonASTSource, maxnreg=registers)
 
 
