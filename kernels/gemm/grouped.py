@@ -15,6 +15,7 @@ blocks there are at most is known from the number of tokens, and those without p
 
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +33,7 @@ from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches, mo
 from convert_w4a8.kernels.gemm.grouped_reference import ACTIVATIONS
 
 GROUP = 128
-_CHUNK = 1024
+_CHUNK = 2048
 """The most pairs that the sort looks at at once."""
 _WHOLE, _PART = 2048, 1024
 """The longest activations that one program quantizes, and the parts of longer ones."""
@@ -133,6 +134,7 @@ def experts(
             count,
             blocks,
             BLOCK_M=block_m,
+            LEAST=triton.next_power_of_2(block_m),
             BINS=max(128, triton.next_power_of_2(count)),
             CHUNK=chunk,
             ONE_CHUNK=pairs <= chunk,
@@ -223,7 +225,7 @@ def _multiply(
     grid = (blocks * columns * splits,)
     of_all = (token_scale, channel_scale, output, rows, of_block, sums, counters)
     sizes = (len(output), n, k, blocks, min(launch.columns or columns * splits, columns * splits), splits, share)
-    constants = {
+    constants: dict[str, Any] = {
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "STAGES": launch.stages,
@@ -233,7 +235,7 @@ def _multiply(
     }
     if hopper:
         # Gluon may be absent.
-        from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _grouped_kernel as hopper_kernel  # noqa: PLC0415
+        from convert_w4a8.kernels.gemm import grouped_hopper_kernel, grouped_many_kernel  # noqa: PLC0415
 
         indexed = launch.indexed and bool(few)
         index, tables = few if indexed else (packed, tables)
@@ -247,23 +249,19 @@ def _multiply(
             sums,
             counters,
         )
-        hopper_kernel[grid](
-            tokens,
-            packed,
-            tables.view(torch.int64),
-            index,
-            *tensors,
-            *sizes,
-            1 << 16,
-            APART=indexed and launch.apart > 0 and not launch.chain,
-            BY_PRODUCTS=launch.apart == 2,
-            ACTIVATION=activation,
-            SORTED=is_sorted,
-            INDEXED=indexed,
-            maxnreg=launch.registers,
-            launch_pdl=True,
-            **constants,
-        )
+        arguments = (tokens, packed, tables.view(torch.int64), index, *tensors, *sizes)
+        constants |= {"ACTIVATION": activation, "SORTED": is_sorted, "INDEXED": indexed}
+        options = {"maxnreg": launch.registers, "launch_pdl": True}
+        if launch.overlap:
+            first = 1 << (launch.block_m.bit_length() - 1)
+            if not launch.chain or (splits > 1 and launch.block_m > first):
+                raise ValueError(f"{launch} has no kernel")
+            del constants["CHAIN"]
+            constants |= {"BLOCK_M": first, "REST": launch.block_m - first}
+            grouped_many_kernel._grouped_kernel[grid](*arguments, **constants, **options)  # noqa: SLF001
+            return
+        constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}
+        grouped_hopper_kernel._grouped_kernel[grid](*arguments, 1 << 16, **constants, **options)  # noqa: SLF001
         return
     _grouped_kernel[grid](
         tokens, packed, tables.view(torch.int64), *of_all, *sizes, INTERPRETED=INTERPRETED, **constants

@@ -61,6 +61,7 @@ def _prepare_kernel(
     expert_map,
     MAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    LEAST: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
@@ -68,7 +69,10 @@ def _prepare_kernel(
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8."""
+    """Program e < E: the pairs of expert e, in their order, and which blocks are its. Program E + m: token m in FP8.
+
+    LEAST: the least power of two from BLOCK_M on.
+    """
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -95,7 +99,7 @@ def _prepare_kernel(
                 match = (other == program).to(tl.int32)
                 tl.store(rows + seen + tl.cumsum(match, 0) - 1, begin + index, mask=match != 0)
                 seen += tl.sum(match)
-        rest = count + tl.arange(0, BLOCK_M)
+        rest = count + tl.arange(0, LEAST)
         tl.store(rows + first * BLOCK_M + rest, PAIRS + 0 * rest, mask=rest < mine * BLOCK_M)
         for begin in range(0, mine, 16):
             block = begin + tl.arange(0, 16)

@@ -18,13 +18,15 @@ _MANY_ROWS = 64
 class Launch:
     """How one grouped GEMM is cut.
 
-    block_m: pairs of a block, a power of two from 16, on Hopper from 8. block_n: output channels of a block. splits:
-    parts of K. stages: copies in flight. chain: sum over K inside the tensor core, see `gpu.Launch`. columns: blocks of
-    channels (and parts of K) that follow each other before the next block of pairs; None for all.
+    block_m: pairs of a block, a power of two from 16, on Hopper from 8, or with `overlap` two of them added. block_n:
+    output channels of a block. splits: parts of K. stages: copies in flight. chain: sum over K inside the tensor core,
+    see `gpu.Launch`. columns: blocks of channels (and parts of K) that follow each other before the next block of
+    pairs; None for all.
 
     On Hopper: indexed: read indices of tables, where layers have them, not the tables of all groups. apart: with these,
     and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts.
-    registers: of a thread at most; None as the compiler likes.
+    registers: of a thread at most; None as the compiler likes. overlap: look up the weights of a group while the one
+    before is multiplied; with `chain`, and K is not split where a block is of two powers.
     """
 
     block_m: int
@@ -37,6 +39,7 @@ class Launch:
     indexed: bool = True
     apart: int = 0
     registers: int | None = None
+    overlap: bool = False
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
@@ -76,8 +79,8 @@ def choose_launches(
 
 
 def _launch(block_m: int, cut: Cut) -> Launch:
-    splits, block_n, stages, warps, columns, indexed, apart, registers = cut
-    return Launch(block_m, splits, block_n, stages, warps, block_m >= _MANY_ROWS, columns, indexed, apart, registers)
+    splits, block_n, stages, warps, columns, indexed, apart, registers, chain, overlap = cut
+    return Launch(block_m, splits, block_n, stages, warps, chain, columns, indexed, apart, registers, overlap)
 
 
 def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: int) -> Launch:

@@ -243,7 +243,7 @@ def check_cuts() -> Iterator[Row]:
     """Compare results of every way to cut the GEMMs for Hopper that tuning may choose with what they must be."""
     from tune_experts import variants  # not every Triton has Gluon
 
-    experts = Experts.random(Size(8, 2, 512, 1024), "index", hopper=True)
+    experts = Experts.random(Size(8, 2, 768, 1152), "index", hopper=True)
     for launch in variants((0, 1, 2)):
         given = experts.routed(4 * launch.block_m + 1)
         cut = replace(experts, launches=(launch, launch))
@@ -258,16 +258,19 @@ def check_cuts() -> Iterator[Row]:
 
 
 def check_launches(cases: Sequence[tuple[Size, int]], form: str, hopper: bool) -> Iterator[Row]:
-    """Run each case twice, and compare the bytes."""
-    for (size, m), apart in product(cases, (0, 1, 2) if hopper else (0,)):
-        sms = torch.cuda.get_device_properties(0).multi_processor_count
+    """Run each case twice, and compare the bytes; on Hopper with all ways to look weights up."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for size, m in cases:
         chosen = choose_launches(m * size.choices, size.experts, size.hidden, size.intermediate, sms, hopper=hopper)
-        first, second = (replace(launch, apart=apart) for launch in chosen)
-        experts = replace(Experts.random(size, form, hopper), launches=(first, second))
-        given = experts.routed(m)
-        again = torch.equal(experts(*given), experts(*given))
-        row = {"check": "launches", "m": m, "size": str(size), "hopper": hopper, "apart": apart}
-        yield row | {"again": again, "right": again}
+        ways = [[replace(launch, apart=apart) for launch in chosen] for apart in ((0, 1, 2) if hopper else (0,))]
+        if hopper:
+            ways += [[Launch(block_m, 1, stages=3, chain=True, overlap=True)] * 2 for block_m in (32, 80)]
+        for first, second in ways:
+            experts = replace(Experts.random(size, form, hopper), launches=(first, second))
+            given = experts.routed(m)
+            again = torch.equal(experts(*given), experts(*given))
+            row = {"check": "launches", "m": m, "size": str(size), "hopper": hopper, "launch": str(first)}
+            yield row | {"again": again, "right": again}
 
 
 def check_replays(sizes: Sequence[Size], tokens: Sequence[int], form: str, hopper: bool) -> Iterator[Row]:

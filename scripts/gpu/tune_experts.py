@@ -49,10 +49,26 @@ SHAPES: dict[int, dict[int, tuple[Shape, ...]]] = {
     128: {0: ((64, 4, 3, None), (128, 8, 3, None))},
 }
 """Channels, warps, copies in flight and registers of a block, by its pairs and by how weights are looked up."""
+OVERLAP: dict[int, tuple[Shape, ...]] = {
+    **dict.fromkeys((32, 64), ((64, 4, 3, 128), (128, 8, 3, 128))),
+    **dict.fromkeys((80, 96), ((128, 8, 3, 128), (128, 8, 3, None), (64, 4, 3, None))),
+}
+"""The same of blocks that look up weights while they multiply, by pairs: one power of two, or two of them added."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 COLUMNS = (None, 1, 4, 16, 64)
 REPLAYS = 7
-FIELDS = ("splits", "block_n", "stages", "warps", "columns", "indexed", "apart", "registers")
+FIELDS = (
+    "splits",
+    "block_n",
+    "stages",
+    "warps",
+    "columns",
+    "indexed",
+    "apart",
+    "registers",
+    "chain",
+    "overlap",
+)
 TABLE = Path(tuned_experts.__file__)
 
 Row = dict[str, Any]
@@ -62,7 +78,7 @@ Launches = tuple[Launch, Launch]
 def blocks_of_pairs(mixture: Mixture, m: int) -> list[int]:
     """Return the sizes of blocks worth a try: about what a chosen expert has, and more."""
     mean = m * mixture.choices / min(mixture.experts, m * mixture.choices)
-    return [size for size in SHAPES if size / 5 <= mean <= 1.5 * size or (size == 8 and mean < 2)]
+    return [size for size in sorted({*SHAPES, *OVERLAP}) if size / 5 <= mean <= 1.5 * size or (size == 8 and mean < 2)]
 
 
 def shapes(block_m: int, n: int, apart: Sequence[int]) -> list[Launch]:
@@ -70,19 +86,24 @@ def shapes(block_m: int, n: int, apart: Sequence[int]) -> list[Launch]:
 
     apart: how weights may be looked up.
     """
-    chain = block_m >= 64
-    return [
+    made = [
         Launch(block_m, 1, block_n, stages, warps, chain, None, indexed, way, registers)
-        for way in sorted(SHAPES[block_m].keys() & set(apart))
+        for chain in ((block_m >= 64,) if block_m != 32 else (False, True))
+        for way in sorted(SHAPES.get(block_m, {}).keys() & ({0} if chain else set(apart)))
         for block_n, warps, stages, registers in SHAPES[block_m][way]
         for indexed in ((True, False) if chain else (True,))
-        if n % block_n == 0
     ]
+    made += [
+        Launch(block_m, 1, block_n, stages, warps, True, None, indexed, 0, registers, overlap=True)
+        for block_n, warps, stages, registers in OVERLAP.get(block_m, ())
+        for indexed in (True, False)
+    ]
+    return [launch for launch in made if n % launch.block_n == 0]
 
 
 def variants(apart: Sequence[int]) -> list[Launch]:
     """Return everything that tuning needs compiled."""
-    made = [shape for block_m in SHAPES for shape in shapes(block_m, 256, apart)]
+    made = [shape for block_m in {**SHAPES, **OVERLAP} for shape in shapes(block_m, 256, apart)]
     return [replace(launch, splits=splits) for launch in made for splits in ((1,) if launch.chain else (1, 2))]
 
 

@@ -105,7 +105,7 @@ def test_decode_kernels_compile_for_hopper() -> None:
         groups = int(counts["QGMMA"]) // (4 * tiles)  # as many as the loop and what follows it have
         assert groups >= 1
         assert 48 * tiles * groups <= int(counts["PRMT"]) <= 64 * tiles * groups
-        assert counts["OVERWRITTEN"] == "0"
+        assert counts["HAZARDS"] == "0"
         assert int(counts["ACQBULK"]) >= 1
         assert counts["PREEXIT"] == "1"
         assert int(counts["FENCE"]) >= 1  # Triton 3.7 has one of its own besides

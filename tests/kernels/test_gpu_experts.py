@@ -138,6 +138,34 @@ def test_all_tokens_of_one_expert(block_m: int, monkeypatch: pytest.MonkeyPatch)
     assert_right(case, run(case, launches=(launch, launch)))
 
 
+def test_blocks_of_any_size_get_their_pairs() -> None:
+    """Each pair that has an expert here is in a block of its, and the rest of a block is told from pairs."""
+    block_m, experts, choices, hidden = 24, 5, 2, 128
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, experts, (70, choices), generator=generator).int()
+    pairs = ids.numel()
+    blocks = LAUNCHES.most_blocks(pairs, experts, block_m)
+    rows, of_block = torch.full((blocks * block_m,), -7).int(), torch.full((blocks,), -7).int()
+    arguments = torch.randn(70, hidden).bfloat16(), ids, torch.empty(70, hidden).to(torch.float8_e4m3fn)
+    given = [tensor.to(DEVICE) for tensor in (*arguments, torch.empty(70), rows, of_block)]
+    constants = {"BLOCK_M": block_m, "LEAST": 32, "BINS": 128, "CHUNK": 128, "ONE_CHUNK": False, "BLOCK_K": hidden}
+    KERNELS._prepare_kernel[(experts + 70,)](
+        *given,
+        *(hidden, pairs, experts, blocks, given[1]),
+        MAPPED=False,
+        EARLY=False,
+        INTERPRETED=KERNELS.INTERPRETED,
+        **constants,
+    )
+    used, rows = given[5].cpu(), given[4].cpu().view(blocks, block_m)
+    for expert in range(experts):
+        mine = rows[used == expert].flatten()
+        assert mine[mine < pairs].tolist() == (ids.flatten() == expert).nonzero().flatten().tolist()
+        assert (mine >= 0).all()
+        assert len(mine) - (mine < pairs).sum() < block_m
+    assert ((used == -1) | (used >= 0)).all()
+
+
 def test_nothing_else_is_written_or_read(assert_untouched: Callable[[], None]) -> None:
     """Outputs are as long as they are said to be; results of experts that are elsewhere are never read."""
     case = random_case(5, 2, 3, 128, 128, others=2)
@@ -217,7 +245,7 @@ def test_grids_of_many_pairs_are_possible(whole: int, hopper: bool, monkeypatch:
     assert max(size for grid in grids for size in grid[1:] or (1,)) <= 65_535
 
 
-@given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=12), block_m=st.sampled_from([16, 32, 64, 128]))
+@given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=12), block_m=st.sampled_from([16, 24, 64, 80]))
 def test_there_are_never_more_blocks_than_are_launched(counts: list[int], block_m: int) -> None:
     """However the pairs are spread."""
     needed = sum(-(-count // block_m) for count in counts)
@@ -247,6 +275,9 @@ def assert_possible(launches: Any, hidden: int, intermediate: int) -> None:
     for launch, n, k in zip(launches, (2 * intermediate, hidden), (hidden, intermediate), strict=True):
         assert n % launch.block_n == 0
         assert 1 <= launch.splits <= k // 128
+        power = launch.block_m & (launch.block_m - 1) == 0
+        assert power or (launch.overlap and launch.splits == 1)
+        assert launch.chain or not launch.overlap
 
 
 def test_measured_launches_are_possible() -> None:
@@ -280,6 +311,7 @@ def test_kernels_compile_to_lookups_and_fp8_products(capability: int) -> None:
         counts = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line)}
         assert counts["LDL"] == counts["STL"] == 0, line
         assert counts["shared"] <= (227 if capability == 90 else 99) * 1024, line
+        assert counts.get("HAZARDS", 0) == 0, line
         if line.startswith("_grouped"):
             assert counts[products] >= 4, line
             assert counts["HMMA"] == 0, line

@@ -1,7 +1,7 @@
 """Compile the kernels of the experts for a compute capability, without a GPU: `compile_grouped.py 90`.
 
 `TRITON_INTERPRET` must not be set. Prints a line a kernel: its name, NAME=COUNT of instructions of the machine code,
-the bytes of shared memory, and how often values change their places among threads in the loop over K.
+the bytes of shared memory, and what in the loop over K meets registers that the tensor core is still at.
 """
 
 import re
@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import triton
-from compile_gemm_types import machine_code
+from compile_gemm_types import hazards, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -48,6 +48,8 @@ def show(
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     counts = " ".join(f"{name}={count}" for name, count in found.items())
     apart = int(constants.get("APART", False))
+    if source_of is GluonASTSource:
+        counts += f" HAZARDS={len(hazards(code))}"
     print(kernel.__name__, counts, f"shared={compiled.metadata.shared} apart={apart}")  # noqa: T201
 
 
@@ -64,19 +66,32 @@ HOPPER = (
 looked up, the activation."""
 
 
+MANY = (
+    *((32, 0, 2, 64, 4, 3, True, None, None), (64, 0, 1, 64, 4, 3, True, 128, "silu")),
+    *((64, 16, 1, 64, 4, 3, True, None, "gelu"), (64, 16, 1, 128, 8, 3, False, None, None)),
+    *((64, 32, 1, 128, 8, 3, False, None, "silu"), (64, 0, 1, 128, 8, 3, True, None, None)),
+)
+"""Of the kernel for many pairs: both runs of pairs, parts of K, channels, warps, copies in flight, whether it reads
+indices of tables, registers, the activation."""
+
+
 def show_hopper() -> None:
-    from convert_w4a8.kernels.gemm import grouped_hopper_kernel
+    from convert_w4a8.kernels.gemm import grouped_hopper_kernel, grouped_many_kernel
 
     for block_m, splits, block_n, warps, stages, indexed, apart, activation in HOPPER:
         constants: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "CHAIN": block_m >= 64}
         constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
         constants |= {"APART": apart > 0, "BY_PRODUCTS": apart == 2}
         show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource)
+    for block_m, rest, splits, block_n, warps, stages, indexed, registers, activation in MANY:
+        constants = {"BLOCK_M": block_m, "REST": rest, "BLOCK_N": block_n, "STAGES": stages, "SPLIT": splits > 1}
+        constants |= {"INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
+        show(grouped_many_kernel._grouped_kernel, 90, constants, warps, GluonASTSource, maxnreg=registers)
 
 
 def main() -> None:
     capability = int(sys.argv[1])
-    sort = {"MAPPED": True, "BLOCK_M": 16, "BINS": 128, "CHUNK": 128, "ONE_CHUNK": True, "BLOCK_K": 2048}
+    sort = {"MAPPED": True, "BLOCK_M": 16, "LEAST": 16, "BINS": 128, "CHUNK": 128, "ONE_CHUNK": True, "BLOCK_K": 2048}
     show(grouped_kernels._prepare_kernel, capability, sort)
     multiply = {"BLOCK_M": 16, "BLOCK_N": 64, "STAGES": 4, "CHAIN": False, "SPLIT": True}
     show(grouped_kernels._grouped_kernel, capability, multiply)

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 
 import triton
-from compile_gemm_types import arguments, machine_code
+from compile_gemm_types import arguments, hazards, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -25,30 +25,6 @@ FORMS = (
 )
 """Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables, and the blocks
 of a cluster: 0 for none."""
-
-
-def overwritten(code: str) -> list[str]:
-    """Return what, in the loop over groups, writes registers that the tensor core may still read as its operand."""
-    lines = code.splitlines()
-    first = next(i for i, line in enumerate(lines) if "QGMMA" in line)
-    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines[:first]) if line.lstrip().startswith(".L_")}
-    end, begin = next(
-        (i, labels[label[1]])
-        for i, line in enumerate(lines[first:], first)
-        if (label := re.search(r"BRA.*`\((\.L_\w+)\)", line)) and label[1] in labels
-    )
-    read: set[int] = set()
-    found = []
-    for line in lines[begin:end] * 2:  # what a turn leaves, the next meets
-        if "WARPGROUP.DEPBAR" in line:
-            read = set()
-        elif operands := re.search(r"\bQGMMA\S+ R\d+, R(\d+), gdesc", line):
-            read |= set(range(int(operands[1]), int(operands[1]) + 4))
-        elif written := re.search(r"\b[A-Z][A-Z0-9]*((?:\.\w+)*) R(\d+)\b", line):
-            width = 4 if ".128" in written[1] else 2 if ".64" in written[1] or ".WIDE" in written[1] else 1
-            if read & set(range(int(written[2]), int(written[2]) + width)):
-                found.append(line.strip())
-    return found
 
 
 for tokens, terms, width, warps, indexed, cluster in FORMS:
@@ -71,5 +47,5 @@ for tokens, terms, width, warps, indexed, cluster in FORMS:
     code = machine_code(found)
     words = Counter(re.findall(r"\w+", code))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
-    counts.append(f"OVERWRITTEN={len(overwritten(code))}")
+    counts.append(f"HAZARDS={len(hazards(code))}")
     print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps} cluster={cluster}")  # noqa: T201

@@ -20,6 +20,7 @@ SMS = 132
 try:
     hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.hopper")
     grouped_hopper: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_hopper_kernel")
+    grouped_many: Any = importlib.import_module("convert_w4a8.kernels.gemm.grouped_many_kernel")
 except ImportError:  # Triton has no Gluon here
     hopper = None
 Launched = set[tuple[Any, ...]]
@@ -63,6 +64,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     if hopper is not None:
         monkeypatch.setattr(hopper, "_gemm_kernel", Recorder("hopper", found))
         monkeypatch.setattr(grouped_hopper, "_grouped_kernel", Recorder("grouped_hopper", found))
+        monkeypatch.setattr(grouped_many, "_grouped_kernel", Recorder("grouped_many", found))
         monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
     for name in ("_prepare_kernel", "_grouped_kernel", "_activate_kernel", "_quantize_pairs_kernel", "_combine_kernel"):
         monkeypatch.setattr(grouped, name, Recorder(name, found))
