@@ -7,8 +7,9 @@ weights and moments, or the inputs of its experts, and gives back codes and tabl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from threading import Event
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +18,15 @@ from convert_w4a8.cluster.connection import Cluster
 from convert_w4a8.cluster.here import Here
 from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, device_here, gpu_of_task, threads_of
 from convert_w4a8.cluster.tasks import Runner, Task
-from convert_w4a8.cluster.tensors import packed, unpacked
+from convert_w4a8.cluster.tensors import Packed, packed, unpacked
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.errors import ClusterError
 
 _T = TypeVar("_T")
 _BYTES_A_BYTE = 4
 """Memory that a call takes for each byte that it is sent."""
+_SENDERS = 2
+"""Calls that are on their way for each place: one is made while the next is sent."""
 
 
 class CallsOnCluster:
@@ -62,39 +65,55 @@ class CallsOnCluster:
     def __call__(self, function: Callable[..., _T], calls: Iterable[tuple[Any, ...]], /) -> Iterator[_T]:
         """Yield what a function returns for each of some arguments, in their order. Where others work, this one does.
 
+        Whoever is free takes the next call: this process the first one, which need not be sent.
+
         Raises:
             W4A8Error: what the function raises; ClusterError: a call was lost too often.
 
         """
-        ended = Event()
-        coming, found = iter(calls), deque[tuple[Future[bytes] | None, Any]]()
-        slots = self._slots()
-        with ThreadPoolExecutor(max(1, slots)) as pool:
+        ended, coming = Event(), _Coming(calls)
+        senders = _SENDERS * self._slots()
+        with ThreadPoolExecutor(max(1, senders)) as pool:
             try:
-                arguments = next(coming, None)
-                while arguments is not None:
-                    after = next(coming, None)
-                    busy = sum(future is not None and not future.done() for future, _ in found)
-                    if after is not None and busy < slots:
-                        call = packed((function, arguments))
-                        found.append((pool.submit(self._there, arguments[0], call, ended), None))
-                    else:
-                        found.append((None, function(*arguments)))
-                    arguments = after
-                    while found and (found[0][0] is None or found[0][0].done()):
-                        yield self._value(*found.popleft())
-                while found:
-                    yield self._value(*found.popleft())
+                sending: list[Future[None]] = []
+                while (call := coming.take()) is not None:
+                    if not sending:
+                        sending = [pool.submit(self._send, function, coming, ended) for _ in range(senders)]
+                    call.result.set_result(self._made_here(function, call.arguments))
+                    while coming.taken and coming.taken[0].done():
+                        yield self._found(coming.taken.popleft())
+                while coming.taken:
+                    yield self._found(coming.taken.popleft())
+                for sender in sending:
+                    sender.result()
             finally:
                 ended.set()
-                for future, _ in found:
-                    if future is not None:
-                        future.cancel()
 
-    def _value(self, future: Future[bytes] | None, value: Any) -> Any:
-        return value if future is None else unpacked(future.result(), self.device)
+    def _made_here(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        return function(*arguments)
 
-    def _there(self, name: str, call: bytes, ended: Event) -> bytes:
+    def _found(self, result: Future[Any]) -> Any:
+        """Wait for a result, and take it to the device that this process works on."""
+        value = result.result()
+        return unpacked(value, self.device) if isinstance(value, Packed) else value
+
+    def _send(self, function: Callable[..., Any], coming: "_Coming", ended: Event) -> None:
+        """Take calls, and have them made elsewhere, until there are none."""
+        with _beside(self.device) as follow:
+            while not ended.is_set():
+                follow()
+                if (call := coming.take()) is None:
+                    return
+                try:
+                    arguments = self._packed((function, call.arguments))
+                    call.result.set_result(self._there(call.arguments[0], arguments, ended))
+                except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
+                    call.result.set_exception(error)
+
+    def _packed(self, value: Any) -> Packed:
+        return packed(value)
+
+    def _there(self, name: str, call: Packed, ended: Event) -> Packed:
         """Make a call elsewhere. ended: set where nobody waits for it any more."""
 
         def look(_attempts: object) -> None:
@@ -102,18 +121,53 @@ class CallsOnCluster:
                 raise ClusterError(name, "is not needed any more", "look at others")
 
         kind, device = self._kind, "cuda" if self._gpus else "cpu"
-        memory = PROCESS_BYTES + _BYTES_A_BYTE * len(call)
+        memory = PROCESS_BYTES + _BYTES_A_BYTE * call.nbytes
         task = Task(
             name, call_on_node, lambda _number: (call, name, device, self._cpus, kind), self._cpus, memory, self._gpus
         )
         with closing(Runner(self._cluster, poll=look).run([task])) as finished:
             ((_, _, result),) = finished
-        found: bytes = result
+        found: Packed = result
         return found
 
 
-def call_on_node(call: bytes, name: str, device: str, threads: int, kind: str) -> bytes:
-    """Make a call on a node, and return what it gives as bytes.
+@dataclass(frozen=True)
+class _Call:
+    """A call that somebody has taken. result: what it gives, packed if it was made elsewhere."""
+
+    arguments: tuple[Any, ...]
+    result: Future[Any]
+
+
+class _Coming:
+    """Calls that several threads take, each the next one. taken: what becomes of them, in their order."""
+
+    def __init__(self, calls: Iterable[tuple[Any, ...]]) -> None:
+        self._calls, self._lock = iter(calls), Lock()
+        self.taken = deque[Future[Any]]()
+
+    def take(self) -> _Call | None:
+        with self._lock:
+            arguments = next(self._calls, None)
+            if arguments is None:
+                return None
+            self.taken.append(Future())
+            return _Call(arguments, self.taken[-1])
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Let a GPU do what a thread asks of it beside what others do; yields what waits for what they asked so far."""
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield lambda: stream.wait_stream(torch.cuda.default_stream(device))
+
+
+def call_on_node(call: Packed, name: str, device: str, threads: int, kind: str) -> Packed:
+    """Make a call on a node, and return what it gives.
 
     Raises:
         W4A8Error: what the function raises; ClusterError: the node lacks a device of this kind.

@@ -198,14 +198,15 @@ class Runner:
             self._here.hold()
         task, number = state.task, state.begun
         state.begun += 1
-        payload = pickle.dumps((task.function, task.arguments(number)))
+        apart: list[pickle.PickleBuffer] = []  # large arrays, which Ray copies into its store, and nobody else does
+        payload = pickle.dumps((task.function, task.arguments(number)), protocol=5, buffer_callback=apart.append)
         strategies = self._ray.util.scheduling_strategies
         strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
             options["runtime_env"] = SEES_ALL_GPUS
         remote = _remote(self._ray).options(**options, scheduling_strategy=strategy, name=task.name)
-        reference = remote.remote(__version__, payload)
+        reference = remote.remote(__version__, payload, apart)
         state.running[reference] = number
         running[reference] = state
 
@@ -324,10 +325,10 @@ def _remote(ray: Any) -> Any:
     return ray.remote(max_retries=0)(_entry())
 
 
-def _entry() -> Callable[[str, bytes], dict[str, Any]]:
+def _entry() -> Callable[[str, bytes, list[Any]], dict[str, Any]]:
     """Return what Ray calls on a node. It travels by value, and unpickles our things if the version is ours."""
 
-    def carry_out(version: str, payload: bytes) -> dict[str, Any]:
+    def carry_out(version: str, payload: bytes, apart: list[Any]) -> dict[str, Any]:
         import pickle as pickles  # noqa: PLC0415
         import time as clock  # noqa: PLC0415
 
@@ -342,7 +343,8 @@ def _entry() -> Callable[[str, bytes], dict[str, Any]]:
             answer["version"] = ours
             if ours != version:
                 return answer
-            function, arguments = pickles.loads(payload)  # noqa: S301  (from the driver, through Ray, which does so too)
+            # From the driver, through Ray, which does so, too.
+            function, arguments = pickles.loads(payload, buffers=apart)  # noqa: S301
         except Exception as error:  # noqa: BLE001 - whatever a node cannot import, the node is at fault
             absent = isinstance(error, ModuleNotFoundError) and error.name == "convert_w4a8"
             answer["broken"] = "" if absent else f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -411,53 +412,76 @@ def memory(args: argparse.Namespace, root: Path) -> None:
 
 
 def gpus(args: argparse.Namespace, root: Path) -> None:
-    """Time conversions with new codes, and quantization without data, on one GPU and on all of them."""
-    import torch
+    """Time conversions with new codes, and quantization without data, on one GPU and on all of them.
 
+    Of two sizes each: what a small one takes is mostly the start, of processes and of Ray; what more bytes take is
+    work. Before them a conversion compiles the kernels.
+    """
     rows: list[dict[str, Any]] = []
     every = visible_gpus()
+    runs: dict[str, tuple[str, tuple[object, ...], list[str]]] = {
+        "one": ("1 GPU, without Ray", (), every[:1]),
+        "several": (f"{len(every)} GPUs, `--ray`", ("--ray",), every),
+        "ray": ("1 GPU, `--ray`", ("--ray",), every[:1]),
+    }
     for command in args.commands:
-        source = root / command
-        if command == "convert":
-            make_checkpoint(source, "awq-zp", args.gigabytes)
-        else:
-            make_model(source, args.gigabytes)
-        if args.only != "several":  # compiles
-            convert(source, root / "out", "--quiet", command=command, device="cuda", gpus=every[0])
-            shutil.rmtree(root / "out")
-        size = ("--max-shard-size", f"{args.gigabytes * (50 if command == 'convert' else 15):.0f}MB")
-        runs: list[tuple[str, tuple[object, ...], str]] = [
-            ("1 GPU, without Ray", (), every[0]),
-            (f"{len(every)} GPUs", ("--ray",), ",".join(every)),
-            ("1 GPU", ("--ray",), every[0]),
-        ]
-        if args.only:
-            runs = runs[:1] if args.only == "one" else runs[1:2]
-        for _ in range(args.rounds):
-            for words, more, visible in runs:
-                outcome = convert(
-                    source, root / "out", "--json", *size, *more, command=command, device="cuda", gpus=visible
-                )
-                said = json.loads(outcome.stdout)
-                tasks = [task["seconds"] for task in said.get("ray", {}).get("tasks", [])]
-                rows.append(
-                    {
-                        "command": command,
-                        "run": words,
-                        "wall_s": outcome.seconds,
-                        "work_s": said["seconds"],
-                        "tasks": len(tasks),
-                        "task_s": sum(tasks),
-                        "sha256": digest_of_weights(root / "out"),
-                        "gpu": torch.cuda.get_device_name(0),
-                    }
-                )
-                alone = next(row for row in rows if row["command"] == command)
-                rows[-1]["faster"] = alone["work_s"] / rows[-1]["work_s"] if rows[-1] is not alone else None
-                rows[-1]["same"] = "yes" if rows[-1]["sha256"] == alone["sha256"] else "NO"
-                print(rows[-1], file=sys.stderr, flush=True)
-                shutil.rmtree(root / "out")
-                save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
+        for gigabytes in (args.small, args.gigabytes):
+            source = root / f"{command}-{gigabytes}"
+            if command == "convert":
+                make_checkpoint(source, "awq-zp", gigabytes)
+            else:
+                make_model(source, gigabytes)
+        small = root / f"{command}-{args.small}"
+        convert(small, root / "out", "--quiet", command=command, device="cuda", gpus=every[0])
+        shutil.rmtree(root / "out")
+        sizes = [args.small, *[args.gigabytes] * args.rounds]
+        for gigabytes in sizes:
+            for number, (words, more, visible) in runs.items():
+                if number in (args.only or number):
+                    row = {"command": command, "gigabytes": gigabytes, "run": words, "gpus": len(visible)}
+                    rows.append(row | _on_gpus(args, root, command, gigabytes, more, visible))
+                    compare(rows)
+                    print(rows[-1], file=sys.stderr, flush=True)
+                    save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
+
+
+def _on_gpus(
+    args: argparse.Namespace, root: Path, command: str, gigabytes: float, more: tuple[object, ...], visible: list[str]
+) -> dict[str, Any]:
+    """Convert, and return how long that took and what the tasks of Ray did meanwhile."""
+    size = ("--max-shard-size", f"{gigabytes * (50 if command == 'convert' else 15):.0f}MB")
+    source, gpus = root / f"{command}-{gigabytes}", ",".join(visible)
+    outcome = convert(source, root / "out", "--json", *size, *more, command=command, device="cuda", gpus=gpus)
+    said = json.loads(outcome.stdout)
+    found = {"wall_s": outcome.seconds, "work_s": said["seconds"], "cpu_s": outcome.cpu_seconds}
+    found |= {"sha256": digest_of_weights(root / "out")}
+    shutil.rmtree(root / "out")
+    tasks = [task["seconds"] for task in said.get("ray", {}).get("tasks", [])]
+    if not tasks:
+        return found
+    return found | {
+        "tasks": len(tasks),
+        "task_s": sum(tasks),
+        "median_task_s": statistics.median(tasks),
+        "longest_task_s": max(tasks),
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Say of the last row how much faster it is than the first of its command and size, and what more bytes take.
+
+    start_s: what a command takes that converts nothing, by the times of two sizes; s_per_gb: what a GB takes.
+    """
+    row = rows[-1]
+    alike = [other for other in rows if other["command"] == row["command"]]
+    alone = next(other for other in alike if other["gigabytes"] == row["gigabytes"])
+    row["same"] = "yes" if row["sha256"] == alone["sha256"] else "NO"
+    row["faster"] = alone["wall_s"] / row["wall_s"] if row is not alone else None
+    smaller = [other for other in alike if other["run"] == row["run"] and other["gigabytes"] < row["gigabytes"]]
+    if smaller:
+        (other, *_) = smaller
+        row["s_per_gb"] = (row["wall_s"] - other["wall_s"]) / (row["gigabytes"] - other["gigabytes"])
+        row["start_s"] = other["wall_s"] - row["s_per_gb"] * other["gigabytes"]
 
 
 def cores(args: argparse.Namespace, root: Path) -> None:
@@ -487,11 +511,13 @@ def cores(args: argparse.Namespace, root: Path) -> None:
 
 def digest_of_weights(directory: Path) -> str:
     """Return one sha256 of the safetensors files."""
-    found = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
+
+    def of_file(path: Path) -> bytes:
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(of_file, sorted(directory.glob("*.safetensors"))))).hexdigest()
 
 
 def make_model(directory: Path, gigabytes: float) -> None:
@@ -554,7 +580,8 @@ def main() -> None:
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
     parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")
-    parser.add_argument("--only", choices=("one", "several"), help="of gpus: on one, or on all, after a run on one")
+    parser.add_argument("--only", nargs="+", choices=("one", "several", "ray"), help="of gpus: not all")
+    parser.add_argument("--small", type=float, default=0.25, help="of gpus: GB of the smaller input")
     parser.add_argument("--commands", nargs="+", default=["convert", "quantize"], help="of gpus")
     parser.add_argument("--tensors", type=int, nargs="+", default=[10_000, 100_000], help="of memory")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,11 +1,13 @@
 """Calibration with data on a cluster: matrices and experts go to nodes, and the bytes stay the same."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray_nodes
@@ -23,7 +25,16 @@ from convert_w4a8.cluster.shards import PROCESS_BYTES
 from convert_w4a8.cluster.tensors import packed, unpacked
 from convert_w4a8.errors import ConvertError
 
+ASKED: list[Any] = []
+"""What others were asked."""
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+
+
+def when_others_are_asked(name: str) -> str:
+    """Return a name when others were asked for something."""
+    while not ASKED:
+        time.sleep(0.01)
+    return name
 
 
 @needs_ray
@@ -61,7 +72,7 @@ def test_calls_that_are_lost_are_made_again(nodes: Nodes) -> None:
     assert {ran.attempts for ran in cluster.ran} == {2}
     assert list(calls(ray_nodes.doubled, [])) == []
     with pytest.raises(ConvertError, match="refused: is refused") as error:
-        list(calls(ray_nodes.doubled, [("refused", torch.ones(1), os.getpid()), ("last", torch.ones(1), os.getpid())]))
+        list(calls(ray_nodes.doubled, [("first", torch.ones(1), os.getpid()), ("refused", torch.ones(1), os.getpid())]))
     assert "on node" in "".join(error.value.__notes__)
 
 
@@ -99,8 +110,9 @@ def test_the_cpus_of_the_command_are_its_own(
     calls = CallsOnCluster(cluster, "cpu")  # type: ignore[arg-type]
     assert calls._slots() == slots
     assert cluster.happened == [("reserved", 4, PROCESS_BYTES)] * reserved
-    found = list(calls(str, [("here",), ("here",)]))
-    assert found == ["there" if slots else "here", "here"]
+    monkeypatch.setattr(sys.modules[__name__], "ASKED", cluster.asked if slots else [None])
+    found = list(calls(when_others_are_asked, [("here",), ("here",)]))
+    assert found == ["here", "there" if slots else "here"]
     assert len(cluster.asked) == bool(slots)
 
 

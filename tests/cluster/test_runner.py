@@ -113,7 +113,7 @@ def test_what_a_node_answers_that_cannot_begin(version: str, expected: str, monk
     """What kept it from that; nothing is unpickled for another version."""
     context = SimpleNamespace(get_node_id=lambda: "a" * 9)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: context))
-    answer = _entry()(version, pickle.dumps(Broken()))
+    answer = _entry()(version, pickle.dumps(Broken()), [])
     assert (answer["node"], answer["version"]) == ("a" * 9, __version__)
     assert answer["broken"].startswith(expected)
     assert bool(answer["broken"]) == bool(expected)

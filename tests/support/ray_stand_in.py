@@ -34,9 +34,9 @@ class Remote:
         """Do as Ray does."""
         return Remote(self._asked, options)
 
-    def remote(self, version: str, payload: bytes) -> int:
+    def remote(self, version: str, payload: bytes, apart: list[Any]) -> int:
         """Do as Ray does."""
-        function, arguments = pickle.loads(payload)
+        function, arguments = pickle.loads(payload, buffers=apart)
         assert version == __version__
         self._asked.append({**(self._options or {}), "call": (function, arguments)})
         return len(self._asked) - 1
