@@ -7,9 +7,9 @@ weights and moments, or the inputs of its experts, and gives back codes and tabl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import Event, Lock
+from threading import Condition, Event
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,8 @@ _BYTES_A_BYTE = 4
 """Memory that a call takes for each byte that it is sent."""
 _SENDERS = 2
 """Calls that are on their way for each place: one is made while the next is sent."""
+_LAST = 4
+"""As many of the last calls, at most, are kept until a place is free."""
 
 
 class CallsOnCluster:
@@ -71,14 +73,14 @@ class CallsOnCluster:
             W4A8Error: what the function raises; ClusterError: a call was lost too often.
 
         """
-        ended, coming = Event(), _Coming(calls)
-        senders = _SENDERS * self._slots()
-        with ThreadPoolExecutor(max(1, senders)) as pool:
+        slots = self._slots()
+        ended, coming = Event(), _Coming(calls, slots, self.device)
+        with ThreadPoolExecutor(max(1, _SENDERS * slots)) as pool:
             try:
                 sending: list[Future[None]] = []
                 while (call := coming.take()) is not None:
                     if not sending:
-                        sending = [pool.submit(self._send, function, coming, ended) for _ in range(senders)]
+                        sending = [pool.submit(self._send, function, coming, ended) for _ in range(_SENDERS * slots)]
                     call.result.set_result(self._made_here(function, call.arguments))
                     while coming.taken and coming.taken[0].done():
                         yield self._found(coming.taken.popleft())
@@ -88,6 +90,7 @@ class CallsOnCluster:
                     sender.result()
             finally:
                 ended.set()
+                coming.close()
 
     def _made_here(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return function(*arguments)
@@ -100,15 +103,15 @@ class CallsOnCluster:
     def _send(self, function: Callable[..., Any], coming: "_Coming", ended: Event) -> None:
         """Take calls, and have them made elsewhere, until there are none."""
         with _beside(self.device) as follow:
-            while not ended.is_set():
-                follow()
-                if (call := coming.take()) is None:
-                    return
+            while (call := coming.take_away()) is not None:
                 try:
+                    follow()
                     arguments = self._packed((function, call.arguments))
                     call.result.set_result(self._there(call.arguments[0], arguments, ended))
                 except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
                     call.result.set_exception(error)
+                finally:
+                    coming.come_back()
 
     def _packed(self, value: Any) -> Packed:
         return packed(value)
@@ -140,19 +143,64 @@ class _Call:
 
 
 class _Coming:
-    """Calls that several threads take, each the next one. taken: what becomes of them, in their order."""
+    """Calls that several threads take, each the next one. taken: what becomes of them, in their order.
 
-    def __init__(self, calls: Iterable[tuple[Any, ...]]) -> None:
-        self._calls, self._lock = iter(calls), Lock()
+    slots: how many can be made elsewhere at a time. Others may be sent there meanwhile, but not the last ones: those
+    are for whoever is free first.
+    """
+
+    def __init__(self, calls: Iterable[tuple[Any, ...]], slots: int, device: torch.device) -> None:
+        self._calls, self._slots, self._device = iter(calls), slots, device
+        self._last = min(slots, _LAST)
+        self._next = deque[tuple[Any, ...]]()
+        self._away = 0
+        self._changed = Condition()
         self.taken = deque[Future[Any]]()
 
     def take(self) -> _Call | None:
-        with self._lock:
-            arguments = next(self._calls, None)
-            if arguments is None:
-                return None
-            self.taken.append(Future())
-            return _Call(arguments, self.taken[-1])
+        """Take a call; None where there is none left."""
+        with self._changed:
+            return self._take()
+
+    def take_away(self) -> _Call | None:
+        """Take a call that is to be made elsewhere, until `come_back`."""
+        with self._changed:
+            self._look_ahead()
+            while self._next and self._away >= self._slots and len(self._next) <= self._last:
+                self._changed.wait()
+            call = self._take()
+            self._away += call is not None
+            return call
+
+    def come_back(self) -> None:
+        """Say that a call was made elsewhere."""
+        with self._changed:
+            self._away -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody take anything any more."""
+        with self._changed:
+            self._next.clear()
+            self._calls = iter(())
+            self._changed.notify_all()
+
+    def _take(self) -> _Call | None:
+        self._look_ahead()
+        if not self._next:
+            return None
+        call = _Call(self._next.popleft(), Future())
+        self.taken.append(call.result)
+        self._look_ahead()
+        self._changed.notify_all()
+        return call
+
+    def _look_ahead(self) -> None:
+        """Know the next calls, whose tensors a GPU makes in the order in which it does what this process asks of it."""
+        is_gpu = self._device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.default_stream(self._device)) if is_gpu else nullcontext():
+            while len(self._next) <= self._last and (arguments := next(self._calls, None)) is not None:
+                self._next.append(arguments)
 
 
 @contextmanager

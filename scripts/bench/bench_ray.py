@@ -439,14 +439,14 @@ def gpus(args: argparse.Namespace, root: Path) -> None:
             for number, (words, more, visible) in runs.items():
                 if number in (args.only or number):
                     row = {"command": command, "gigabytes": gigabytes, "run": words, "gpus": len(visible)}
-                    rows.append(row | _on_gpus(args, root, command, gigabytes, more, visible))
+                    rows.append(row | _on_gpus(root, command, gigabytes, more, visible))
                     compare(rows)
                     print(rows[-1], file=sys.stderr, flush=True)
                     save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
 
 
 def _on_gpus(
-    args: argparse.Namespace, root: Path, command: str, gigabytes: float, more: tuple[object, ...], visible: list[str]
+    root: Path, command: str, gigabytes: float, more: tuple[object, ...], visible: list[str]
 ) -> dict[str, Any]:
     """Convert, and return how long that took and what the tasks of Ray did meanwhile."""
     size = ("--max-shard-size", f"{gigabytes * (50 if command == 'convert' else 15):.0f}MB")

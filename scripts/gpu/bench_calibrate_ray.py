@@ -36,8 +36,10 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from bench_quantize_block import MODELS, SMALL, TOGETHER, random_samples, write_model
+from bench_quantize_block import MODELS, SMALL, random_samples, write_model
 from results import add_options, save, visible_gpus
+
+from convert_w4a8.calibration.mixture import TOGETHER
 
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "ray")
 QUESTION = "How much faster is calibration on two GPUs?"
