@@ -7,7 +7,7 @@ weights and moments, or the inputs of its experts, and gives back codes and tabl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Condition, Event
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ class CallsOnCluster:
         self._here = None if self._gpus else Here.on(cluster, torch.get_num_threads(), PROCESS_BYTES)
         self._cpus = threads_of(nodes if self._here is None else self._here.beside(nodes), None)
         self.device = device_here(cluster.hold_gpu() if self._gpus else "cpu", self._kind)
+        self._streams: list[Any] = []
 
     def _slots(self) -> int:
         """Return how many calls may be under way elsewhere."""
@@ -74,13 +75,14 @@ class CallsOnCluster:
 
         """
         slots = self._slots()
-        ended, coming = Event(), _Coming(calls, slots, self.device)
-        with ThreadPoolExecutor(max(1, _SENDERS * slots)) as pool:
+        first, *streams = self._beside(1 + _SENDERS * slots)
+        ended, coming = Event(), _Coming(calls, slots, first)
+        with ThreadPoolExecutor(max(1, len(streams))) as pool:
             try:
                 sending: list[Future[None]] = []
                 while (call := coming.take()) is not None:
                     if not sending:
-                        sending = [pool.submit(self._send, function, coming, ended) for _ in range(_SENDERS * slots)]
+                        sending = [pool.submit(self._send, function, coming, stream, ended) for stream in streams]
                     call.result.set_result(self._made_here(function, call.arguments))
                     while coming.taken and coming.taken[0].done():
                         yield self._found(coming.taken.popleft())
@@ -100,12 +102,21 @@ class CallsOnCluster:
         value = result.result()
         return unpacked(value, self.device) if isinstance(value, Packed) else value
 
-    def _send(self, function: Callable[..., Any], coming: "_Coming", ended: Event) -> None:
-        """Take calls, and have them made elsewhere, until there are none."""
-        with _beside(self.device) as follow:
+    def _beside(self, count: int) -> list[Any]:
+        """Return queues of a GPU's work beside what it is asked for here, after what that was so far; None on a CPU."""
+        if self.device.type != "cuda":
+            return [None] * count
+        while len(self._streams) < count:  # kept, for what was in memory for one is free for that one only
+            self._streams.append(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        return self._streams[:count]
+
+    def _send(self, function: Callable[..., Any], coming: "_Coming", stream: Any, ended: Event) -> None:
+        """Take calls, and have them made elsewhere, until there are none. stream: of `_beside`."""
+        with torch.cuda.stream(stream):
             while (call := coming.take_away()) is not None:
                 try:
-                    follow()
                     arguments = self._packed((function, call.arguments))
                     call.result.set_result(self._there(call.arguments[0], arguments, ended))
                 except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
@@ -146,11 +157,11 @@ class _Coming:
     """Calls that several threads take, each the next one. taken: what becomes of them, in their order.
 
     slots: how many can be made elsewhere at a time. Others may be sent there meanwhile, but not the last ones: those
-    are for whoever is free first.
+    are for whoever is free first. stream: where a GPU makes what calls hold, which waits for no other call.
     """
 
-    def __init__(self, calls: Iterable[tuple[Any, ...]], slots: int, device: torch.device) -> None:
-        self._calls, self._slots, self._device = iter(calls), slots, device
+    def __init__(self, calls: Iterable[tuple[Any, ...]], slots: int, stream: Any) -> None:
+        self._calls, self._slots, self._stream = iter(calls), slots, stream
         self._last = min(slots, _LAST)
         self._next = deque[tuple[Any, ...]]()
         self._away = 0
@@ -191,27 +202,16 @@ class _Coming:
             return None
         call = _Call(self._next.popleft(), Future())
         self.taken.append(call.result)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._look_ahead()
         self._changed.notify_all()
         return call
 
     def _look_ahead(self) -> None:
-        """Know the next calls, whose tensors a GPU makes in the order in which it does what this process asks of it."""
-        is_gpu = self._device.type == "cuda"
-        with torch.cuda.stream(torch.cuda.default_stream(self._device)) if is_gpu else nullcontext():
+        with torch.cuda.stream(self._stream):
             while len(self._next) <= self._last and (arguments := next(self._calls, None)) is not None:
                 self._next.append(arguments)
-
-
-@contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Let a GPU do what a thread asks of it beside what others do; yields what waits for what they asked so far."""
-    if device.type != "cuda":
-        yield lambda: None
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        yield lambda: stream.wait_stream(torch.cuda.default_stream(device))
 
 
 def call_on_node(call: Packed, name: str, device: str, threads: int, kind: str) -> Packed:
