@@ -73,7 +73,7 @@ class Runner:
         *,
         poll: Callable[[Sequence[tuple[Task, int]]], None] = lambda _attempts: None,
         where: Callable[[Task, int], str | None] = lambda _task, _number: None,
-        drop: Callable[[Task, int], None] = lambda _task, _number: None,
+        drop: Callable[[Sequence[tuple[Task, int]]], None] = lambda _attempts: None,
         patience: float = PATIENCE_SECONDS,
         here: Here | None = None,
     ) -> None:
@@ -124,9 +124,9 @@ class Runner:
                         if not state.running:
                             waiting.appendleft(state)
                         continue
-                    for other in list(state.running):  # a second attempt, which is not needed any more
+                    for other in state.running:  # a second attempt, which is not needed any more
                         running.pop(other)
-                        self._drop(state.task, state.running[other])
+                    self._drop([(state.task, other) for other in state.running.values()])
                     self._seconds.append(answer["seconds"])
                     by_command = isinstance(reference, Future)
                     ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun, by_command)
@@ -142,8 +142,7 @@ class Runner:
             reason = f"cannot be reached any more ({type(error).__name__})"
             raise ClusterError("Ray cluster", reason, "look at its head, and continue with --resume") from error
         finally:
-            for reference, state in running.items():
-                self._drop(state.task, state.running[reference])
+            self._drop([(state.task, state.running[reference]) for reference, state in running.items()])
             self._leave()
 
     @property
@@ -161,7 +160,7 @@ class Runner:
 
     def _begin_here(self, waiting: deque[_State], running: dict[Any, _State]) -> None:
         """Begin a task in this process, if it has none; where there is none left for it, its CPUs are for others."""
-        if self._here is None or any(isinstance(reference, Future) for reference in running):
+        if self._here is None or self._here.is_busy or any(isinstance(reference, Future) for reference in running):
             return
         state = next((state for state in waiting if state.task.here and state.memory <= self._here.memory), None)
         if state is None:
@@ -224,7 +223,7 @@ class Runner:
             state.failures += 1
             self._poll([(state.task, number)])
             why, where = _why(error), self._where(state.task, number)
-            self._drop(state.task, number)
+            self._drop([(state.task, number)])
             state.lost.append(why + (f" on node {self._cluster.name(where)}" if where else ""))
             if isinstance(error, errors.OutOfMemoryError):
                 able = [node.memory for node in self._cluster.nodes() if node.has(state.task.cpus, state.task.gpus, 0)]

@@ -93,9 +93,9 @@ def task(name: str = "model-00001-of-00001.safetensors", **keywords: Any) -> Tas
 class Dropped(list[tuple[str, int]]):
     """Attempts that a runner drops."""
 
-    def __call__(self, dropped: Task, number: int) -> None:
-        """Drop one."""
-        self.append((dropped.name, number))
+    def __call__(self, attempts: Sequence[tuple[Task, int]]) -> None:
+        """Drop some."""
+        self.extend((dropped.name, number) for dropped, number in attempts)
 
 
 class Held(StandIn):
