@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition, Event
 from typing import Any, TypeVar
 
@@ -16,15 +16,24 @@ import torch
 
 from convert_w4a8.cluster.connection import Cluster
 from convert_w4a8.cluster.here import Here
-from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, device_here, gpu_of_task, threads_of
+from convert_w4a8.cluster.shards import (
+    GPU_PROCESS_BYTES,
+    PROCESS_BYTES,
+    ShardsOnCluster,
+    device_here,
+    gpu_of_task,
+    threads_of,
+)
 from convert_w4a8.cluster.tasks import Runner, Task
 from convert_w4a8.cluster.tensors import Packed, packed, unpacked
 from convert_w4a8.conversion.memory import memory_errors
 from convert_w4a8.errors import ClusterError
 
 _T = TypeVar("_T")
-_BYTES_A_BYTE = 4
-"""Memory that a call takes for each byte that it is sent."""
+_BYTES_A_BYTE, _GPU_BYTES_A_BYTE = 8, 2
+"""Memory of a node that a call takes at most for each byte that it is sent: weights in float32 are the most of that."""
+_ASK_SECONDS = 1
+"""How long Ray may take to give this process memory beside a GPU."""
 _SENDERS = 2
 """Calls that are on their way for each place: one is made while the next is sent."""
 _LAST = 4
@@ -34,7 +43,7 @@ _LAST = 4
 class CallsOnCluster:
     """Makes calls on a cluster and here; can be given to `quantize` as `spread`.
 
-    device: where this process works: a GPU that Ray gives to no task, or the CPU.
+    device: where this process works: a GPU that Ray gives to no task, or the CPU. `hold` comes before calls.
     """
 
     def __init__(self, cluster: Cluster, device: str = "auto") -> None:
@@ -47,11 +56,21 @@ class CallsOnCluster:
         cluster.check_versions()
         self._cluster, self._kind = cluster, ShardsOnCluster(cluster, device=device).kind_of_device()
         self._gpus = 0 if self._kind == "cpu" else 1
-        nodes = cluster.expected_nodes()
-        self._here = None if self._gpus else Here.on(cluster, torch.get_num_threads(), PROCESS_BYTES)
-        self._cpus = threads_of(nodes if self._here is None else self._here.beside(nodes), None)
+        self._here: Here | None = None
+        self._memory = 0
+        self._cpus = threads_of(cluster.expected_nodes(), None)
         self.device = device_here(cluster.hold_gpu() if self._gpus else "cpu", self._kind)
         self._streams: list[Any] = []
+
+    def hold(self, memory: int) -> None:
+        """Take what this process needs itself from what tasks get, if it is free: bytes of memory, and CPUs."""
+        self._memory = memory
+        if self._gpus:
+            self._cluster.reserve(0, memory, _ASK_SECONDS)
+            return
+        self._here = Here.on(self._cluster, torch.get_num_threads(), memory)
+        if self._here is not None:
+            self._cpus = threads_of(self._here.beside(self._cluster.expected_nodes()), None)
 
     def _slots(self) -> int:
         """Return how many calls may be under way elsewhere."""
@@ -59,8 +78,10 @@ class CallsOnCluster:
         if self._gpus:
             return sum(int(node.gpus) for node in nodes) - 1  # this process has one
         if self._here is None:
-            return sum(int(node.cpus) // self._cpus for node in nodes)
-        slots = self._here.places_beside(nodes, self._cpus)
+            number = nodes[0].id if self._cluster.is_local else self._cluster.node_id()
+            left = [replace(node, memory=node.memory - self._memory * (node.id == number)) for node in nodes]
+            return sum(max(0, int(min(node.cpus // self._cpus, node.memory // PROCESS_BYTES))) for node in left)
+        slots = self._here.places_beside(nodes, self._cpus, PROCESS_BYTES)
         if slots:
             self._here.hold()
         return slots
@@ -136,6 +157,8 @@ class CallsOnCluster:
 
         kind, device = self._kind, "cuda" if self._gpus else "cpu"
         memory = PROCESS_BYTES + _BYTES_A_BYTE * call.nbytes
+        if self._gpus:
+            memory = GPU_PROCESS_BYTES + _GPU_BYTES_A_BYTE * call.nbytes
         task = Task(
             name, call_on_node, lambda _number: (call, name, device, self._cpus, kind), self._cpus, memory, self._gpus
         )

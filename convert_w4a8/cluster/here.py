@@ -53,9 +53,13 @@ class Here:
             for node in nodes
         ]
 
-    def places_beside(self, nodes: Sequence[Node], cpus: int) -> int:
-        """Return how many tasks nodes can carry out beside this process, of so many CPUs each and as much memory."""
-        return sum(int(min(node.cpus // cpus, node.memory // self.memory)) for node in self.beside(nodes))
+    def places_beside(self, nodes: Sequence[Node], cpus: int, memory: int | None = None) -> int:
+        """Return how many tasks nodes can carry out beside this process, of so many CPUs each and bytes of memory.
+
+        memory: None for as much as this process takes.
+        """
+        each = self.memory if memory is None else memory
+        return sum(int(min(node.cpus // cpus, node.memory // each)) for node in self.beside(nodes))
 
     def _take(self, seconds: int) -> bool:
         self.node = self._cluster.node_id()

@@ -119,6 +119,8 @@ def one(args: argparse.Namespace, first: Path, model: Path, out: Path) -> None:
     with cluster_at("local" if args.ray else None) as cluster:
         calls = calls_on(cluster, args.device)
         device = torch.device(args.device) if calls is None else calls.device
+        if calls is not None:
+            calls.hold(1 << 30)
         found: dict[str, Any] = {}
         for time_of, path, count in (("first_s", first, args.samples // 4), ("seconds", model, args.samples)):
             samples, checkpoint = random_samples(count, args.length), open_checkpoint(path)

@@ -90,30 +90,35 @@ def test_an_error_here_does_not_wait_for_others(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "local", "slots", "reserved"),
+    ("cpus", "local", "gigabytes", "slots", "reserved"),
     [
-        ((4,), False, 0, True),
-        ((4,), True, 0, False),
-        ((4, 8), False, 2, True),
-        ((8,), True, 1, True),
-        ((6,), False, 1, True),  # of two threads then
+        ((4,), False, 2, 0, True),
+        ((4,), True, 2, 0, False),
+        ((4, 8), False, 2, 2, True),
+        ((8,), True, 2, 1, True),
+        ((6,), False, 2, 1, True),  # of two threads then
+        ((8,), True, 63.5, 0, False),
+        ((8,), True, 65, 0, False),  # more than there is
+        ((4, 8), False, 65, 2, False),
     ],
     ids=str,
 )
-def test_the_cpus_of_the_command_are_its_own(
-    cpus: tuple[int, ...], local: bool, slots: int, reserved: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_the_command_needs_is_its_own(
+    cpus: tuple[int, ...], local: bool, gigabytes: float, slots: int, reserved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as torch has threads here; calls go to what is left of the nodes, and are made here where that is all."""
+    """CPUs, as many as torch has threads, and memory; calls go to what is left, and are made here if that is all."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     nodes = [Node(letter * 9, "10.0.0.1", count, 0, 64 * GB) for letter, count in zip("ab", cpus, strict=False)]
     cluster = Held([{"value": packed("there")}] * 2, nodes, local=local)
     calls = CallsOnCluster(cluster, "cpu")  # type: ignore[arg-type]
+    calls.hold(int(gigabytes * GB))
     assert calls._slots() == slots
-    assert cluster.happened == [("reserved", 4, PROCESS_BYTES)] * reserved
+    assert cluster.happened == [("reserved", 4, gigabytes * GB)] * reserved
     monkeypatch.setattr(sys.modules[__name__], "ASKED", cluster.asked if slots else [None])
     found = list(calls(when_others_are_asked, [("here",), ("here",)]))
     assert found == ["here", "there" if slots else "here"]
     assert len(cluster.asked) == bool(slots)
+    assert all(asked["memory"] > PROCESS_BYTES for asked in cluster.asked)
 
 
 @pytest.mark.parametrize(
