@@ -134,7 +134,7 @@ class ShardsOnCluster:
                         if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
                             raise ClusterError(str(path), "is not here what the node wrote", "look at the file system")
                         path.replace(writer.directory / call.name)
-                    writer.note_later(call.name, result.pieces, result.layers, result.infinities)
+                    writer.note_later(call.name, result.pieces, result.notes)
                     bars.finish(call.name)
             writer.wait()
 

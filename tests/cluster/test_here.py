@@ -226,7 +226,7 @@ def test_a_ray_that_cannot_be_started_gives_up_nothing_that_is_finished(
     def interrupted(tasks: Any, writer: Any) -> None:
         for each in tasks[:3]:
             result = convert_shard(each, writer.directory, torch.device("cpu"))
-            writer.note(result.file_name, result.pieces, result.layers, result.infinities)
+            writer.note(result.file_name, result.pieces, result.notes)
         raise KeyboardInterrupt
 
     def fail(_self: LocalRay) -> str:
