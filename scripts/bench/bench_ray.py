@@ -482,6 +482,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
         (other, *_) = smaller
         row["s_per_gb"] = (row["wall_s"] - other["wall_s"]) / (row["gigabytes"] - other["gigabytes"])
         row["start_s"] = other["wall_s"] - row["s_per_gb"] * other["gigabytes"]
+        if "s_per_gb" in alone and row is not alone:
+            row["faster_per_gb"] = alone["s_per_gb"] / row["s_per_gb"]
 
 
 def cores(args: argparse.Namespace, root: Path) -> None:

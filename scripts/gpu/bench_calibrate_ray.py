@@ -12,6 +12,7 @@ of Ray have begun. sha256 is of the weights that are written. What limits it:
 * wait_s: it waited for calls of others. receive_s: it took their results to its GPU.
 * task_s: what tasks took elsewhere, from bytes that are there to bytes that can be fetched. trip_s: from asking Ray to
   having the result, of which two may be under way for a GPU. pack_s: taking what is sent off the GPU, beside the rest.
+* host_mib, task_host_mib: the most memory of the host that the command and a worker took, what Ray's store shares too.
 * best_s: what one GPU took, if calls of a stage were spread evenly over all GPUs at no cost.
 """
 
@@ -135,11 +136,26 @@ def one(args: argparse.Namespace, first: Path, model: Path, out: Path) -> None:
             ran = [] if cluster is None else cluster.ran[before:]
         found |= limits.found
         found["rest_s"] = found["seconds"] - sum(limits.found[name] for name in ("here_s", "wait_s", "receive_s"))
+        found |= {
+            "host_mib": _peak_mib(Path("/proc/self")),
+            "task_host_mib": max(map(_peak_mib, _workers()), default=None),
+        }
         found |= {"tasks": len(ran), "task_s": sum(each.seconds for each in ran), "stages": limits.stages}
     digest = hashlib.sha256()
     for path in sorted(out.glob("*.safetensors")):
         digest.update(path.read_bytes())
     print(json.dumps(found | {"sha256": digest.hexdigest()}))
+
+
+def _workers() -> list[Path]:
+    """Return the processes of Ray's workers that are at work, or were."""
+    return [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if path.read_bytes().startswith(b"ray::")]
+
+
+def _peak_mib(process: Path) -> float:
+    """Return the largest resident size of a process."""
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line)
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def main() -> None:
