@@ -329,7 +329,8 @@ class LocalCluster(Cluster):
                     self._ray = self._connect()
                 except ConvertError as error:
                     raise ClusterError(*astuple(error.problem)) from error
-                self._greet()
+                if not any(node.gpus >= 1 for node in self.nodes()):  # what has a GPU gets a process of its own
+                    self._greet()
             return self._ray
 
     def expected_nodes(self) -> list[Node]:

@@ -4,9 +4,9 @@
                                               [--experts 64] [--device cuda] [--small] [--only one | several]
                                               [--json FILE] [--keep NAME]
 
-The models and samples are those of `bench_quantize_block.py`. Each run is a process of its own, which quantizes a model
-with a quarter of the experts and samples first: what counts comes after that, when kernels are compiled and the workers
-of Ray have begun. sha256 is of the weights that are written. What limits it:
+The models and samples are those of `bench_quantize_block.py`. One GPU and all of them are a process each. It quantizes
+every model with a quarter of the experts and samples first: what counts comes after that, when kernels are compiled and
+the workers of Ray have begun. sha256 is of the weights that are written. What limits it:
 
 * here_s: calls that the command made itself. rest_s: what it did beside calls: the way through the block, and writing.
 * wait_s: it waited for calls of others. receive_s: it took their results to its GPU.
@@ -28,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,8 @@ class Limits:
             yield
 
 
-def one(args: argparse.Namespace, first: Path, model: Path, out: Path) -> None:
-    """Quantize two models in this process, and print what the second one took."""
-    from convert_w4a8.calibration.options import QuantizeOptions
-    from convert_w4a8.calibration.plan import plan_quantization, with_samples
-    from convert_w4a8.calibration.run import quantize
-    from convert_w4a8.checkpoint.directory import open_checkpoint
+def one(args: argparse.Namespace, root: Path) -> None:
+    """Quantize all models in this process, each after a smaller one; print a line of JSON for each."""
     from convert_w4a8.cluster.access import calls_on, cluster_at
 
     with cluster_at("local" if args.ray else None) as cluster:
@@ -122,34 +118,52 @@ def one(args: argparse.Namespace, first: Path, model: Path, out: Path) -> None:
         device = torch.device(args.device) if calls is None else calls.device
         if calls is not None:
             calls.hold(1 << 30)
-        found: dict[str, Any] = {}
-        for time_of, path, count in (("first_s", first, args.samples // 4), ("seconds", model, args.samples)):
-            samples, checkpoint = random_samples(count, args.length), open_checkpoint(path)
-            plan = plan_quantization(checkpoint, with_samples(QuantizeOptions(preset=args.preset), samples))
-            before = 0 if cluster is None else len(cluster.ran)
-            limits = Limits()
-            with nullcontext() if calls is None else limits.of_calls():
-                started = time.perf_counter()
-                spread = calls or limits.one_by_one
-                quantize(checkpoint, plan, out, samples, device=device, overwrite=True, spread=spread)
-                found[time_of] = time.perf_counter() - started
-            ran = [] if cluster is None else cluster.ran[before:]
-        found |= limits.found
-        found["rest_s"] = found["seconds"] - sum(limits.found[name] for name in ("here_s", "wait_s", "receive_s"))
-        found |= {
-            "host_mib": _peak_mib(Path("/proc/self")),
-            "task_host_mib": max(map(_peak_mib, _workers()), default=None),
-        }
-        found |= {"tasks": len(ran), "task_s": sum(each.seconds for each in ran), "stages": limits.stages}
+        ran = [] if cluster is None else cluster.ran
+        for name in args.models:
+            first = quantized(args, root / f"{name}-first", args.samples // 4, device, calls, ran)
+            found = quantized(args, root / name, args.samples, device, calls, ran)
+            print(json.dumps({"model": name, "first_s": first["seconds"], **found}), flush=True)
+
+
+def quantized(
+    args: argparse.Namespace, model: Path, count: int, device: torch.device, calls: Any, ran: list[Any]
+) -> dict[str, Any]:
+    """Quantize a model with so many samples; return how long it took, and what for. ran: the tasks of Ray so far."""
+    from convert_w4a8.calibration.options import QuantizeOptions
+    from convert_w4a8.calibration.plan import plan_quantization, with_samples
+    from convert_w4a8.calibration.run import quantize
+    from convert_w4a8.checkpoint.directory import open_checkpoint
+
+    samples, checkpoint, out = random_samples(count, args.length), open_checkpoint(model), model.parent / "out"
+    plan = plan_quantization(checkpoint, with_samples(QuantizeOptions(preset=args.preset), samples))
+    limits, before = Limits(), len(ran)
+    with nullcontext() if calls is None else limits.of_calls():
+        started = time.perf_counter()
+        spread = calls or limits.one_by_one
+        quantize(checkpoint, plan, out, samples, device=device, overwrite=True, spread=spread)
+        seconds = time.perf_counter() - started
     digest = hashlib.sha256()
     for path in sorted(out.glob("*.safetensors")):
         digest.update(path.read_bytes())
-    print(json.dumps(found | {"sha256": digest.hexdigest()}))
+    return {
+        "seconds": seconds,
+        **limits.found,
+        "rest_s": seconds - sum(limits.found[name] for name in ("here_s", "wait_s", "receive_s")),
+        "tasks": len(ran) - before,
+        "task_s": sum(each.seconds for each in ran[before:]),
+        "stages": limits.stages,
+        "host_mib": _peak_mib(Path("/proc/self")),
+        "task_host_mib": max(map(_peak_mib, _workers()), default=None),
+        "sha256": digest.hexdigest(),
+    }
 
 
-def _workers() -> list[Path]:
-    """Return the processes of Ray's workers that are at work, or were."""
-    return [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if path.read_bytes().startswith(b"ray::")]
+def _workers() -> Iterator[Path]:
+    """Yield the processes of Ray's workers that are at work, or were."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes().startswith(b"ray::"):
+                yield path.parent
 
 
 def _peak_mib(process: Path) -> float:
@@ -170,55 +184,59 @@ def main() -> None:
     parser.add_argument("--only", choices=("one", "several"), help="on one GPU, or on all; default: both")
     parser.add_argument("--small", action="store_true", help="models of the same kinds that a CPU can do")
     parser.add_argument("--directory", type=Path, help="where models are made; a temporary one by default")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of a run")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of a process")
     parser.add_argument("--ray", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--one", nargs=3, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     add_options(parser)
     args = parser.parse_args()
     if args.one:
-        one(args, *args.one)
+        one(args, args.one)
         return
     rows: list[dict[str, Any]] = []
     is_gpu = args.device == "cuda"
     gpus = visible_gpus() if is_gpu else ["0", "0"]
     with tempfile.TemporaryDirectory(prefix="w4a8-calibrate-", dir=args.directory) as root:
-        for name in args.models:
-            settings: dict[str, Any] = MODELS[name] | (
-                {key: SMALL[key] for key in SMALL if key in MODELS[name]} if args.small else {}
-            )
-            if args.experts and "num_experts" in settings:
-                settings["num_experts"] = args.experts
-            few = settings | {key: max(settings[key] // 4, 2 * TOGETHER) for key in ("num_experts",) if key in settings}
-            write_model(Path(root) / f"{name}-first", few, torch.device(args.device))
-            million, matrices = write_model(Path(root) / name, settings, torch.device(args.device))
-            runs = {"one": ("1 GPU, without Ray", gpus[:1], []), "several": (f"{len(gpus)} GPUs", gpus, ["--ray"])}
-            for words, visible, more in [run for number, run in runs.items() if args.only in (None, number)]:
-                environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(visible)} if is_gpu else {})}
-                paths = [str(Path(root) / each) for each in (f"{name}-first", name, "out")]
-                command = [sys.executable, __file__, "--one", *paths, *more]
-                command += ["--samples", str(args.samples), "--length", str(args.length)]
-                command += ["--device", args.device, "--preset", args.preset]
-                row: dict[str, Any] = {"model": name, "million_weights": million, "matrices": matrices, "run": words}
-                row |= {"preset": args.preset, "tokens": args.samples * args.length}
-                row["experts"] = settings.get("num_experts")
+        known = {name: write_models(args, Path(root), name) for name in args.models}
+        runs = {"one": ("1 GPU, without Ray", gpus[:1], []), "several": (f"{len(gpus)} GPUs", gpus, ["--ray"])}
+        for words, visible, more in [run for number, run in runs.items() if args.only in (None, number)]:
+            environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(visible)} if is_gpu else {})}
+            command = [sys.executable, __file__, "--one", root, *more, "--models", *args.models]
+            command += ["--samples", str(args.samples), "--length", str(args.length)]
+            command += ["--device", args.device, "--preset", args.preset]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            timer = threading.Timer(args.limit, process.kill)
+            timer.start()
+            assert process.stdout is not None
+            for line in process.stdout:
+                found = json.loads(line)
+                row = known[found["model"]] | {"run": words, **found}
                 row["gpu"] = torch.cuda.get_device_name(0) if is_gpu else "none"
-                try:
-                    done = subprocess.run(
-                        command, env=environment, check=True, capture_output=True, text=True, timeout=args.limit
-                    )
-                    row |= json.loads(done.stdout.splitlines()[-1])
-                except (subprocess.SubprocessError, ValueError, IndexError) as error:
-                    print(f"{name}, {words}: {error}: {getattr(error, 'stderr', '')}"[-3000:], file=sys.stderr)
-                    continue
                 if stages := row.pop("stages"):
                     spread = sum(max(*calls, sum(calls) / len(gpus)) for calls in stages if calls)
                     row["best_s"] = row["rest_s"] + spread
-                alone = next((other for other in rows if other["model"] == name), None)
+                alone = next((other for other in rows if other["model"] == row["model"]), None)
                 row["faster"] = alone and alone["seconds"] / row["seconds"]
                 row["same"] = "yes" if alone is None or row["sha256"] == alone["sha256"] else "NO"
                 rows.append(row)
+                rows.sort(key=lambda row: args.models.index(row["model"]))
                 print(row, flush=True)
                 save(args, QUESTION, rows, packages=PACKAGES)
+            timer.cancel()
+            if process.wait():
+                sys.exit(f"{words}: exit code {process.returncode}, perhaps after --limit {args.limit:.0f}")
+
+
+def write_models(args: argparse.Namespace, root: Path, name: str) -> dict[str, Any]:
+    """Write a model and a smaller one; return what rows say of it."""
+    small = {key: SMALL[key] for key in SMALL if key in MODELS[name]} if args.small else {}
+    settings: dict[str, Any] = MODELS[name] | small
+    if args.experts and "num_experts" in settings:
+        settings["num_experts"] = args.experts
+    few = settings | {key: max(settings[key] // 4, 2 * TOGETHER) for key in ("num_experts",) if key in settings}
+    write_model(root / f"{name}-first", few, torch.device(args.device))
+    million, matrices = write_model(root / name, settings, torch.device(args.device))
+    row = {"model": name, "million_weights": million, "matrices": matrices, "preset": args.preset}
+    return row | {"tokens": args.samples * args.length, "experts": settings.get("num_experts")}
 
 
 if __name__ == "__main__":
