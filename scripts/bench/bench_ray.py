@@ -257,7 +257,7 @@ def make_small_experts(directory: Path, tensors: int) -> int:
     in_file, total = 4096, 0
     weight_map: dict[str, str] = {}
     layers = []
-    for n in range(tensors // 4):  # a layer has four tensors, a block 384 experts
+    for n in range(tensors // 12 * 3):  # a layer has four tensors, an expert three layers, a block 384 experts
         projection = ("gate_proj", "up_proj", "down_proj")[n % 3]
         layers.append(f"model.layers.{n // 3 // 384}.mlp.experts.{n // 3 % 384}.{projection}")
     for number in range(0, len(layers), in_file):
