@@ -329,9 +329,13 @@ class LocalCluster(Cluster):
                     self._ray = self._connect()
                 except ConvertError as error:
                     raise ClusterError(*astuple(error.problem)) from error
-                if not any(node.gpus >= 1 for node in self.nodes()):  # what has a GPU gets a process of its own
-                    self._greet()
+                self._greet()
             return self._ray
+
+    def _greet(self) -> None:
+        """Greet as many processes as will have tasks, but for those with GPUs: Ray starts others for them."""
+        if not any(node.gpus >= 1 for node in self.nodes()):
+            super()._greet()
 
     def expected_nodes(self) -> list[Node]:
         """Return the node; before Ray was needed, what it will find here."""
