@@ -138,8 +138,9 @@ class CallsOnCluster:
         with torch.cuda.stream(stream):
             while (call := coming.take_away()) is not None:
                 try:
-                    arguments = self._packed((function, call.arguments))
-                    call.result.set_result(self._there(call.arguments[0], arguments, ended))
+                    name, *_ = call.arguments
+                    # Nothing keeps what was sent while the next call is packed: its memory is used again.
+                    call.result.set_result(self._there(name, self._packed((function, call.arguments)), ended))
                 except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
                     call.result.set_exception(error)
                 finally:

@@ -8,6 +8,7 @@ import io
 import pickle
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -39,23 +40,31 @@ _unpacking: ContextVar[tuple[torch.device, list[Bytes]]] = ContextVar("unpacking
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
-        self.parts: list[Bytes] = []
+        self.tensors: list[torch.Tensor] = []
+        """The bytes of tensors, uint8 [n] each, on whatever device."""
 
     def reducer_override(self, value: Any) -> Any:
-        """Take tensors as their bytes, from whatever device."""
+        """Take tensors as their bytes."""
         if not isinstance(value, torch.Tensor):
             return NotImplemented
         order = sorted(range(value.dim()), key=value.stride, reverse=True)
         plain = value.detach().permute(order).contiguous()
-        self.parts.append(_on_host(plain.reshape(-1).view(torch.uint8)).numpy())
-        return _tensor, (len(self.parts) - 1, value.dtype, tuple(plain.shape), order)
+        self.tensors.append(plain.reshape(-1).view(torch.uint8))
+        return _tensor, (len(self.tensors) - 1, value.dtype, tuple(plain.shape), order)
 
 
-def _on_host(data: torch.Tensor) -> torch.Tensor:
-    """Return bytes uint8 [n] in this process's memory; of a GPU in such as it writes to itself, which torch keeps."""
-    if not data.is_cuda:
-        return data
-    return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data)
+def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return bytes uint8 [n] in this process's memory; of a GPU in such as it writes to itself, in one piece.
+
+    CUDA is slow to lock memory, and lets nobody else ask anything of a GPU meanwhile. torch keeps what was locked, and
+    gives it again where no more is needed, in powers of two.
+    """
+    ends = list(accumulate(len(data) if data.is_cuda else 0 for data in tensors))
+    if not ends or not ends[-1]:
+        return tensors
+    memory = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+    parts = (memory[start:end] for start, end in pairwise([0, *ends]))
+    return [part.copy_(data) if data.is_cuda else data for data, part in zip(tensors, parts, strict=True)]
 
 
 def _tensor(part: int, dtype: torch.dtype, shape: Any, order: list[int]) -> torch.Tensor:
@@ -80,7 +89,7 @@ def packed(value: Any) -> Packed:
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
-    return Packed(file.getvalue(), pickler.parts)
+    return Packed(file.getvalue(), [data.numpy() for data in _on_host(pickler.tensors)])
 
 
 def unpacked(value: Packed, device: torch.device) -> Any:

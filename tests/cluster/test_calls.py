@@ -22,7 +22,7 @@ from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.calls import CallsOnCluster
 from convert_w4a8.cluster.connection import Cluster, Node
 from convert_w4a8.cluster.shards import PROCESS_BYTES
-from convert_w4a8.cluster.tensors import packed, unpacked
+from convert_w4a8.cluster.tensors import _on_host, packed, unpacked
 from convert_w4a8.errors import ConvertError
 
 ASKED: list[Any] = []
@@ -140,3 +140,24 @@ def test_tensors_travel_as_they_lie_in_memory(value: torch.Tensor) -> None:
     assert found.contiguous().view(-1).view(torch.uint8).equal(value.contiguous().view(-1).view(torch.uint8))
     order = sorted(range(value.dim()), key=value.stride)
     assert sorted(range(value.dim()), key=found.stride) == order
+
+
+def test_tensors_of_a_gpu_are_packed_into_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of locked memory, one behind the other; those of the host stay where they are. (Without a GPU: it is claimed.)"""
+    real, sizes = torch.empty, list[int]()
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        sizes.append(size)
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    numbers = [torch.arange(count, dtype=torch.uint8) for count in (5, 0, 3, 7)]
+    found = _on_host([part if part is numbers[2] else part.as_subclass(OnGpu) for part in numbers])
+    assert sizes == [12]
+    assert [part.tolist() for part in found] == [part.tolist() for part in numbers]
+    assert found[2] is numbers[2]
+    assert found[3].data_ptr() == found[0].data_ptr() + 5
