@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How the time of a conversion on Ray falls with GPUs and with cores, and what it cannot fall below.
 
-python scripts/bench/bench_ray_speed.py gpus --commands convert --gigabytes 20 --rounds 1 --keep ray-gpus
+python scripts/bench/bench_ray_speed.py gpus --commands convert --gigabytes 20 --workers 4 8 --keep ray-gpus
 python scripts/bench/bench_ray_speed.py cores --input awq-zp --gigabytes 4 --shard-size 100MB --keep ray-cores
 """
 
@@ -43,12 +43,15 @@ def gpus(args: argparse.Namespace, root: Path) -> None:
         small = root / f"{command}-{args.small}"
         convert(small, root / "out", "--quiet", command=command, device="cuda", gpus=every[0])
         shutil.rmtree(root / "out")
-        sizes = [args.small, *[args.gigabytes] * args.rounds]
-        for gigabytes in sizes:
+        threads = args.workers if command == "convert" else [None]
+        sizes = [(args.small, threads[0]), *((args.gigabytes, count) for count in threads)]
+        for gigabytes, count in sizes:
             for number, (words, more, visible) in runs.items():
                 if number in (args.only or number):
                     row = {"command": command, "gigabytes": gigabytes, "run": words, "gpus": len(visible)}
-                    rows.append(row | _on_gpus(root, command, gigabytes, more, visible))
+                    options = (*more, *(("--workers", count) if count else ()))
+                    row |= {"workers": count, **_on_gpus(root, command, gigabytes, options, visible)}
+                    rows.append(row)
                     compare(rows)
                     print(rows[-1], file=sys.stderr, flush=True)
                     save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
@@ -79,14 +82,14 @@ def _on_gpus(
 def compare(rows: list[dict[str, Any]]) -> None:
     """Say of the last row how much faster it is than the first of its command and size, and what more bytes take.
 
-    By the seconds of two sizes that commands say, without imports: s_per_gb is what a GB takes, start_s what
-    a command takes that converts nothing, the start of Ray and of its workers for the most.
+    By the seconds that commands say, which hold no imports of their own, and of two sizes: s_per_gb is what a GB takes,
+    start_s what a command takes that converts nothing, the start of Ray and of its workers for the most.
     """
     row = rows[-1]
     alike = [other for other in rows if other["command"] == row["command"]]
     alone = next(other for other in alike if other["gigabytes"] == row["gigabytes"])
     row["same"] = "yes" if row["sha256"] == alone["sha256"] else "NO"
-    row["faster"] = alone["wall_s"] / row["wall_s"] if row is not alone else None
+    row["faster"] = alone["work_s"] / row["work_s"] if row is not alone else None
     smaller = [other for other in alike if other["run"] == row["run"] and other["gigabytes"] < row["gigabytes"]]
     if smaller:
         (other, *_) = smaller
@@ -148,7 +151,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["gpus", "cores"])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the input")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="of cores")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[4], help="of gpus: threads of a conversion or a task"
+    )
     parser.add_argument("--commands", nargs="+", default=["convert", "quantize"], help="of gpus")
     parser.add_argument("--only", nargs="+", choices=("one", "several", "ray"), help="of gpus: not all")
     parser.add_argument("--small", type=float, default=0.25, help="of gpus: GB of the smaller input")

@@ -143,7 +143,7 @@ def test_tensors_travel_as_they_lie_in_memory(value: torch.Tensor) -> None:
 
 
 def test_tensors_of_a_gpu_are_packed_into_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of locked memory, one behind the other; those of the host stay where they are. (Without a GPU: it is claimed.)"""
+    """Of locked memory, one behind the other; those of the host stay where they are."""
     real, sizes = torch.empty, list[int]()
 
     class OnGpu(torch.Tensor):
