@@ -13,6 +13,7 @@ from convert_w4a8.calibration import run as calibration
 from convert_w4a8.calibration.matrix import BYTES_PER_WEIGHT
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.calibration.plan import plan_quantization, with_samples
+from convert_w4a8.calibration.prediction import predict_cost
 from convert_w4a8.calibration.spread import one_by_one
 from convert_w4a8.checkpoint import directory
 from convert_w4a8.checkpoint.directory import Checkpoint
@@ -173,13 +174,16 @@ def quantize(
     plan = plan_quantization(checkpoint, with_samples(options, samples))
     with cluster_at(ray) as cluster:
         calls = None if samples is None else calls_on(cluster, device)
-        here = resolve_device(device if cluster is None else "cpu")
+        here = resolve_device(device if cluster is None else "cpu") if calls is None else calls.device
+        if calls is not None:
+            assert isinstance(plan.options, QuantizeOptions)
+            calls.hold(predict_cost(checkpoint, plan, plan.options, samples, here, calibration.STATES_BYTES).memory)
         return calibration.quantize(
             checkpoint,
             plan,
             local_path(out),
             samples,
-            device=here if calls is None else calls.device,
+            device=here,
             overwrite=overwrite,
             resume=resume,
             progress=progress,

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from convert_w4a8.calibration.spread import Spread, one_by_one
 from convert_w4a8.calibration.states import batches
 from convert_w4a8.calibration.walk import Walk
 from convert_w4a8.checkpoint.directory import Checkpoint
+from convert_w4a8.checkpoint.journal import Notes
 from convert_w4a8.checkpoint.names import block_of
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_header, read_into, read_tensor
 from convert_w4a8.checkpoint.writer import CheckpointWriter
@@ -169,30 +169,27 @@ class _Run:
             return
         writers = {_file(task): self._writer.shard_writer(_file(task)) for task in tasks}
         files = {spec.name: _file(task) for task in tasks for spec in task.shard.specs}
-        notes: dict[str, Any] = {}
-        infinities: dict[str, int] = {}
+        notes = Notes()
 
         def write(tensors: Mapping[str, Iterable[torch.Tensor]]) -> None:
             for name, parts in tensors.items():
                 writers[files[name]].write(name, parts)
 
         for done in walk.quantize(number, converted, is_last=is_last):
-            notes[done.layer.module] = {**asdict(done.stats), **done.notes}
+            notes.layers[done.layer.module] = {**asdict(done.stats), **done.notes}
             write(self._plan.target.encode(done.layer.module, done.w4a8))
         for layer in layers.values():
-            if layer.module not in notes:  # kept in 16 bits, or never called
+            if layer.module not in notes.layers:  # kept in 16 bits, or never called
                 made = quantizer(self._options)
                 tensors, stats = convert_layer(layer, read_tensor, self._options, self._device, made)
-                notes[layer.module] = None if stats is None else {**asdict(stats), "tokens": 0}
+                notes.layers[layer.module] = None if stats is None else {**asdict(stats), "tokens": 0}
                 write(walk.scaled(number, layer.spec.name, tensors) if stats is None else tensors)
         for task in tasks:
             for tensor in task.tensors:
                 name = tensor.output.name
-                parts = copy_tensor(tensor, read_into, partial(infinities.__setitem__, name))
+                parts = copy_tensor(tensor, read_into, partial(notes.infinities.__setitem__, name))
                 write({name: walk.scaled_copy(number, tensor, parts)})
-            ours = {layer.module: notes[layer.module] for layer in task.layers}
-            found = {name: infinities[name] for tensor in task.tensors if (name := tensor.output.name) in infinities}
-            self._writer.finish(writers[_file(task)], ours, found)
+            self._writer.finish(writers[_file(task)], task.notes_of(notes))
 
     def _written(self, tasks: Sequence[ShardTask]) -> Checkpoint:
         """Return what is in files that are finished."""

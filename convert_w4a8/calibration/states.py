@@ -14,6 +14,9 @@ from convert_w4a8.samples.sample import Sample
 BATCH_TOKENS = 4096
 """Tokens that go through a block at a time, of samples that are equally long; a longer sample goes alone."""
 
+_PIECE = 1 << 27
+"""Numbers of hidden states, at most, that are locked at once."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,7 +53,8 @@ class States:
     """The hidden states of each batch, bfloat16 [B, T, H], as a model in BF16 has them between its blocks.
 
     limit: bytes that are held in memory; what is beyond that lies in files of `directory`. Memory is written again and
-    again, not given back in between: new pages cost more than what is copied into them.
+    again, not given back in between: new pages cost more than what is copied into them. It is locked where a GPU copies
+    from and to it, several times as fast then.
     """
 
     def __init__(self, directory: Path, name: str, limit: int) -> None:
@@ -58,6 +62,7 @@ class States:
         self._held: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, torch.Size] = {}
         self._nbytes = 0
+        self._locked = _Locked()
         self._spare = torch.empty(0, dtype=torch.bfloat16)
 
     def put(self, batch: int, states: torch.Tensor) -> None:
@@ -68,7 +73,9 @@ class States:
             self._nbytes -= self._held.pop(batch).nbytes
             held = None
         if held is None and self._nbytes + 2 * states.numel() <= self._limit:
-            held = self._held[batch] = torch.empty(states.shape, dtype=torch.bfloat16)
+            memory = self._locked.take(states.numel()) if states.is_cuda else None
+            memory = torch.empty(states.numel(), dtype=torch.bfloat16) if memory is None else memory
+            held = self._held[batch] = memory.view(states.shape)
             self._nbytes += held.nbytes
         if held is not None:
             held.copy_(states)
@@ -97,3 +104,25 @@ class States:
 
     def _path(self, batch: int) -> Path:
         return self._directory / f"{self._name}-{batch}"
+
+
+class _Locked:
+    """Memory of the host that is locked for a GPU, bfloat16. CUDA gives it in powers of two: it is cut into parts."""
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.bfloat16)
+        self._most = 0
+        """Numbers of the last piece."""
+
+    def take(self, count: int) -> torch.Tensor | None:
+        """Return memory for so many numbers; None where they are too many for a piece, or the host does not give it."""
+        if count > len(self._left):
+            if count > _PIECE:
+                return None
+            self._most = min(_PIECE, max(2 * self._most, 1 << (count - 1).bit_length()))
+            try:
+                self._left = torch.empty(self._most, dtype=torch.bfloat16, pin_memory=True)
+            except RuntimeError:
+                return None
+        found, self._left = self._left[:count], self._left[count:]
+        return found

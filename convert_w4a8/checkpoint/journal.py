@@ -21,9 +21,9 @@ import shutil
 import stat
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,28 @@ _SUFFIX = ".w4a8-partial"
 
 
 @dataclass(frozen=True)
-class FinishedFile:
-    """A finished file of an output: the fingerprint of its shard, its checksums, and a JSON note for each layer.
+class Notes:
+    """What became of tensors: a JSON note for each layer, by module.
 
     infinities: how many a copied tensor holds, by name, where there are any.
     """
 
+    layers: dict[str, Any] = field(default_factory=dict)
+    infinities: dict[str, int] = field(default_factory=dict)
+
+    def of(self, modules: Iterable[str], copied: Iterable[str]) -> "Notes":
+        """Return those of some layers, and of some tensors that are copied."""
+        infinities = {name: self.infinities[name] for name in copied if name in self.infinities}
+        return Notes({module: self.layers[module] for module in modules}, infinities)
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """A finished file of an output: the fingerprint of its shard, its checksums, and what became of its tensors."""
+
     shard: str
     pieces: list[Piece]
-    layers: Mapping[str, Any]
-    infinities: Mapping[str, int]
+    notes: Notes
 
 
 class WorkDirectory:
@@ -80,9 +92,8 @@ class WorkDirectory:
                     "layers": dict(layers),
                     "infinities": dict(infinities),
                 } if self.checkpoint.is_dir():
-                    self.files[name] = FinishedFile(
-                        shard, [(start, size, sum_) for start, size, sum_ in pieces], layers, infinities
-                    )
+                    known = [(start, size, sum_) for start, size, sum_ in pieces]
+                    self.files[name] = FinishedFile(shard, known, Notes(layers, infinities))
 
     def _acquire(self, out: Path) -> int:
         while True:
@@ -155,8 +166,8 @@ class WorkDirectory:
             "file": name,
             "shard": finished.shard,
             "pieces": finished.pieces,
-            "layers": dict(finished.layers),
-            "infinities": dict(finished.infinities),
+            "layers": finished.notes.layers,
+            "infinities": finished.notes.infinities,
         }
         self._append(entry)
         # Before the disk is waited for, where a signal may come: what is in the journal is not to be given up. Only a

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from convert_w4a8.checkpoint.checksum import Piece, is_intact
 from convert_w4a8.checkpoint.disk import check_destination, disk_errors, fsync, make_directory, replace_directory
 from convert_w4a8.checkpoint.files import INDEX, needs_index
-from convert_w4a8.checkpoint.journal import REPLACED, STATES, Fingerprint, FinishedFile, WorkDirectory, work_path
+from convert_w4a8.checkpoint.journal import REPLACED, STATES, Fingerprint, FinishedFile, Notes, WorkDirectory, work_path
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter
 from convert_w4a8.errors import ConvertError, DiskError, W4A8Error
 
@@ -147,12 +147,13 @@ class CheckpointWriter:
     @property
     def layers(self) -> Mapping[str, Any]:
         """What was noted of the layers of finished shards, in the interrupted conversion and since."""
-        return {name: note for finished in self._work.files.values() for name, note in finished.layers.items()}
+        return {name: note for finished in self._work.files.values() for name, note in finished.notes.layers.items()}
 
     @property
     def infinities(self) -> Mapping[str, int]:
         """How many infinities were noted of copied tensors of finished shards, where there are any."""
-        return {name: count for finished in self._work.files.values() for name, count in finished.infinities.items()}
+        files = self._work.files.values()
+        return {name: count for finished in files for name, count in finished.notes.infinities.items()}
 
     def shard_writer(self, file_name: str) -> ShardWriter:
         """Return a writer of one shard in this process."""
@@ -160,39 +161,21 @@ class CheckpointWriter:
         self._writers.append(writer)
         return writer
 
-    def finish(
-        self, writer: ShardWriter, layers: Mapping[str, Any], infinities: Mapping[str, int] = MappingProxyType({})
-    ) -> None:
-        """Finish a shard in the background, when all of it is on the disk.
+    def finish(self, writer: ShardWriter, notes: Notes) -> None:
+        """Finish a shard in the background, when all of it is on the disk."""
+        self._in_background(lambda: self.note(writer.path.name, writer.finish(), notes))
 
-        layers: a JSON note for each layer. infinities: how many a copied tensor holds, where there are any.
-        """
-        self._in_background(lambda: self.note(writer.path.name, writer.finish(), layers, infinities))
-
-    def note(
-        self,
-        file_name: str,
-        pieces: list[Piece],
-        layers: Mapping[str, Any],
-        infinities: Mapping[str, int] = MappingProxyType({}),
-    ) -> None:
+    def note(self, file_name: str, pieces: list[Piece], notes: Notes) -> None:
         """Note a shard that another process has written into `directory`, and whose bytes are on the disk.
 
-        pieces: what it wrote where, with checksums, in order. layers, infinities: as for `finish`.
+        pieces: what it wrote where, with checksums, in order.
         """
-        finished = FinishedFile(self._fingerprints.get(file_name, ""), pieces, dict(layers), dict(infinities))
         with disk_errors(self.directory / file_name):
-            self._work.note_file(file_name, finished)
+            self._work.note_file(file_name, FinishedFile(self._fingerprints.get(file_name, ""), pieces, notes))
 
-    def note_later(
-        self,
-        file_name: str,
-        pieces: list[Piece],
-        layers: Mapping[str, Any],
-        infinities: Mapping[str, int] = MappingProxyType({}),
-    ) -> None:
+    def note_later(self, file_name: str, pieces: list[Piece], notes: Notes) -> None:
         """Note a shard as `note` does, in the background: nothing that interrupts this thread comes in between."""
-        self._in_background(lambda: self.note(file_name, pieces, layers, infinities))
+        self._in_background(lambda: self.note(file_name, pieces, notes))
 
     def _in_background(self, run: Callable[[], None]) -> None:
         """Run something behind everything that was handed over before; raise what went wrong there meanwhile."""

@@ -181,6 +181,8 @@ def quantize_command(
         return
     if unfinished and not (quiet or as_json):
         echo_error("quantize   begins; Ctrl-C keeps what is finished for --resume")
+    if unfinished and calls is not None:
+        calls.hold(max(output.cost.memory for output in unfinished))
     documents = {output.path: {"output": str(output.path), "finished_before": True} for output in outputs}
     for output in unfinished:
         with progress(output.plan.nbytes_in, "quantize", quiet=quiet or as_json) as update:

@@ -75,12 +75,14 @@ class Attempts:
             directory.mkdir(parents=True)
         return str(directory)
 
-    def drop(self, task: Task, number: int) -> None:
-        """Remove the directory of an attempt, which ends it; it may write there in the meantime."""
-        directory = self.path(task.name, number).parent
+    def drop(self, attempts: Sequence[tuple[Task, int]]) -> None:
+        """Remove the directories of attempts, which ends them; they may write there in the meantime."""
+        left = [self.path(task.name, number).parent for task, number in attempts]
         for _ in range(_REMOVALS):
-            shutil.rmtree(directory, ignore_errors=True)
-            if not directory.exists():
+            for directory in left:
+                shutil.rmtree(directory, ignore_errors=True)
+            left = [directory for directory in left if directory.exists()]
+            if not left:
                 return
             time.sleep(0.05)
 

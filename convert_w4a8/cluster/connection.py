@@ -15,7 +15,7 @@ from threading import RLock
 from typing import Any
 
 from convert_w4a8.cluster.greetings import check_version, gpu_names, greeting, holder, name_of_gpu, one_line
-from convert_w4a8.cluster.local import LocalRay, cores
+from convert_w4a8.cluster.local import STORE_BYTES, LocalRay, cores
 from convert_w4a8.cluster.quiet import load_ray, muted, undisturbed
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError, ConvertError
@@ -291,7 +291,8 @@ class Cluster:
         None where they are not free within some seconds, of which Ray counts whole ones.
         """
         ray, selector = self.ray, [{"ray.io/node-id": self.node_id()}]
-        group = ray.util.placement_group([{"CPU": cpus, "memory": memory}], bundle_label_selector=selector)
+        bundle = {"memory": memory} | ({"CPU": cpus} if cpus else {})
+        group = ray.util.placement_group([bundle], bundle_label_selector=selector)
 
         def give_back() -> None:
             with contextlib.suppress(ray.exceptions.RayError):
@@ -331,6 +332,11 @@ class LocalCluster(Cluster):
                 self._greet()
             return self._ray
 
+    def _greet(self) -> None:
+        """Greet as many processes as will have tasks, but for those with GPUs: Ray starts others for them."""
+        if not any(node.gpus >= 1 for node in self.nodes()):
+            super()._greet()
+
     def expected_nodes(self) -> list[Node]:
         """Return the node; before Ray was needed, what it will find here."""
         if self._ray is not None:
@@ -339,7 +345,8 @@ class LocalCluster(Cluster):
 
         from convert_w4a8.conversion.memory import available_memory  # noqa: PLC0415
 
-        return [Node("", LOCAL, cores(), torch.cuda.device_count(), available_memory() or sys.maxsize)]
+        memory = max(0, (available_memory() or sys.maxsize) - STORE_BYTES)
+        return [Node("", LOCAL, cores(), torch.cuda.device_count(), memory)]
 
     def name(self, _node_id: str) -> str:
         """Return what the node is called."""

@@ -1,18 +1,23 @@
 """The process of the command as one that carries out tasks: it has imported what they need before any other."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
+from threading import Thread
 from typing import Any
 
 from convert_w4a8.cluster.connection import Cluster, Node
 from convert_w4a8.errors import ClusterError, W4A8Error
+from convert_w4a8.text import counted, human_bytes
 
 _OURS_SECONDS = 30
 """How long a Ray that nobody else uses may take to give us CPUs."""
 _ASK_SECONDS = 1
 """How long another one may take: where its CPUs are in use, this process only plans."""
+_END_SECONDS = 10.0
+"""How long a call that nobody needs any more may take to notice that; one that hangs never does."""
 
 
 class Here:
@@ -25,7 +30,8 @@ class Here:
     def __init__(self, cluster: Cluster, cpus: int, memory: int, node: str) -> None:
         self.cpus, self.memory, self.node = cpus, memory, node
         self._cluster = cluster
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="here")
+        self._thread: Thread | None = None
+        self._call: Future[tuple[Any, float]] | None = None
         self._give_back: Callable[[], None] | None = None
 
     @classmethod
@@ -47,9 +53,13 @@ class Here:
             for node in nodes
         ]
 
-    def places_beside(self, nodes: Sequence[Node], cpus: int) -> int:
-        """Return how many tasks nodes can carry out beside this process, of so many CPUs each and as much memory."""
-        return sum(int(min(node.cpus // cpus, node.memory // self.memory)) for node in self.beside(nodes))
+    def places_beside(self, nodes: Sequence[Node], cpus: int, memory: int | None = None) -> int:
+        """Return how many tasks nodes can carry out beside this process, of so many CPUs each and bytes of memory.
+
+        memory: None for as much as this process takes.
+        """
+        each = self.memory if memory is None else memory
+        return sum(int(min(node.cpus // cpus, node.memory // each)) for node in self.beside(nodes))
 
     def _take(self, seconds: int) -> bool:
         self.node = self._cluster.node_id()
@@ -63,12 +73,28 @@ class Here:
             ClusterError: it is not to be had.
 
         """
-        if not self._take(_OURS_SECONDS):
-            raise ClusterError("Ray", f"gives no {self.cpus} CPUs within {_OURS_SECONDS} s", "leave out --ray")
+        if self._take(_OURS_SECONDS):
+            return
+        needs = f"{counted(self.cpus, 'CPU')} and {human_bytes(self.memory)} of memory"
+        has = next((node for node in self._cluster.nodes() if node.id == self.node), None)
+        reason = f"does not give this process {needs} within {_OURS_SECONDS} s"
+        if has is not None and not has.has(self.cpus, 0, self.memory):
+            offers = f"{counted(int(has.cpus), 'CPU')} and {human_bytes(int(has.memory))}"
+            reason = f"offers {offers} for tasks, and this process needs {needs}"
+        raise ClusterError("Ray", reason, "leave out --ray")
 
     def begin(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> "Future[tuple[Any, float]]":
         """Begin a call; returns what it gives and the seconds that it takes, later."""
-        return self._pool.submit(_timed, function, arguments)
+        self._call = Future()
+        # A thread that does not keep this process from ending: a file system may never answer.
+        self._thread = Thread(target=_carry_out, args=(self._call, function, arguments), name="here", daemon=True)
+        self._thread.start()
+        return self._call
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way, be it one that nobody needs any more."""
+        return self._call is not None and not self._call.done()
 
     def answer(self, future: "Future[tuple[Any, float]]") -> dict[str, Any]:
         """Return what a call gives, as the answer of a node.
@@ -86,12 +112,19 @@ class Here:
         return {"node": name, "value": value, "seconds": seconds}
 
     def close(self) -> None:
-        """Give back what was taken, when the call that is under way has ended."""
-        self._pool.shutdown()
+        """Give back what was taken, when the call that is under way has ended, or hangs."""
+        if self._thread is not None:
+            self._thread.join(_END_SECONDS)
+            if self._thread.is_alive():
+                message = "a task of this process has not ended for %.0f s, and is left to itself"
+                logging.getLogger("convert_w4a8").warning(message, _END_SECONDS)
         if self._give_back is not None:
             self._give_back()
 
 
-def _timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float]:
+def _carry_out(future: "Future[tuple[Any, float]]", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     started = time.monotonic()
-    return function(*arguments), time.monotonic() - started
+    try:
+        future.set_result((function(*arguments), time.monotonic() - started))
+    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it
+        future.set_exception(error)

@@ -35,7 +35,8 @@ def _store_bytes() -> int:
     return max(least, min(most, shared.f_bavail * shared.f_frsize // 8))
 
 
-_STORE_BYTES = _store_bytes()
+STORE_BYTES = _store_bytes()
+"""What is kept for Ray's objects, of memory that tasks do not get."""
 _UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 """Processes of a head that show things, scale a cluster, and bring logs to the driver; each imports Ray in Python."""
 _SETTINGS = {
@@ -125,7 +126,7 @@ def lean(ray: Any) -> Iterator[dict[str, Any]]:
         setattr(node, name, _start_nothing)
     cpus = {"num_cpus": cores()} if cores() < (os.cpu_count() or 1) else {}  # Ray counts those of the machine
     try:
-        yield {"include_dashboard": False, "object_store_memory": _STORE_BYTES, **cpus}
+        yield {"include_dashboard": False, "object_store_memory": STORE_BYTES, **cpus}
     finally:
         for name, function in kept.items():
             setattr(node, name, function)

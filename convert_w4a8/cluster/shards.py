@@ -30,6 +30,8 @@ Convert = Callable[[ShardTask, Path, torch.device, Progress], ShardResult]
 """Carries out one task, such as `convert_shard`: a function that a node can import."""
 PROCESS_BYTES = 700 << 20
 """What a worker takes beside the layers: torch and what it compiles, and parts of files."""
+GPU_PROCESS_BYTES = 2000 << 20
+"""The same where it has a GPU: CUDA's libraries, and what it keeps of a GPU with the host."""
 
 
 class ShardsOnCluster:
@@ -119,7 +121,7 @@ class ShardsOnCluster:
                         self._kind,
                     ),
                     cpus,
-                    self._memory(task),
+                    self._memory(task, gpus),
                     gpus,
                     write_here,
                 )
@@ -132,7 +134,7 @@ class ShardsOnCluster:
                         if path.stat().st_size != ShardWriter(path.parent, by_name[call.name].shard).size:
                             raise ClusterError(str(path), "is not here what the node wrote", "look at the file system")
                         path.replace(writer.directory / call.name)
-                    writer.note_later(call.name, result.pieces, result.layers, result.infinities)
+                    writer.note_later(call.name, result.pieces, result.notes)
                     bars.finish(call.name)
             writer.wait()
 
@@ -152,13 +154,14 @@ class ShardsOnCluster:
             raise ClusterError("--device cuda", "no node of the cluster has a GPU", "use --device cpu")
         return ("cuda", 1) if has_gpus and self._device != "cpu" else ("cpu", 0)
 
-    def _memory(self, task: ShardTask) -> int:
+    def _memory(self, task: ShardTask, gpus: int = 0) -> int:
         """Return the bytes that a task takes of its node: of its layers as many as go side by side."""
         layers = [layer_memory(layer) for layer in task.layers]
         if self._bytes_per_weight:
             specs = [layer.spec for layer in task.layers]
             layers = [spec.nbytes + self._bytes_per_weight * spec.out_features * spec.in_features for spec in specs]
-        return PROCESS_BYTES + max(min(sum(layers), MEMORY_BYTES), max(layers, default=0))
+        process = GPU_PROCESS_BYTES if gpus else PROCESS_BYTES
+        return process + max(min(sum(layers), MEMORY_BYTES), max(layers, default=0))
 
 
 def threads_of(nodes: Sequence[Node], workers: int | None) -> int:

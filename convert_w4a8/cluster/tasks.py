@@ -1,23 +1,21 @@
 """Many calls on a cluster: a bounded number side by side, tried again where a worker or a node is lost."""
 
 import math
-import pickle
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
+from convert_w4a8.cluster.answers import packed_call, remote_function, value_of, why_lost
 from convert_w4a8.cluster.connection import SEES_ALL_GPUS, Cluster, Node
 from convert_w4a8.cluster.greetings import check_version
 from convert_w4a8.cluster.here import Here
 from convert_w4a8.cluster.record import Ran
-from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem, W4A8Error
+from convert_w4a8.errors import ClusterError
 from convert_w4a8.text import counted, human_bytes
-from convert_w4a8.version import __version__
 
 ATTEMPTS = 4
 """How often a task is tried, where a worker or a node is lost."""
@@ -73,7 +71,7 @@ class Runner:
         *,
         poll: Callable[[Sequence[tuple[Task, int]]], None] = lambda _attempts: None,
         where: Callable[[Task, int], str | None] = lambda _task, _number: None,
-        drop: Callable[[Task, int], None] = lambda _task, _number: None,
+        drop: Callable[[Sequence[tuple[Task, int]]], None] = lambda _attempts: None,
         patience: float = PATIENCE_SECONDS,
         here: Here | None = None,
     ) -> None:
@@ -124,13 +122,13 @@ class Runner:
                         if not state.running:
                             waiting.appendleft(state)
                         continue
-                    for other in list(state.running):  # a second attempt, which is not needed any more
+                    for other in state.running:  # a second attempt, which is not needed any more
                         running.pop(other)
-                        self._drop(state.task, state.running[other])
+                    self._drop([(state.task, other) for other in state.running.values()])
                     self._seconds.append(answer["seconds"])
                     by_command = isinstance(reference, Future)
                     ran = Ran(state.task.name, answer["node"], answer["seconds"], state.begun, by_command)
-                    value = _value(answer)
+                    value = value_of(answer)
                     self._cluster.ran.append(ran)
                     yield state.task, number, value
                 if not ready:
@@ -142,8 +140,7 @@ class Runner:
             reason = f"cannot be reached any more ({type(error).__name__})"
             raise ClusterError("Ray cluster", reason, "look at its head, and continue with --resume") from error
         finally:
-            for reference, state in running.items():
-                self._drop(state.task, state.running[reference])
+            self._drop([(state.task, state.running[reference]) for reference, state in running.items()])
             self._leave()
 
     @property
@@ -161,7 +158,7 @@ class Runner:
 
     def _begin_here(self, waiting: deque[_State], running: dict[Any, _State]) -> None:
         """Begin a task in this process, if it has none; where there is none left for it, its CPUs are for others."""
-        if self._here is None or any(isinstance(reference, Future) for reference in running):
+        if self._here is None or self._here.is_busy or any(isinstance(reference, Future) for reference in running):
             return
         state = next((state for state in waiting if state.task.here and state.memory <= self._here.memory), None)
         if state is None:
@@ -198,14 +195,14 @@ class Runner:
             self._here.hold()
         task, number = state.task, state.begun
         state.begun += 1
-        payload = pickle.dumps((task.function, task.arguments(number)))
+        call = packed_call(task.function, task.arguments(number))
         strategies = self._ray.util.scheduling_strategies
         strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
             options["runtime_env"] = SEES_ALL_GPUS
-        remote = _remote(self._ray).options(**options, scheduling_strategy=strategy, name=task.name)
-        reference = remote.remote(__version__, payload)
+        remote = remote_function(self._ray).options(**options, scheduling_strategy=strategy, name=task.name)
+        reference = remote.remote(*call)
         state.running[reference] = number
         running[reference] = state
 
@@ -222,8 +219,8 @@ class Runner:
         except errors.RayError as error:
             state.failures += 1
             self._poll([(state.task, number)])
-            why, where = _why(error), self._where(state.task, number)
-            self._drop(state.task, number)
+            why, where = why_lost(error), self._where(state.task, number)
+            self._drop([(state.task, number)])
             state.lost.append(why + (f" on node {self._cluster.name(where)}" if where else ""))
             if isinstance(error, errors.OutOfMemoryError):
                 able = [node.memory for node in self._cluster.nodes() if node.has(state.task.cpus, state.task.gpus, 0)]
@@ -286,76 +283,3 @@ class Runner:
 
 def _fits(node: Node, task: Task, memory: int) -> bool:
     return node.has(task.cpus, task.gpus, memory)
-
-
-def _why(error: Exception) -> str:
-    """Return in words what Ray says of an attempt that is lost."""
-    words = {
-        "WorkerCrashedError": "its process was killed",
-        "OutOfMemoryError": "it was killed because memory ran out",
-        "NodeDiedError": "its node was lost",
-        "LocalRayletDiedError": "its node was lost",
-        "OwnerDiedError": "its node was lost",
-        "ObjectLostError": "its result was lost with its node",
-        "ObjectFetchTimedOutError": "its result was lost with its node",
-    }
-    return words.get(type(error).__name__, type(error).__name__)
-
-
-def _value(answer: dict[str, Any]) -> Any:
-    """Return a task's result, or raise what it raised."""
-    if "problems" not in answer:
-        return answer["value"]
-    problems = [Problem(*parts) for parts in answer["problems"]]
-    kinds = {kind.__name__: kind for kind in (PlanError, ConvertError, DiskError, ClusterError)}
-    kind = kinds.get(answer["kind"], ConvertError)
-    (first, *_) = problems
-    error: W4A8Error = (
-        PlanError(problems) if kind is PlanError else kind(first.subject, first.reason, first.remedy)  # type: ignore[call-arg, arg-type]
-    )
-    for note in (*answer["notes"], f"on node {answer['node']}"):
-        error.add_note(note)
-    raise error
-
-
-@lru_cache(1)
-def _remote(ray: Any) -> Any:
-    """Return what Ray sends to nodes; once, for it keeps each that it is given."""
-    return ray.remote(max_retries=0)(_entry())
-
-
-def _entry() -> Callable[[str, bytes], dict[str, Any]]:
-    """Return what Ray calls on a node. It travels by value, and unpickles our things if the version is ours."""
-
-    def carry_out(version: str, payload: bytes) -> dict[str, Any]:
-        import pickle as pickles  # noqa: PLC0415
-        import time as clock  # noqa: PLC0415
-
-        import ray  # noqa: PLC0415
-
-        started = clock.monotonic()
-        answer: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id(), "version": None, "broken": ""}
-        try:
-            from convert_w4a8.errors import ConvertError, PlanError, W4A8Error  # noqa: PLC0415
-            from convert_w4a8.version import __version__ as ours  # noqa: PLC0415
-
-            answer["version"] = ours
-            if ours != version:
-                return answer
-            function, arguments = pickles.loads(payload)  # noqa: S301  (from the driver, through Ray, which does so too)
-        except Exception as error:  # noqa: BLE001 - whatever a node cannot import, the node is at fault
-            absent = isinstance(error, ModuleNotFoundError) and error.name == "convert_w4a8"
-            answer["broken"] = "" if absent else f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            return answer
-        try:
-            answer["value"] = function(*arguments)
-        except W4A8Error as error:
-            found = error.problems if isinstance(error, PlanError) else ()
-            found = (error.problem,) if isinstance(error, ConvertError) else found
-            answer["problems"] = [(each.subject, each.reason, each.remedy) for each in found]
-            answer["kind"] = type(error).__name__
-            answer["notes"] = list(getattr(error, "__notes__", ()))
-        answer["seconds"] = clock.monotonic() - started
-        return answer
-
-    return carry_out

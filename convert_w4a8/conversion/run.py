@@ -14,7 +14,7 @@ import torch
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.disk import check_destination, occupied, real_path
 from convert_w4a8.checkpoint.files import CARD, CONFIG
-from convert_w4a8.checkpoint.journal import work_path
+from convert_w4a8.checkpoint.journal import Notes, work_path
 from convert_w4a8.checkpoint.places import check_name
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.conversion.advice import infinity_warnings
@@ -27,7 +27,7 @@ from convert_w4a8.conversion.memory import check_memory
 from convert_w4a8.conversion.model_card import model_card
 from convert_w4a8.conversion.plan import LayerPlan, Plan, check_tensors
 from convert_w4a8.conversion.result import LayerResult, Recipe, Result
-from convert_w4a8.conversion.shard import Notes, Progress, ShardTask, jobs_of, shard_tasks
+from convert_w4a8.conversion.shard import Progress, ShardTask, jobs_of, shard_tasks
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.quantization.layer import LayerStats
 
@@ -169,13 +169,10 @@ def write_shards(
     wanted = [task for task in tasks if task.shard.file_name in unfinished]
     _count_finished(tasks, wanted, progress)
     writers = {task.shard.file_name: writer.shard_writer(task.shard.file_name) for task in wanted}
-    notes = Notes({}, {})
+    notes = Notes()
 
     def done(task: ShardTask) -> None:
-        layers = {layer.module: notes.layers[layer.module] for layer in task.layers}
-        copied = [tensor.output.name for tensor in task.tensors]
-        infinities = {name: notes.infinities[name] for name in copied if name in notes.infinities}
-        writer.finish(writers[task.shard.file_name], layers, infinities)
+        writer.finish(writers[task.shard.file_name], task.notes_of(notes))
 
     for task in wanted:
         if not task.shard.specs:  # a checkpoint without tensors

@@ -13,6 +13,7 @@ import torch
 
 from convert_w4a8.checkpoint.arena import Arenas
 from convert_w4a8.checkpoint.checksum import Piece
+from convert_w4a8.checkpoint.journal import Notes
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo, read_into, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter
 from convert_w4a8.conversion.jobs import Job, run_jobs
@@ -53,6 +54,10 @@ class ShardTask:
         }
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
+    def notes_of(self, notes: Notes) -> Notes:
+        """Return what became of the tensors of this file."""
+        return notes.of((layer.module for layer in self.layers), (tensor.output.name for tensor in self.tensors))
+
     def check_inputs(self) -> None:
         """Raise ConvertError where a file is not what it was when the task was made, or is not to be seen from here."""
         for path, state in self.inputs.items():
@@ -62,23 +67,11 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A file that is on the disk: the checksums of its pieces, and what became of its layers, as JSON.
-
-    infinities: how many a copied tensor holds, by name, where there are any.
-    """
+    """A file that is on the disk: the checksums of its pieces, and what became of its tensors."""
 
     file_name: str
     pieces: list[Piece]
-    layers: Mapping[str, Any]
-    infinities: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Notes:
-    """What was found on the way: what became of each layer, by module, and infinities of copied tensors, by name."""
-
-    layers: dict[str, Any]
-    infinities: dict[str, int]
+    notes: Notes
 
 
 def shard_tasks(plan: Plan) -> list[ShardTask]:
@@ -115,7 +108,7 @@ def convert_shard(
 
     """
     task.check_inputs()
-    notes = Notes({}, {})
+    notes = Notes()
     with ThreadPoolExecutor(1, thread_name_prefix="flush") as flusher:
         flushes: list[Future[None]] = []
         writer = ShardWriter(directory, task.shard, lambda flush: flushes.append(flusher.submit(flush)))
@@ -123,7 +116,7 @@ def convert_shard(
             run_jobs(jobs_of([task], {task.shard.file_name: writer}, notes, device, progress, quantizer=quantizer))
             for flush in flushes:
                 flush.result()
-            return ShardResult(task.shard.file_name, writer.finish(), notes.layers, notes.infinities)
+            return ShardResult(task.shard.file_name, writer.finish(), notes)
         finally:
             flusher.shutdown(cancel_futures=True)
             writer.close()

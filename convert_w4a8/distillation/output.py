@@ -9,6 +9,7 @@ import torch
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CARD, CONFIG
+from convert_w4a8.checkpoint.journal import Notes
 from convert_w4a8.checkpoint.safetensors_file import TensorSpec, read_tensor
 from convert_w4a8.checkpoint.shards import ShardPlan
 from convert_w4a8.checkpoint.writer import CheckpointWriter
@@ -47,7 +48,7 @@ def write_output(
         for spec in plan.specs:
             tensor = trained.get(spec.name)
             shard.write(spec.name, [read_tensor(checkpoint.tensors[spec.name]) if tensor is None else tensor])
-        writer.finish(shard, {})
+        writer.finish(shard, Notes())
     for relative in checkpoint.side_files:
         writer.copy_file(checkpoint.root / relative, relative)
     block = dict(checkpoint.quantization_config)

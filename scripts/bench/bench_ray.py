@@ -5,204 +5,43 @@
     python scripts/bench/bench_ray.py kills --gigabytes 0.2 --runs 30 --keep ray-kills
     python scripts/bench/bench_ray.py overhead --gigabytes 4 --rounds 2 --keep ray-overhead
     python scripts/bench/bench_ray.py memory --keep ray-memory
-    python scripts/bench/bench_ray.py gpus --gigabytes 4 --keep ray-gpus
-    python scripts/bench/bench_ray.py cores --input awq-zp --gigabytes 4 --shard-size 100MB --keep ray-cores
 
 equality: digests of a conversion here, on 1 worker, on 4 workers of 2 nodes, with a node killed half-way, and with the
 driver killed half-way and resumed. kills: a worker, a node or the driver is killed at a random time; what is not
 finished is resumed. overhead: the same conversion with and without `--ray`, in turn, on all cores. memory: the largest
-resident size of the driver, by the number of tensors. gpus, cores: how time falls with their number. Seconds of
-processors are those of all processes of a run.
+resident size of the driver, by the number of tensors. Seconds of processors are those of all processes of a run.
+`bench_ray_speed.py` says how time falls with GPUs and cores.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, add_options, save, visible_gpus
+from ray_runs import (
+    PACKAGES,
+    Command,
+    Outcome,
+    add_node,
+    cluster,
+    convert,
+    digest,
+    finished,
+    kill_node,
+    wait_for,
+    workers,
+)
+from results import add_options, save
 from synthetic import layer_tensors, make_checkpoint, quantization_config
-
-PACKAGES = ("torch", "numpy", "numba", "safetensors", "ray")
-MARK = "W4A8_BENCH_RUN"
-"""In the environment of a command and of all that it starts."""
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-@dataclass
-class Watched:
-    """Processes of a run: seconds of processors and the largest resident KiB, by process."""
-
-    seconds: dict[int, float] = field(default_factory=dict)
-    kib: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended. driver_mib: the largest resident size of its own process."""
-
-    code: int
-    seconds: float
-    cpu_seconds: float
-    driver_mib: float
-    largest_mib: float
-    stdout: str
-    stderr: str
-
-
-def _look(mark: str, found: Watched) -> None:
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):
-            if f"{MARK}={mark}" not in (process / "environ").read_text(errors="replace"):
-                continue
-            pid, parts = int(process.name), (process / "stat").read_text().rpartition(")")[2].split()
-            found.seconds[pid] = (int(parts[11]) + int(parts[12])) / TICKS
-            status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line)
-            found.kib[pid] = int(status["VmHWM"].split()[0])
-
-
-class Command:
-    """`w4a8-convert` as a process of its own, and what it starts."""
-
-    def __init__(
-        self, source: Path, out: Path, *options: object, command: str = "convert", device: str = "cpu", gpus: str = ""
-    ) -> None:
-        self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
-        self._watched, self._ended = Watched(), threading.Event()
-        arguments = [sys.executable, "-P", "-m", "convert_w4a8", command, source, out, "--device", device, *options]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        environment = {**os.environ, MARK: self.mark, "PYTHONPATH": path}
-        environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
-        self._started = time.monotonic()
-        self.process = subprocess.Popen(
-            [*map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.1):
-            _look(self.mark, self._watched)
-
-    def wait(self) -> Outcome:
-        """Wait until it ends."""
-        stdout, stderr = self.process.communicate()
-        seconds = time.monotonic() - self._started
-        self._ended.set()
-        self._watcher.join()
-        kib = self._watched.kib
-        return Outcome(
-            self.process.returncode,
-            seconds,
-            sum(self._watched.seconds.values()),
-            kib.get(self.process.pid, 0) / 1024,
-            max(kib.values(), default=0) / 1024,
-            stdout,
-            stderr,
-        )
-
-
-def convert(source: Path, out: Path, *options: object, **more: str) -> Outcome:
-    """Convert and wait; SystemExit where that fails."""
-    outcome = Command(source, out, *options, **more).wait()
-    if outcome.code:
-        sys.exit(f"{options}: exit code {outcome.code}: {outcome.stderr}")
-    return outcome
-
-
-def digest(directory: Path) -> str:
-    """Return one sha256 of all names and contents."""
-    found = hashlib.sha256()
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                found.update(
-                    f"{path.relative_to(directory)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-                )
-    return found.hexdigest()
-
-
-def finished(out: Path) -> int:
-    """Return how many files of an output are finished."""
-    journal = out.parent / f".{out.name}.w4a8-partial" / "journal"
-    with suppress(OSError):
-        return journal.read_bytes().count(b'{"file"')
-    return 0
-
-
-@contextmanager
-def cluster(*cpus: int, head_cpus: int = 0) -> Iterator[Any]:
-    """Start a head, by default without work, and nodes with so many CPUs each. Commands here are on the head's node."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": head_cpus, "object_store_memory": 80 << 20, "include_dashboard": False}
-    head |= {"memory": 8 << 30} if head_cpus else {}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for count in cpus:
-            add_node(made, count)
-        yield made
-    finally:
-        made.shutdown()
-
-
-def add_node(made: Any, cpus: int) -> Any:
-    """Add a node."""
-    return made.add_node(num_cpus=cpus, memory=8 << 30, object_store_memory=80 << 20)
-
-
-def kill_node(node: Any) -> None:
-    """Kill all processes of a node, its workers too, without a word."""
-    pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
-    for pid in [*children(*pids), *pids]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def children(*parents: int) -> list[int]:
-    """Return the processes that some processes started."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, IndexError):
-            if int((process / "stat").read_text().rpartition(")")[2].split()[1]) in parents:
-                found.append(int(process.name))
-    return found
-
-
-def workers(made: Any) -> list[int]:
-    """Return the processes that carry out our tasks."""
-    raylets = [
-        info.process.pid for node in made.list_all_nodes() for infos in node.all_processes.values() for info in infos
-    ]
-    found = []
-    for pid in children(*raylets):
-        with suppress(OSError):
-            if b"ray::model-" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
-
-
-def wait_for(out: Path, count: int, command: Command) -> None:
-    """Wait until so many files are finished."""
-    while finished(out) < count and command.process.poll() is None:
-        time.sleep(0.02)
 
 
 def equality(args: argparse.Namespace, root: Path) -> None:
@@ -410,112 +249,6 @@ def memory(args: argparse.Namespace, root: Path) -> None:
     save(args, "What does the driver need for an index of many tensors?", rows, packages=PACKAGES)
 
 
-def gpus(args: argparse.Namespace, root: Path) -> None:
-    """Time conversions with new codes, and quantization without data, on one GPU and on all of them."""
-    import torch
-
-    rows: list[dict[str, Any]] = []
-    every = visible_gpus()
-    for command in args.commands:
-        source = root / command
-        if command == "convert":
-            make_checkpoint(source, "awq-zp", args.gigabytes)
-        else:
-            make_model(source, args.gigabytes)
-        if args.only != "several":  # compiles
-            convert(source, root / "out", "--quiet", command=command, device="cuda", gpus=every[0])
-            shutil.rmtree(root / "out")
-        size = ("--max-shard-size", f"{args.gigabytes * (50 if command == 'convert' else 15):.0f}MB")
-        runs: list[tuple[str, tuple[object, ...], str]] = [
-            ("1 GPU, without Ray", (), every[0]),
-            (f"{len(every)} GPUs", ("--ray",), ",".join(every)),
-            ("1 GPU", ("--ray",), every[0]),
-        ]
-        if args.only:
-            runs = runs[:1] if args.only == "one" else runs[1:2]
-        for _ in range(args.rounds):
-            for words, more, visible in runs:
-                outcome = convert(
-                    source, root / "out", "--json", *size, *more, command=command, device="cuda", gpus=visible
-                )
-                said = json.loads(outcome.stdout)
-                tasks = [task["seconds"] for task in said.get("ray", {}).get("tasks", [])]
-                rows.append(
-                    {
-                        "command": command,
-                        "run": words,
-                        "wall_s": outcome.seconds,
-                        "work_s": said["seconds"],
-                        "tasks": len(tasks),
-                        "task_s": sum(tasks),
-                        "sha256": digest_of_weights(root / "out"),
-                        "gpu": torch.cuda.get_device_name(0),
-                    }
-                )
-                alone = next(row for row in rows if row["command"] == command)
-                rows[-1]["faster"] = alone["work_s"] / rows[-1]["work_s"] if rows[-1] is not alone else None
-                rows[-1]["same"] = "yes" if rows[-1]["sha256"] == alone["sha256"] else "NO"
-                print(rows[-1], file=sys.stderr, flush=True)
-                shutil.rmtree(root / "out")
-                save(args, "How much faster are two GPUs?", rows, packages=PACKAGES)
-
-
-def cores(args: argparse.Namespace, root: Path) -> None:
-    """Time conversions with new codes on so many CPUs of one machine, as nodes of eight."""
-    make_checkpoint(root / "in", args.input, args.gigabytes)
-    rows: list[dict[str, Any]] = []
-    convert(root / "in", root / "out", "--quiet")
-    shutil.rmtree(root / "out")
-    size = ("--max-shard-size", args.shard_size, "--json")
-
-    def add(words: str, cpus: int, outcome: Outcome) -> None:
-        said = json.loads(outcome.stdout)
-        row = {"run": words, "cpus": cpus, "wall_s": outcome.seconds, "work_s": said["seconds"]}
-        row |= {"tasks": len(said.get("ray", {}).get("tasks", [])), "sha256": digest_of_weights(root / "out")}
-        row |= {"input": args.input, "gigabytes": args.gigabytes}
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
-        shutil.rmtree(root / "out")
-
-    for _ in range(args.rounds):
-        add("without Ray", 4, convert(root / "in", root / "out", *size, "--workers", 4))
-        for cpus in args.cpus:
-            with cluster(*[min(cpus, 8)] * max(1, cpus // 8)) as made:
-                add("`--ray ADDRESS`", cpus, convert(root / "in", root / "out", *size, "--ray", made.address))
-        save(args, "How does the time fall with the CPUs of a cluster?", rows, packages=PACKAGES)
-
-
-def digest_of_weights(directory: Path) -> str:
-    """Return one sha256 of the safetensors files."""
-    found = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
-
-
-def make_model(directory: Path, gigabytes: float) -> None:
-    """Write blocks with the layers of Llama-8B in BF16, of so many GB."""
-    import torch
-    from safetensors.torch import save_file
-    from synthetic import LLAMA_8B
-
-    directory.mkdir(parents=True)
-    torch.manual_seed(0)
-    blocks = max(1, round(gigabytes * 1e9 / sum(2 * n * k for _, n, k in LLAMA_8B)))
-    weight_map: dict[str, str] = {}
-    for block in range(blocks):
-        name = f"model-{block + 1:05d}-of-{blocks:05d}.safetensors"
-        found = {
-            f"model.layers.{block}.{layer}.weight": torch.randn(n, k).mul_(0.02).bfloat16() for layer, n, k in LLAMA_8B
-        }
-        save_file(found, directory / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(found, name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(config))
-
-
 def make_small_experts(directory: Path, tensors: int) -> int:
     """Write a mixture of tiny experts with so many tensors; return the bytes of its files."""
     from safetensors.torch import save_file
@@ -524,7 +257,7 @@ def make_small_experts(directory: Path, tensors: int) -> int:
     in_file, total = 4096, 0
     weight_map: dict[str, str] = {}
     layers = []
-    for n in range(tensors // 4):  # a layer has four tensors, a block 384 experts
+    for n in range(tensors // 12 * 3):  # a layer has four tensors, an expert three layers, a block 384 experts
         projection = ("gate_proj", "up_proj", "down_proj")[n % 3]
         layers.append(f"model.layers.{n // 3 // 384}.mlp.experts.{n // 3 % 384}.{projection}")
     for number in range(0, len(layers), in_file):
@@ -543,7 +276,7 @@ def make_small_experts(directory: Path, tensors: int) -> int:
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["equality", "kills", "overhead", "memory", "gpus", "cores"])
+    parser.add_argument("what", choices=["equality", "kills", "overhead", "memory"])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the input")
     parser.add_argument("--input", default="gptq", help="its format, for equality and kills")
     parser.add_argument("--inputs", nargs="+", default=["gptq", "awq-zp"], help="its formats, for overhead")
@@ -553,9 +286,6 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds of overhead that are not counted")
     parser.add_argument("--rest", type=float, default=2.0, help="seconds between runs of overhead")
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
-    parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")
-    parser.add_argument("--only", choices=("one", "several"), help="of gpus: on one, or on all, after a run on one")
-    parser.add_argument("--commands", nargs="+", default=["convert", "quantize"], help="of gpus")
     parser.add_argument("--tensors", type=int, nargs="+", default=[10_000, 100_000], help="of memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="where checkpoints are made; a temporary one by default")

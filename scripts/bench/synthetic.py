@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -98,3 +99,34 @@ def make_checkpoint(directory: Path, kind: str, gigabytes: float) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16"}
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": quantization_config(kind)}))
+
+
+def repeat_block(directory: Path, gigabytes: float) -> None:
+    """Let a checkpoint of `make_checkpoint` that is one block have as many as make this size, with the same numbers.
+
+    They are a file each, which is made as fast as files are copied.
+    """
+    index = directory / "model.safetensors.index.json"
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    files = sorted({directory / name for name in weight_map.values()})
+    blocks = max(1, round(gigabytes * 1e9 / sum(path.stat().st_size for path in files)))
+    for path in files:
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header: dict[str, Any] = json.loads(data[8:start])
+        parts = {name: info for name, info in header.items() if "layers.0." in name}
+        places = [slice(start + low, start + high) for low, high in (info["data_offsets"] for info in parts.values())]
+        stops = list(accumulate(place.stop - place.start for place in places))
+        for block in range(1, blocks):
+            ours = {
+                name.replace("layers.0.", f"layers.{block}."): {**info, "data_offsets": [low, high]}
+                for (name, info), low, high in zip(parts.items(), [0, *stops], stops, strict=False)
+            }
+            text = json.dumps({**ours, "__metadata__": {"format": "pt"}}).encode()
+            text += b" " * (-len(text) % 8)
+            file_name = f"{path.stem}-{block:05d}.safetensors"
+            with (directory / file_name).open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.writelines(memoryview(data)[place] for place in places)
+            weight_map |= dict.fromkeys(ours, file_name)
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))

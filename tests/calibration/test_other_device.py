@@ -33,7 +33,7 @@ class Interrupted:
         """Write two files."""
         for task in tasks[:2]:
             result = quantize_shard(task, writer.directory, CPU, lambda _nbytes: None)
-            writer.note(result.file_name, result.pieces, result.layers, result.infinities)
+            writer.note(result.file_name, result.pieces, result.notes)
         raise KeyboardInterrupt
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from convert_w4a8.checkpoint import journal, shards
 from convert_w4a8.checkpoint.disk import check_destination
-from convert_w4a8.checkpoint.journal import work_path
+from convert_w4a8.checkpoint.journal import Notes, work_path
 from convert_w4a8.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec
 from convert_w4a8.checkpoint.shards import ShardPlan, ShardWriter, plan_shards
 from convert_w4a8.checkpoint.writer import CheckpointWriter
@@ -41,7 +41,7 @@ def write_files(w: CheckpointWriter, plans: Iterable[ShardPlan], layers: Mapping
         shard = w.shard_writer(plan.file_name)
         for spec in plan.specs:
             shard.write(spec.name, [TENSORS[spec.name]])
-        w.finish(shard, layers or {})
+        w.finish(shard, Notes(dict(layers or {})))
 
 
 def write_all(out: Path, *, max_shard_size: int = 1 << 30, overwrite: bool = False) -> None:
@@ -169,7 +169,7 @@ def test_commit_refuses_missing_tensors(tmp_path: Path) -> None:
         shard = w.shard_writer(plans[0].file_name)
         with pytest.raises(ValueError, match="is shorter than planned"):
             shard.write("b.weight", [TENSORS["b.weight"][:2]])
-        w.finish(shard, {})
+        w.finish(shard, Notes())
         with pytest.raises(ValueError, match=r"never written: \['b\.weight'\]"):
             w.commit()
     assert list(tmp_path.iterdir()) == []
@@ -351,7 +351,7 @@ def test_an_interrupt_does_not_come_between_a_file_and_its_note(tmp_path: Path) 
             writer = ShardWriter(w.directory, plan)
             for spec in plan.specs:
                 writer.write(spec.name, [TENSORS[spec.name]])
-            w.note_later(plan.file_name, writer.finish(), {})
+            w.note_later(plan.file_name, writer.finish(), Notes())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -544,7 +544,7 @@ def test_a_signal_while_the_journal_is_put_on_the_disk(tmp_path: Path, monkeypat
             pieces = shard.finish()
             monkeypatch.setattr(journal, "fsync", lambda _path: None)
             monkeypatch.setattr(os, "fsync", interrupted)
-            w.note(plans[0].file_name, pieces, {})
+            w.note(plans[0].file_name, pieces, Notes())
 
     with pytest.raises(KeyboardInterrupt) as raised:
         write(tmp_path / "out")

@@ -1,11 +1,13 @@
 """Calibration with data on a cluster: matrices and experts go to nodes, and the bytes stay the same."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray_nodes
@@ -20,10 +22,19 @@ from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.calls import CallsOnCluster
 from convert_w4a8.cluster.connection import Cluster, Node
 from convert_w4a8.cluster.shards import PROCESS_BYTES
-from convert_w4a8.cluster.tensors import packed, unpacked
+from convert_w4a8.cluster.tensors import _on_host, packed, unpacked
 from convert_w4a8.errors import ConvertError
 
+ASKED: list[Any] = []
+"""What others were asked."""
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+
+
+def when_others_are_asked(name: str) -> str:
+    """Return a name when others were asked for something."""
+    while not ASKED:
+        time.sleep(0.01)
+    return name
 
 
 @needs_ray
@@ -61,7 +72,7 @@ def test_calls_that_are_lost_are_made_again(nodes: Nodes) -> None:
     assert {ran.attempts for ran in cluster.ran} == {2}
     assert list(calls(ray_nodes.doubled, [])) == []
     with pytest.raises(ConvertError, match="refused: is refused") as error:
-        list(calls(ray_nodes.doubled, [("refused", torch.ones(1), os.getpid()), ("last", torch.ones(1), os.getpid())]))
+        list(calls(ray_nodes.doubled, [("first", torch.ones(1), os.getpid()), ("refused", torch.ones(1), os.getpid())]))
     assert "on node" in "".join(error.value.__notes__)
 
 
@@ -79,29 +90,35 @@ def test_an_error_here_does_not_wait_for_others(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "local", "slots", "reserved"),
+    ("cpus", "local", "gigabytes", "slots", "reserved"),
     [
-        ((4,), False, 0, True),
-        ((4,), True, 0, False),
-        ((4, 8), False, 2, True),
-        ((8,), True, 1, True),
-        ((6,), False, 1, True),  # of two threads then
+        ((4,), False, 2, 0, True),
+        ((4,), True, 2, 0, False),
+        ((4, 8), False, 2, 2, True),
+        ((8,), True, 2, 1, True),
+        ((6,), False, 2, 1, True),  # of two threads then
+        ((8,), True, 63.5, 0, False),
+        ((8,), True, 65, 0, False),  # more than there is
+        ((4, 8), False, 65, 2, False),
     ],
     ids=str,
 )
-def test_the_cpus_of_the_command_are_its_own(
-    cpus: tuple[int, ...], local: bool, slots: int, reserved: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_the_command_needs_is_its_own(
+    cpus: tuple[int, ...], local: bool, gigabytes: float, slots: int, reserved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as torch has threads here; calls go to what is left of the nodes, and are made here where that is all."""
+    """CPUs, as many as torch has threads, and memory; calls go to what is left, and are made here if that is all."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     nodes = [Node(letter * 9, "10.0.0.1", count, 0, 64 * GB) for letter, count in zip("ab", cpus, strict=False)]
     cluster = Held([{"value": packed("there")}] * 2, nodes, local=local)
     calls = CallsOnCluster(cluster, "cpu")  # type: ignore[arg-type]
+    calls.hold(int(gigabytes * GB))
     assert calls._slots() == slots
-    assert cluster.happened == [("reserved", 4, PROCESS_BYTES)] * reserved
-    found = list(calls(str, [("here",), ("here",)]))
-    assert found == ["there" if slots else "here", "here"]
+    assert cluster.happened == [("reserved", 4, gigabytes * GB)] * reserved
+    monkeypatch.setattr(sys.modules[__name__], "ASKED", cluster.asked if slots else [None])
+    found = list(calls(when_others_are_asked, [("here",), ("here",)]))
+    assert found == ["here", "there" if slots else "here"]
     assert len(cluster.asked) == bool(slots)
+    assert all(asked["memory"] > PROCESS_BYTES for asked in cluster.asked)
 
 
 @pytest.mark.parametrize(
@@ -123,3 +140,24 @@ def test_tensors_travel_as_they_lie_in_memory(value: torch.Tensor) -> None:
     assert found.contiguous().view(-1).view(torch.uint8).equal(value.contiguous().view(-1).view(torch.uint8))
     order = sorted(range(value.dim()), key=value.stride)
     assert sorted(range(value.dim()), key=found.stride) == order
+
+
+def test_tensors_of_a_gpu_are_packed_into_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of locked memory, one behind the other; those of the host stay where they are."""
+    real, sizes = torch.empty, list[int]()
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        sizes.append(size)
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    numbers = [torch.arange(count, dtype=torch.uint8) for count in (5, 0, 3, 7)]
+    found = _on_host([part if part is numbers[2] else part.as_subclass(OnGpu) for part in numbers])
+    assert sizes == [12]
+    assert [part.tolist() for part in found] == [part.tolist() for part in numbers]
+    assert found[2] is numbers[2]
+    assert found[3].data_ptr() == found[0].data_ptr() + 5

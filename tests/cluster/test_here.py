@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray_nodes
@@ -21,6 +21,7 @@ from convert_w4a8.api import convert
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.journal import work_path
 from convert_w4a8.cluster import connection
+from convert_w4a8.cluster.attempts import Attempts, Bars
 from convert_w4a8.cluster.connection import Node
 from convert_w4a8.cluster.here import Here
 from convert_w4a8.cluster.local import LocalRay
@@ -140,6 +141,62 @@ def test_places_beside_it() -> None:
     here.close()
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gigabytes", "expected"),
+    [
+        (4, 2, "offers 4 CPUs and 2 GB for tasks, and this process needs 2 CPUs and 3 GB of memory; leave out --ray"),
+        (1, 8, "offers 1 CPU and 8 GB for tasks, and this process needs 2 CPUs and 3 GB of memory; leave out --ray"),
+        (4, 8, "does not give this process 2 CPUs and 3 GB of memory within 30 s; leave out --ray"),
+    ],
+)
+def test_what_ray_does_not_give(cpus: int, gigabytes: int, expected: str) -> None:
+    """Is said: a Ray that was started here may have less memory for tasks than was free before."""
+    cluster = Held([], local=True, free=False)
+    here = Here.on(cluster, 2, 3 * GB)  # type: ignore[arg-type]
+    assert here is not None
+    cluster.all_nodes = [Node(NODE.id, "local", cpus, 0, gigabytes * GB)]
+    with pytest.raises(ClusterError, match=expected):
+        here.hold()
+
+
+def test_a_task_of_this_process_that_hangs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Another node does the same, nothing else is begun here, and it is not waited for without end: that is said."""
+    monkeypatch.setattr("convert_w4a8.cluster.here._END_SECONDS", 0.2)
+    monkeypatch.setattr("convert_w4a8.cluster.tasks.SLOW", 0.0)
+    hung, begun = threading.Event(), list[int]()
+
+    def hang(number: int) -> None:
+        begun.append(number)
+        assert hung.wait(60)
+
+    others = Node("b" * 9, "10.0.0.2", 1, 0, 8 * GB)
+    cluster = Held([{"value": "b"}, {"value": "a"}], [Node(NODE.id, "10.0.0.1", 1, 0, 8 * GB), others])
+    dropped, started = Dropped(), time.monotonic()
+    found = run(cluster, ours("a", hang), task("b"), patience=0.1, drop=dropped)
+    assert found == [("b", "b"), ("a", "a")]
+    assert (begun, dropped) == ([0], [("a", 0)])
+    assert time.monotonic() - started < 20
+    assert "a task of this process has not ended for 0 s" in caplog.text
+    assert cluster.happened[-1] == "given back"
+    hung.set()
+
+
+def test_attempts_are_dropped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred that cannot be removed for a while, as where a file is open, none is waited for alone."""
+    attempts = Attempts(tmp_path, cast("Bars", None))
+    tasks = [(ours(f"model-{n}", len), 0) for n in range(100)]
+    for each, number in tasks:
+        attempts.path(each.name, number).parent.mkdir(parents=True)
+    looked = list[float]()
+    monkeypatch.setattr("convert_w4a8.cluster.attempts.shutil.rmtree", lambda *_args, **_keywords: None)
+    monkeypatch.setattr("convert_w4a8.cluster.attempts.time.sleep", looked.append)
+    attempts.drop(tasks)
+    assert sum(looked) == pytest.approx(1.0)
+    monkeypatch.undo()
+    attempts.drop(tasks)
+    assert list(next(tmp_path.iterdir()).iterdir()) == []
+
+
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 
 
@@ -169,7 +226,7 @@ def test_a_ray_that_cannot_be_started_gives_up_nothing_that_is_finished(
     def interrupted(tasks: Any, writer: Any) -> None:
         for each in tasks[:3]:
             result = convert_shard(each, writer.directory, torch.device("cpu"))
-            writer.note(result.file_name, result.pieces, result.layers, result.infinities)
+            writer.note(result.file_name, result.pieces, result.notes)
         raise KeyboardInterrupt
 
     def fail(_self: LocalRay) -> str:

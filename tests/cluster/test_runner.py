@@ -10,10 +10,11 @@ import pytest
 from failing_import import fail_import
 from ray_stand_in import GB, LOST, Dropped, RayTaskError, StandIn, task
 
+from convert_w4a8.cluster.answers import entry
 from convert_w4a8.cluster.connection import Node
 from convert_w4a8.cluster.greetings import check_version, greeting
 from convert_w4a8.cluster.record import Ran, as_dict, as_text
-from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task, _entry
+from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem
 from convert_w4a8.version import __version__
 
@@ -113,7 +114,7 @@ def test_what_a_node_answers_that_cannot_begin(version: str, expected: str, monk
     """What kept it from that; nothing is unpickled for another version."""
     context = SimpleNamespace(get_node_id=lambda: "a" * 9)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: context))
-    answer = _entry()(version, pickle.dumps(Broken()))
+    answer = entry()(version, pickle.dumps(Broken()), [])
     assert (answer["node"], answer["version"]) == ("a" * 9, __version__)
     assert answer["broken"].startswith(expected)
     assert bool(answer["broken"]) == bool(expected)

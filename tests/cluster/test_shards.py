@@ -157,7 +157,7 @@ def test_a_local_conversion_is_continued_on_a_cluster(
     def interrupted(tasks: Any, writer: Any) -> None:
         for task in tasks[:3]:
             result = convert_shard(task, writer.directory, CPU)
-            writer.note(result.file_name, result.pieces, result.layers, result.infinities)
+            writer.note(result.file_name, result.pieces, result.notes)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -106,7 +106,7 @@ def test_tasks_survive_pickle(whole: tuple[Result, Path], tmp_path: Path) -> Non
     assert [copy.fingerprint() for copy in copies] == [task.fingerprint() for task in tasks]
     result = convert_shard(copies[0], tmp_path, CPU)
     assert pickle.loads(pickle.dumps(result)) == result
-    assert json.loads(json.dumps(result.layers)) == result.layers
+    assert json.loads(json.dumps(result.notes.layers)) == result.notes.layers
 
 
 # In another process.
@@ -134,7 +134,7 @@ def test_other_processes_write_the_same_files(
     assert len(files) == len(tasks)
     known = {layer.plan.module: layer.stats for layer in result.layers}
     for task, shard in zip(tasks, found, strict=True):
-        notes = {module: None if note is None else LayerStats(**note) for module, note in shard.layers.items()}
+        notes = {module: None if note is None else LayerStats(**note) for module, note in shard.notes.layers.items()}
         assert notes == {layer.module: known[layer.module] for layer in task.layers}
         size = ShardWriter(tmp_path, task.shard).size
         assert is_intact(tmp_path / shard.file_name, shard.pieces, size)
@@ -168,7 +168,7 @@ def test_a_journal_takes_files_of_other_processes(whole: tuple[Result, Path], tm
         with CheckpointWriter(tmp_path / "out", plan.shards, fingerprint=found, fingerprints=prints) as writer:
             for task in tasks[::2]:
                 result = convert_shard(task, writer.directory, CPU)
-                writer.note(result.file_name, result.pieces, result.layers)
+                writer.note(result.file_name, result.pieces, result.notes)
             assert writer.unfinished == [task.shard.file_name for task in tasks[1::2]]
             raise KeyboardInterrupt
 

@@ -142,6 +142,7 @@ def doubled(name: str, value: torch.Tensor, parent: int) -> torch.Tensor:
             raise ConvertError(name, "is refused", "give another one")
         if mark(f"called-{name}"):
             os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)  # so that others take some
     return 2 * value
 
 

@@ -34,9 +34,9 @@ class Remote:
         """Do as Ray does."""
         return Remote(self._asked, options)
 
-    def remote(self, version: str, payload: bytes) -> int:
+    def remote(self, version: str, payload: bytes, apart: list[Any]) -> int:
         """Do as Ray does."""
-        function, arguments = pickle.loads(payload)
+        function, arguments = pickle.loads(payload, buffers=apart)
         assert version == __version__
         self._asked.append({**(self._options or {}), "call": (function, arguments)})
         return len(self._asked) - 1
@@ -93,9 +93,9 @@ def task(name: str = "model-00001-of-00001.safetensors", **keywords: Any) -> Tas
 class Dropped(list[tuple[str, int]]):
     """Attempts that a runner drops."""
 
-    def __call__(self, dropped: Task, number: int) -> None:
-        """Drop one."""
-        self.append((dropped.name, number))
+    def __call__(self, attempts: Sequence[tuple[Task, int]]) -> None:
+        """Drop some."""
+        self.extend((dropped.name, number) for dropped, number in attempts)
 
 
 class Held(StandIn):
