@@ -121,6 +121,17 @@ def test_what_the_command_needs_is_its_own(
     assert all(asked["memory"] > PROCESS_BYTES for asked in cluster.asked)
 
 
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_memory_beside_a_gpu_is_reserved(nodes: Nodes) -> None:
+    """Without CPUs; where it is not free, the command does without."""
+    cluster = Cluster(nodes.ray)
+    give_back = cluster.reserve(0, 1 << 20, 10)
+    assert give_back is not None
+    give_back()
+    assert cluster.reserve(0, 1 << 50, 1) is None
+
+
 @pytest.mark.parametrize(
     "value",
     [
