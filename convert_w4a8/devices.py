@@ -133,8 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def locked_memory(count: int, dtype: torch.dtype) -> torch.Tensor | None:
     """Return memory of the host [count] that is locked, so that a GPU copies from and to it; None where there is none.
 
-    CUDA is slow to lock it, and lets nobody else ask anything of a GPU meanwhile. torch keeps what is freed, and gives
-    it again where no more is needed, in powers of two.
+    torch keeps what is freed, and gives it again where no more is needed, in powers of two.
     """
     try:
         return torch.empty(count, dtype=dtype, pin_memory=True)

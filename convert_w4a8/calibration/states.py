@@ -55,7 +55,7 @@ class States:
 
     limit: bytes that are held in memory; what is beyond that lies in files of `directory`. Memory is written again and
     again, not given back in between: new pages cost more than what is copied into them. It is locked where a GPU copies
-    from and to it, several times as fast then.
+    from and to it.
     """
 
     def __init__(self, directory: Path, name: str, limit: int) -> None:
