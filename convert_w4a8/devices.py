@@ -130,6 +130,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return of_torch or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
+def locked_memory(count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return memory of the host [count] that is locked, so that a GPU copies from and to it; None where there is none.
+
+    torch keeps what is freed, and gives it again where no more is needed, in powers of two.
+    """
+    try:
+        return torch.empty(count, dtype=dtype, pin_memory=True)
+    except RuntimeError:  # the host does not lock so much
+        return None
+
+
 def kind_of(device: torch.device) -> str:
     """Return "cpu", or "cuda" and the GPU's name: devices of one kind give the same bytes, of `codebooks` too."""
     return device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from convert_w4a8.checkpoint.disk import disk_errors
+from convert_w4a8.devices import locked_memory
 from convert_w4a8.samples.sample import Sample
 
 BATCH_TOKENS = 4096
@@ -54,7 +55,7 @@ class States:
 
     limit: bytes that are held in memory; what is beyond that lies in files of `directory`. Memory is written again and
     again, not given back in between: new pages cost more than what is copied into them. It is locked where a GPU copies
-    from and to it, several times as fast then.
+    from and to it.
     """
 
     def __init__(self, directory: Path, name: str, limit: int) -> None:
@@ -107,7 +108,7 @@ class States:
 
 
 class _Locked:
-    """Memory of the host that is locked for a GPU, bfloat16. CUDA gives it in powers of two: it is cut into parts."""
+    """Memory of the host that is locked for a GPU, bfloat16, in parts of a power of two."""
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.bfloat16)
@@ -120,9 +121,9 @@ class _Locked:
             if count > _PIECE:
                 return None
             self._most = min(_PIECE, max(2 * self._most, 1 << (count - 1).bit_length()))
-            try:
-                self._left = torch.empty(self._most, dtype=torch.bfloat16, pin_memory=True)
-            except RuntimeError:
+            piece = locked_memory(self._most, torch.bfloat16)
+            if piece is None:
                 return None
+            self._left = piece
         found, self._left = self._left[:count], self._left[count:]
         return found

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from convert_w4a8.devices import locked_memory
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -54,15 +56,13 @@ class _Pickler(pickle.Pickler):
 
 
 def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return bytes uint8 [n] in this process's memory; of a GPU in such as it writes to itself, in one piece.
-
-    CUDA is slow to lock memory, and lets nobody else ask anything of a GPU meanwhile. torch keeps what was locked, and
-    gives it again where no more is needed, in powers of two.
-    """
+    """Return bytes uint8 [n] in this process's memory; of a GPU in one locked piece, that can be used again."""
     ends = list(accumulate(len(data) if data.is_cuda else 0 for data in tensors))
     if not ends or not ends[-1]:
         return tensors
-    memory = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+    memory = locked_memory(ends[-1], torch.uint8)
+    if memory is None:
+        memory = torch.empty(ends[-1], dtype=torch.uint8)
     parts = (memory[start:end] for start, end in pairwise([0, *ends]))
     return [part.copy_(data) if data.is_cuda else data for data, part in zip(tensors, parts, strict=True)]
 

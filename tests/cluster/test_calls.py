@@ -121,6 +121,17 @@ def test_what_the_command_needs_is_its_own(
     assert all(asked["memory"] > PROCESS_BYTES for asked in cluster.asked)
 
 
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_memory_beside_a_gpu_is_reserved(nodes: Nodes) -> None:
+    """Without CPUs; where it is not free, the command does without."""
+    cluster = Cluster(nodes.ray)
+    give_back = cluster.reserve(0, 1 << 20, 10)
+    assert give_back is not None
+    give_back()
+    assert cluster.reserve(0, 1 << 50, 1) is None
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -142,15 +153,18 @@ def test_tensors_travel_as_they_lie_in_memory(value: torch.Tensor) -> None:
     assert sorted(range(value.dim()), key=found.stride) == order
 
 
-def test_tensors_of_a_gpu_are_packed_into_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of locked memory, one behind the other; those of the host stay where they are."""
+@pytest.mark.parametrize("locks", [True, False])
+def test_tensors_of_a_gpu_are_packed_into_one_piece(locks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of locked memory, if the host locks any, one behind the other; those of the host stay where they are."""
     real, sizes = torch.empty, list[int]()
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
-    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        assert pin_memory
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        if pin_memory and not locks:
+            raise RuntimeError("CUDA error: out of memory")
+        assert pin_memory is locks
         sizes.append(size)
         return real(size, dtype=dtype)
 
