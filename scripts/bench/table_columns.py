@@ -376,6 +376,11 @@ COLUMNS: dict[str, Columns] = {
         ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
         *(("perplexity", "{perplexity:.3f}"), ("same next token", "{agreement:.2%}")),
     ),
+    "experts-many": (
+        *(("mixture", "{mixture}"), ("tokens", "{tokens}"), ("memory µs", "{floor_us:.1f}")),
+        *(("before µs", "{before_us:.1f}"), ("now µs", "{ours_us:.1f}"), ("humming W4A8", "{humming_w4a8_us:.1f}")),
+        ("now does more than humming", "{gain:+.0%}"),
+    ),
     "distill-springs": (
         *(("preset", "{preset}"), ("changed", "{changed}"), ("tokens", "{tokens:,}")),
         *(("library", "{library:.5f}"), ("wide", "{wide:.5f}"), ("evaluation text", "{evaluation:.5f}")),
