@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from convert_w4a8.kernels import clusters
 from convert_w4a8.kernels.activations import reference
 from convert_w4a8.kernels.fp8 import OPTIONS, to_e4m3
 
@@ -24,6 +25,42 @@ _LEAST_SCALE = tl.constexpr(reference.LEAST_SCALE)
 _LOW_TERM = tl.constexpr(reference.LOW_TERM)
 _PLAIN, _SILU, _NORM, _ADD_NORM = range(4)
 _ELEMENTS_PER_THREAD = 16
+_MOST_OF_CLUSTER = 8
+"""Blocks of a cluster that every Hopper GPU takes."""
+_LONG_ROW = 14336
+"""Numbers that are read from which on a cluster is faster than one block: of gates and ups, both."""
+_FEW_ROWS = 16
+"""Rows up to which it is: many blocks fill the GPU by themselves."""
+_LARGEST_OF_CLUSTER = tl.constexpr(
+    """
+{
+.shared .align 4 .b32 room;
+.reg .pred first;
+.reg .b32 own, there, thread;
+.reg .f32 found;
+mov.u32 own, room;
+mov.u32 thread, %tid.x;
+setp.eq.u32 first, thread, 0;
+@first st.shared.f32 [own], $1;
+barrier.cluster.arrive.release.aligned;
+barrier.cluster.wait.acquire.aligned;
+mapa.shared::cluster.u32 there, own, 0;
+ld.shared::cluster.f32 $0, [there];
+"""
+    + "".join(
+        f"""mapa.shared::cluster.u32 there, own, {block};
+ld.shared::cluster.f32 found, [there];
+max.f32 $0, $0, found;
+"""
+        for block in range(1, _MOST_OF_CLUSTER)
+    )
+    + """
+barrier.cluster.arrive.relaxed.aligned;
+}
+"""
+)
+"""The largest number of the blocks of a cluster. None of them may end before all have read (`_READ_BY_ALL`)."""
+_READ_BY_ALL = tl.constexpr("barrier.cluster.wait.aligned; mov.b32 $0, 0;")
 
 
 def quantize(x: torch.Tensor, terms: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,31 +101,29 @@ def _run(
     total = torch.empty_like(x) if what == _ADD_NORM else x
     if m == 0:
         return tokens, scale, total
-    block = triton.next_power_of_2(k)
-    warps = min(max(block // (32 * _ELEMENTS_PER_THREAD), 4), 32)
     early = _starts_early(x.device)
-    options = OPTIONS | ({"launch_pdl": True} if early else {})
+    parts = _MOST_OF_CLUSTER if early and what in (_PLAIN, _SILU) and x.shape[1] >= _LONG_ROW and m <= _FEW_ROWS else 1
+    share = triton.cdiv(k, 16 * parts) * 16
+    block = triton.next_power_of_2(share)
+    warps = min(max(block // (32 * _ELEMENTS_PER_THREAD), 4), 32)
+    options = OPTIONS | {"num_warps": warps} | ({"launch_pdl": True} if early else {})
+    arguments = (
+        *(x, x if residual is None else residual, x if weight is None else weight, tokens, scale, total, epsilon),
+        *(m, k, share, x.stride(0), x.stride(0) if residual is None else residual.stride(0)),
+    )
+    constants = {
+        "WHAT": what,
+        "TERMS": terms,
+        "PARTS": parts,
+        "BLOCK": block,
+        "EARLY": early,
+        "INTERPRETED": _INTERPRETED,
+    }
     with torch.cuda.device_of(x):
-        _quantize_kernel[(m,)](
-            x,
-            x if residual is None else residual,
-            x if weight is None else weight,
-            tokens,
-            scale,
-            total,
-            epsilon,
-            m,
-            k,
-            x.stride(0),
-            x.stride(0) if residual is None else residual.stride(0),
-            WHAT=what,
-            TERMS=terms,
-            BLOCK=block,
-            EARLY=early,
-            INTERPRETED=_INTERPRETED,
-            num_warps=warps,
-            **options,
-        )
+        if parts > 1:
+            clusters.launch(_quantize_kernel, m, parts, arguments, constants, options)
+        else:
+            _quantize_kernel[(m,)](*arguments, **constants, **options)
     return tokens, scale, total
 
 
@@ -138,17 +173,22 @@ def _quantize_kernel(
     epsilon,
     M,
     K,
+    SHARE,
     STRIDE,
     RESIDUAL_STRIDE,
     WHAT: tl.constexpr,
     TERMS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)
+    """Quantize a row, or so many numbers of it as a block of a cluster of PARTS has."""
+    m = (tl.program_id(0) // PARTS).to(tl.int64)
     k = tl.arange(0, BLOCK)
-    inside = k < K
+    inside = k < SHARE
+    k += tl.program_id(0) % PARTS * SHARE
+    inside = inside & (k < K)
     if EARLY:
         gdc_launch_dependents()
     if WHAT >= 2:
@@ -167,7 +207,12 @@ def _quantize_kernel(
         normed = value * tl.rsqrt(tl.sum(value * value, 0) / K + epsilon)
         normed = _bf16(normed, INTERPRETED).to(tl.float32)
         value = _bf16(normed * factor.to(tl.float32), INTERPRETED).to(tl.float32)
-    step = tl.maximum(tl.max(tl.abs(value), 0) / _FP8_MAX, _LEAST_SCALE)
+    largest = tl.max(tl.abs(value), 0)
+    if PARTS > 1:
+        largest = tl.inline_asm_elementwise(
+            _LARGEST_OF_CLUSTER, "=f,f", [largest], dtype=tl.float32, is_pure=False, pack=1
+        )
+    step = tl.maximum(largest / _FP8_MAX, _LEAST_SCALE)
     if TERMS == 2:
         step = ((step.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     scaled = tl.clamp(value * (1.0 / step), -_FP8_MAX, _FP8_MAX)
@@ -176,3 +221,5 @@ def _quantize_kernel(
         low = (scaled - _rounded(scaled)) * _LOW_TERM
         tl.store(tokens + (M + m) * K + k, _fp8(low, INTERPRETED), mask=inside)
     tl.store(scale + m, step)
+    if PARTS > 1:
+        tl.inline_asm_elementwise(_READ_BY_ALL, "=r", [], dtype=tl.int32, is_pure=False, pack=1)

@@ -13,7 +13,7 @@ that bit over a byte and choose by it.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from convert_w4a8.kernels.gemm.hopper_kernel import _weights
+from convert_w4a8.kernels.gemm.hopper_lookups import _weights
 
 # $4: eight nibbles, four of row g and four of row g + 8. $5, $6: magnitudes of row g for codes without the top bit, of
 # 0 … 7; $7 with $6: for codes with it. $8 … $10: of row g + 8.

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.gemm.apart import _look_up_apart, _signs
-from convert_w4a8.kernels.gemm.hopper_kernel import _barrier, _look_up, _tables_layout, _words_layout
+from convert_w4a8.kernels.gemm.cluster_sums import barrier
+from convert_w4a8.kernels.gemm.hopper_lookups import _look_up, _spread, _tables_layout, _words_layout
 
 
 @gluon.jit
@@ -227,7 +228,9 @@ def _grouped_kernel(
                 product = warpgroup_mma(weights, x, product, use_acc=False, is_async=True)
                 subtracted = warpgroup_mma(negative, x, subtracted, use_acc=False, is_async=True)
             else:
-                weights = gl.convert_layout(_look_up(words, first, second, BLOCK_N), OPERAND, assert_trivial=True)
+                weights = gl.convert_layout(
+                    _look_up(words, _spread(first), _spread(second), BLOCK_N), OPERAND, assert_trivial=True
+                )
                 product = warpgroup_mma(weights, x, product, use_acc=CHAIN, is_async=True)
             slot = (slot + 1) % STAGES
         if APART:
@@ -249,7 +252,7 @@ def _grouped_kernel(
             stride = (BLOCKS * columns).to(gl.int64) * SIZE
             gl.store(sums_at + part * stride, left, mask=inside)
             gl.store(sums_at + part * stride + HALF, right, mask=inside)
-            _barrier()
+            barrier()
             last = gl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
             if last:
                 gl.store(counters + place, 0)

@@ -6,7 +6,7 @@ words go from shared memory to registers: in the order of the tensor core's oper
 the kernel is compiled.
 
 Where a layer has few tables, as one of scales has, each group brings an index into them instead of its own: a byte in
-place of eight.
+place of eight. A block keeps all of them in its shared memory.
 
 Activations are one or two FP8 terms. Two, x = hi + lo / 16, hold a bfloat16 value to the last bit over 13 binades
 below the largest of its token (`kernels.activations`).
@@ -14,11 +14,11 @@ below the largest of its token (`kernels.activations`).
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 
+from convert_w4a8.kernels import clusters
 from convert_w4a8.kernels.gemm import gpu, workspace
 from convert_w4a8.kernels.gemm.hopper_kernel import _gemm_kernel
 from convert_w4a8.kernels.gemm.tuned import LAUNCHES
@@ -39,6 +39,8 @@ ALWAYS = 32
 """Tokens up to which this kernel is the faster one whatever the size; beyond, where it was measured to be."""
 MOST_OF_CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU takes."""
+_MOST_SENT = 44 * 1024
+"""Bytes that a block has room for: assembly may have 48 KiB of shared memory, and distinct tables take 4 of them."""
 _MANY_ROWS = 64
 """From here on sums in float32 cost registers."""
 
@@ -52,7 +54,8 @@ class Launch:
     chain: sum over K inside the tensor core, whose sums of FP8 products have about 14 bits, instead of adding up
         groups of 128 in float32.
     indexed: read indices of tables, where the layer has them, not the tables of all groups.
-    overlap: multiply one group while the next one's words are read; takes the room of one more group of tokens.
+    overlap: 1: multiply one group while the next one's words are read; 2: and while they are looked up. Takes the room
+        of one more group.
     early: start before the kernel ahead of it has ended.
     cluster: blocks that have the parts of K of the same outputs add them up through each other's shared memory; at most
         `MOST_OF_CLUSTER` parts. Otherwise the last one does, through memory.
@@ -66,7 +69,7 @@ class Launch:
     warps: int = 4
     chain: bool = False
     indexed: bool = True
-    overlap: bool = False
+    overlap: int = 0
     early: bool = True
     cluster: bool = False
     registers: int = 0
@@ -81,14 +84,15 @@ class Launch:
         """Return the bytes of shared memory for copies in flight: of words, tables and tokens."""
         return self.stages * (72 * self.block_n + 128 * self.block_m * terms)
 
-    def clusters(self, terms: int) -> bool:
+    def clusters(self, terms: int) -> bool:  # noqa: ARG002
         """Whether clusters can add up the parts of K, if there are any.
 
-        What blocks are sent lies where copies did, and no two threads may have the same sums: they would be sent twice.
+        What blocks are sent has a place of its own, and no two threads may have the same sums: they would be sent
+        twice.
         """
         sent = 4 * self.block_n * replace(self, cluster=True).share * self.splits + 8
         once = self.block_m >= 2 * self.warps
-        return 1 < self.splits <= MOST_OF_CLUSTER and once and sent <= self.copied(terms)
+        return 1 < self.splits <= MOST_OF_CLUSTER and once and sent <= _MOST_SENT
 
 
 def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) -> Launch:
@@ -223,21 +227,7 @@ def gemm_by(
     grid = (blocks * splits,)
     with torch.cuda.device(tokens.device):
         if launch.cluster:
-            _launch_clusters(blocks, launch.splits, arguments, constants, options)
+            clusters.launch(_gemm_kernel, blocks, launch.splits, arguments, constants, options)
         else:
             _gemm_kernel[grid](*arguments, **constants, **options)
     return output
-
-
-def _launch_clusters(
-    clusters: int, size: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """Launch so many clusters of blocks.
-
-    For Triton, the blocks of a cluster share one program and all its tensors. Here each has its own: the kernel is
-    compiled as for single blocks, and only launched in clusters.
-    """
-    compiled = _gemm_kernel.warmup(*arguments, grid=(clusters,), **constants, **options)
-    warps, _, *rest = compiled.packed_metadata
-    compiled.packed_metadata = (warps, size, *rest)
-    compiled[clusters, 1, 1](*arguments, *constants.values())

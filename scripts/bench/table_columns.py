@@ -92,6 +92,8 @@ DECODE: Columns = (
     ("humming", "{humming_w4a8_before_us:.1f}"),
     ("our error", "{ours_error:.4f}"),
 )
+NOT_AGAIN = ("ours, BF16 in", "humming W4A8", "Machete W4A16", "Marlin W4A16", "BF16", "humming")
+"""Columns of kernels that were not measured once more."""
 STEP_TIMES: Columns = (
     ("requests", "{batch:d}"),
     ("served as", "{kind}"),
@@ -432,6 +434,7 @@ COLUMNS: dict[str, Columns] = {
     ),
     "decode": DECODE,
     "decode-h200": DECODE,
+    "decode-h200-now": tuple(column for column in DECODE if column[0] not in NOT_AGAIN),
     "decode-parts": (
         ("N × K", "{n} × {k}"),
         ("tokens", "{m}"),

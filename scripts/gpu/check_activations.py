@@ -25,7 +25,7 @@ from results import add_options, line, save
 from convert_w4a8.kernels.activations import gpu, reference
 
 TOKENS = (1, 2, 7, 8, 33, 128)
-LENGTHS = (128, 768, 4096, 6144, 14336)
+LENGTHS = (128, 768, 4096, 6144, 14336, 33792)
 OTHER = 0.005
 """The share of bytes that may differ by one step."""
 EPSILON = 1e-5
@@ -90,7 +90,7 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
-    sizes = ((1, 7), (128, 768, 4224)) if args.sanitizer else (TOKENS, LENGTHS)
+    sizes = ((1, 7), (128, 768, 4224, 8448)) if args.sanitizer else (TOKENS, LENGTHS)
     rows = noted(check(*size) for size in product(*sizes, (1, 2)))
     print(f"{len(rows)} results; most bytes that differ: {max(rows, key=lambda row: float(row['different']))}")
     question = "Do the kernels that quantize activations compute what they must, with the same bytes every time?"

@@ -26,7 +26,7 @@ from results import add_options, line, save
 from tune_gemm import pairs
 
 from convert_w4a8.kernels.activations import gpu as activations
-from convert_w4a8.kernels.gemm import cluster_sums, hopper, hopper_kernel, workspace
+from convert_w4a8.kernels.gemm import cluster_sums, hopper, hopper_kernel, hopper_lookups, workspace
 
 SIZES = (
     "6144x4096x64",
@@ -40,7 +40,8 @@ SIZES = (
 COPY = r"\n +async_copy\.async_copy_global_to_shared\({}_ring\[FILL\].*"
 WITHOUT: dict[str, tuple[tuple[str, str], ...]] = {
     "sums": (
-        (r"_OPEN = gl\.constexpr\(\"\"\"[^\"]*\"\"\"", '_OPEN = gl.constexpr("""mov.b32 $0, 0;"""'),
+        (r"@first mbarrier[^\"]*", "}}\n"),
+        (r"barrier\.cluster\.wait\.acquire\.aligned; ", ""),
         (
             r"_SEND = gl\.constexpr\(\"\"\"[^\"]*\"\"\"",
             '_SEND = gl.constexpr("""st.shared.v4.f32 [$4], {$8, $9, $10, $11}; mov.b32 $0, 0;"""',
@@ -49,6 +50,7 @@ WITHOUT: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\n    elif SPLIT:\n", "\n    elif SPLIT:\n        last = part == 0\n    elif TERMS == 0:\n"),
     ),
     "lookups": ((r"\n        _LOOK_UP,\n", '\n        "mov.b32 $0, $2; mov.b32 $1, $2;",\n'),),
+    "fences": ((r"\n    fence_async_shared\(\)\n", "\n"),),
     "token_copies": ((COPY.format("token"), ""),),
     "word_copies": ((COPY.format("words"), ""),),
     "groups": ((r"(\n    groups = .*\n)", r"\1    groups = gl.minimum(groups, M - M)\n"),),
@@ -58,8 +60,10 @@ WITHOUT: dict[str, tuple[tuple[str, str], ...]] = {
 
 def kernels(directory: Path) -> dict[str, Any]:
     """Return the kernel as it is, and those without something. ValueError where the source has no such place."""
-    sums, kernel = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (cluster_sums, hopper_kernel))
-    source = sums + re.sub(rf"from {cluster_sums.__name__} import .*\n", "", kernel)  # in one module, to be changed
+    parts = (cluster_sums, hopper_lookups, hopper_kernel)
+    source = "\n".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in parts)
+    for module in parts[:2]:  # in one module, to be changed
+        source = re.sub(rf"from {module.__name__} import (\([^)]*\)|.*)\n", "", source)
     found = {"whole": hopper_kernel._gemm_kernel}  # noqa: SLF001
     for name, edits in WITHOUT.items():
         text = source

@@ -4,9 +4,9 @@
 
 A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
 which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
-cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, and
-with products beside reads, and with as many registers as the compiler takes. The Triton kernel for every GPU is
-measured beside it.
+cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, with
+products beside reads or beside lookups, and with as many registers as the compiler takes. The Triton kernel for every
+GPU is measured beside it. A launch whose result is not that of float32 by `ERROR` is not taken.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from random_layers import Layers
 from results import add_options, line, save
 
 from convert_w4a8.kernels.activations import gpu as activations
+from convert_w4a8.kernels.activations.reference import LOW_TERM
 from convert_w4a8.kernels.gemm import gpu, hopper, tuned, workspace
 
 SHAPES = (
@@ -49,17 +50,19 @@ PER_SM = (1.4, 8)
 SHARED = 227 * 1024
 """Bytes of shared memory of a multiprocessor; a block takes 1 KiB more than its own."""
 THREADS = 2048
-SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16)
 STAGES = {8: (3, 4, 6), 16: (3, 4, 6), 32: (3, 4, 6), 64: (3, 4, 6), 128: (3, 4)}
 WIDTHS = ((64, 4), (128, 4))
 """Output channels and warps of a block."""
 OVERLAPPED = (32, 64)
-"""Rows of tokens for which products beside reads are tried."""
+"""Rows of tokens for which products beside reads, or beside lookups, are tried."""
 FINALISTS = 3
 GAIN = 0.99
 """The share of the rule's time that a measured choice must stay below to be worth a line."""
 TABLE = Path(hopper.__file__).with_name("tuned.py")
 
+ERROR = 0.01
+"""The largest distance from a product in float32, as a share of its length."""
 REPLAYS = 21
 LAUNCH = ("splits", "stages", "block_n", "warps", "indexed", "overlap", "cluster", "registers")
 """What the table says of a launch, in its order."""
@@ -92,17 +95,19 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
             if splits > 1 and not (PER_SM[0] * sms <= blocks <= fit * sms and splits <= k // gpu.GROUP):
                 continue
             registers = hopper.registers_for(blocks, warps, sms)
-            launch = hopper.Launch(block_m, splits, stages, width, warps, chain, indexed=False, registers=registers)
+            launch = hopper.Launch(block_m, splits, stages, width, warps, chain, registers=registers)
             found.append(launch)
             if launch.clusters(terms):
                 found.append(replace(launch, cluster=True))
+                if registers:
+                    found.append(replace(launch, cluster=True, registers=0))
     return found
 
 
-def ways(rows: int) -> list[dict[str, bool]]:
+def ways(rows: int) -> list[dict[str, Any]]:
     """Return what else a kernel for so many rows of tokens may do otherwise."""
-    overlaps = (False, True) if rows in OVERLAPPED else (False,)
-    return [{"indexed": indexed, "overlap": overlap} for indexed in (False, True) for overlap in overlaps]
+    overlaps = (0, 1, 2) if rows in OVERLAPPED else (0,)
+    return [{"indexed": indexed, "overlap": overlap} for indexed in (True, False) for overlap in overlaps]
 
 
 @dataclass
@@ -133,15 +138,33 @@ class Size:
     def time(self, launch: hopper.Launch, replays: int) -> tuple[float, hopper.Launch]:
         """Return the time of a quantization and a product, and how it was cut; infinite where that fails."""
         try:
-            calls = pairs(self.layers, self.activations(), self.terms, partial(hopper.gemm_by, launch=launch))
+            calls = pairs(self.layers, self.activations, self.terms, partial(hopper.gemm_by, launch=launch))
+            self.check(calls[0]())
             return microseconds(calls, 12, replays), launch
-        except (RuntimeError, TritonError) as error:
+        except (ArithmeticError, RuntimeError, TritonError) as error:
             print(f"{self.name()} {launch}: {str(error).splitlines()[0]}", flush=True)
             return math.inf, launch
 
+    def check(self, found: torch.Tensor) -> None:
+        """Raise ArithmeticError for a wrong product."""
+        wrong = float((found.float() - self.expected).norm() / self.expected.norm())
+        if not wrong <= ERROR:
+            raise ArithmeticError(f"wrong by {wrong:.3g}")
+
+    @cached_property
     def activations(self) -> torch.Tensor:
         """Return random activations."""
         return torch.randn(self.block_m, self.layers.k, device="cuda", dtype=torch.bfloat16)
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        """Return their product with the first layer, float32 [M, N]: of what they are quantized to."""
+        tokens, scale = activations.quantize(self.activations, self.terms)
+        parts = tokens.float().view(self.terms, self.block_m, -1)
+        parts[1:] /= LOW_TERM
+        product = parts.sum(0) * scale @ self.layers.lut_weights.t() * self.layers.channel
+        del self.layers.lut_weights  # far larger than the layer
+        return product
 
     def name(self) -> str:
         """Return what is printed of it."""
@@ -161,9 +184,10 @@ class Size:
         row |= {f"us_{width}": _best(self.tried, block_n=width) for width in {by.block_n for _, by in self.tried}}
         row |= {"memory_us": _best(self.tried, cluster=False), "cluster_us": _best(self.tried, cluster=True)}
         row |= {"tables_us": _best(self.again, indexed=False), "index_us": _best(self.again, indexed=True)}
-        row |= {"overlap_us": _best(self.again, overlap=True)} | {"rule_us": self.time(self.rule(), REPLAYS)[0]}
+        row |= {f"overlap_{how}_us": _best(self.again, overlap=how) for how in (1, 2)}
+        row |= {"rule_us": self.time(self.rule(), REPLAYS)[0]}
         if self.terms == 1:
-            row["triton_us"] = microseconds(pairs(self.layers, self.activations(), 1, triton_gemm), 12, REPLAYS)
+            row["triton_us"] = microseconds(pairs(self.layers, self.activations, 1, triton_gemm), 12, REPLAYS)
         return {name: value for name, value in row.items() if value is not None}
 
 

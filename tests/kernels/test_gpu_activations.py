@@ -91,13 +91,28 @@ def test_rows_may_lie_apart() -> None:
     assert torch.equal(found[0].cpu().float(), expected[0].float())
 
 
+def compiled(program: str) -> list[dict[str, str]]:
+    """Return what a program of `tests/support` prints of kernels that it compiles without a GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / program)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [dict(part.split("=") for part in line.split()) for line in done.stdout.splitlines()]
+
+
+def test_rows_in_clusters_compile_for_hopper() -> None:
+    """Without a GPU: blocks meet when each knows its largest number, and leave when all have read; no spills."""
+    lines = compiled("compile_activations.py")
+    assert len(lines) == 4
+    for counts in lines:
+        assert (counts["UCGABAR_ARV"], counts["UCGABAR_WAIT"]) == ("2", "2")
+        assert (counts["LDL"], counts["STL"]) == ("0", "0")
+        assert (counts["ACQBULK"], counts["PREEXIT"]) == ("1", "1")
+
+
 def test_decode_kernels_compile_for_hopper() -> None:
     """Without a GPU: lookups, FP8 products, no spills; each waits for the kernel before, and lets the next begin."""
-    program = ROOT / "tests" / "support" / "compile_hopper.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [dict(part.split("=") for part in line.split()) for line in done.stdout.splitlines()]
+    lines = compiled("compile_hopper.py")
     assert len(lines) == 11
     for counts in lines:
         tiles = int(counts["tiles"])
@@ -106,6 +121,7 @@ def test_decode_kernels_compile_for_hopper() -> None:
         assert groups >= 1
         assert 48 * tiles * groups <= int(counts["PRMT"]) <= 64 * tiles * groups
         assert counts["HAZARDS"] == "0"
+        assert counts["MISALIGNED"] == "0"
         assert int(counts["ACQBULK"]) >= 1
         assert counts["PREEXIT"] == "1"
         assert int(counts["FENCE"]) >= 1  # Triton 3.7 has one of its own besides

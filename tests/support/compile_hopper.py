@@ -19,15 +19,20 @@ INSTRUCTIONS = ("PRMT", "QGMMA", "HMMA", "LDL", "STL", "ACQBULK", "PREEXIT", "FE
 blocks of a cluster meet, and send sums to another one."""
 
 FORMS = (
-    *((1, 1, 64, 4, True, 0), (8, 1, 64, 4, False, 8), (16, 1, 64, 4, True, 3), (32, 1, 64, 4, True, 0)),
-    *((32, 1, 128, 4, False, 5), (64, 1, 64, 4, False, 4), (64, 1, 128, 8, True, 0), (64, 1, 128, 4, False, 8)),
-    *((128, 1, 128, 8, False, 0), (8, 2, 64, 4, True, 2), (32, 2, 64, 4, False, 0)),
+    *((1, 1, 64, 4, True, 0, 1), (8, 1, 64, 4, False, 8, 0), (16, 1, 64, 4, True, 3, 1), (32, 1, 64, 4, True, 0, 2)),
+    *((32, 1, 128, 4, False, 5, 0), (64, 1, 64, 4, False, 4, 2), (64, 1, 128, 8, True, 0, 1)),
+    *(
+        (64, 1, 128, 4, False, 8, 0),
+        (128, 1, 128, 8, False, 0, 0),
+        (8, 2, 64, 4, True, 2, 2),
+        (32, 2, 64, 4, False, 0, 0),
+    ),
 )
-"""Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables, and the blocks
-of a cluster: 0 for none."""
+"""Tokens, FP8 terms of an activation, channels and warps of a block, whether it reads indices of tables, the blocks of
+a cluster (0 for none), and beside what it multiplies."""
 
 
-for tokens, terms, width, warps, indexed, cluster in FORMS:
+for tokens, terms, width, warps, indexed, cluster, overlap in FORMS:
     launch = hopper.choose_launch(tokens, 4096, 14336, 132, terms)
     constants = {
         "BLOCK_M": launch.block_m,
@@ -38,7 +43,7 @@ for tokens, terms, width, warps, indexed, cluster in FORMS:
         "SPLIT": cluster == 0,
         "EARLY": True,
         "INDEXED": indexed,
-        "OVERLAP": indexed,
+        "OVERLAP": overlap,
         "CLUSTER": cluster,
         "SHARE": triton.next_power_of_2(triton.cdiv(launch.block_m, cluster)) if cluster else 0,
     }
@@ -48,4 +53,6 @@ for tokens, terms, width, warps, indexed, cluster in FORMS:
     words = Counter(re.findall(r"\w+", code))
     counts = [f"{name}={words[name]}" for name in INSTRUCTIONS]
     counts.append(f"HAZARDS={len(hazards(code))}")
+    rooms = map(int, re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", found.asm["ptx"]))
+    counts.append(f"MISALIGNED={sum(size % 1024 > 0 for size in rooms)}")
     print(*counts, f"tokens={tokens} terms={terms} tiles={width // 16 // warps} cluster={cluster}")  # noqa: T201

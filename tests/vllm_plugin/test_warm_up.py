@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,10 +47,17 @@ class Recorder:
         return Compiled()
 
 
+class Metadata(NamedTuple):
+    """Bytes of shared memory."""
+
+    shared: int
+
+
 class Compiled:
     """Stands in for a compiled kernel."""
 
     packed_metadata = (4, 1, 0)
+    metadata = Metadata(0)
 
     def __getitem__(self, _grid: object) -> Callable[..., None]:
         return lambda *_arguments: None
