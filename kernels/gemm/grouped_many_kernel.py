@@ -21,13 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from convert_w4a8.kernels.gemm.cluster_sums import barrier
 from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _activated
-from convert_w4a8.kernels.gemm.hopper_kernel import (
-    _barrier,
-    _look_up,
-    _tables_layout,
-    _words_layout,
-)
+from convert_w4a8.kernels.gemm.hopper_lookups import _look_up, _spread, _tables_layout, _words_layout
 
 
 @gluon.jit
@@ -85,7 +81,7 @@ def _multiply_group(
     first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
     first = gl.convert_layout(first, TABLES, assert_trivial=True)
     second = gl.convert_layout(second, TABLES, assert_trivial=True)
-    weights = _look_up(words, first, second, BLOCK_N)
+    weights = _look_up(words, _spread(first), _spread(second), BLOCK_N)
     operand = gl.convert_layout(weights, OPERAND, assert_trivial=True)
     x = token_ring[SLOT].permute((1, 0))
     products = (warpgroup_mma(operand, x, sums[0], use_acc=True, is_async=True),)
@@ -150,7 +146,7 @@ def _finish(
         sums_at += m * BLOCK_N + n
         gl.store(sums_at + part * stride, left, mask=inside)
         gl.store(sums_at + part * stride + HALF, right, mask=inside)
-        _barrier()
+        barrier()
         last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             gl.store(counter, 0)
