@@ -381,7 +381,11 @@ COLUMNS: dict[str, Columns] = {
     "experts-many": (
         *(("mixture", "{mixture}"), ("tokens", "{tokens}"), ("memory µs", "{floor_us:.1f}")),
         *(("before µs", "{before_us:.1f}"), ("now µs", "{ours_us:.1f}"), ("humming W4A8", "{humming_w4a8_us:.1f}")),
-        ("now does more than humming", "{gain:+.0%}"),
+        *(
+            ("now does more than humming", "{gain:+.0%}"),
+            ("error before", "{before_error:.4f}"),
+            ("now", "{error:.4f}"),
+        ),
     ),
     "distill-springs": (
         *(("preset", "{preset}"), ("changed", "{changed}"), ("tokens", "{tokens:,}")),
