@@ -84,9 +84,14 @@ class ReplicatedState(StateDirectory):
         super().__init__(out)
         self._place = place
 
+    @property
+    def is_kept_here(self) -> bool:
+        """See `StateDirectory`."""
+        return self._place.is_first
+
     def save(self, step: int, notes: Any, tensors: Any) -> None:
         """Keep a state, whole or not at all, and forget those before it."""
-        if self._place.is_first:
+        if self.is_kept_here:
             super().save(step, notes, tensors)
         dist.barrier()
 

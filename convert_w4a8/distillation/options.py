@@ -83,7 +83,8 @@ class DistillOptions:
     def __post_init__(self) -> None:
         """Take the preset as a string too.
 
-        Raises ValueError for one that there is not, numbers that are none, and embeddings where codes stay.
+        Raises ValueError for one that there is not, numbers that are none, springs that push, and embeddings where
+        codes stay.
         """
         object.__setattr__(self, "preset", Preset(self.preset))
         if self.damping is None:
@@ -91,5 +92,7 @@ class DistillOptions:
         for name in ("rate", "warmup", "towards", "hidden_weight", "damping"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is not a finite number")
+        if self.damping is not None and self.damping < 0:
+            raise ValueError("damping is less than 0: springs would push values away")
         if self.embeddings and self.preset is not Preset.WEIGHTS:
             raise ValueError("embeddings are trained with the preset weights only")

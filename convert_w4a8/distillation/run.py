@@ -40,7 +40,11 @@ from convert_w4a8.errors import ConvertError, DiskError
 _PARTS = "the models, their gradients and moments, and a batch"
 _LESS_OF_TEACHER = "give fewer --batch-tokens or --max-length, or a --teacher-device of its own"
 _LESS_OF_FIRST = "give fewer --batch-tokens or --max-length, or leave out --teacher-logits: --gpus spreads the teacher"
+_LESS_OF_FIRST_WHOLE = f"{_LESS_OF_FIRST} where --replicate is left out too"
 _LESS_OF_ALL = "give more --gpus, fewer --batch-tokens, a lower --max-length, or --recompute"
+_LESS_OF_EACH = (
+    "give fewer --batch-tokens, --max-length, --recompute, or leave out --replicate, and --embeddings with it"
+)
 _LESS = "give fewer --batch-tokens, --max-length, --recompute, or a --teacher-device of its own"
 
 
@@ -83,7 +87,7 @@ def distill(
     teacher_on = teacher_device or device
     if teacher_logits is not None:
         check_stored(teacher_logits, top_k, options)
-        less = _LESS_OF_TEACHER if gpus == 1 else _LESS_OF_FIRST
+        less = _LESS_OF_TEACHER if gpus == 1 else _LESS_OF_FIRST_WHOLE if replicate else _LESS_OF_FIRST
         with memory_errors("the teacher", remedy=less, of_gpu=True), deterministic(teacher_on):
             samples = (*data.samples, *data.held_out)
             stored = stored_teacher(
@@ -215,7 +219,8 @@ def _train_part(place: Place, job: _Job) -> DistillResult:
         if place.is_first:
             place.tell(message)
 
-    with memory_errors("the training", _PARTS, _LESS_OF_ALL, of_gpu=True), deterministic(place.device):
+    less = _LESS_OF_EACH if job.replicate else _LESS_OF_ALL
+    with memory_errors("the training", _PARTS, less, of_gpu=True), deterministic(place.device):
         kept = Kept(job.options.steps)
         kind = ParallelRun if job.replicate else ShardedRun
         run = kind(start, teacher, job.data, job.options, place, predictions, state, job.fingerprint, kept)

@@ -2,7 +2,7 @@
 
     state.json               the fingerprint of the training, the last step, and the curve
     state-STEP.safetensors   values and moments at that step, the best values so far, and the first measurement;
-                             of several processes state-STEP-I-of-N.safetensors, what each of them has
+                             of several processes with parts of the models state-STEP-I-of-N.safetensors, what each has
 
 The JSON file is replaced when the tensors are on the disk, so the two always belong together. Nothing is unpickled.
 """
@@ -43,6 +43,11 @@ class StateDirectory:
     def __init__(self, out: Path) -> None:
         self.path = out.parent / f".{out.name}{_SUFFIX}"
         self._out = out
+
+    @property
+    def is_kept_here(self) -> bool:
+        """Whether this process is one of those that keep tensors."""
+        return True
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse what another training left, unless it is to be continued or replaced.

@@ -97,6 +97,11 @@ class Trainer:
         ours = [counted(output, batch.counts) for output in outputs]
         return found + weight * difference_of_hidden(ours, target.hidden), found
 
+    @property
+    def progress(self) -> float:
+        """The part of the training that is done."""
+        return self.step / self.options.steps
+
     def factor(self, step: int) -> float:
         """Return what the rates are multiplied by at a step: a linear rise, and half a cosine down to nothing."""
         rise = min(1.0, (step + 1) / max(1.0, self.options.warmup * self.options.steps))
@@ -117,8 +122,10 @@ class Trainer:
             operations.adam(one.value, gradient, one.first, one.second, one.rounded, own)
         if not self.options.damping or self.step % damping.EVERY:
             return
-        stiff = damping.EVERY * factor * damping.stiffness(self.options.damping, self.step / self.options.steps)
-        for layer in self.student.layers.values():
+        stiff = damping.EVERY * factor * damping.stiffness(self.options.damping, self.progress)
+        for name, layer in self.student.layers.items():
+            if self.trained[f"{name}.entries"].parameter.grad is None:
+                continue  # an expert without tokens stays as it is
             damping.pull(layer, stiff * self._rates.entries, stiff * self._rates.weight, self._own)
 
     @staticmethod

@@ -205,8 +205,9 @@ class Run:
             "seconds": seconds,
             "tokens": self._tokens,
         }
-        tensors = {"before": self._before, "best": self._best} | self._trainer.state()
-        tensors |= {f"best.{name}": value for name, value in self._best_values.items()}
+        tensors = {"before": self._before, "best": self._best}
+        if self._state.is_kept_here:  # copies on the host, of which one is enough
+            tensors |= self._trainer.state() | {f"best.{name}": value for name, value in self._best_values.items()}
         self._state.save(step, notes, tensors)
         self._keep(step)
 

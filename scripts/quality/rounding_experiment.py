@@ -15,6 +15,7 @@ Keys of a run, beside names of `DistillOptions` and factors of its rates (entrie
                 outputs, with `search` scales to choose from. staged=1: of the first of the layers at A, of the next at
                 B, ...; their entries stay, and all else is trained on
     fall=P      rates fall as (1 − t)^P, not as a cosine
+    damping=μ   how stiff springs become, as `w4a8 distill --damping`; none if nothing is said, however many the steps
     seconds=S   the schedule goes by time, not by steps
 
 Each line has divergences of all files of --held-out and of --evaluation: before, after, and after without rounding.
@@ -59,7 +60,7 @@ from results import add_options, save
 NUMBERS = {"mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 2.0, "search": 64.0, "staged": 0.0, "seconds": 0.0} | {
     f.name: 1.0 for f in fields(Rates)
 }
-NUMBERS |= {"fall": 0.0}
+NUMBERS |= {"fall": 0.0, "damping": 0.0}
 WORDS = {"mode": "ste", "first": "free", "regrid": ""}
 LOW = 0.02
 """Where the pull of `prox` begins, of mu."""

@@ -70,6 +70,28 @@ def test_short_trainings_have_none(steps: int, expected: float) -> None:
 def test_what_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="damping is not a finite number"):
         DistillOptions(damping=float("nan"))
+    with pytest.raises(ValueError, match="damping is less than 0"):
+        DistillOptions(damping=-0.5)
+
+
+def test_a_layer_without_gradients_stays(model: Path, start: Path) -> None:
+    """As an expert that no token of a batch went to."""
+    pytest.importorskip("transformers")
+    source, cpu = api.open_checkpoint(model), torch.device("cpu")
+    student = load_student(api.open_checkpoint(start), source, Preset.WEIGHTS, cpu)
+    options = DistillOptions(Preset.WEIGHTS, damping=100.0)
+    trainer = Trainer(student, LiveTeacher(load_teacher(source, cpu)), options, cpu)
+    still = next(iter(student.layers))
+    for name, one in trainer.trained.items():
+        if one.rounded is None and not name.endswith(".scale"):
+            one.value.data.add_(0.2)
+        one.parameter.grad = None if name.startswith(f"{still}.") else torch.zeros_like(one.parameter)
+    before = {name: one.value.clone() for name, one in trainer.trained.items()}
+    trainer._update(1.0)
+    for name, layer in student.layers.items():
+        for leaf, value in (("entries", layer.entries), ("weight", layer.weight)):
+            assert value is not None
+            assert torch.equal(value, before[f"{name}.{leaf}"]) == (name == still)
 
 
 @pytest.mark.parametrize("preset", list(Preset))

@@ -87,6 +87,7 @@ CASES = (
     Case(Preset.TABLES, replicate=True),
     Case(Preset.WEIGHTS, tokens=42, damping=20.0, replicate=True),
     Case(Preset.WEIGHTS, tokens=130, embeddings=True, fused=True, replicate=True),
+    Case(Preset.TABLES, hidden_weight=0.5, replicate=True),
 )
 
 
@@ -279,9 +280,12 @@ def test_a_killed_process_is_one_line_and_resumed(
 
 
 @pytest.mark.slow
-def test_three_processes_and_stored_logits(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("replicate", [(), ("--replicate",)])
+def test_three_processes_and_stored_logits(
+    replicate: tuple[str, ...], model: Path, start: Path, data: list[Path], tmp_path: Path
+) -> None:
     """Rows that three do not share evenly; the output is what was measured, to the last bit."""
-    more = ("--rate", "4", "--teacher-logits", tmp_path / "logits", "--top-k", 0, "--gpus", 3, "--json")
+    more = ("--rate", "4", "--teacher-logits", tmp_path / "logits", "--top-k", 0, "--gpus", 3, *replicate, "--json")
     result = distill(start, model, data, tmp_path / "out", *more)
     assert result.exit_code == 0, result.output
     source = api.open_checkpoint(model)

@@ -110,3 +110,17 @@ def test_gpus_share_what_is_kept(preset: Preset, model: Path, start: Path, data:
     half = predict(*checkpoints, samples, DistillOptions(preset, batch_tokens=1 << 21))
     assert two.trained == half.trained
     assert two.gpu_memory < half.gpu_memory  # which keeps several shapes of batches besides
+
+
+@pytest.mark.parametrize("preset", list(Preset))
+def test_gpus_with_the_whole_of_both_models(preset: Preset, model: Path, start: Path, data: list[Path]) -> None:
+    """Each takes what one does for its part of a batch, and adds up all gradients in float32."""
+    samples = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop")
+    checkpoints = api.open_checkpoint(start), api.open_checkpoint(model)
+    one = predict(*checkpoints, samples, DistillOptions(preset, batch_tokens=8192))
+    each = predict(*checkpoints, samples, DistillOptions(preset, batch_tokens=4 * 8192), gpus=4, replicate=True)
+    assert (each.trained, each.state) == (one.trained, one.state)
+    assert each.gpu_memory == one.gpu_memory + 4 * one.trained
+    added = 4 * one.trained * 2 * 3 / 4 / prediction.LINK
+    assert each.seconds_per_step == pytest.approx(one.seconds_per_step + added)
+    assert 1000 * each.seconds_per_step < each.seconds < one.seconds + 1000 * added  # measurements are shared too
