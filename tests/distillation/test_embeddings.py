@@ -165,7 +165,7 @@ def test_where_they_are_not_trained(model: Path, start: Path, data: list[Path], 
     assert "--preset weights" in refused.output
     refused = distill(start, model, data, tmp_path / "out", *OPTIONS, "--gpus", "2")
     assert refused.exit_code == 1
-    assert "one GPU" in refused.output
+    assert "give --replicate" in refused.output
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="preset weights"):
         DistillOptions(embeddings=True)
