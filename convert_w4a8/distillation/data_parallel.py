@@ -5,6 +5,7 @@ device. Here each process has the whole of both models, and gradients are added 
 which is the fastest way for models that fit. In `sharded` each has a part.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,13 +69,18 @@ class _Added:
     def backward(self) -> None:
         """See `Passes`; then add up the gradients."""
         self._passes.backward()
-        gradients = [one.grad for one in self._parameters if one.grad is not None]
-        if not gradients:
-            return
-        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view(gradient.shape))
+        add_up([one.grad for one in self._parameters if one.grad is not None])
+
+
+@torch.no_grad()
+def add_up(gradients: Sequence[torch.Tensor]) -> None:
+    """Put in place of each gradient the sum of those of all processes, which is made in float32."""
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view(gradient.shape))
 
 
 class ReplicatedState(StateDirectory):

@@ -20,7 +20,7 @@ from torch import nn
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import is_expert
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
-from convert_w4a8.distillation.data_parallel import DataParallelTrainer
+from convert_w4a8.distillation.data_parallel import DataParallelTrainer, add_up
 from convert_w4a8.distillation.embeddings import EMBEDDINGS
 from convert_w4a8.distillation.fused import fuse
 from convert_w4a8.distillation.hidden import blocks_of
@@ -175,13 +175,7 @@ class _Passes:
             if parameter.grad is not None:
                 student.parts[f"{name}.{leaf}"].grad = _local(parameter.grad)
                 parameter.grad = None
-        others = [other for other in student.others.values() if other.grad is not None]
-        if not others:
-            return
-        flat = torch.cat([other.grad.flatten().float() for other in others if other.grad is not None])
-        dist.all_reduce(flat)
-        for other, summed in zip(others, torch.split(flat, [other.numel() for other in others]), strict=True):
-            other.grad = summed.view(other.shape).to(other.dtype)
+        add_up([other.grad for other in student.others.values() if other.grad is not None])
 
 
 class ShardedTrainer(DataParallelTrainer):

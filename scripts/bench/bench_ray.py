@@ -21,7 +21,6 @@ import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -37,10 +36,11 @@ from ray_runs import (
     digest,
     finished,
     kill_node,
+    run_chosen,
     wait_for,
     workers,
 )
-from results import add_options, save
+from results import save
 from synthetic import layer_tensors, make_checkpoint, quantization_config
 
 
@@ -288,11 +288,7 @@ def main() -> None:
     parser.add_argument("--shard-size", default="5GB", help="of overhead")
     parser.add_argument("--tensors", type=int, nargs="+", default=[10_000, 100_000], help="of memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="where checkpoints are made; a temporary one by default")
-    add_options(parser)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="w4a8-ray-", dir=args.directory) as root:
-        globals()[args.what](args, Path(root))
+    run_chosen(parser, globals())
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ray_runs import PACKAGES, Outcome, cluster, convert, digest_of_weights
-from results import add_options, save, visible_gpus
+from ray_runs import PACKAGES, Outcome, cluster, convert, digest_of_weights, run_chosen
+from results import save, visible_gpus
 from synthetic import make_checkpoint, repeat_block
 
 
@@ -161,11 +160,7 @@ def main() -> None:
     parser.add_argument("--input", default="awq-zp", help="of cores: its format")
     parser.add_argument("--shard-size", default="5GB", help="of cores")
     parser.add_argument("--cpus", type=int, nargs="+", default=[4, 8, 16], help="of cores")
-    parser.add_argument("--directory", type=Path, help="where checkpoints are made; a temporary one by default")
-    add_options(parser)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="w4a8-ray-", dir=args.directory) as root:
-        globals()[args.what](args, Path(root))
+    run_chosen(parser, globals())
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """Commands of ours as processes that are watched, clusters of several nodes on this machine, what conversions wrote."""
 
+import argparse
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from results import ROOT
+from results import ROOT, add_options
 
 PACKAGES = ("torch", "numpy", "numba", "safetensors", "ray")
 MARK = "W4A8_BENCH_RUN"
@@ -193,3 +195,12 @@ def digest_of_weights(directory: Path) -> str:
 
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(of_file, sorted(directory.glob("*.safetensors"))))).hexdigest()
+
+
+def run_chosen(parser: argparse.ArgumentParser, functions: Mapping[str, Any]) -> None:
+    """Parse what is left to parse, and call the function that `what` names, with a directory of its own."""
+    parser.add_argument("--directory", type=Path, help="where checkpoints are made; a temporary one by default")
+    add_options(parser)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="w4a8-ray-", dir=args.directory) as root:
+        functions[args.what](args, Path(root))

@@ -57,10 +57,8 @@ from convert_w4a8.samples.tokenizer import open_tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from results import add_options, save
 
-NUMBERS = {"mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 2.0, "search": 64.0, "staged": 0.0, "seconds": 0.0} | {
-    f.name: 1.0 for f in fields(Rates)
-}
-NUMBERS |= {"fall": 0.0, "damping": 0.0}
+NUMBERS = {"mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 2.0, "search": 64.0, "staged": 0.0, "seconds": 0.0}
+NUMBERS |= {"fall": 0.0, "damping": 0.0} | {f.name: 1.0 for f in fields(Rates)}
 WORDS = {"mode": "ste", "first": "free", "regrid": ""}
 LOW = 0.02
 """Where the pull of `prox` begins, of mu."""
