@@ -16,6 +16,7 @@ Keys of a run, beside names of `DistillOptions` and factors of its rates (entrie
                 B, ...; their entries stay, and all else is trained on
     fall=P      rates fall as (1 − t)^P, not as a cosine
     damping=μ   how stiff springs become, as `w4a8 distill --damping`; none if nothing is said, however many the steps
+    biases=1    layers without a bias get one, of zeros, which is trained
     seconds=S   the schedule goes by time, not by steps
 
 Each line has divergences of all files of --held-out and of --evaluation: before, after, and after without rounding.
@@ -58,7 +59,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from results import add_options, save
 
 NUMBERS = {"mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 2.0, "search": 64.0, "staged": 0.0, "seconds": 0.0}
-NUMBERS |= {"fall": 0.0, "damping": 0.0} | {f.name: 1.0 for f in fields(Rates)}
+NUMBERS |= {"fall": 0.0, "damping": 0.0, "biases": 0.0} | {f.name: 1.0 for f in fields(Rates)}
 WORDS = {"mode": "ste", "first": "free", "regrid": ""}
 LOW = 0.02
 """Where the pull of `prox` begins, of mu."""
@@ -153,6 +154,25 @@ def choose_grid(t: torch.Tensor, h: torch.Tensor, search: int) -> tuple[torch.Te
     return q[rows, best].gather(1, order.argsort(dim=1)), factors[rows, best]
 
 
+@torch.no_grad()
+def add_biases(student: Student, samples: Sequence[Sample], device: torch.device) -> dict[str, float]:
+    """Give zeros as biases to layers that have none. Return the root mean squares of these layers' outputs."""
+    found: dict[str, float] = {}
+
+    def note(name: str, _module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        found[f"{name}.bias"] = float(output.float().square().mean().sqrt())
+
+    without = {name: layer for name, layer in student.layers.items() if layer.bias is None}
+    hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in without.items()]
+    logits_of(student.model, make_batch(samples, range(8)).ids.to(device))
+    for hook in hooks:
+        hook.remove()
+    for name, layer in without.items():
+        zeros = torch.zeros(len(layer.channel_scale), dtype=torch.bfloat16, device=device)
+        layer.bias = student.others[f"{name}.bias"] = nn.Parameter(zeros)
+    return found
+
+
 class Experiment(Trainer):
     """A training whose entries are rounded in another way."""
 
@@ -229,8 +249,11 @@ def train(run: dict[str, Any], args: argparse.Namespace, parts: dict[str, Any]) 
     student = load_student(
         parts["start"], parts["source"], options.preset, device, options.towards, embeddings=options.embeddings
     )
-    trainer = Experiment(run, rounding, student, parts["teacher"], options, device, rates)
     samples: list[Sample] = parts["samples"]
+    sizes = add_biases(student, samples, device) if run["biases"] else {}
+    trainer = Experiment(run, rounding, student, parts["teacher"], options, device, rates)
+    for name, size in sizes.items():
+        trainer.trained[name].unit = size
     batch = mixed(samples, dict.fromkeys(by_tag(samples), 1.0), options)
 
     def measure(part: float) -> Iterator[torch.Tensor]:
