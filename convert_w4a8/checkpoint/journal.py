@@ -33,6 +33,9 @@ from convert_w4a8.errors import ConvertError
 
 LOCK, JOURNAL, CHECKPOINT, REPLACED, STATES = "lock", "journal", "checkpoint", "replaced", "states"
 Fingerprint = Mapping[str, Any]
+VERSION = "version of w4a8-convert"
+"""What a fingerprint calls it. Options are called as on the command line."""
+BEGIN_AGAIN = "begin again with --overwrite and without --resume"
 _SUFFIX = ".w4a8-partial"
 
 
@@ -132,14 +135,7 @@ class WorkDirectory:
         """
         out = self.path.name.removeprefix(".").removesuffix(_SUFFIX)
         if self.files and resume:
-            ours, theirs = self._fingerprint, json.loads(json.dumps(fingerprint))
-            for key in [*theirs, *ours]:
-                if ours.get(key) != theirs.get(key):
-                    raise ConvertError(
-                        f"{out}: {key}",
-                        "is not what it was in the conversion that was interrupted",
-                        "resume with the same input and options, or begin again with --overwrite and without --resume",
-                    )
+            check_same(self._fingerprint, fingerprint, out, "conversion")
             return
         if self.files and not overwrite:
             raise ConvertError(
@@ -262,3 +258,25 @@ def _read_journal(descriptor: int) -> tuple[list[dict[str, Any]], int]:
             entries.append(json.loads(text))
             size += len(line)
     return entries, size
+
+
+def check_same(interrupted: Fingerprint, now: Fingerprint, out: str, what: str) -> None:
+    """Check that what is to be continued is what was interrupted. out: its output. what: "conversion" or "training".
+
+    Raises:
+        ConvertError: the input or an option is another one, or another version of this package or command began it.
+
+    """
+    now = json.loads(json.dumps(now))
+    for key in [*now, *interrupted]:
+        is_known = key in now and key in interrupted
+        if is_known and now[key] == interrupted[key]:
+            continue
+        reason, same = f"is not what it was in the {what} that was interrupted", "the same input and options"
+        if key == VERSION:
+            same = f"version {interrupted.get(key, 'that began it')}"
+        elif key.startswith("--") and not is_known:
+            had = "had not" if key in now else "had, and there is none here"
+            reason = f"is an option that the interrupted {what} {had}: another version or command began it"
+            same = "that version and command"
+        raise ConvertError(f"{out}: {key}", reason, f"resume with {same}, or {BEGIN_AGAIN}")

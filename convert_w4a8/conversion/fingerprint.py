@@ -9,6 +9,7 @@ from typing import Any
 
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.files import CARD, CONFIG, SETTINGS_FILES
+from convert_w4a8.checkpoint.journal import VERSION
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.version import __version__
 
@@ -20,7 +21,7 @@ def fingerprint(checkpoint: Checkpoint, options: Any, device: str | None = None)
     device: the kind (`devices.kind_of`) where the bytes depend on it, as those of `codebooks` do; None where all
     devices write the same.
     """
-    found: dict[str, Any] = {"version of w4a8-convert": __version__}
+    found: dict[str, Any] = {VERSION: __version__}
     for key, value in asdict(options).items():
         found[f"--{key.replace('_', '-')}"] = value
     if device is not None:

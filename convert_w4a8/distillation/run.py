@@ -238,15 +238,14 @@ def _fingerprint(
     *,
     replicate: bool = False,
 ) -> dict[str, Any]:
-    """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise."""
+    """Describe a training by all that its output depends on, as JSON: also the kinds of device, which add otherwise.
+
+    Every option is there, so that one which is not shows that another version of this package began a training.
+    """
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
-    found["--device"] = kind_of(device)
-    if gpus > 1:
-        found["--gpus"] = gpus
-        found["--replicate"] = replicate
-    if isinstance(predictions, StoredTeacher):
-        found["--teacher-logits"] = predictions.digest
-    else:
-        found["--teacher-device"] = kind_of(predictions)
+    found |= {"--device": kind_of(device), "--gpus": gpus, "--replicate": replicate}
+    stored = predictions if isinstance(predictions, StoredTeacher) else None
+    found["--teacher-logits"] = None if stored is None else stored.digest
+    found["--teacher-device"] = kind_of(predictions) if isinstance(predictions, torch.device) else None
     return found | {"rates": asdict(rates_for(options.preset, options.steps)), "data": data.digest()}

@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from convert_w4a8.checkpoint.disk import disk_errors, fsync
+from convert_w4a8.checkpoint.journal import BEGIN_AGAIN, check_same
 from convert_w4a8.devices import is_out_of_memory
 from convert_w4a8.errors import ConvertError, DiskError
 
 _SUFFIX = ".w4a8-distill"
 _NOTES = "state.json"
-_AGAIN = "begin again with --overwrite and without --resume"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class StateDirectory:
         try:
             return Saved(notes, load_file(self.file(int(notes["step"]))))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
+            raise ConvertError(str(self.path), f"cannot be read ({error})", BEGIN_AGAIN) from error
 
     def notes(self, fingerprint: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return the notes of the state that was kept, if there is one; raises as `load` does."""
@@ -88,13 +88,10 @@ class StateDirectory:
             return None
         try:
             notes: Mapping[str, Any] = json.loads((self.path / _NOTES).read_text(encoding="utf-8"))
-            ours, theirs = notes["fingerprint"], json.loads(json.dumps(fingerprint))
-            for key in [*theirs, *ours]:
-                if ours.get(key) != theirs.get(key):
-                    reason = "is not what it was in the training that was interrupted"
-                    raise ConvertError(f"{self._out.name}: {key}", reason, f"resume with the same input, or {_AGAIN}")
+            kept: Mapping[str, Any] = dict(notes["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConvertError(str(self.path), f"cannot be read ({error})", _AGAIN) from error
+            raise ConvertError(str(self.path), f"cannot be read ({error})", BEGIN_AGAIN) from error
+        check_same(kept, fingerprint, self._out.name, "training")
         return notes
 
     @contextmanager
@@ -111,7 +108,7 @@ class StateDirectory:
             if is_out_of_memory(error):
                 raise
             reason = "is not what this version keeps of a training, or is damaged"
-            raise ConvertError(str(self.path), reason, _AGAIN) from error
+            raise ConvertError(str(self.path), reason, BEGIN_AGAIN) from error
 
     def save(self, step: int, notes: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a state, whole or not at all, and forget those before it."""

@@ -25,6 +25,7 @@ from convert_w4a8.conversion.shard import shard_tasks
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.options import Options
 from convert_w4a8.quantization.layer import to_w4a8
+from convert_w4a8.version import __version__
 
 CASE = "awq-symmetric-fp16-sharded"
 OPTIONS = ("--max-shard-size", "150kB", "--quiet", "--device", "cpu")
@@ -339,7 +340,9 @@ def test_another_conversion_is_not_resumed(
 def test_another_version_is_not_resumed(source: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of two versions of this program are not mixed."""
     monkeypatch.setattr(fingerprint, "__version__", "99")
-    assert "out: version of w4a8-convert: is not what it was" in run(source, interrupted, "--resume").stderr
+    said = run(source, interrupted, "--resume").stderr
+    assert "out: version of w4a8-convert: is not what it was" in said
+    assert f"resume with version {__version__}, or begin again" in said
 
 
 # Who may touch it.

@@ -1,7 +1,8 @@
 """What a training depends on besides its inputs: where it runs."""
 
+import json
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -73,11 +74,8 @@ def test_a_gpu_is_deterministic_whichever_model_is_there(
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-@pytest.mark.parametrize("damage", ["moment", "size", "first measurement", "curve"])
-def test_a_state_of_another_version_is_one_line(
-    damage: str, model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has other tensors or notes than this one keeps; it stays where it is."""
+def interrupt(monkeypatch: pytest.MonkeyPatch, start: Path, model: Path, data: list[Path], out: Path) -> Path:
+    """Interrupt a training after its first state, and return the notes of that."""
 
     def interrupted(self: Trainer, batch: Batch) -> float:
         if self.step == 3:
@@ -86,10 +84,18 @@ def test_a_state_of_another_version_is_one_line(
 
     train = Trainer.train
     monkeypatch.setattr(Trainer, "train", interrupted)
-    assert distill(start, model, data, tmp_path / "out").exit_code == 130
+    assert distill(start, model, data, out).exit_code == 130
     monkeypatch.setattr(Trainer, "train", train)
-    (file,) = (tmp_path / ".out.w4a8-distill").glob("*.safetensors")
-    notes = file.with_name("state.json")
+    return out.with_name(f".{out.name}.w4a8-distill") / "state.json"
+
+
+@pytest.mark.parametrize("damage", ["moment", "size", "first measurement", "curve"])
+def test_a_state_of_another_version_is_one_line(
+    damage: str, model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has other tensors or notes than this one keeps; it stays where it is."""
+    notes = interrupt(monkeypatch, start, model, data, tmp_path / "out")
+    (file,) = notes.parent.glob("*.safetensors")
     tensors = load_file(file)
     name = next(name for name in tensors if name.startswith("first."))
     if damage == "curve":
@@ -103,3 +109,40 @@ def test_a_state_of_another_version_is_one_line(
     assert result.exit_code == 1
     assert "is not what this version keeps of a training, or is damaged; begin again" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.w4a8-distill"]
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "words"),
+    [
+        ({"--damping": ...}, (), "--damping: is an option that the interrupted training had not: another version"),
+        ({"--damping": ...}, ("--damping", 0), "--damping: is an option that the interrupted training had not"),
+        ({"--gpus": ...}, (), "--gpus: is an option that the interrupted training had not"),
+        ({"--teacher-logits": ...}, (), "--teacher-logits: is an option that the interrupted training had not"),
+        ({"--later": 1}, (), "--later: is an option that the interrupted training had, and there is none here"),
+        ({"version of w4a8-convert": "0.0.9"}, (), "version of w4a8-convert: is not what it was in the training"),
+        ({}, ("--damping", 1), "--damping: is not what it was in the training that was interrupted"),
+    ],
+)
+def test_what_another_version_began_is_told_from_another_choice(
+    change: dict[str, Any],
+    more: tuple[object, ...],
+    words: str,
+    model: Path,
+    start: Path,
+    data: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A state without an option of today is none that was kept with another value of it; it stays where it is."""
+    file = interrupt(monkeypatch, start, model, data, tmp_path / "out")
+    notes = json.loads(file.read_text(encoding="utf-8"))
+    changed = (notes["fingerprint"] | change).items()
+    notes["fingerprint"] = {key: value for key, value in changed if value is not ...}
+    file.write_text(json.dumps(notes), encoding="utf-8")
+    result = distill(start, model, data, tmp_path / "out", *more, "--resume")
+    assert result.exit_code == 1
+    assert f"out: {words}" in result.stderr
+    remedy = "version 0.0.9" if "version of w4a8-convert" in change else "that version and command" if change else "the"
+    assert f"resume with {remedy}" in result.stderr
+    assert "begin again with --overwrite and without --resume" in result.stderr
+    assert file.exists()
