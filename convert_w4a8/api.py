@@ -26,7 +26,7 @@ from convert_w4a8.conversion.run import carry_out
 from convert_w4a8.devices import resolve_device
 from convert_w4a8.distillation import run as distillation
 from convert_w4a8.distillation.mix import DROP, training_data
-from convert_w4a8.distillation.options import TOP_K, DistillOptions
+from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.result import DistillResult
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.evaluation import evaluate as evaluation
@@ -208,7 +208,7 @@ def distill(
     gpus: int = 1,
     replicate: bool = False,
     teacher_logits: PathOrId | None = None,
-    top_k: int = TOP_K,
+    top_k: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Callable[[int, float], None] = _ignore_step,
@@ -219,22 +219,22 @@ def distill(
     measure on; None: some of each domain. mix: "drop", "uniform", the drop of each domain, or a JSON file
     that has them. gpus, replicate: over how many both models are spread, or on how many each has the whole of them, as
     with `--gpus` and `--replicate`. teacher_logits: directory of the teacher's logits, which are written there if they
-    are not there yet, the `top_k` highest of each token, or all with 0. progress: called with each step and its
-    divergence in nats per token. The other parameters are those of `convert`.
+    are not there yet, the `top_k` highest of each token, or all with 0; None: 64. progress: called with each step and
+    its divergence in nats per token. The other parameters are those of `convert`.
 
     Raises:
         ConvertError: the models, the output path, the data or the device do not allow it, or training did not help.
+        ValueError: arguments that do not go together.
 
     """
-    on = resolve_device(device)
     return distillation.distill(
         open_checkpoint(start),
         open_checkpoint(teacher),
         training_data(samples.samples, None if held_out is None else held_out.samples, mix),
         local_path(out),
         options,
-        device=on,
-        teacher_device=on if teacher_device is None else resolve_device(teacher_device, "--teacher-device"),
+        device=resolve_device(device),
+        teacher_device=None if teacher_device is None else resolve_device(teacher_device, "--teacher-device"),
         gpus=gpus,
         replicate=replicate,
         teacher_logits=None if teacher_logits is None else local_path(teacher_logits),
@@ -257,9 +257,10 @@ def verify(
 
     What `w4a8 distill` wrote is compared with the W4A8 checkpoint that it trained, given as `source`.
     min_sqnr_db: least SQNR of a layer in dB, instead of the bounds that `w4a8 verify` uses. ray: as in `convert`.
-    Raises ConvertError if one of the two cannot be read.
+    Raises ConvertError if one of the two cannot be read, and ValueError for either choice where `out` was distilled.
     """
     converted, original = (directory.open_checkpoint(_directory(path, ray)) for path in (out, source))
+    either.check_choices(converted, min_sqnr_db=min_sqnr_db, ray=ray)
     with cluster_at(ray) as cluster:
         return either.verify(converted, original, min_sqnr_db=min_sqnr_db, progress=progress, check=units_on(cluster))
 
@@ -296,8 +297,9 @@ def check(
 
     out: a conversion that exists, to be checked instead of making one. baseline: figures, or the file that
     `w4a8 check --write-baseline` wrote. sample: convert one layer of each kind only. workers, ray: as in `convert`.
-    Raises ConvertError if `source` or `out` cannot be read.
+    Raises ConvertError if `source` or `out` cannot be read, and ValueError for `out` and `sample` together.
     """
+    regression.check_choices(out=out, sample=sample)
     checkpoint = directory.open_checkpoint(_directory(source, ray))
     with use_workers(workers), cluster_at(ray) as cluster:
         return regression.check(

@@ -138,7 +138,7 @@ def test_public_name_is_in_the_reference(name: str) -> None:
     assert section.partition("\n")[2].strip()
     if inspect.isfunction(value):
         defaults = {"_DEFAULTS": "Options()", "_DEFAULTS_OF_QUANTIZE": "QuantizeOptions()", "_ignore": "..."}
-        defaults |= {"_DEFAULTS_OF_DISTILL": "DistillOptions()", "_ignore_step": "...", "DROP": "'drop'", "TOP_K": "64"}
+        defaults |= {"_DEFAULTS_OF_DISTILL": "DistillOptions()", "_ignore_step": "...", "DROP": "'drop'"}
         defaults |= {"_DEFAULTS_OF_EVALUATE": "EvaluateOptions()"}
         assert parameters(code_blocks(section)[0]) == [
             (kind, argument, defaults.get(str(default), default))

@@ -87,8 +87,10 @@ def check_command(
     from convert_w4a8.regression import check as check_module
     from convert_w4a8.regression import text
 
-    if sample and out is not None:
-        raise click.UsageError("--sample converts layers of its own, so it does not go with --out")
+    try:
+        check_module.check_choices(out=out, sample=sample)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     torch_device = resolve_device(device if ray is None else "cpu")
     if verbose:
         say_verbose(torch_device, workers)

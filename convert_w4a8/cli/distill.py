@@ -159,8 +159,7 @@ def distill_command(
     from convert_w4a8.devices import resolve_device
     from convert_w4a8.distillation.agreement import check_text
     from convert_w4a8.distillation.first_pass import check_stored
-    from convert_w4a8.distillation.linear import Preset
-    from convert_w4a8.distillation.options import TOP_K, DistillOptions
+    from convert_w4a8.distillation.options import TOP_K, DistillOptions, check_choices
     from convert_w4a8.distillation.paths import check_paths
     from convert_w4a8.distillation.prediction import predict
     from convert_w4a8.distillation.run import distill
@@ -170,31 +169,29 @@ def distill_command(
     from convert_w4a8.report import training
     from convert_w4a8.report.drawing import require_matplotlib
 
-    if top_k is not None and teacher_logits is None:
-        raise click.UsageError("--top-k goes with --teacher-logits")
-    if gpus > 1 and teacher_device is not None:
-        raise click.UsageError("--teacher-device does not go with --gpus: the teacher is on all of them too")
-    if replicate and gpus == 1:
-        raise click.UsageError("--replicate goes with --gpus")
-    if choices["embeddings"] and choices["preset"] != "weights":
-        raise click.UsageError("--embeddings goes with --preset weights")
+    try:
+        check_choices(
+            gpus=gpus, replicate=replicate, teacher_device=teacher_device, teacher_logits=teacher_logits, top_k=top_k
+        )
+        options = DistillOptions(**choices)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if png is not None:
         require_matplotlib()
         check_writable(png)
-    options = DistillOptions(**{**choices, "preset": Preset(choices["preset"])})
     trained, source = open_checkpoint(resolve_input(start)), open_checkpoint(resolve_input(teacher))
     on = resolve_device(device)
-    teacher_on = on if teacher_device is None else resolve_device(teacher_device, "--teacher-device")
+    teacher_on = None if teacher_device is None else resolve_device(teacher_device, "--teacher-device")
     check_paths(trained, source, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
-    top_k = TOP_K if top_k is None else top_k
+    logits = TOP_K if top_k is None else top_k
     if teacher_logits is not None:
-        check_stored(teacher_logits, top_k, options)
+        check_stored(teacher_logits, logits, options)
     check_models(trained, source, blocks=options.hidden_weight > 0)
     check_gpus(trained, gpus, on, embeddings=options.embeddings, replicate=replicate)
     found = _read(source, data, held_out, mix, mask, max_length)
     check_text(trained, source, (*found.samples, *found.held_out))
-    stored = None if teacher_logits is None else top_k
-    together = (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
+    stored = None if teacher_logits is None else logits
+    together = teacher_on is None or (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
     cost = predict(trained, source, found, options, together=together, top_k=stored, gpus=gpus, replicate=replicate)
     if not (quiet or as_json):
         echo(render.plan_text(options, found, cost, gpus))

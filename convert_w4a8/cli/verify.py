@@ -31,14 +31,14 @@ def verify_command(out: str, source: str, min_sqnr_db: float | None, ray: str | 
     from convert_w4a8.checkpoint.directory import open_checkpoint
     from convert_w4a8.cli import render
     from convert_w4a8.hub.repository import resolve_input
-    from convert_w4a8.verification.distilled import is_distilled
+    from convert_w4a8.verification.either import check_choices
     from convert_w4a8.verification.either import verify as run
 
     converted, original = (open_checkpoint(path_on(ray, resolve_input(name))) for name in (out, source))
-    if min_sqnr_db is not None and is_distilled(converted):
-        raise click.UsageError("--min-sqnr-db is not for what w4a8 distill wrote")
-    if ray is not None and is_distilled(converted):
-        raise click.UsageError("--ray is not for what w4a8 distill wrote")
+    try:
+        check_choices(converted, min_sqnr_db=min_sqnr_db, ray=ray)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     cluster = cluster_of_command()
     with progress(original.nbytes, "verify", quiet=as_json) as update:
         check = units_on(cluster)

@@ -51,6 +51,7 @@ def damping_for(steps: int) -> float:
 
 TOP_K = 64
 """Logits of each token that are stored of a teacher, if nothing else is said."""
+_LEAST = {"steps": 1, "batch_tokens": 1, "every": 1, "patience": 0, "seed": 0, "warmup": 0, "hidden_weight": 0}
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class DistillOptions:
     def __post_init__(self) -> None:
         """Take the preset as a string too.
 
-        Raises ValueError for one that there is not, numbers that are none, springs that push, and embeddings where
-        codes stay.
+        Raises ValueError for one that there is not, numbers that are none or too small, and what the preset has no
+        use for.
         """
         object.__setattr__(self, "preset", Preset(self.preset))
         if self.damping is None:
@@ -92,7 +93,39 @@ class DistillOptions:
         for name in ("rate", "warmup", "towards", "hidden_weight", "damping"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is not a finite number")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, not {least} or more")
+        if not self.rate > 0:
+            raise ValueError(f"rate is {self.rate}, not more than 0")
         if self.damping is not None and self.damping < 0:
             raise ValueError("damping is less than 0: springs would push values away")
-        if self.embeddings and self.preset is not Preset.WEIGHTS:
-            raise ValueError("embeddings are trained with the preset weights only")
+        if self.preset is not Preset.WEIGHTS:
+            if self.embeddings:
+                raise ValueError("--embeddings goes with --preset weights")
+            if self.towards:
+                raise ValueError("towards goes with the preset weights: there are no latent weights to begin anywhere")
+
+
+def check_choices(
+    *,
+    gpus: int = 1,
+    replicate: bool = False,
+    teacher_device: object = None,
+    teacher_logits: object = None,
+    top_k: int | None = None,
+) -> None:
+    """Raise ValueError where of choices that were made, beside `DistillOptions`, one would have no effect.
+
+    teacher_device, teacher_logits, top_k: None where nothing was said.
+    """
+    if gpus < 1:
+        raise ValueError(f"--gpus is {gpus}, not 1 or more")
+    if replicate and gpus == 1:
+        raise ValueError("--replicate goes with --gpus")
+    if gpus > 1 and teacher_device is not None:
+        raise ValueError("--teacher-device does not go with --gpus: the teacher is on all of them too")
+    if top_k is not None and teacher_logits is None:
+        raise ValueError("--top-k goes with --teacher-logits")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"--top-k is {top_k}, not 0 or more")

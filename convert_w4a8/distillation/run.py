@@ -24,7 +24,7 @@ from convert_w4a8.distillation.first_pass import check_stored, stored_teacher
 from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import TrainingData
-from convert_w4a8.distillation.options import TOP_K, DistillOptions, rates_for
+from convert_w4a8.distillation.options import TOP_K, DistillOptions, check_choices, rates_for
 from convert_w4a8.distillation.output import plan_files, write_output
 from convert_w4a8.distillation.paths import check_paths
 from convert_w4a8.distillation.processes import Place, run_on_all
@@ -60,7 +60,7 @@ def distill(
     gpus: int = 1,
     replicate: bool = False,
     teacher_logits: Path | None = None,
-    top_k: int = TOP_K,
+    top_k: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Callable[[int, float], None] = lambda _step, _loss: None,
@@ -71,18 +71,24 @@ def distill(
     gpus: of this machine that share every batch, a process for each; of a CPU, how many processes. replicate: each has
     the whole of both models, not a part.
     teacher_logits: directory of the teacher's logits, the `top_k` highest of each token and the sum of the others, or
-    all with 0. They are written there if they are not there yet; the teacher does not run beside the student then.
+    all with 0; None: `TOP_K`. They are written there if they are not there yet; the teacher does not run beside the
+    student then.
     progress: called with the number of each step and its divergence in nats per token. storing: called while logits are
     written, with how many tokens are done and of how many.
 
     Raises:
         ConvertError: the inputs, the output path or the memory do not allow it, or training did not help.
+        ValueError: arguments that do not go together.
 
     """
+    check_choices(
+        gpus=gpus, replicate=replicate, teacher_device=teacher_device, teacher_logits=teacher_logits, top_k=top_k
+    )
+    top_k = TOP_K if top_k is None else top_k
     check_paths(start, teacher, out, overwrite=overwrite, resume=resume, teacher_logits=teacher_logits)
     check_models(start, teacher, blocks=options.hidden_weight > 0)
     check_text(start, teacher, (*data.samples, *data.held_out))
-    check_gpus(start, gpus, device, teacher_device, embeddings=options.embeddings, replicate=replicate)
+    check_gpus(start, gpus, device, embeddings=options.embeddings, replicate=replicate)
     stored: StoredTeacher | None = None
     teacher_on = teacher_device or device
     if teacher_logits is not None:

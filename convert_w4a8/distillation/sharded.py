@@ -44,7 +44,6 @@ def check_gpus(
     start: Checkpoint,
     gpus: int,
     device: torch.device,
-    teacher_device: torch.device | None = None,
     *,
     embeddings: bool = False,
     replicate: bool = False,
@@ -63,8 +62,8 @@ def check_gpus(
     if embeddings and not replicate:
         reason = "embeddings are trained where each GPU has the whole of them"
         raise ConvertError(f"{OPTION} {gpus}", reason, f"give --replicate, or leave out {EMBEDDINGS}")
-    if device.index or (teacher_device is not None and teacher_device != device):
-        remedy = "choose GPUs with CUDA_VISIBLE_DEVICES, and leave out --teacher-device"
+    if device.index:
+        remedy = "choose GPUs with CUDA_VISIBLE_DEVICES"
         raise ConvertError(f"{OPTION} {gpus}", "trains on the first GPUs", remedy)
     if device.type == "cuda" and gpus > torch.cuda.device_count():
         there = torch.cuda.device_count()

@@ -114,7 +114,8 @@ def load_student(
     """Return the model of a W4A8 checkpoint with trained layers. towards: see `LutLinear`. embeddings: train them too.
 
     Raises:
-        ConvertError: transformers has no place for its tensors, or embeddings are not to be trained.
+        ConvertError: transformers has no place for its tensors, embeddings are not to be trained, or the teacher has no
+            weights to begin towards.
 
     """
     check_models(checkpoint, teacher)
@@ -129,9 +130,11 @@ def load_student(
             assert isinstance(w, W4A8Linear)  # it has tables
             n, k = w.shape_nk
             state[f"{name}.weight"] = torch.empty(1, dtype=torch.bfloat16).expand(n, k)
-            original = teacher.tensors.get(f"{name}.weight")
-            wanted = original is not None and preset is Preset.WEIGHTS and towards and original.shape == (n, k)
-            weight = read_tensor(original) if wanted and original is not None else None
+            original = teacher.tensors.get(f"{name}.weight") if towards else None
+            if towards and (original is None or original.shape != (n, k)):
+                reason = f"has no weights of {n} × {k} for {name}, towards which its own are to begin"
+                raise ConvertError(str(teacher.root), reason, "leave out towards, or give a teacher of the same shape")
+            weight = None if original is None else read_tensor(original)
             layers[name] = LutLinear(w, state.get(f"{name}.bias"), preset, weight, towards)
     model = _build(checkpoint, state).requires_grad_(requires_grad=False)
     ours, theirs = _decoders(model, names)

@@ -41,6 +41,12 @@ class Check:
     notes: tuple[str, ...]
 
 
+def check_choices(*, out: object, sample: bool) -> None:
+    """Raise ValueError where choices do not go together. out: None where nothing was said."""
+    if sample and out is not None:
+        raise ValueError("--sample converts layers of its own, so it does not go with --out")
+
+
 def check(
     source: Checkpoint,
     options: Options,

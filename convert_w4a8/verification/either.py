@@ -7,6 +7,14 @@ from convert_w4a8.verification import proof
 from convert_w4a8.verification.distilled import is_distilled, verify_distilled
 
 
+def check_choices(out: Checkpoint, *, min_sqnr_db: float | None, ray: str | None) -> None:
+    """Raise ValueError where something was chosen that would have no effect: for a distilled checkpoint."""
+    chosen = {"--min-sqnr-db": min_sqnr_db, "--ray": ray}
+    option = next((name for name, value in chosen.items() if value is not None), None)
+    if option is not None and is_distilled(out):
+        raise ValueError(f"{option} is not for what w4a8 distill wrote")
+
+
 def verify(
     out: Checkpoint,
     source: Checkpoint,

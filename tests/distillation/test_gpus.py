@@ -340,12 +340,6 @@ def test_failures(work: Any, hear: Any, error: type[BaseException], words: str) 
 def test_refusals(model: Path, start: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be spread is said before anything begins."""
     out = tmp_path / "out"
-    refused = distill(start, model, data, out, "--gpus", 2, "--teacher-device", "cpu")
-    assert refused.exit_code == 2
-    assert "--teacher-device does not go with --gpus" in refused.stderr
-    refused = distill(start, model, data, out, "--replicate")
-    assert refused.exit_code == 2
-    assert "--replicate goes with --gpus" in refused.stderr
     refused = distill(start, model, data, out, "--gpus", 2, "--preset", "weights", "--embeddings")
     assert refused.exit_code == 1
     assert "give --replicate, or leave out --embeddings" in refused.stderr
@@ -354,9 +348,8 @@ def test_refusals(model: Path, start: Path, data: list[Path], tmp_path: Path, mo
     with pytest.raises(ConvertError, match="--gpus 3: there are 2 CUDA devices; give --gpus 2"):
         check_gpus(checkpoint, 3, torch.device("cuda"))
     check_gpus(checkpoint, 2, torch.device("cuda"))
-    for places in ((torch.device("cuda:1"),), (torch.device("cuda"), torch.device("cuda:1"))):
-        with pytest.raises(ConvertError, match="CUDA_VISIBLE_DEVICES"):
-            check_gpus(checkpoint, 2, *places)
+    with pytest.raises(ConvertError, match="CUDA_VISIBLE_DEVICES"):
+        check_gpus(checkpoint, 2, torch.device("cuda:1"))
     name = "model.layers.0.mlp.experts.0.up_proj.weight_packed"
     tensors = dict(checkpoint.tensors) | {name: next(iter(checkpoint.tensors.values()))}
     with pytest.raises(ConvertError, match="a mixture of experts is trained on one GPU only"):

@@ -16,6 +16,7 @@ from checkpoint_edits import case_named, edit_tensors, snapshot, write_case
 from click.testing import CliRunner, Result
 from paths import ROOT
 
+from convert_w4a8 import api
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cli.convert import convert_command as convert
 from convert_w4a8.cli.main import main
@@ -325,8 +326,13 @@ def test_sample_is_compared_with_samples_only(source: Path, tmp_path: Path, base
 
 
 def test_sample_does_not_go_with_out(source: Path, tmp_path: Path) -> None:
-    """A usage error."""
-    assert run(source, "--sample", "--out", tmp_path).exit_code == 2
+    """A usage error, in Python a ValueError of the same words."""
+    words = "--sample converts layers of its own"
+    refused = run(source, "--sample", "--out", tmp_path)
+    assert refused.exit_code == 2
+    assert words in refused.stderr
+    with pytest.raises(ValueError, match=words):
+        api.check(source, sample=True, out=tmp_path)
 
 
 # What people see.
