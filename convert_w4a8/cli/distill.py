@@ -194,10 +194,10 @@ def distill_command(
     together = teacher_on is None or (on.type, on.index or 0) == (teacher_on.type, teacher_on.index or 0)
     cost = predict(trained, source, found, options, together=together, top_k=stored, gpus=gpus, replicate=replicate)
     if not (quiet or as_json):
-        echo(render.plan_text(options, found, cost, gpus))
+        echo(render.plan_text(options, found, cost, gpus, replicate=replicate))
     if dry_run:
         if as_json:
-            echo_json(render.plan_dict(options, found, cost, gpus))
+            echo_json(render.plan_dict(options, found, cost, gpus, replicate=replicate))
         return
     if not (quiet or as_json):
         echo_error("distill    begins; Ctrl-C keeps the last measurement for --resume")

@@ -14,15 +14,21 @@ from convert_w4a8.targets import find_target
 from convert_w4a8.text import counted, human_bytes, human_seconds, printable, table
 
 
-def plan_text(options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1) -> str:
-    """Render what is going to be done."""
+def plan_text(
+    options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1, *, replicate: bool = False
+) -> str:
+    """Render what is going to be done. gpus: that share every batch. replicate: each has the whole of both models."""
     tags = by_tag(data.samples)
     tokens = sum(map(len, data.samples))
     measured = sum(map(len, data.held_out))
     names = ", ".join(printable(tag) for tag in list(tags)[:6]) + (", …" if len(tags) > 6 else "")
+    more = " with embeddings and lm_head" if options.embeddings else ""
+    has = "the whole" if replicate else "a part"
     return (
-        f"train      {options.preset}: up to {options.steps:,} steps of {options.batch_tokens:,} tokens\n"
-        f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
+        f"train      {options.preset}{more}: up to {options.steps:,} steps of {options.batch_tokens:,} tokens\n"
+        f"springs    {f'up to {options.damping:g}' if options.damping else 'none'}\n"
+        + (f"shared     by {gpus} processes, each with {has} of both models\n" if gpus > 1 else "")
+        + f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
         f" ({names})\n"
         f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens\n"
         f"predicted  {cost.trained:,} numbers are trained; {human_seconds(cost.seconds)} on"
@@ -32,13 +38,18 @@ def plan_text(options: DistillOptions, data: TrainingData, cost: Cost, gpus: int
     )
 
 
-def plan_dict(options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1) -> dict[str, Any]:
-    """Return what is going to be done for programs."""
+def plan_dict(
+    options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1, *, replicate: bool = False
+) -> dict[str, Any]:
+    """Return what is going to be done for programs. gpus, replicate: as for `plan_text`."""
     return {
         "preset": str(options.preset),
         "steps": options.steps,
         "batch_tokens": options.batch_tokens,
+        "damping": options.damping,
+        "embeddings": options.embeddings,
         "gpus": gpus,
+        "replicate": replicate,
         "domains": list(by_tag(data.samples)),
         "tokens": sum(map(len, data.samples)),
         "held_out_tokens": sum(map(len, data.held_out)),

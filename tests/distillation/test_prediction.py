@@ -73,6 +73,44 @@ def test_dry_run(model: Path, start: Path, data: list[Path], tmp_path: Path) -> 
     assert found["domains"] == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    ("more", "words", "expected"),
+    [
+        ((), ("train      tables: up to 1,000 steps", "springs    none\n"), (0, 1, False, False)),
+        (("--steps", 3000), ("springs    up to 0.5\n",), (0.5, 1, False, False)),
+        (("--steps", 3000, "--damping", 0), ("springs    none\n",), (0, 1, False, False)),
+        (("--damping", 1.25), ("springs    up to 1.25\n",), (1.25, 1, False, False)),
+        (("--gpus", 2), ("shared     by 2 processes, each with a part of both models\n",), (0, 2, False, False)),
+        (
+            ("--gpus", 2, "--replicate", "--preset", "weights", "--embeddings"),
+            (
+                "train      weights with embeddings and lm_head: up to 1,000 steps",
+                "shared     by 2 processes, each with the whole of both models\n",
+            ),
+            (0, 2, True, True),
+        ),
+    ],
+)
+def test_the_plan_names_what_is_chosen(
+    more: tuple[object, ...],
+    words: tuple[str, ...],
+    expected: tuple[object, ...],
+    model: Path,
+    start: Path,
+    data: list[Path],
+    tmp_path: Path,
+) -> None:
+    """Springs, how models are spread, and embeddings; in JSON too."""
+    named = ("--data", data[0], "--data", data[1], "--out", tmp_path / "out", "--device", "cpu", "--dry-run")
+    arguments = ("distill", start, "--teacher", model, *named, *more)
+    shown = run(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert all(word in shown.stdout for word in words)
+    assert ("shared" in shown.stdout) == ("--gpus" in more)
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert tuple(found[key] for key in ("damping", "gpus", "replicate", "embeddings")) == expected
+
+
 def test_memory_of_graphs_and_of_the_first_pass(model: Path, start: Path, data: list[Path]) -> None:
     """Small models keep logits of several shapes; a teacher whose logits are stored has to fit alone."""
     samples = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop")
