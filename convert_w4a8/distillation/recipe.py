@@ -12,19 +12,28 @@ _TRAINED = {
     Preset.TABLES: "FP8 tables, channel scales, norms and biases; the INT4 codes are those that came in",
     Preset.WEIGHTS: "weights through their INT4 codes, FP8 tables, channel scales, norms and biases",
 }
+_OPTIONS = ("batch_tokens", "rate", "warmup", "every", "seed")
+_IF_ANY = ("patience", "towards", "hidden_weight", "damping")
+"""Options that are recorded; of these, where they are not 0, which does nothing."""
 
 
 def record(
     options: DistillOptions, digest: str, result: DistillResult, *, embeddings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return what config.json says of a training. embeddings: names of those that were trained."""
+    """Return what config.json says of a training: what came of it, and the options by which it can be repeated.
+
+    embeddings: names of those that were trained.
+    """
     found = {
         "preset": str(options.preset),
         "steps": result.best_step,
         "tokens": result.tokens,
         "held_out_kl": [round(result.before, 6), round(result.after, 6)],
         "data_sha256": digest,
+        "planned_steps": options.steps,
     }
+    found |= {name: getattr(options, name) for name in _OPTIONS}
+    found |= {name: value for name in _IF_ANY if (value := getattr(options, name))}
     return (
         found
         | ({"top_k": result.top_k} if result.top_k else {})
@@ -37,12 +46,16 @@ def section(options: DistillOptions, result: DistillResult) -> str:
     rows = [
         ("trained", _TRAINED[options.preset] + (", embeddings and lm_head" if options.embeddings else "")),
         ("tokens", f"{result.tokens:,}; the best of {options.steps} steps was {result.best_step}"),
+        ("steps", f"{options.batch_tokens:,} tokens each, rates × {options.rate:g}, seed {options.seed}"),
+        ("springs", f"up to {options.damping:g}" if options.damping else "none"),
         (
             "KL of held-out samples, nats per token"
             + (f", of the {result.top_k:,} likeliest tokens and the rest" if result.top_k else ""),
             f"{result.before:.5f} before, {result.after:.5f} now ({result.change:+.5f} ± {result.change_error:.5f})",
         ),
     ]
+    if options.hidden_weight:
+        rows.insert(-1, ("hidden states", f"in the loss with weight {options.hidden_weight:g}"))
     rows += [
         (
             f"… {markdown_code(domain.tag)}, {domain.share:.0%} of the tokens",
