@@ -66,6 +66,17 @@ def test_tables_are_current() -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
+def test_columns_are_in_the_module_of_their_document() -> None:
+    """Once each, so that there is one place to look for them."""
+    places = {
+        name: path.stem
+        for path in (ROOT / "docs").rglob("*.md")
+        for name, _ in tables.MARKED.findall(path.read_text(encoding="utf-8"))
+    }
+    found = [(name, each.__name__) for each in table_columns.DOCUMENTS for name in each.COLUMNS]
+    assert sorted(found) == sorted((name, f"columns.{place}") for name, place in places.items())
+
+
 @EVERY_TABLE
 def test_a_changed_figure_is_noticed(name: str, copy: Path) -> None:
     """In every table: its last figure, multiplied by 1.5, makes the check name this table and no other."""

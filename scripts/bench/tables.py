@@ -6,7 +6,7 @@
 
 A table NAME stands between the lines `<!-- table: NAME -->` and `<!-- end -->`: the question, a line for each row of
 NAME.json, the run's note if it has one, where it was measured, and the command, after those that prepare it.
-table_columns.py says which columns, in which order, and with how many digits.
+columns/ says which columns, in which order, and with how many digits: a module for each document.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def problems_of_names(used: Sequence[str]) -> list[str]:
     kept = {path.stem for path in RESULTS.glob("*.json")}
     return [
         *(f"{name}: no {name}.json in docs/benchmarks/results" for name in sorted({*used} - kept)),
-        *(f"{name}: no columns in scripts/bench/tables.py" for name in sorted({*used} - {*COLUMNS})),
-        *(f"{name}: columns in scripts/bench/table_columns.py, but no table" for name in sorted({*COLUMNS} - {*used})),
+        *(f"{name}: no columns in scripts/bench/columns" for name in sorted({*used} - {*COLUMNS})),
+        *(f"{name}: columns in scripts/bench/columns, but no table" for name in sorted({*COLUMNS} - {*used})),
         *(f"{name}: in docs/benchmarks/results, but in no document" for name in sorted(kept - {*used})),
         *(f"{name}: more than one table" for name in sorted({name for name in used if used.count(name) > 1})),
     ]

@@ -1,0 +1,78 @@
+"""The columns of the tables of docs/explanation/calibration.md."""
+
+from columns import Columns
+
+CODEBOOKS: Columns = (
+    ("model", "{model}"),
+    ("preset", "{kind}"),
+    ("matrices", "{matrices}"),
+    ("N × K", "{shape}"),
+    ("million weights", "{million_weights:.1f}"),
+)
+COLUMNS: dict[str, Columns] = {
+    "codebooks": (*CODEBOOKS, ("CPU s", "{cpu_s:.2f}"), ("CPU s a million weights", "{cpu_per_million:.2f}")),
+    "codebooks-gpu": (
+        *CODEBOOKS,
+        ("factoring s", "{moment_s:.2f}"),
+        ("codebooks s", "{matrix_s:.2f}"),
+        ("s a million weights", "{seconds_per_million:.4f}"),
+        ("all blocks, minutes", "{model_minutes:.1f}"),
+        ("GPU memory GiB", "{gpu_gib:.1f}"),
+    ),
+    "quantize-block": (
+        ("model", "{model}"),
+        ("preset", "{preset}"),
+        ("million weights", "{million_weights:.1f}"),
+        ("tokens", "{tokens:,}"),
+        ("seconds", "{seconds:.2f}"),
+        ("forward", "{forward_s:.2f}"),
+        ("states", "{states_s:.2f}"),
+        ("moments", "{moments_s:.2f}"),
+        ("factor", "{factor_s:.2f}"),
+        ("target", "{target_s:.2f}"),
+        ("codebooks", "{codebooks_s:.2f}"),
+        ("GPU GiB", "{gpu_gib:.1f}"),
+        ("host GiB", "{host_gib:.1f}"),
+        ("spilled GiB", "{disk_gib:.1f}"),
+        ("all blocks, minutes", "{model_minutes:.1f}"),
+    ),
+    "quantize-experts": (
+        ("experts side by side", "{together:d}"),
+        ("million weights", "{million_weights:.1f}"),
+        ("codebooks s", "{codebooks_s:.2f}"),
+        ("GPU GiB", "{gpu_gib:.1f}"),
+    ),
+    "quantize-prediction": (
+        ("model", "{model}"),
+        ("preset", "{preset}"),
+        ("minutes: measured", "{measured_minutes:.1f}"),
+        ("predicted", "{predicted_minutes:.1f}"),
+        ("GPU GiB: measured", "{measured_gpu_gib:.1f}"),
+        ("predicted", "{predicted_gpu_gib:.1f}"),
+        ("host GiB: measured", "{measured_host_gib:.1f}"),
+        ("predicted", "{predicted_host_gib:.1f}"),
+        ("spilled GiB: measured", "{measured_disk_gib:.1f}"),
+        ("predicted", "{predicted_disk_gib:.1f}"),
+        ("hours on 16 cores, predicted", "{cpu_hours:.1f}"),
+        ("GiB there, predicted", "{cpu_gib:.1f}"),
+    ),
+    "quantize-devices": (
+        ("preset", "{preset}"),
+        ("device", "{device}"),
+        ("first run s", "{seconds_first:.1f}"),
+        ("interrupted and resumed s", "{seconds_resumed:.1f}"),
+        ("the same bytes", "{same_twice}"),
+        ("divergence from BF16", "{kl:.5f} ± {kl_standard_error:.5f}"),
+        ("perplexity", "{perplexity:.3f}"),
+        ("same next token", "{agreement:.2%}"),
+    ),
+    "long-samples": (
+        ("model", "{model}"),
+        ("preset", "{preset}"),
+        ("tokens of the sample", "{tokens:,}"),
+        ("peak MiB", "{peak_mib:.0f}"),
+        ("more than with 128 tokens", "{more_mib:.0f}"),
+        ("bytes a token and channel", "{bytes_a_token_and_channel:.0f}"),
+        ("seconds", "{seconds:.0f}"),
+    ),
+}
