@@ -7,7 +7,7 @@ import click
 from convert_w4a8.cluster.access import cluster_at
 
 if TYPE_CHECKING:
-    from convert_w4a8.cluster.connection import Cluster
+    from convert_w4a8.cluster.nodes import Cluster
 
 
 _CLUSTER = f"{__name__}.cluster"

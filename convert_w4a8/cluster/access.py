@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from convert_w4a8.cluster.calls import CallsOnCluster
-    from convert_w4a8.cluster.connection import Cluster
+    from convert_w4a8.cluster.nodes import Cluster
     from convert_w4a8.cluster.proof import UnitsOnCluster
     from convert_w4a8.cluster.shards import Convert, ShardsOnCluster
 

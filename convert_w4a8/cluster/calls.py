@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from convert_w4a8.cluster.connection import Cluster
 from convert_w4a8.cluster.here import Here
+from convert_w4a8.cluster.nodes import Cluster
 from convert_w4a8.cluster.shards import (
     GPU_PROCESS_BYTES,
     PROCESS_BYTES,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from threading import Thread
 from typing import Any
 
-from convert_w4a8.cluster.connection import Cluster, Node
+from convert_w4a8.cluster.nodes import Cluster, Node
 from convert_w4a8.errors import ClusterError, W4A8Error
 from convert_w4a8.text import counted, human_bytes
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert_w4a8.cluster.connection import Cluster
+from convert_w4a8.cluster.nodes import Cluster
 from convert_w4a8.errors import ClusterError
 
 _MOUNT = "mount it there under the same path, or take the node out"

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
-from convert_w4a8.cluster.connection import Cluster
+from convert_w4a8.cluster.nodes import Cluster
 from convert_w4a8.cluster.paths import check_inputs, states_of
 from convert_w4a8.cluster.shards import PROCESS_BYTES
 from convert_w4a8.cluster.tasks import Runner, Task

@@ -15,9 +15,9 @@ from convert_w4a8.checkpoint.disk import disk_errors
 from convert_w4a8.checkpoint.shards import ShardWriter
 from convert_w4a8.checkpoint.writer import CheckpointWriter
 from convert_w4a8.cluster.attempts import Attempts, Bars, reporting
-from convert_w4a8.cluster.connection import MOST_THREADS, Cluster, Node
 from convert_w4a8.cluster.greetings import name_of_gpu, one_line
 from convert_w4a8.cluster.here import Here
+from convert_w4a8.cluster.nodes import MOST_THREADS, Cluster, Node
 from convert_w4a8.cluster.paths import check_inputs, check_output
 from convert_w4a8.cluster.tasks import PATIENCE_SECONDS, Runner, Task
 from convert_w4a8.conversion.jobs import MEMORY_BYTES, use_workers

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convert_w4a8.cluster.answers import packed_call, remote_function, value_of, why_lost
-from convert_w4a8.cluster.connection import SEES_ALL_GPUS, Cluster, Node
 from convert_w4a8.cluster.greetings import check_version
 from convert_w4a8.cluster.here import Here
+from convert_w4a8.cluster.nodes import SEES_ALL_GPUS, Cluster, Node
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.errors import ClusterError
 from convert_w4a8.text import counted, human_bytes

@@ -20,7 +20,7 @@ from convert_w4a8 import api
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.cluster import connection
 from convert_w4a8.cluster.calls import CallsOnCluster
-from convert_w4a8.cluster.connection import Cluster, Node
+from convert_w4a8.cluster.nodes import Cluster, Node
 from convert_w4a8.cluster.shards import PROCESS_BYTES
 from convert_w4a8.cluster.tensors import _on_host, packed, unpacked
 from convert_w4a8.errors import ConvertError

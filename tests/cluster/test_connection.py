@@ -12,8 +12,9 @@ import pytest
 from failing_import import fail_import
 
 from convert_w4a8.cluster import connection, local
-from convert_w4a8.cluster.connection import LocalCluster, connect
+from convert_w4a8.cluster.connection import connect
 from convert_w4a8.cluster.local import lean
+from convert_w4a8.cluster.nodes import LocalCluster
 from convert_w4a8.cluster.quiet import load_ray
 from convert_w4a8.errors import ConvertError
 

@@ -20,11 +20,11 @@ from ray_stand_in import GB, LOST, Dropped, Held, task
 from convert_w4a8.api import convert
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.journal import work_path
-from convert_w4a8.cluster import connection
+from convert_w4a8.cluster import connection, nodes
 from convert_w4a8.cluster.attempts import Attempts, Bars
-from convert_w4a8.cluster.connection import Node
 from convert_w4a8.cluster.here import Here
 from convert_w4a8.cluster.local import LocalRay
+from convert_w4a8.cluster.nodes import Node
 from convert_w4a8.cluster.tasks import Runner, Task
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.run import carry_out
@@ -209,7 +209,8 @@ def test_a_ray_that_is_not_needed_is_not_started(tmp_path: Path, monkeypatch: py
         raise AssertionError
 
     monkeypatch.setattr(LocalRay, "begin", begin)
-    monkeypatch.setattr(connection, "cores", lambda: 2)
+    for module in (connection, nodes):
+        monkeypatch.setattr(module, "cores", lambda: 2)
     convert(source, tmp_path / "a", options=Options(max_shard_size=SMALL))
     convert(source, tmp_path / "b", options=Options(max_shard_size=SMALL), ray="local", workers=2, device="cpu")
     assert ray_nodes.digests(tmp_path / "a") == ray_nodes.digests(tmp_path / "b")
@@ -237,7 +238,8 @@ def test_a_ray_that_cannot_be_started_gives_up_nothing_that_is_finished(
         carry_out(checkpoint, make_plan(checkpoint, options), out, device=torch.device("cpu"), write=interrupted)
     monkeypatch.setattr(LocalRay, "begin", lambda _self: None)
     monkeypatch.setattr(LocalRay, "address", fail)
-    monkeypatch.setattr(connection, "cores", lambda: 8)
+    for module in (connection, nodes):
+        monkeypatch.setattr(module, "cores", lambda: 8)
     with pytest.raises(ClusterError, match="cannot be started") as caught:
         convert(source, out, options=options, ray="local", workers=1, device="cpu", resume=True)
     assert "--resume continues from there" in caught.value.__notes__[0]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from ray_nodes import Nodes
 
-from convert_w4a8.cluster.connection import Cluster, Node, connect
+from convert_w4a8.cluster.connection import connect
+from convert_w4a8.cluster.nodes import Cluster, Node
 from convert_w4a8.cluster.paths import check_inputs, check_output, states_of
 from convert_w4a8.errors import ClusterError, ConvertError
 

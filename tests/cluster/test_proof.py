@@ -13,7 +13,7 @@ from convert_w4a8 import api
 from convert_w4a8.calibration.options import QuantizeOptions
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cluster import connection
-from convert_w4a8.cluster.connection import Cluster
+from convert_w4a8.cluster.nodes import Cluster
 from convert_w4a8.cluster.proof import cut
 from convert_w4a8.options import Options
 from convert_w4a8.verification.proof import Proof, verify

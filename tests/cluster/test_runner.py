@@ -11,8 +11,8 @@ from failing_import import fail_import
 from ray_stand_in import GB, LOST, Dropped, RayTaskError, StandIn, task
 
 from convert_w4a8.cluster.answers import entry
-from convert_w4a8.cluster.connection import Node
 from convert_w4a8.cluster.greetings import check_version, greeting
+from convert_w4a8.cluster.nodes import Node
 from convert_w4a8.cluster.record import Ran, as_dict, as_text
 from convert_w4a8.cluster.tasks import ATTEMPTS, Runner, Task
 from convert_w4a8.errors import ClusterError, ConvertError, DiskError, PlanError, Problem

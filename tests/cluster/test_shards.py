@@ -20,7 +20,7 @@ from ray_nodes import Nodes, digests
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.journal import work_path
-from convert_w4a8.cluster.connection import Cluster
+from convert_w4a8.cluster.nodes import Cluster
 from convert_w4a8.cluster.record import as_dict, as_text
 from convert_w4a8.cluster.shards import Convert, ShardsOnCluster
 from convert_w4a8.cluster.tasks import Runner, Task

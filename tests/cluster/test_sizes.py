@@ -15,7 +15,7 @@ from tiny_models import write_llama
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cluster.access import path_on
 from convert_w4a8.cluster.attempts import Attempts, Bars
-from convert_w4a8.cluster.connection import Cluster, Node
+from convert_w4a8.cluster.nodes import Cluster, Node
 from convert_w4a8.cluster.shards import PROCESS_BYTES, ShardsOnCluster, device_here, threads_of
 from convert_w4a8.conversion.jobs import MEMORY_BYTES
 from convert_w4a8.conversion.layer import layer_memory

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from convert_w4a8.cluster.connection import Node
+from convert_w4a8.cluster.nodes import Node
 from convert_w4a8.cluster.record import Ran
 from convert_w4a8.cluster.tasks import Task
 from convert_w4a8.version import __version__
