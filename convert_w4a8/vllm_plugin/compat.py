@@ -107,13 +107,18 @@ def why_not_cutlass_experts(moe_config: Any) -> str | None:
     return None if supported else f"vLLM's W4A8 experts refuse this deployment ({reason})"
 
 
+def batch_invariant() -> bool:
+    """Whether vLLM is told to give each request the same bytes whatever others are in its batch."""
+    import vllm.envs as envs  # noqa: PLC0415, PLR0402
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
 def why_not_our_experts(moe_config: Any) -> str | None:
     """Return why our kernels cannot run a MoE layer as it is to be run; None if they can.
 
     They take the place of vLLM's quantization, experts and sum, which is right where tokens stay on their rank.
     """
-    import vllm.envs as envs  # noqa: PLC0415, PLR0402
-
     parallel = moe_config.moe_parallel_config
     moved = parallel.use_all2all_kernels or parallel.dp_size > 1 or getattr(parallel, "use_passthrough_all2all", False)
     activation = activation_name(moe_config.activation)
@@ -125,7 +130,7 @@ def why_not_our_experts(moe_config: Any) -> str | None:
         (not moe_config.is_act_and_mul, "it has no gate"),
         (moe_config.has_bias, "it has biases"),
         (moe_config.is_lora_enabled, "LoRA is enabled"),
-        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT is set"),
+        (batch_invariant(), "VLLM_BATCH_INVARIANT is set"),
     ):
         if problem:
             return reason

@@ -25,8 +25,9 @@ from convert_w4a8.vllm_plugin import activations, gemm
 _VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view")
 _MOST_OPERATIONS = 24
 """More than silu and a product are made of."""
-_SAMPLE = 3.0
-"""Standard deviation of what a graph's activation function is tried on."""
+_SAMPLES = (3.0, 1e3)
+"""Standard deviations of what a graph's activation function is tried on: as activations are, and beyond any limit at
+which a model cuts them off."""
 
 
 class DecodePass(InductorPass):  # type: ignore[misc]
@@ -130,11 +131,13 @@ def _fuse(graph: fx.Graph, x: fx.Node, quantize: fx.Node, terms: int) -> None:
 
 def _behind_views(x: fx.Node, user: fx.Node) -> fx.Node | None:
     """Return what `x` shows in the same shape; None where others use it, or a view of it, as well."""
+    width = x.meta["val"].shape[-1]
     while set(x.users) == {user}:
         if not str(x.target).startswith(_VIEWS):
             return x
         user, x = x, x.args[0]  # type: ignore[assignment]
-        if x.meta["val"].dim() != 2:
+        value = x.meta["val"]
+        if value.dim() != 2 or value.shape[-1] != width:
             return None
     return None
 
@@ -187,15 +190,19 @@ def _silu_and_mul(x: fx.Node) -> fx.Node | None:
         return None
     with unset_fake_temporarily():
         generator = torch.Generator().manual_seed(0)
-        sample = torch.randn(1, 2 * width, generator=generator).mul(_SAMPLE).bfloat16()
-        gate, up = sample.chunk(2, dim=-1)
-        expected = torch.nn.functional.silu(gate) * up
-        try:
-            found = _run(x.graph, inner, {source: sample})[x]
-        except (RuntimeError, TypeError, KeyError, IndexError):
-            return None
-        same = found.shape == expected.shape and torch.allclose(found.float(), expected.float(), rtol=2**-6, atol=1e-6)
+        numbers = torch.randn(1, 2 * width, generator=generator)
+        same = all(_is_silu_and_mul(x, inner, source, numbers.mul(size).bfloat16()) for size in _SAMPLES)
     return source if same else None
+
+
+def _is_silu_and_mul(x: fx.Node, inner: set[fx.Node], source: fx.Node, sample: torch.Tensor) -> bool:
+    gate, up = sample.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    try:
+        found = _run(x.graph, inner, {source: sample})[x]
+    except (RuntimeError, TypeError, KeyError, IndexError):
+        return False
+    return found.shape == expected.shape and torch.allclose(found.float(), expected.float(), rtol=2**-6, atol=1e-6)
 
 
 def _run(graph: fx.Graph, nodes: set[fx.Node], known: dict[fx.Node, Any]) -> dict[fx.Node, Any]:

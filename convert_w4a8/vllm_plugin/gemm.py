@@ -44,6 +44,10 @@ def decode_kernel(device: torch.device) -> bool:
     """Whether our kernel can run on a device, and nobody said otherwise; the first call prepares it."""
     if device.type != "cuda" or os.environ.get(SETTING) == "cutlass":
         return False
+    if compat.batch_invariant():
+        reason = "VLLM_BATCH_INVARIANT is set, and our kernel adds up in another order where a batch is larger"
+        logger.warning("%s: %s: decode runs through CUTLASS, which is slower", METHOD, reason)
+        return False
     if why_not := devices.why_not_compiled(device):
         logger.warning("%s: Triton cannot be used (%s): decode runs through CUTLASS, which is slower", METHOD, why_not)
         return False
@@ -105,6 +109,9 @@ def require_ours(name: str, why_not_cutlass: str) -> None:
     if os.environ.get(SETTING) == "cutlass":
         reason = f"{why_not_cutlass}, and {SETTING}=cutlass leaves out the kernel that can run it"
         raise refusal(name, reason, f"unset {SETTING}")
+    if compat.batch_invariant():
+        reason = f"{why_not_cutlass}, and the kernel that can run it does not do what VLLM_BATCH_INVARIANT asks for"
+        raise refusal(name, reason, "unset VLLM_BATCH_INVARIANT")
     if why_not := devices.why_not_compiled(torch.device("cuda")):
         reason = f"{why_not_cutlass}, and Triton cannot compile the kernel that can run it ({why_not})"
         raise refusal(name, reason, "install what Triton needs: a C compiler and Python's headers")

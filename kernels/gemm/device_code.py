@@ -90,6 +90,18 @@ def look_up(words, first, second, BLOCK_N: tl.constexpr, INTERPRETED: tl.constex
 
 
 @triton.jit
+def settled(total, HOPPER: tl.constexpr):
+    """Return the same sums, for which the tensor core must be done with all products that are in flight.
+
+    Hopper's reads the weights of a product from registers until it is done, and ptxas may write there before: what
+    Triton leaves in flight over the end of a turn of a loop does not keep these registers.
+    """
+    if HOPPER:
+        total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=False, pack=1)
+    return total
+
+
+@triton.jit
 def add_parts(total, sums_at, stride, part, counter, SPLITS, mask):
     """Leave a block's sums of one part of K; return whether it came last of all parts, and then the sum of all.
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from convert_w4a8.kernels.gemm import workspace
-from convert_w4a8.kernels.gemm.device_code import INTERPRETED, add_parts, look_up
+from convert_w4a8.kernels.gemm.device_code import INTERPRETED, add_parts, look_up, settled
 
 GROUP = 128
 BLOCK_N = 64
@@ -155,6 +155,7 @@ def gemm_by(
             SPLIT=splits > 1,
             SIDE_BY_SIDE=SIDE_BY_SIDE if rows > 1 else 0,
             WHOLE=n % launch.block_n == 0,
+            HOPPER=workspace.is_hopper(tokens.device),
             INTERPRETED=INTERPRETED,
             num_warps=launch.warps,
         )
@@ -191,6 +192,7 @@ def _gemm_kernel(
     SPLIT: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     WHOLE: tl.constexpr,
+    HOPPER: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     blocks = tl.cdiv(N, BLOCK_N)
@@ -229,7 +231,7 @@ def _gemm_kernel(
         x = tl.load(tokens_at, mask=m < M, other=0.0)
         weights = look_up(words, first, second, BLOCK_N, INTERPRETED)
         if CHAIN:
-            total = tl.dot(weights, x, total)
+            total = settled(tl.dot(weights, x, total), HOPPER)
         else:
             total += tl.dot(weights, x)
         packed_at += 16 * N

@@ -263,6 +263,5 @@ def _multiply(
         constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}
         grouped_hopper_kernel._grouped_kernel[grid](*arguments, 1 << 16, **constants, **options)  # noqa: SLF001
         return
-    _grouped_kernel[grid](
-        tokens, packed, tables.view(torch.int64), *of_all, *sizes, INTERPRETED=INTERPRETED, **constants
-    )
+    constants |= {"HOPPER": workspace.is_hopper(tokens.device), "INTERPRETED": INTERPRETED}
+    _grouped_kernel[grid](tokens, packed, tables.view(torch.int64), *of_all, *sizes, **constants)

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.fp8 import to_e4m3
-from convert_w4a8.kernels.gemm.device_code import add_parts, look_up
+from convert_w4a8.kernels.gemm.device_code import add_parts, look_up, settled
 
 
 @triton.jit
@@ -140,6 +140,7 @@ def _grouped_kernel(
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
     SPLIT: tl.constexpr,
+    HOPPER: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     columns = N // BLOCK_N
@@ -173,7 +174,7 @@ def _grouped_kernel(
             weights = look_up(tl.load(words_at), tl.load(tables_at), tl.load(tables_at + 8), BLOCK_N, INTERPRETED)
             x = tl.load(tokens_at, mask=row < ROWS, other=0.0)
             if CHAIN:
-                total = tl.dot(weights, x, total)
+                total = settled(tl.dot(weights, x, total), HOPPER)
             else:
                 total += tl.dot(weights, x)
             words_at += 16 * N

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 
 import torch
 
@@ -11,13 +12,22 @@ COUNTERS = 4096
 _arrivals: dict[torch.device, torch.Tensor] = {}
 """Counters of blocks that have arrived, int32 [_STREAMS, COUNTERS] a device, 0 between launches. Never freed: CUDA
 graphs keep pointing at them."""
-_slots: dict[tuple[torch.device, int], int] = {}
+_slots: dict[torch.device, dict[int, int]] = {}
+"""Of each stream of a device, which counters are its own. A CUDA graph keeps those of the stream on which it was
+captured: two graphs of one stream may not be replayed at once on two streams."""
+_lock = Lock()
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors a GPU has; 1 for other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is a GPU of compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def prepare(device: torch.device) -> None:
@@ -56,7 +66,9 @@ def _counters(device: torch.device, blocks: int) -> torch.Tensor | None:
     if not capturing:
         prepare(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    slot = _slots.setdefault((device, stream), len(_slots))
+    with _lock:
+        slots = _slots.setdefault(device, {})
+        slot = slots.setdefault(stream, len(slots))
     if device not in _arrivals or slot >= _STREAMS or blocks > COUNTERS:
         return None
     return _arrivals[device][slot]

@@ -171,17 +171,18 @@ def test_kernel_compiles_to_lookups_and_fp8_products(capability: int) -> None:
     """For each kind of GPU, without one: weights reach the tensor core in FP8, by registers, and none is spilled."""
     program = ROOT / "tests" / "support" / "compile_gemm.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(program), str(capability), "16", "128", "4096"]
+    command = [sys.executable, str(program), str(capability), "16", "64", "128", "4096"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if capability == 103 and "nvdisasm" in done.stderr:
         pytest.skip("this Triton's disassembler does not know the compute capability 10.3")
     assert done.returncode == 0, done.stderr
     products = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 103: "UTCQMMA", 120: "QMMA"}[capability]
     lines = done.stdout.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         counts = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line)}
         assert counts[products] >= 4
+        assert counts["HAZARDS"] == 0
         assert counts["HMMA"] == 0
         assert counts["PRMT"] >= 48
         assert counts["LDL"] == counts["STL"] == 0

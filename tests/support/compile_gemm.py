@@ -1,7 +1,8 @@
 """Compile the GEMM for a compute capability and numbers of tokens, without a GPU: `compile_gemm.py 90 16 128`.
 
 `TRITON_INTERPRET` must not be set. Prints a line for each number of tokens: NAME=COUNT of instructions in the machine
-code with which a layer of 4096 × 14336 runs, and the bytes of shared memory that it has and may have.
+code with which a layer of 4096 × 14336 runs, what in Hopper's loop over K meets registers that the tensor core is still
+at, and the bytes of shared memory that it has and may have.
 """
 
 import re
@@ -9,7 +10,7 @@ import sys
 from collections import Counter
 
 import triton
-from compile_gemm_types import arguments, machine_code
+from compile_gemm_types import arguments, hazards, machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -17,7 +18,7 @@ from convert_w4a8.kernels.gemm import gpu
 
 SHARED = {89: 99 * 1024, 90: gpu.HOPPER_SHARED, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 """Bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications)."""
-INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL")
+INSTRUCTIONS = ("PRMT", "QGMMA", "QMMA", "UTCQMMA", "HMMA", "LDL", "STL", "HAZARDS")
 
 
 def compiled(capability: int, tokens: int) -> tuple[str, int]:
@@ -31,6 +32,7 @@ def compiled(capability: int, tokens: int) -> tuple[str, int]:
         "SPLIT": launch.splits > 1,
         "SIDE_BY_SIDE": gpu.SIDE_BY_SIDE if tokens > launch.block_m else 0,
         "WHOLE": True,
+        "HOPPER": capability == 90,
         "INTERPRETED": False,
     }
     source = ASTSource(gpu._gemm_kernel, *arguments(gpu._gemm_kernel.arg_names, constants))
@@ -42,4 +44,6 @@ capability = int(sys.argv[1])
 for tokens in map(int, sys.argv[2:]):
     code, shared = compiled(capability, tokens)
     words = Counter(re.findall(r"\w+", code))
+    if capability == 90:
+        words["HAZARDS"] = len(hazards(code))
     print(*(f"{name}={words[name]}" for name in INSTRUCTIONS), f"shared={shared}", f"limit={SHARED[capability]}")  # noqa: T201

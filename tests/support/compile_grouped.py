@@ -35,7 +35,7 @@ def show(
     kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4, source_of: Any = ASTSource, **more: Any
 ) -> None:
     names = kernel.arg_names
-    constants = {"INTERPRETED": False, "EARLY": capability == 90} | constants
+    constants = {"INTERPRETED": False, "HOPPER": capability == 90, "EARLY": capability == 90} | constants
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
@@ -48,7 +48,7 @@ def show(
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     counts = " ".join(f"{name}={count}" for name, count in found.items())
     apart = int(constants.get("APART", False))
-    if source_of is GluonASTSource:
+    if capability == 90 and "QGMMA" in code:
         counts += f" HAZARDS={len(hazards(code))}"
     print(kernel.__name__, counts, f"shared={compiled.metadata.shared} apart={apart}")  # noqa: T201
 

@@ -160,12 +160,33 @@ def test_a_norm_that_others_need_stays(plugin: Any) -> None:
 
 @ON_ONE
 @pytest.mark.parametrize(
-    "act", [torch.nn.functional.gelu, torch.sigmoid, torch.relu, lambda x: torch.nn.functional.silu(1.02 * x)]
+    "act",
+    [
+        *(torch.nn.functional.gelu, torch.sigmoid, torch.relu, lambda x: torch.nn.functional.silu(1.02 * x)),
+        *(lambda x, most=most: torch.nn.functional.silu(x).clamp(max=most) for most in (7.0, 16.0, 200.0)),
+        lambda x: torch.nn.functional.silu(x.clamp(max=64.0)),
+    ],
 )
 def test_other_activation_functions_are_not_taken_for_silu(plugin: Any, act: Any) -> None:
     """What a graph computes is tried, not guessed from its operators."""
     targets, found, expected = rewritten(plugin, Block(act), few=True)
     assert "w4a8_lut.silu_quantize.default" not in targets
+    assert_same(found, expected)
+
+
+@ON_ONE
+def test_other_rows_than_the_norm_has_are_quantized_by_themselves(plugin: Any) -> None:
+    """Two rows of a norm side by side are one row of the layer, as in the mergers of models that see."""
+
+    class Merged(Block):
+        def run(self, attended: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x = OPS.vllm_ir.rms_norm(torch.cat((attended, residual)), self.norm, EPSILON).view(-1, 2 * HIDDEN)
+            return (OPS.w4a8_lut.linear(x, *quantize(x), *self.wide),)
+
+    block = Merged()
+    block.wide = layer(256, 2 * HIDDEN)  # type: ignore[attr-defined]
+    targets, found, expected = rewritten(plugin, block, few=True)
+    assert "w4a8_lut.norm_quantize.default" not in targets
     assert_same(found, expected)
 
 

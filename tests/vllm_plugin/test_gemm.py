@@ -101,12 +101,28 @@ def test_without_triton_cutlass_runs_and_is_said_to(
 ) -> None:
     """One warning a process, whatever the number of layers."""
     monkeypatch.setattr("convert_w4a8.devices.why_not_compiled", lambda _device: "there is no C compiler")
+    monkeypatch.setattr(gemm.compat, "batch_invariant", lambda: False)
     gemm.decode_kernel.cache_clear()
     assert [gemm.decode_kernel(torch.device("cuda")) for _ in range(3)] == [False] * 3
     gemm.decode_kernel.cache_clear()
     (record,) = caplog.records
     assert "there is no C compiler" in record.getMessage()
     assert "CUTLASS" in record.getMessage()
+
+
+def test_where_batches_may_not_matter_cutlass_runs_or_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Our kernel adds up in an order that depends on the number of tokens: with VLLM_BATCH_INVARIANT it is left out."""
+    monkeypatch.setattr("convert_w4a8.devices.why_not_compiled", lambda _device: None)
+    monkeypatch.setattr(gemm.compat, "batch_invariant", lambda: True)
+    gemm.decode_kernel.cache_clear()
+    assert [gemm.decode_kernel(torch.device("cuda")) for _ in range(3)] == [False] * 3
+    gemm.decode_kernel.cache_clear()
+    (record,) = caplog.records
+    assert "VLLM_BATCH_INVARIANT" in record.getMessage()
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT"):
+        gemm.require_ours("layer", "CUTLASS cannot")
 
 
 def test_the_variable_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
