@@ -155,7 +155,7 @@ COLUMNS: dict[str, Columns] = {
     ),
     "serving": SERVING,
     "serving-decode": SERVING_DECODE,
-    "serving-decode-h200": SERVING_DECODE,
+    "serving-decode-h200": SERVING,
     "serving-h200": SERVING,
     "serving-moe": SERVING,
     "steps-moe": STEPS,
