@@ -146,7 +146,8 @@ def _gemm_kernel(
     # words as [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]: a warp a tile of 16 channels, a thread a word of it
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)  # the same, of words [4, 4·BLOCK_N]
-    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
+    # A warp copies words of 32 k alone: what a thread copies is one address and distances that are known.
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, WARPS // 4], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
     BOTH: gl.constexpr = _tables_layout(BLOCK_N, WARPS)  # of a thread: rows n % 16 < 8, and those 8 further
     TABLES_COPY: gl.constexpr = gl.BlockedLayout([16 if INDEXED else 2], [32], [WARPS], [0])
