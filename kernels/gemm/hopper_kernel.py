@@ -36,6 +36,17 @@ def _after(words):
 
 
 @gluon.jit
+def _copy_group(there, FILL: gl.constexpr, rings, packed_at, tables_at, tokens_at, is_token):
+    """Start copies of a group into the buffers FILL, if it is there."""
+    words_ring, tables_ring, token_ring = rings
+    if there:
+        async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
+        async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
+        async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
+    async_copy.commit_group()
+
+
+@gluon.jit
 def _multiply_group(
     group,
     groups,
@@ -52,6 +63,7 @@ def _multiply_group(
     CHAIN: gl.constexpr,
     INDEXED: gl.constexpr,
     OVERLAP: gl.constexpr,
+    COPIES_FIRST: gl.constexpr,
     WORDS: gl.constexpr,
     FRAGMENT: gl.constexpr,
     BOTH: gl.constexpr,
@@ -73,15 +85,15 @@ def _multiply_group(
             total += done
         product = warpgroup_mma_init(done)
     async_copy.wait_group(STAGES - 2)
+    there = group + STAGES - 1 < groups
+    if COPIES_FIRST:
+        _copy_group(there, FILL, rings, packed_at, tables_at, tokens_at, is_token)
     fence_async_shared()
     words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
     both = tables_ring[SLOT].load(BOTH)
     columns = _entries(entries, both) if INDEXED else _columns(both)
-    if group + STAGES - 1 < groups:
-        async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
-        async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
-        async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
-    async_copy.commit_group()
+    if not COPIES_FIRST:
+        _copy_group(there, FILL, rings, packed_at, tables_at, tokens_at, is_token)
     if OVERLAP == 1:
         # Before lookups, since the tensor core reads its operand from the registers that they write.
         done = warpgroup_mma_wait(0, deps=(product,))
@@ -131,13 +143,15 @@ def _gemm_kernel(
     OVERLAP: gl.constexpr,
     CLUSTER: gl.constexpr,
     SHARE: gl.constexpr,
+    COPIES_FIRST: gl.constexpr,
 ):
     """Multiply.
 
     INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. OVERLAP: the tensor
     core multiplies a group while the next one's words are read (1), and looked up (2); one more group waits.
     CLUSTER: so many blocks, which have the parts of K of the same outputs, are a cluster; each adds up what the others
-    send it, for SHARE tokens. 0: sums go through memory.
+    send it, for SHARE tokens. 0: sums go through memory. COPIES_FIRST: copies start before a group's words are read,
+    and so before its lookups, behind which the compiler may put them otherwise.
     """
     WARPS: gl.constexpr = gl.num_warps()
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
@@ -218,7 +232,7 @@ def _gemm_kernel(
             total, product = _multiply_group(
                 *(turn * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring)),
                 *(packed_at, tables_at, entries, tokens_at, is_token, total, product),
-                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, COPIES_FIRST, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
             )
             packed_at += 16 * N
             tables_at += N
@@ -228,7 +242,7 @@ def _gemm_kernel(
             total, product = _multiply_group(
                 *(groups // SLOTS * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring)),
                 *(packed_at, tables_at, entries, tokens_at, is_token, total, product),
-                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, COPIES_FIRST, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
             )
             product = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(product,)))  # no product outlasts its branch
             packed_at += 16 * N

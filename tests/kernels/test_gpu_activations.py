@@ -111,12 +111,18 @@ def test_rows_in_clusters_compile_for_hopper() -> None:
 
 
 def test_decode_kernels_compile_for_hopper() -> None:
-    """Without a GPU: lookups, FP8 products, no spills; each waits for the kernel before, and lets the next begin."""
+    """Without a GPU: lookups, FP8 products, no spills but where registers are few.
+
+    Each waits for the kernel before, and lets the next begin.
+    """
     lines = compiled("compile_hopper.py")
-    assert len(lines) == 11
+    assert len(lines) == 20
     for counts in lines:
-        tiles = int(counts["tiles"])
-        assert (counts["HMMA"], counts["LDL"], counts["STL"]) == ("0", "0", "0")
+        tiles = int(counts["TILES"])
+        assert counts["HMMA"] == "0"
+        most = 8 if int(counts["registers"]) else 0  # as measured: more blocks are worth a few
+        assert int(counts["LDL"]) <= most
+        assert int(counts["STL"]) <= most
         groups = int(counts["QGMMA"]) // (4 * tiles)  # as many as the loop and what follows it have
         assert groups >= 1
         assert 48 * tiles * groups <= int(counts["PRMT"]) <= 64 * tiles * groups
@@ -125,5 +131,5 @@ def test_decode_kernels_compile_for_hopper() -> None:
         assert int(counts["ACQBULK"]) >= 1
         assert counts["PREEXIT"] == "1"
         assert int(counts["FENCE"]) >= 1  # Triton 3.7 has one of its own besides
-        assert int(counts["UCGABAR_ARV"]) == int(int(counts["cluster"]) > 0)
-        assert (int(counts["STAS"]) > 0) == (int(counts["cluster"]) > 0)
+        assert int(counts["UCGABAR_ARV"]) == int(int(counts["CLUSTER"]) > 0)
+        assert (int(counts["STAS"]) > 0) == (int(counts["CLUSTER"]) > 0)
