@@ -180,7 +180,9 @@ def gemm(
     ValueError for M > `MAX_TOKENS`, and for M > `MAX_TOKENS_OF_TWO_TERMS` where the tokens have two terms.
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1] // 4
-    launch = _launch(m, n, k, tokens.device, tokens.shape[0] // max(1, m))
+    if m == 0:
+        return torch.empty(0, n, dtype=torch.bfloat16, device=tokens.device)
+    launch = _launch(m, n, k, tokens.device, tokens.shape[0] // m)
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, index, distinct, launch=launch)
 
 
