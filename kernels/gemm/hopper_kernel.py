@@ -63,12 +63,12 @@ def _multiply_group(
     CHAIN: gl.constexpr,
     INDEXED: gl.constexpr,
     OVERLAP: gl.constexpr,
-    COPIES_FIRST: gl.constexpr,
     WORDS: gl.constexpr,
     FRAGMENT: gl.constexpr,
     BOTH: gl.constexpr,
     TABLES: gl.constexpr,
     OPERAND: gl.constexpr,
+    COPIES_FIRST: gl.constexpr = False,
 ):
     """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
 
@@ -232,7 +232,7 @@ def _gemm_kernel(
             total, product = _multiply_group(
                 *(turn * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring)),
                 *(packed_at, tables_at, entries, tokens_at, is_token, total, product),
-                *(STAGES, CHAIN, INDEXED, OVERLAP, COPIES_FIRST, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, COPIES_FIRST),
             )
             packed_at += 16 * N
             tables_at += N
@@ -242,7 +242,7 @@ def _gemm_kernel(
             total, product = _multiply_group(
                 *(groups // SLOTS * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring)),
                 *(packed_at, tables_at, entries, tokens_at, is_token, total, product),
-                *(STAGES, CHAIN, INDEXED, OVERLAP, COPIES_FIRST, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, COPIES_FIRST),
             )
             product = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(product,)))  # no product outlasts its branch
             packed_at += 16 * N
