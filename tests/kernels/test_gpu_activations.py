@@ -84,6 +84,22 @@ def test_empty_rows_and_the_least_scale(terms: int) -> None:
     assert torch.equal(scale, torch.tensor([[reference.LEAST_SCALE if terms == 1 else 2.0**-17]]))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which the interpreter computes by
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_row_with_nan_stays_one(operation: str) -> None:
+    """Its scale is NaN, or numbers of it are; other rows are what they are without it."""
+    given = arguments(operation, 3, 256)
+    whole = run(operation, given, 1)
+    given[0][1, 7] = float("nan")
+    tokens, scale = run(operation, given, 1)[:2]
+    assert scale[1].isnan()
+    assert torch.equal(tokens.float()[::2], whole[0].float()[::2])
+    assert torch.equal(scale[::2], whole[1][::2])
+    if DEVICE == "cuda":  # the interpreter's own FP8 has no NaN
+        assert tokens[1].float().isnan().any()
+        assert run(operation, given, 2)[0][1::3].float().isnan().any(1).all()
+
+
 def test_rows_may_lie_apart() -> None:
     """A part of the columns of a larger matrix."""
     wide = arguments("quantize", 3, 512)[0]
