@@ -50,7 +50,7 @@ ld.shared::cluster.f32 $0, [there];
     + "".join(
         f"""mapa.shared::cluster.u32 there, own, {block};
 ld.shared::cluster.f32 found, [there];
-max.f32 $0, $0, found;
+max.NaN.f32 $0, $0, found;
 """
         for block in range(1, _MOST_OF_CLUSTER)
     )
@@ -162,6 +162,12 @@ def _rounded(x):
     return tl.where(tl.abs(x) < 0.015625, subnormal, normal)
 
 
+@triton.jit
+def _larger(one, other):
+    """Return the larger number, NaN if one of them is."""
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _quantize_kernel(
     x,
@@ -207,15 +213,15 @@ def _quantize_kernel(
         normed = value * tl.rsqrt(tl.sum(value * value, 0) / K + epsilon)
         normed = _bf16(normed, INTERPRETED).to(tl.float32)
         value = _bf16(normed * factor.to(tl.float32), INTERPRETED).to(tl.float32)
-    largest = tl.max(tl.abs(value), 0)
+    largest = tl.reduce(tl.abs(value), 0, _larger)
     if PARTS > 1:
         largest = tl.inline_asm_elementwise(
             _LARGEST_OF_CLUSTER, "=f,f", [largest], dtype=tl.float32, is_pure=False, pack=1
         )
-    step = tl.maximum(largest / _FP8_MAX, _LEAST_SCALE)
+    step = _larger(largest / _FP8_MAX, _LEAST_SCALE)
     if TERMS == 2:
         step = ((step.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    scaled = tl.clamp(value * (1.0 / step), -_FP8_MAX, _FP8_MAX)
+    scaled = tl.clamp(value * (1.0 / step), -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(tokens + m * K + k, _fp8(scaled, INTERPRETED), mask=inside)
     if TERMS == 2:
         low = (scaled - _rounded(scaled)) * _LOW_TERM

@@ -60,6 +60,7 @@ class Launch:
     cluster: blocks that have the parts of K of the same outputs add them up through each other's shared memory; at most
         `MOST_OF_CLUSTER` parts. Otherwise the last one does, through memory.
     registers: of a thread, at most, so that more blocks have room on a multiprocessor; 0: what the compiler takes.
+    copies_first: start copies before a group's words are read: sooner, but with many blocks a multiprocessor slower.
     """
 
     block_m: int
@@ -73,6 +74,7 @@ class Launch:
     early: bool = True
     cluster: bool = False
     registers: int = 0
+    copies_first: bool = False
 
     @property
     def share(self) -> int:
@@ -101,9 +103,12 @@ def choose_launch(m: int, n: int, k: int, multiprocessors: int, terms: int = 1) 
     rows = block_m * terms
     chain = rows >= _MANY_ROWS
     if measured := LAUNCHES.get((n, k, block_m, terms)):
-        splits, stages, block_n, warps, indexed, overlap, cluster, registers = measured
+        splits, stages, block_n, warps, indexed, overlap, cluster, registers, copies_first = measured
         return Launch(
-            block_m, splits, stages, block_n, warps, chain, indexed, overlap, cluster=cluster, registers=registers
+            *(block_m, splits, stages, block_n, warps, chain, indexed, overlap),
+            cluster=cluster,
+            registers=registers,
+            copies_first=copies_first,
         )
     blocks = triton.cdiv(n, BLOCK_N)
     splits = max(1, min(round(_BLOCKS_PER_SM[rows] * multiprocessors / blocks), _SPLITS, k // (2 * gpu.GROUP)))
@@ -175,7 +180,9 @@ def gemm(
     ValueError for M > `MAX_TOKENS`, and for M > `MAX_TOKENS_OF_TWO_TERMS` where the tokens have two terms.
     """
     m, k, n = token_scale.shape[0], tokens.shape[1], packed.shape[1] // 4
-    launch = _launch(m, n, k, tokens.device, tokens.shape[0] // max(1, m))
+    if m == 0:
+        return torch.empty(0, n, dtype=torch.bfloat16, device=tokens.device)
+    launch = _launch(m, n, k, tokens.device, tokens.shape[0] // m)
     return gemm_by(tokens, token_scale, packed, tables, channel_scale, index, distinct, launch=launch)
 
 
@@ -222,6 +229,7 @@ def gemm_by(
         "OVERLAP": launch.overlap,
         "CLUSTER": launch.splits if launch.cluster else 0,
         "SHARE": launch.share,
+        "COPIES_FIRST": launch.copies_first,
     }
     options = {"num_warps": launch.warps, "launch_pdl": launch.early, "maxnreg": launch.registers or None}
     grid = (blocks * splits,)

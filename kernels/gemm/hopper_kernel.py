@@ -36,6 +36,17 @@ def _after(words):
 
 
 @gluon.jit
+def _copy_group(there, FILL: gl.constexpr, rings, packed_at, tables_at, tokens_at, is_token):
+    """Start copies of a group into the buffers FILL, if it is there."""
+    words_ring, tables_ring, token_ring = rings
+    if there:
+        async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
+        async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
+        async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
+    async_copy.commit_group()
+
+
+@gluon.jit
 def _multiply_group(
     group,
     groups,
@@ -57,6 +68,7 @@ def _multiply_group(
     BOTH: gl.constexpr,
     TABLES: gl.constexpr,
     OPERAND: gl.constexpr,
+    COPIES_FIRST: gl.constexpr = False,
 ):
     """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
 
@@ -73,15 +85,15 @@ def _multiply_group(
             total += done
         product = warpgroup_mma_init(done)
     async_copy.wait_group(STAGES - 2)
+    there = group + STAGES - 1 < groups
+    if COPIES_FIRST:
+        _copy_group(there, FILL, rings, packed_at, tables_at, tokens_at, is_token)
     fence_async_shared()
     words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
     both = tables_ring[SLOT].load(BOTH)
     columns = _entries(entries, both) if INDEXED else _columns(both)
-    if group + STAGES - 1 < groups:
-        async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
-        async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
-        async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
-    async_copy.commit_group()
+    if not COPIES_FIRST:
+        _copy_group(there, FILL, rings, packed_at, tables_at, tokens_at, is_token)
     if OVERLAP == 1:
         # Before lookups, since the tensor core reads its operand from the registers that they write.
         done = warpgroup_mma_wait(0, deps=(product,))
@@ -131,13 +143,15 @@ def _gemm_kernel(
     OVERLAP: gl.constexpr,
     CLUSTER: gl.constexpr,
     SHARE: gl.constexpr,
+    COPIES_FIRST: gl.constexpr,
 ):
     """Multiply.
 
     INDEXED: `tables` are the distinct ones, `index` says which of them each group of a channel has. OVERLAP: the tensor
     core multiplies a group while the next one's words are read (1), and looked up (2); one more group waits.
     CLUSTER: so many blocks, which have the parts of K of the same outputs, are a cluster; each adds up what the others
-    send it, for SHARE tokens. 0: sums go through memory.
+    send it, for SHARE tokens. 0: sums go through memory. COPIES_FIRST: copies start before a group's words are read,
+    and so before its lookups, behind which the compiler may put them otherwise.
     """
     WARPS: gl.constexpr = gl.num_warps()
     SIZE: gl.constexpr = BLOCK_M * BLOCK_N
@@ -146,7 +160,8 @@ def _gemm_kernel(
     # words as [k // 32, n // 16, n % 8, k % 16 // 4, k % 32 // 16]: a warp a tile of 16 channels, a thread a word of it
     FRAGMENT: gl.constexpr = gl.BlockedLayout([4, 1, 1, 1, 2], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 0, 1])
     WORDS: gl.constexpr = _words_layout(BLOCK_N, WARPS)  # the same, of words [4, 4·BLOCK_N]
-    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
+    # A warp copies words of 32 k alone: what a thread copies is one address and distances that are known.
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, WARPS // 4], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
     BOTH: gl.constexpr = _tables_layout(BLOCK_N, WARPS)  # of a thread: rows n % 16 < 8, and those 8 further
     TABLES_COPY: gl.constexpr = gl.BlockedLayout([16 if INDEXED else 2], [32], [WARPS], [0])
@@ -217,7 +232,7 @@ def _gemm_kernel(
             total, product = _multiply_group(
                 *(turn * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring)),
                 *(packed_at, tables_at, entries, tokens_at, is_token, total, product),
-                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, COPIES_FIRST),
             )
             packed_at += 16 * N
             tables_at += N
@@ -227,7 +242,7 @@ def _gemm_kernel(
             total, product = _multiply_group(
                 *(groups // SLOTS * SLOTS + slot, groups, slot, (words_ring, tables_ring, token_ring)),
                 *(packed_at, tables_at, entries, tokens_at, is_token, total, product),
-                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
+                *(STAGES, CHAIN, INDEXED, OVERLAP, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, COPIES_FIRST),
             )
             product = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(product,)))  # no product outlasts its branch
             packed_at += 16 * N

@@ -5,8 +5,8 @@
 A time is that of one quantization of the activations and one GEMM in a CUDA graph of such pairs over different weights,
 which exceed the L2: with programmatic dependent launch, what a launch costs depends on the one before it. Every way of
 cutting is tried shortly, the best few again in other ways: with the tables of all groups or with indices of them, with
-products beside reads or beside lookups, and with as many registers as the compiler takes. The Triton kernel for every
-GPU is measured beside it. A launch whose result is not that of float32 by `ERROR` is not taken.
+products beside reads or beside lookups, with copies before reads, and with as many registers as the compiler takes. The
+Triton kernel for every GPU is measured beside it. A launch whose result is not that of float32 by `ERROR` is not taken.
 """
 
 import argparse
@@ -64,7 +64,7 @@ TABLE = Path(hopper.__file__).with_name("tuned.py")
 ERROR = 0.01
 """The largest distance from a product in float32, as a share of its length."""
 REPLAYS = 21
-LAUNCH = ("splits", "stages", "block_n", "warps", "indexed", "overlap", "cluster", "registers")
+LAUNCH = ("splits", "stages", "block_n", "warps", "indexed", "overlap", "cluster", "registers", "copies_first")
 """What the table says of a launch, in its order."""
 
 Gemm = Callable[..., torch.Tensor]
@@ -107,7 +107,8 @@ def candidates(block_m: int, terms: int, n: int, k: int) -> list[hopper.Launch]:
 def ways(rows: int) -> list[dict[str, Any]]:
     """Return what else a kernel for so many rows of tokens may do otherwise."""
     overlaps = (0, 1, 2) if rows in OVERLAPPED else (0,)
-    return [{"indexed": indexed, "overlap": overlap} for indexed in (True, False) for overlap in overlaps]
+    names = ("indexed", "overlap", "copies_first")
+    return [dict(zip(names, way, strict=True)) for way in product((True, False), overlaps, (True, False))]
 
 
 @dataclass
@@ -185,6 +186,7 @@ class Size:
         row |= {"memory_us": _best(self.tried, cluster=False), "cluster_us": _best(self.tried, cluster=True)}
         row |= {"tables_us": _best(self.again, indexed=False), "index_us": _best(self.again, indexed=True)}
         row |= {f"overlap_{how}_us": _best(self.again, overlap=how) for how in (1, 2)}
+        row |= {"copies_first_us": _best(self.again, copies_first=True)}
         row |= {"rule_us": self.time(self.rule(), REPLAYS)[0]}
         if self.terms == 1:
             row["triton_us"] = microseconds(pairs(self.layers, self.activations, 1, triton_gemm), 12, REPLAYS)

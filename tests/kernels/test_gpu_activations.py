@@ -84,6 +84,22 @@ def test_empty_rows_and_the_least_scale(terms: int) -> None:
     assert torch.equal(scale, torch.tensor([[reference.LEAST_SCALE if terms == 1 else 2.0**-17]]))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which the interpreter computes by
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_row_with_nan_stays_one(operation: str) -> None:
+    """Its scale is NaN, or numbers of it are; other rows are what they are without it."""
+    given = arguments(operation, 3, 256)
+    whole = run(operation, given, 1)
+    given[0][1, 7] = float("nan")
+    tokens, scale = run(operation, given, 1)[:2]
+    assert scale[1].isnan()
+    assert torch.equal(tokens.float()[::2], whole[0].float()[::2])
+    assert torch.equal(scale[::2], whole[1][::2])
+    if DEVICE == "cuda":  # the interpreter's own FP8 has no NaN
+        assert tokens[1].float().isnan().any()
+        assert run(operation, given, 2)[0][1::3].float().isnan().any(1).all()
+
+
 def test_rows_may_lie_apart() -> None:
     """A part of the columns of a larger matrix."""
     wide = arguments("quantize", 3, 512)[0]
@@ -111,12 +127,18 @@ def test_rows_in_clusters_compile_for_hopper() -> None:
 
 
 def test_decode_kernels_compile_for_hopper() -> None:
-    """Without a GPU: lookups, FP8 products, no spills; each waits for the kernel before, and lets the next begin."""
+    """Without a GPU: lookups, FP8 products, no spills but where registers are few.
+
+    Each waits for the kernel before, and lets the next begin.
+    """
     lines = compiled("compile_hopper.py")
-    assert len(lines) == 11
+    assert len(lines) == 20
     for counts in lines:
-        tiles = int(counts["tiles"])
-        assert (counts["HMMA"], counts["LDL"], counts["STL"]) == ("0", "0", "0")
+        tiles = int(counts["TILES"])
+        assert counts["HMMA"] == "0"
+        most = 8 if int(counts["registers"]) else 0  # as measured: more blocks are worth a few
+        assert int(counts["LDL"]) <= most
+        assert int(counts["STL"]) <= most
         groups = int(counts["QGMMA"]) // (4 * tiles)  # as many as the loop and what follows it have
         assert groups >= 1
         assert 48 * tiles * groups <= int(counts["PRMT"]) <= 64 * tiles * groups
@@ -125,5 +147,5 @@ def test_decode_kernels_compile_for_hopper() -> None:
         assert int(counts["ACQBULK"]) >= 1
         assert counts["PREEXIT"] == "1"
         assert int(counts["FENCE"]) >= 1  # Triton 3.7 has one of its own besides
-        assert int(counts["UCGABAR_ARV"]) == int(int(counts["cluster"]) > 0)
-        assert (int(counts["STAS"]) > 0) == (int(counts["cluster"]) > 0)
+        assert int(counts["UCGABAR_ARV"]) == int(int(counts["CLUSTER"]) > 0)
+        assert (int(counts["STAS"]) > 0) == (int(counts["CLUSTER"]) > 0)

@@ -1,6 +1,7 @@
 """How the GEMM for Hopper is cut, without a GPU: everything in the table can be launched, and everything else too."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +29,14 @@ def test_launches_that_were_measured() -> None:
     """Of the table: its keys say the tokens of a block."""
     for n, k, block_m, terms in hopper.LAUNCHES:
         assert_possible(hopper.choose_launch(block_m, n, k, 132, terms), block_m, n, k, terms)
+
+
+def test_no_tokens() -> None:
+    """Of one term or two: nothing is launched, and there is no row of the product."""
+    packed, tables = torch.zeros(4, 4 * 64, dtype=torch.int32), torch.zeros(1, 64, 8).to(torch.float8_e4m3fn)
+    tokens, scale = torch.zeros(0, 128).to(torch.float8_e4m3fn), torch.zeros(0, 1)
+    product = hopper.gemm(tokens, scale, packed, tables, torch.ones(64))
+    assert (product.shape, product.dtype) == ((0, 64), torch.bfloat16)
 
 
 def test_no_sums_are_sent_twice() -> None:
