@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from convert_w4a8.kernels.gemm.grouped_many_steps import _finish, _multiply_group, _waited
-from convert_w4a8.kernels.gemm.hopper_lookups import _tables_layout, _words_layout
+from convert_w4a8.kernels.gemm.hopper_lookups import _entries_in_shared, _tables_layout, _words_layout
 
 
 @gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE"])
@@ -62,9 +62,8 @@ def _grouped_kernel(
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
     BOTH: gl.constexpr = _tables_layout(BLOCK_N, WARPS)
-    TABLES_COPY: gl.constexpr = gl.BlockedLayout([1 if INDEXED else 2], [32], [WARPS], [0])
+    TABLES_COPY: gl.constexpr = gl.BlockedLayout([16 if INDEXED else 2], [32], [WARPS], [0])
     SCALES_COPY: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    INDEX_COPY: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
@@ -73,7 +72,9 @@ def _grouped_kernel(
     MORE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MORE_PRODUCT, 4)
     HALVES: gl.constexpr = gl.BlockedLayout([4, 1, 2], [HALF // 4, 128 // HALF, 1], [1, WARPS, 1], [2, 0, 1])
     OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
+    TABLE: gl.constexpr = gl.uint8 if INDEXED else gl.int64
 
+    entries = _entries_in_shared(tables) if INDEXED else 0  # nobody writes these
     if not SORTED:
         gdc_wait()
     gdc_launch_dependents()  # not before: what comes then reads what was waited for here, and waits for this alone
@@ -94,18 +95,15 @@ def _grouped_kernel(
         words_ring = ()
         tables_ring = ()
         token_ring = ()
-        index_ring = ()
         more_ring = ()
         for _ in gl.static_range(SLOTS):
             words_ring += (
                 gl.allocate_shared_memory(gl.int32, [4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])),
             )
-            tables_ring += (gl.allocate_shared_memory(gl.int64, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
+            tables_ring += (gl.allocate_shared_memory(TABLE, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
             token_ring += (
                 gl.allocate_shared_memory(gl.float8e4nv, [BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2)),
             )
-            if INDEXED:
-                index_ring += (gl.allocate_shared_memory(gl.uint8, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
             if REST:
                 more_ring += (
                     gl.allocate_shared_memory(gl.float8e4nv, [REST, 128], gl.NVMMASharedLayout(128, 8, rank=2)),
@@ -113,34 +111,18 @@ def _grouped_kernel(
         tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
         word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
         channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
-        channels_of_index = gl.arange(0, BLOCK_N, INDEX_COPY)
         apart = N // 256 * 128 if GATED else HALF
         if GATED:
             word += word // (4 * HALF) * (4 * (apart - HALF))
             channels_of_tables += channels_of_tables // HALF * (apart - HALF)
-            channels_of_index += channels_of_index // HALF * (apart - HALF)
         first_group = expert.to(gl.int64) * (K // 128) + begin
         packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * STEP) + word)
-        of_tables = first_group * N + column * STEP
-        tables_at = tables + of_tables + channels_of_tables
-        index_at = index + of_tables + channels_of_index
-        firsts = ()
-        if INDEXED:
-            for stage in gl.static_range(STAGES - 1):
-                firsts += (gl.load(index + of_tables + min(stage, groups - 1) * N + channels_of_tables),)
+        group_tables = index if INDEXED else tables
+        tables_at = group_tables + (first_group * N + column * STEP + channels_of_tables)
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(words_ring[stage], packed_at + stage * 16 * N)
-                if not INDEXED:
-                    async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
-            if INDEXED and stage + STAGES - 1 < groups:
-                async_copy.async_copy_global_to_shared(
-                    index_ring[(stage + STAGES - 1) % SLOTS], index_at + (stage + STAGES - 1) * N
-                )
-        if INDEXED:
-            for stage in gl.static_range(STAGES - 1):
-                if stage < groups:
-                    async_copy.async_copy_global_to_shared(tables_ring[stage], tables + firsts[stage])
+                async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
         places = rows + block * PAIRS
         inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         row = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]
@@ -183,24 +165,22 @@ def _grouped_kernel(
             more_scales_kept = gl.allocate_shared_memory(gl.float32, [REST], flat, scales)
         packed_at += (STAGES - 1) * 16 * N
         tables_at += (STAGES - 1) * N
-        index_at += (2 * STAGES - 2) * N
         tokens_at += (STAGES - 1) * 128
         more_at += (STAGES - 1) * 128
 
         sums_of = (warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)),)
         if REST:
             sums_of += (warpgroup_mma_init(gl.zeros((BLOCK_N, REST), gl.float32, MORE_PRODUCT)),)
-        rings = (words_ring, tables_ring, token_ring, index_ring, more_ring)
+        rings = (words_ring, tables_ring, token_ring, more_ring)
         for turn in range(groups // SLOTS):
             for slot in gl.static_range(SLOTS):
                 sums_of = _multiply_group(
-                    *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, tables, index_at),
+                    *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, entries),
                     *(tokens_at, is_token, more_at, is_more, sums_of, STAGES, REST, INDEXED, 1),
-                    *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
+                    *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N
-                index_at += N
                 tokens_at += 128
                 more_at += 128
         sums_of = _waited(sums_of, 0, REST)  # no product lasts from one branch to the next
@@ -208,12 +188,11 @@ def _grouped_kernel(
             if slot < groups % SLOTS:
                 sums_of = _multiply_group(
                     *(groups // SLOTS * SLOTS + slot, groups, slot, rings),
-                    *(packed_at, tables_at, tables, index_at, tokens_at, is_token, more_at, is_more, sums_of),
-                    *(STAGES, REST, INDEXED, 0, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
+                    *(packed_at, tables_at, entries, tokens_at, is_token, more_at, is_more, sums_of),
+                    *(STAGES, REST, INDEXED, 0, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N
-                index_at += N
                 tokens_at += 128
                 more_at += 128
         total = warpgroup_mma_wait(0, deps=(sums_of[0],))

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from convert_w4a8.kernels.gemm.cluster_sums import barrier
 from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _activated
-from convert_w4a8.kernels.gemm.hopper_lookups import _look_up, _spread
+from convert_w4a8.kernels.gemm.hopper_lookups import _columns, _entries, _look_up
 
 
 @gluon.jit
@@ -27,8 +27,7 @@ def _multiply_group(
     rings,
     packed_at,
     tables_at,
-    tables,
-    index_at,
+    entries,
     tokens_at,
     is_token,
     more_at,
@@ -42,16 +41,15 @@ def _multiply_group(
     FRAGMENT: gl.constexpr,
     BOTH: gl.constexpr,
     TABLES: gl.constexpr,
-    TABLES_COPY: gl.constexpr,
     OPERAND: gl.constexpr,
     MORE_OPERAND: gl.constexpr,
 ):
     """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
 
-    sums: of both runs of pairs, which the tensor core may be at. Returned with one more group: OUTSTANDING products are
-    not waited for.
+    entries: where the distinct tables are, if INDEXED: `tables_ring` has indices then. sums: of both runs of pairs,
+    which the tensor core may be at. Returned with one more group: OUTSTANDING products are not waited for.
     """
-    words_ring, tables_ring, token_ring, index_ring, more_ring = rings
+    words_ring, tables_ring, token_ring, more_ring = rings
     SLOTS: gl.constexpr = STAGES + 1
     FILL: gl.constexpr = (SLOT + STAGES - 1) % SLOTS
     BLOCK_N: gl.constexpr = tables_ring[0].shape[0]
@@ -60,21 +58,21 @@ def _multiply_group(
     fence_async_shared()
     words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
     both = tables_ring[SLOT].load(BOTH)
-    if INDEXED:
-        tables_at = tables + index_ring[FILL].load(TABLES_COPY)
+    columns = _entries(entries, both) if INDEXED else _columns(both)
     if group + STAGES - 1 < groups:
         async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
         async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
         async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
         if REST:
             async_copy.async_copy_global_to_shared(more_ring[FILL], more_at, mask=is_more)
-    if INDEXED and group + 2 * STAGES - 2 < groups:
-        async_copy.async_copy_global_to_shared(index_ring[(SLOT + 2 * STAGES - 2) % SLOTS], index_at)
     async_copy.commit_group()
-    first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
-    first = gl.convert_layout(first, TABLES, assert_trivial=True)
-    second = gl.convert_layout(second, TABLES, assert_trivial=True)
-    weights = _look_up(words, _spread(first), _spread(second), BLOCK_N)
+    first = ()
+    second = ()
+    for column in gl.static_range(4):
+        one, other = gl.split(columns[column].reshape((TILES, 2, 8)).permute((0, 2, 1)))
+        first += (gl.convert_layout(one, TABLES, assert_trivial=True)[None, :, :, None, None],)
+        second += (gl.convert_layout(other, TABLES, assert_trivial=True)[None, :, :, None, None],)
+    weights = _look_up(words, first, second, BLOCK_N)
     operand = gl.convert_layout(weights, OPERAND, assert_trivial=True)
     x = token_ring[SLOT].permute((1, 0))
     products = (warpgroup_mma(operand, x, sums[0], use_acc=True, is_async=True),)
