@@ -45,6 +45,8 @@ def _grouped_kernel(
     REST: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CHAIN: gl.constexpr,
+    OVERLAP: gl.constexpr,
     SPLIT: gl.constexpr,
     ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
@@ -53,7 +55,7 @@ def _grouped_kernel(
     """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are."""
     WARPS: gl.constexpr = gl.num_warps()
     PAIRS: gl.constexpr = BLOCK_M + REST
-    SLOTS: gl.constexpr = STAGES + 1
+    SLOTS: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
     HALF: gl.constexpr = BLOCK_N // 2
     GATED: gl.constexpr = ACTIVATION is not None
     STEP: gl.constexpr = HALF if GATED else BLOCK_N
@@ -74,7 +76,6 @@ def _grouped_kernel(
     OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
     TABLE: gl.constexpr = gl.uint8 if INDEXED else gl.int64
 
-    entries = _entries_in_shared(tables) if INDEXED else 0  # nobody writes these
     if not SORTED:
         gdc_wait()
     gdc_launch_dependents()  # not before: what comes then reads what was waited for here, and waits for this alone
@@ -123,6 +124,7 @@ def _grouped_kernel(
             if stage < groups:
                 async_copy.async_copy_global_to_shared(words_ring[stage], packed_at + stage * 16 * N)
                 async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
+        entries = _entries_in_shared(tables) if INDEXED else 0
         places = rows + block * PAIRS
         inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         row = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]
@@ -168,15 +170,17 @@ def _grouped_kernel(
         tokens_at += (STAGES - 1) * 128
         more_at += (STAGES - 1) * 128
 
-        sums_of = (warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)),)
+        total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)
+        sums_of = (warpgroup_mma_init(total),)
         if REST:
             sums_of += (warpgroup_mma_init(gl.zeros((BLOCK_N, REST), gl.float32, MORE_PRODUCT)),)
         rings = (words_ring, tables_ring, token_ring, more_ring)
         for turn in range(groups // SLOTS):
             for slot in gl.static_range(SLOTS):
-                sums_of = _multiply_group(
+                total, sums_of = _multiply_group(
                     *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, entries),
-                    *(tokens_at, is_token, more_at, is_more, sums_of, STAGES, REST, INDEXED, 1),
+                    *(tokens_at, is_token, more_at, is_more, total, sums_of),
+                    *(STAGES, CHAIN, REST, INDEXED, OVERLAP, False),
                     *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
@@ -186,16 +190,18 @@ def _grouped_kernel(
         sums_of = _waited(sums_of, 0, REST)  # no product lasts from one branch to the next
         for slot in gl.static_range(SLOTS - 1):
             if slot < groups % SLOTS:
-                sums_of = _multiply_group(
+                total, sums_of = _multiply_group(
                     *(groups // SLOTS * SLOTS + slot, groups, slot, rings),
-                    *(packed_at, tables_at, entries, tokens_at, is_token, more_at, is_more, sums_of),
-                    *(STAGES, REST, INDEXED, 0, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
+                    *(packed_at, tables_at, entries, tokens_at, is_token, more_at, is_more, total, sums_of),
+                    *(STAGES, CHAIN, REST, INDEXED, OVERLAP, True),
+                    *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N
                 tokens_at += 128
                 more_at += 128
-        total = warpgroup_mma_wait(0, deps=(sums_of[0],))
+        done = warpgroup_mma_wait(0, deps=(sums_of[0],))
+        total = done if CHAIN else total + done
         place = block * columns + column
         stride = (BLOCKS * columns).to(gl.int64) * (BLOCK_M * BLOCK_N)
         left_scale = left_scales.load(gl.SliceLayout(1, OUT))[:, None]

@@ -16,11 +16,63 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from convert_w4a8.kernels.gemm.cluster_sums import barrier
 from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _activated
+from convert_w4a8.kernels.gemm.hopper_kernel import _multiply_group as _multiply_as_layers
 from convert_w4a8.kernels.gemm.hopper_lookups import _columns, _entries, _look_up
 
 
 @gluon.jit
 def _multiply_group(
+    group,
+    groups,
+    SLOT: gl.constexpr,
+    rings,
+    packed_at,
+    tables_at,
+    entries,
+    tokens_at,
+    is_token,
+    more_at,
+    is_more,
+    total,
+    sums,
+    STAGES: gl.constexpr,
+    CHAIN: gl.constexpr,
+    REST: gl.constexpr,
+    INDEXED: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    WAIT: gl.constexpr,
+    WORDS: gl.constexpr,
+    FRAGMENT: gl.constexpr,
+    BOTH: gl.constexpr,
+    TABLES: gl.constexpr,
+    OPERAND: gl.constexpr,
+    MORE_OPERAND: gl.constexpr,
+):
+    """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
+
+    entries: where the distinct tables are, if INDEXED: `tables_ring` has indices then. total: the sums of groups that
+    were added up, without CHAIN. sums: of both runs of pairs, which the tensor core may be at. Both are returned with
+    one more group. WAIT: for its products.
+    """
+    if OVERLAP == 3:
+        sums = _multiply_ahead(
+            *(group, groups, SLOT, rings, packed_at, tables_at, entries, tokens_at, is_token, more_at, is_more, sums),
+            *(STAGES, REST, INDEXED, 0 if WAIT else 1, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
+        )
+    else:
+        total, product = _multiply_as_layers(
+            *(group, groups, SLOT, (rings[0], rings[1], rings[2]), packed_at, tables_at, entries),
+            *(tokens_at, is_token, total, sums[0], STAGES, CHAIN, INDEXED, OVERLAP),
+            *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
+        )
+        sums = (product,)
+        if WAIT:
+            sums = _waited(sums, 0, REST)
+    return total, sums
+
+
+@gluon.jit
+def _multiply_ahead(
     group,
     groups,
     SLOT: gl.constexpr,
@@ -44,10 +96,9 @@ def _multiply_group(
     OPERAND: gl.constexpr,
     MORE_OPERAND: gl.constexpr,
 ):
-    """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
+    """Do what `_multiply_group` does, in one chain, and look weights up while the tensor core is at the group before.
 
-    entries: where the distinct tables are, if INDEXED: `tables_ring` has indices then. sums: of both runs of pairs,
-    which the tensor core may be at. Returned with one more group: OUTSTANDING products are not waited for.
+    OUTSTANDING: the products of so many groups are not waited for.
     """
     words_ring, tables_ring, token_ring, more_ring = rings
     SLOTS: gl.constexpr = STAGES + 1
