@@ -257,7 +257,12 @@ def _multiply(
         if (launch.overlap == 3 and not launch.chain) or (rest and (launch.overlap != 3 or splits > 1)):
             raise ValueError(f"{launch} has no kernel")
         if launch.overlap is not None:
-            constants |= {"BLOCK_M": first, "REST": rest, "OVERLAP": launch.overlap}
+            constants |= {
+                "BLOCK_M": first,
+                "REST": rest,
+                "OVERLAP": launch.overlap,
+                "PREFETCH": launch.prefetch * is_sorted,
+            }
             grouped_many_kernel._grouped_kernel[grid](*arguments, **constants, **options)  # noqa: SLF001
             return
         constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.gemm.grouped_many_steps import _finish, _multiply_group, _waited
+from convert_w4a8.kernels.gemm.grouped_many_steps import _finish, _multiply_group, _prefetch, _waited
 from convert_w4a8.kernels.gemm.hopper_lookups import _entries_in_shared, _tables_layout, _words_layout
 
 
@@ -51,8 +51,12 @@ def _grouped_kernel(
     ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
+    PREFETCH: gl.constexpr,
 ):
-    """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are."""
+    """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are.
+
+    PREFETCH: groups of weights that are brought into the L2 at the beginning, where the kernel before is waited for.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     PAIRS: gl.constexpr = BLOCK_M + REST
     SLOTS: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
@@ -125,6 +129,13 @@ def _grouped_kernel(
                 async_copy.async_copy_global_to_shared(words_ring[stage], packed_at + stage * 16 * N)
                 async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
         entries = _entries_in_shared(tables) if INDEXED else 0
+        if PREFETCH:
+            PIECES: gl.constexpr = 8 * WARPS // PREFETCH  # of the words that lie side by side: one for each thread
+            piece = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+            tiles = 4 * (STAGES - 1) + piece // PIECES
+            words_at = column * (4 * BLOCK_N) + piece % PIECES * (4 * BLOCK_N // PIECES)
+            words_at = packed + ((first_group * 4 + tiles) * (4 * N) + words_at)
+            _prefetch(words_at, tiles < 4 * groups, 16 * BLOCK_N // PIECES)
         places = rows + block * PAIRS
         inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         row = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]

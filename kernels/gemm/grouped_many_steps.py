@@ -20,6 +20,26 @@ from convert_w4a8.kernels.gemm.hopper_kernel import _multiply_group as _multiply
 from convert_w4a8.kernels.gemm.hopper_lookups import _columns, _entries, _look_up
 
 
+@gluon.constexpr_function
+def _to_l2(size):
+    """Return assembly that brings so many bytes into the L2."""
+    return f"""
+{{
+.reg .pred there;
+setp.ne.b32 there, $2, 0;
+@there cp.async.bulk.prefetch.L2.global [$1], {size};
+mov.b32 $0, 0;
+}}
+"""
+
+
+@gluon.jit
+def _prefetch(at, there, SIZE: gl.constexpr):
+    """Bring SIZE bytes at each of these addresses, multiples of 16, into the L2, where there are any."""
+    given = [at.to(gl.int64), there.to(gl.int32)]
+    gl.inline_asm_elementwise(_to_l2(SIZE), "=r,l,r", given, dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.jit
 def _multiply_group(
     group,

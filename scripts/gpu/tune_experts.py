@@ -73,6 +73,7 @@ FIELDS = (
     "registers",
     "chain",
     "overlap",
+    "prefetch",
 )
 TABLE = Path(tuned_experts.__file__)
 
