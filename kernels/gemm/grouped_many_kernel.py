@@ -1,9 +1,10 @@
-"""The GEMM over experts for Hopper where experts have many pairs, in Gluon: products overlap with lookups.
+"""The GEMM over experts for Hopper in an unrolled loop, in Gluon; with many pairs, products overlap with lookups.
 
-As `grouped_hopper_kernel`, but for the loop: while the tensor core multiplies one group, the weights of the next one
-are looked up, into other registers. All groups are one chain of sums in the tensor core: where groups were added up
-apart, the compiler copied sums that it was still at (`tests/support/compile_gemm_types.py` sees that). A block may have
-two runs of pairs, BLOCK_M and REST, each a power of two: their weights are looked up once.
+As `grouped_hopper_kernel`, but for the loop, which is that of `hopper_kernel`. With OVERLAP 3, while the tensor core
+multiplies one group, the weights of the next one are looked up, into other registers. All groups are one chain of sums
+in the tensor core then: where groups were added up apart, the compiler copied sums that it was still at
+(`tests/support/compile_gemm_types.py` sees that). A block may have two runs of pairs, BLOCK_M and REST, each a power of
+two: their weights are looked up once.
 """
 
 # Arguments of Triton functions have no Python types.
