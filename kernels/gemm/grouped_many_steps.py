@@ -127,9 +127,6 @@ def _multiply_ahead(
     TILES: gl.constexpr = BLOCK_N // 16
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
-    words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
-    both = tables_ring[SLOT].load(BOTH)
-    columns = _entries(entries, both) if INDEXED else _columns(both)
     if group + STAGES - 1 < groups:
         async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
         async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
@@ -137,6 +134,9 @@ def _multiply_ahead(
         if REST:
             async_copy.async_copy_global_to_shared(more_ring[FILL], more_at, mask=is_more)
     async_copy.commit_group()
+    words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
+    both = tables_ring[SLOT].load(BOTH)
+    columns = _entries(entries, both) if INDEXED else _columns(both)
     first = ()
     second = ()
     for column in gl.static_range(4):
