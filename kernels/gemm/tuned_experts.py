@@ -12,27 +12,27 @@ LAUNCHES: dict[tuple[int, int, int, int], tuple[int, Cut, Cut]] = {
     ),
     (8, 4096, 14336, 16): (
         8,
-        (1, 128, 4, 4, 1, True, 0, None, False, None, 0),
+        (1, 128, 3, 4, 1, True, 0, None, False, 0, 0),
         (2, 64, 4, 4, 64, True, 1, None, False, None, 0),
     ),
     (8, 4096, 14336, 32): (
         8,
-        (1, 64, 4, 4, 64, True, 1, 80, False, None, 0),
+        (1, 128, 3, 4, 64, True, 0, None, False, 0, 0),
         (2, 128, 3, 4, 16, True, 2, 128, False, None, 0),
     ),
     (8, 4096, 14336, 64): (
         16,
-        (1, 64, 4, 4, None, True, 1, 96, False, None, 0),
+        (1, 64, 4, 4, None, True, 0, None, False, 0, 0),
         (4, 128, 3, 4, 1, True, 0, None, False, None, 0),
     ),
     (8, 4096, 14336, 128): (
         32,
-        (1, 128, 3, 4, None, False, 0, None, True, None, 0),
+        (1, 128, 3, 4, None, True, 0, None, True, 0, 0),
         (1, 64, 3, 4, None, False, 0, 128, True, 3, 0),
     ),
     (8, 4096, 14336, 256): (
         64,
-        (1, 64, 3, 4, None, True, 0, 128, True, 3, 0),
+        (1, 64, 3, 4, None, True, 0, 128, True, 0, 0),
         (1, 128, 3, 8, None, False, 0, 128, True, 3, 0),
     ),
     (8, 4096, 14336, 512): (
