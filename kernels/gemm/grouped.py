@@ -252,12 +252,17 @@ def _multiply(
         arguments = (tokens, packed, tables.view(torch.int64), index, *tensors, *sizes)
         constants |= {"ACTIVATION": activation, "SORTED": is_sorted, "INDEXED": indexed}
         options = {"maxnreg": launch.registers, "launch_pdl": True}
-        if launch.overlap:
-            first = 1 << (launch.block_m.bit_length() - 1)
-            if not launch.chain or (splits > 1 and launch.block_m > first):
-                raise ValueError(f"{launch} has no kernel")
-            del constants["CHAIN"]
-            constants |= {"BLOCK_M": first, "REST": launch.block_m - first}
+        first = 1 << (launch.block_m.bit_length() - 1)
+        rest = launch.block_m - first
+        if (launch.overlap == 3 and not launch.chain) or (rest and (launch.overlap != 3 or splits > 1)):
+            raise ValueError(f"{launch} has no kernel")
+        if launch.overlap is not None:
+            constants |= {
+                "BLOCK_M": first,
+                "REST": rest,
+                "OVERLAP": launch.overlap,
+                "PREFETCH": launch.prefetch * is_sorted,
+            }
             grouped_many_kernel._grouped_kernel[grid](*arguments, **constants, **options)  # noqa: SLF001
             return
         constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}

@@ -18,15 +18,18 @@ _MANY_ROWS = 64
 class Launch:
     """How one grouped GEMM is cut.
 
-    block_m: pairs of a block, a power of two from 16, on Hopper from 8, or with `overlap` two of them added. block_n:
+    block_m: pairs of a block, a power of two from 16, on Hopper from 8, or with `overlap` 3 two of them added. block_n:
     output channels of a block. splits: parts of K. stages: copies in flight. chain: sum over K inside the tensor core,
     see `gpu.Launch`. columns: blocks of channels (and parts of K) that follow each other before the next block of
     pairs; None for all.
 
     On Hopper: indexed: read indices of tables, where layers have them, not the tables of all groups. apart: with these,
     and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts.
-    registers: of a thread at most; None as the compiler likes. overlap: look up the weights of a group while the one
-    before is multiplied; with `chain`, and K is not split where a block is of two powers.
+    registers: of a thread at most; None as the compiler likes. overlap: what `grouped_many_kernel` does while the
+    tensor core multiplies, which unrolls its loop and has distinct tables in shared memory: 0: nothing; 1 and 2: as
+    `hopper.Launch` says; 3: look up the weights of the next group, a product always outstanding, with `chain`, and K is
+    not split where a block is of two powers. None: `grouped_hopper_kernel` multiplies. prefetch: of that kernel's down
+    projections: groups, a power of two up to 32, that a block brings into the L2 while it waits for activations.
     """
 
     block_m: int
@@ -39,7 +42,8 @@ class Launch:
     indexed: bool = True
     apart: int = 0
     registers: int | None = None
-    overlap: bool = False
+    overlap: int | None = None
+    prefetch: int = 0
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
@@ -79,8 +83,8 @@ def choose_launches(
 
 
 def _launch(block_m: int, cut: Cut) -> Launch:
-    splits, block_n, stages, warps, columns, indexed, apart, registers, chain, overlap = cut
-    return Launch(block_m, splits, block_n, stages, warps, chain, columns, indexed, apart, registers, overlap)
+    splits, block_n, stages, warps, columns, indexed, apart, registers, chain, *more = cut
+    return Launch(block_m, splits, block_n, stages, warps, chain, columns, indexed, apart, registers, *more)
 
 
 def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: int) -> Launch:

@@ -1,9 +1,10 @@
-"""The GEMM over experts for Hopper where experts have many pairs, in Gluon: products overlap with lookups.
+"""The GEMM over experts for Hopper in an unrolled loop, in Gluon; with many pairs, products overlap with lookups.
 
-As `grouped_hopper_kernel`, but for the loop: while the tensor core multiplies one group, the weights of the next one
-are looked up, into other registers. All groups are one chain of sums in the tensor core: where groups were added up
-apart, the compiler copied sums that it was still at (`tests/support/compile_gemm_types.py` sees that). A block may have
-two runs of pairs, BLOCK_M and REST, each a power of two: their weights are looked up once.
+As `grouped_hopper_kernel`, but for the loop, which is that of `hopper_kernel`. With OVERLAP 3, while the tensor core
+multiplies one group, the weights of the next one are looked up, into other registers. All groups are one chain of sums
+in the tensor core then: where groups were added up apart, the compiler copied sums that it was still at
+(`tests/support/compile_gemm_types.py` sees that). A block may have two runs of pairs, BLOCK_M and REST, each a power of
+two: their weights are looked up once.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -13,163 +14,11 @@ two runs of pairs, BLOCK_M and REST, each a power of two: their weights are look
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.gemm.cluster_sums import barrier
-from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _activated
-from convert_w4a8.kernels.gemm.hopper_lookups import _look_up, _spread, _tables_layout, _words_layout
-
-
-@gluon.jit
-def _multiply_group(
-    group,
-    groups,
-    SLOT: gl.constexpr,
-    rings,
-    packed_at,
-    tables_at,
-    tables,
-    index_at,
-    tokens_at,
-    is_token,
-    more_at,
-    is_more,
-    sums,
-    STAGES: gl.constexpr,
-    REST: gl.constexpr,
-    INDEXED: gl.constexpr,
-    OUTSTANDING: gl.constexpr,
-    WORDS: gl.constexpr,
-    FRAGMENT: gl.constexpr,
-    BOTH: gl.constexpr,
-    TABLES: gl.constexpr,
-    TABLES_COPY: gl.constexpr,
-    OPERAND: gl.constexpr,
-    MORE_OPERAND: gl.constexpr,
-):
-    """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
-
-    sums: of both runs of pairs, which the tensor core may be at. Returned with one more group: OUTSTANDING products are
-    not waited for.
-    """
-    words_ring, tables_ring, token_ring, index_ring, more_ring = rings
-    SLOTS: gl.constexpr = STAGES + 1
-    FILL: gl.constexpr = (SLOT + STAGES - 1) % SLOTS
-    BLOCK_N: gl.constexpr = tables_ring[0].shape[0]
-    TILES: gl.constexpr = BLOCK_N // 16
-    async_copy.wait_group(STAGES - 2)
-    fence_async_shared()
-    words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
-    both = tables_ring[SLOT].load(BOTH)
-    if INDEXED:
-        tables_at = tables + index_ring[FILL].load(TABLES_COPY)
-    if group + STAGES - 1 < groups:
-        async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
-        async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
-        async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
-        if REST:
-            async_copy.async_copy_global_to_shared(more_ring[FILL], more_at, mask=is_more)
-    if INDEXED and group + 2 * STAGES - 2 < groups:
-        async_copy.async_copy_global_to_shared(index_ring[(SLOT + 2 * STAGES - 2) % SLOTS], index_at)
-    async_copy.commit_group()
-    first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
-    first = gl.convert_layout(first, TABLES, assert_trivial=True)
-    second = gl.convert_layout(second, TABLES, assert_trivial=True)
-    weights = _look_up(words, _spread(first), _spread(second), BLOCK_N)
-    operand = gl.convert_layout(weights, OPERAND, assert_trivial=True)
-    x = token_ring[SLOT].permute((1, 0))
-    products = (warpgroup_mma(operand, x, sums[0], use_acc=True, is_async=True),)
-    if REST:
-        operand = gl.convert_layout(weights, MORE_OPERAND, assert_trivial=True)
-        x = more_ring[SLOT].permute((1, 0))
-        products += (warpgroup_mma(operand, x, sums[1], use_acc=True, is_async=True),)
-    return _waited(products, OUTSTANDING, REST)
-
-
-@gluon.jit
-def _waited(products, OUTSTANDING: gl.constexpr, REST: gl.constexpr):
-    """Return these products, of which those of so many groups are not waited for."""
-    if REST:
-        first, more = warpgroup_mma_wait(2 * OUTSTANDING, deps=(products[0], products[1]))
-        waited = (warpgroup_mma_init(first), warpgroup_mma_init(more))
-    else:
-        first = warpgroup_mma_wait(OUTSTANDING, deps=(products[0],))
-        waited = (warpgroup_mma_init(first),)
-    return waited
-
-
-@gluon.jit
-def _finish(
-    total,
-    m,
-    out_row,
-    scales,
-    row_of,
-    ROWS,
-    N,
-    n,
-    channel,
-    column,
-    columns,
-    left_scale,
-    right_scale,
-    output,
-    maxima,
-    sums_at,
-    stride,
-    part,
-    counter,
-    SPLITS,
-    HALVES: gl.constexpr,
-    SPLIT: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-):
-    """Scale, activate and store the sums of a run of pairs, of the rows out_row, which are row_of in another layout."""
-    BLOCK_N: gl.constexpr = total.shape[0]
-    BLOCK_M: gl.constexpr = total.shape[1]
-    HALF: gl.constexpr = BLOCK_N // 2
-    SIZE: gl.constexpr = BLOCK_M * BLOCK_N
-    AHEAD: gl.constexpr = 1 if SIZE > 4096 else max(4, 8192 // SIZE)
-    OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
-    GATED: gl.constexpr = ACTIVATION is not None
-    inside = (out_row < ROWS) & (n < HALF)
-    halves = total.reshape((2, HALF, BLOCK_M)).permute((1, 2, 0))
-    left, right = gl.split(gl.convert_layout(halves, HALVES))
-    last = True
-    if SPLIT:
-        sums_at += m * BLOCK_N + n
-        gl.store(sums_at + part * stride, left, mask=inside)
-        gl.store(sums_at + part * stride + HALF, right, mask=inside)
-        barrier()
-        last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        if last:
-            gl.store(counter, 0)
-            left = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
-            right = gl.zeros((HALF, BLOCK_M), gl.float32, OUT)
-            for other in range(0, SPLITS, AHEAD):
-                for ahead in gl.static_range(AHEAD):
-                    mask = inside & (other + ahead < SPLITS)
-                    at = sums_at + (other + ahead) * stride
-                    left += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-                    right += gl.load(at + HALF, mask=mask, other=0.0, cache_modifier=".cg")
-    if last:
-        left = left * left_scale * scales
-        right = right * right_scale * scales
-        if GATED:
-            activated = _activated(left, right, ACTIVATION)
-            gl.store(output + out_row.to(gl.int64) * (N // 2) + channel, activated, mask=inside)
-            largest = gl.max(gl.abs(activated.to(gl.float32)), 0)
-            gl.store(maxima + row_of.to(gl.int64) * columns + column, largest, mask=row_of < ROWS)
-        else:
-            output_at = output + out_row.to(gl.int64) * N + channel
-            gl.store(output_at, left.to(gl.bfloat16), mask=inside)
-            gl.store(output_at + HALF, right.to(gl.bfloat16), mask=inside)
+from convert_w4a8.kernels.gemm.grouped_many_steps import _finish, _multiply_group, _prefetch, _waited
+from convert_w4a8.kernels.gemm.hopper_lookups import _entries_in_shared, _tables_layout, _words_layout
 
 
 @gluon.jit(do_not_specialize=["ROWS", "BLOCKS", "WIDTH", "SPLITS", "SHARE"])
@@ -197,15 +46,21 @@ def _grouped_kernel(
     REST: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CHAIN: gl.constexpr,
+    OVERLAP: gl.constexpr,
     SPLIT: gl.constexpr,
     ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
+    PREFETCH: gl.constexpr,
 ):
-    """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are."""
+    """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are.
+
+    PREFETCH: groups of weights that are brought into the L2 at the beginning, where the kernel before is waited for.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     PAIRS: gl.constexpr = BLOCK_M + REST
-    SLOTS: gl.constexpr = STAGES + 1
+    SLOTS: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
     HALF: gl.constexpr = BLOCK_N // 2
     GATED: gl.constexpr = ACTIVATION is not None
     STEP: gl.constexpr = HALF if GATED else BLOCK_N
@@ -214,9 +69,8 @@ def _grouped_kernel(
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
     BOTH: gl.constexpr = _tables_layout(BLOCK_N, WARPS)
-    TABLES_COPY: gl.constexpr = gl.BlockedLayout([1 if INDEXED else 2], [32], [WARPS], [0])
+    TABLES_COPY: gl.constexpr = gl.BlockedLayout([16 if INDEXED else 2], [32], [WARPS], [0])
     SCALES_COPY: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    INDEX_COPY: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
@@ -225,6 +79,7 @@ def _grouped_kernel(
     MORE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MORE_PRODUCT, 4)
     HALVES: gl.constexpr = gl.BlockedLayout([4, 1, 2], [HALF // 4, 128 // HALF, 1], [1, WARPS, 1], [2, 0, 1])
     OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
+    TABLE: gl.constexpr = gl.uint8 if INDEXED else gl.int64
 
     if not SORTED:
         gdc_wait()
@@ -246,18 +101,15 @@ def _grouped_kernel(
         words_ring = ()
         tables_ring = ()
         token_ring = ()
-        index_ring = ()
         more_ring = ()
         for _ in gl.static_range(SLOTS):
             words_ring += (
                 gl.allocate_shared_memory(gl.int32, [4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])),
             )
-            tables_ring += (gl.allocate_shared_memory(gl.int64, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
+            tables_ring += (gl.allocate_shared_memory(TABLE, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
             token_ring += (
                 gl.allocate_shared_memory(gl.float8e4nv, [BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2)),
             )
-            if INDEXED:
-                index_ring += (gl.allocate_shared_memory(gl.uint8, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
             if REST:
                 more_ring += (
                     gl.allocate_shared_memory(gl.float8e4nv, [REST, 128], gl.NVMMASharedLayout(128, 8, rank=2)),
@@ -265,34 +117,26 @@ def _grouped_kernel(
         tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
         word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
         channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
-        channels_of_index = gl.arange(0, BLOCK_N, INDEX_COPY)
         apart = N // 256 * 128 if GATED else HALF
         if GATED:
             word += word // (4 * HALF) * (4 * (apart - HALF))
             channels_of_tables += channels_of_tables // HALF * (apart - HALF)
-            channels_of_index += channels_of_index // HALF * (apart - HALF)
         first_group = expert.to(gl.int64) * (K // 128) + begin
         packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * STEP) + word)
-        of_tables = first_group * N + column * STEP
-        tables_at = tables + of_tables + channels_of_tables
-        index_at = index + of_tables + channels_of_index
-        firsts = ()
-        if INDEXED:
-            for stage in gl.static_range(STAGES - 1):
-                firsts += (gl.load(index + of_tables + min(stage, groups - 1) * N + channels_of_tables),)
+        group_tables = index if INDEXED else tables
+        tables_at = group_tables + (first_group * N + column * STEP + channels_of_tables)
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(words_ring[stage], packed_at + stage * 16 * N)
-                if not INDEXED:
-                    async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
-            if INDEXED and stage + STAGES - 1 < groups:
-                async_copy.async_copy_global_to_shared(
-                    index_ring[(stage + STAGES - 1) % SLOTS], index_at + (stage + STAGES - 1) * N
-                )
-        if INDEXED:
-            for stage in gl.static_range(STAGES - 1):
-                if stage < groups:
-                    async_copy.async_copy_global_to_shared(tables_ring[stage], tables + firsts[stage])
+                async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
+        entries = _entries_in_shared(tables) if INDEXED else 0
+        if PREFETCH:
+            PIECES: gl.constexpr = 8 * WARPS // PREFETCH  # of the words that lie side by side: one for each thread
+            piece = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+            tiles = 4 * (STAGES - 1) + piece // PIECES
+            words_at = column * (4 * BLOCK_N) + piece % PIECES * (4 * BLOCK_N // PIECES)
+            words_at = packed + ((first_group * 4 + tiles) * (4 * N) + words_at)
+            _prefetch(words_at, tiles < 4 * groups, 16 * BLOCK_N // PIECES)
         places = rows + block * PAIRS
         inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         row = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]
@@ -335,40 +179,41 @@ def _grouped_kernel(
             more_scales_kept = gl.allocate_shared_memory(gl.float32, [REST], flat, scales)
         packed_at += (STAGES - 1) * 16 * N
         tables_at += (STAGES - 1) * N
-        index_at += (2 * STAGES - 2) * N
         tokens_at += (STAGES - 1) * 128
         more_at += (STAGES - 1) * 128
 
-        sums_of = (warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)),)
+        total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, PRODUCT)
+        sums_of = (warpgroup_mma_init(total),)
         if REST:
             sums_of += (warpgroup_mma_init(gl.zeros((BLOCK_N, REST), gl.float32, MORE_PRODUCT)),)
-        rings = (words_ring, tables_ring, token_ring, index_ring, more_ring)
+        rings = (words_ring, tables_ring, token_ring, more_ring)
         for turn in range(groups // SLOTS):
             for slot in gl.static_range(SLOTS):
-                sums_of = _multiply_group(
-                    *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, tables, index_at),
-                    *(tokens_at, is_token, more_at, is_more, sums_of, STAGES, REST, INDEXED, 1),
-                    *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
+                total, sums_of = _multiply_group(
+                    *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, entries),
+                    *(tokens_at, is_token, more_at, is_more, total, sums_of),
+                    *(STAGES, CHAIN, REST, INDEXED, OVERLAP, False),
+                    *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N
-                index_at += N
                 tokens_at += 128
                 more_at += 128
         sums_of = _waited(sums_of, 0, REST)  # no product lasts from one branch to the next
         for slot in gl.static_range(SLOTS - 1):
             if slot < groups % SLOTS:
-                sums_of = _multiply_group(
+                total, sums_of = _multiply_group(
                     *(groups // SLOTS * SLOTS + slot, groups, slot, rings),
-                    *(packed_at, tables_at, tables, index_at, tokens_at, is_token, more_at, is_more, sums_of),
-                    *(STAGES, REST, INDEXED, 0, WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
+                    *(packed_at, tables_at, entries, tokens_at, is_token, more_at, is_more, total, sums_of),
+                    *(STAGES, CHAIN, REST, INDEXED, OVERLAP, True),
+                    *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N
-                index_at += N
                 tokens_at += 128
                 more_at += 128
-        total = warpgroup_mma_wait(0, deps=(sums_of[0],))
+        done = warpgroup_mma_wait(0, deps=(sums_of[0],))
+        total = done if CHAIN else total + done
         place = block * columns + column
         stride = (BLOCKS * columns).to(gl.int64) * (BLOCK_M * BLOCK_N)
         left_scale = left_scales.load(gl.SliceLayout(1, OUT))[:, None]

@@ -54,6 +54,11 @@ OVERLAP: dict[int, tuple[Shape, ...]] = {
     **dict.fromkeys((80, 96), ((128, 8, 3, 128), (128, 8, 3, None), (64, 4, 3, None))),
 }
 """The same of blocks that look up weights while they multiply, by pairs: one power of two, or two of them added."""
+UNROLLED: dict[int, tuple[Shape, ...]] = {
+    **dict.fromkeys((8, 16), ((64, 4, 4, None), (64, 4, 4, 80), (64, 4, 6, 96), (128, 4, 3, 168), (128, 4, 3, 128))),
+    **dict.fromkeys((32, 64), ((64, 4, 3, None), (64, 4, 4, 96), (128, 4, 3, None), (128, 4, 3, 128))),
+}
+"""The same of blocks that multiply one group after the other in a loop that is unrolled, by pairs."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 COLUMNS = (None, 1, 4, 16, 64)
 REPLAYS = 7
@@ -68,6 +73,7 @@ FIELDS = (
     "registers",
     "chain",
     "overlap",
+    "prefetch",
 )
 TABLE = Path(tuned_experts.__file__)
 
@@ -94,9 +100,14 @@ def shapes(block_m: int, n: int, apart: Sequence[int]) -> list[Launch]:
         for indexed in ((True, False) if chain else (True,))
     ]
     made += [
-        Launch(block_m, 1, block_n, stages, warps, True, None, indexed, 0, registers, overlap=True)
+        Launch(block_m, 1, block_n, stages, warps, True, None, indexed, 0, registers, overlap=3)
         for block_n, warps, stages, registers in OVERLAP.get(block_m, ())
         for indexed in (True, False)
+    ]
+    made += [
+        Launch(block_m, 1, block_n, stages, warps, chain, None, True, 0, registers, overlap=0)
+        for block_n, warps, stages, registers in UNROLLED.get(block_m, ())
+        for chain in ((True,) if block_m >= 64 else (False, True))
     ]
     return [launch for launch in made if n % launch.block_n == 0]
 

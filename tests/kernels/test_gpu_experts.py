@@ -276,8 +276,10 @@ def assert_possible(launches: Any, hidden: int, intermediate: int) -> None:
         assert n % launch.block_n == 0
         assert 1 <= launch.splits <= k // 128
         power = launch.block_m & (launch.block_m - 1) == 0
-        assert power or (launch.overlap and launch.splits == 1)
-        assert launch.chain or not launch.overlap
+        assert power or (launch.overlap == 3 and launch.splits == 1)
+        assert launch.chain or launch.overlap != 3
+        assert launch.prefetch in (0, 4, 8, 16, 32)
+        assert launch.overlap is not None or not launch.prefetch
 
 
 def test_measured_launches_are_possible() -> None:

@@ -67,12 +67,17 @@ looked up, the activation."""
 
 
 MANY = (
-    *((32, 0, 2, 64, 4, 3, True, None, None), (64, 0, 1, 64, 4, 3, True, 128, "silu")),
+    *((32, 0, 2, 64, 4, 3, True, None, None), (64, 0, 1, 64, 4, 3, True, None, "silu")),
     *((64, 16, 1, 64, 4, 3, True, None, "gelu"), (64, 16, 1, 128, 8, 3, False, None, None)),
     *((64, 32, 1, 128, 8, 3, False, None, "silu"), (64, 0, 1, 128, 8, 3, True, None, None)),
 )
 """Of the kernel for many pairs: both runs of pairs, parts of K, channels, warps, copies in flight, whether it reads
 indices of tables, registers, the activation."""
+UNROLLED = (
+    *((8, 0, 2, 64, 4, 4, True, 96, None), (16, 0, 1, 64, 4, 6, True, None, "silu")),
+    *((32, 0, 1, 128, 4, 3, True, None, "silu"), (64, 0, 1, 64, 4, 3, True, None, None)),
+)
+"""The same, of those that multiply one group after the other."""
 
 
 def show_hopper() -> None:
@@ -83,9 +88,11 @@ def show_hopper() -> None:
         constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
         constants |= {"APART": apart > 0, "BY_PRODUCTS": apart == 2}
         show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource)
-    for block_m, rest, splits, block_n, warps, stages, indexed, registers, activation in MANY:
+    many = [(3, case) for case in MANY] + [(0, case) for case in UNROLLED]
+    for overlap, (block_m, rest, splits, block_n, warps, stages, indexed, registers, activation) in many:
         constants = {"BLOCK_M": block_m, "REST": rest, "BLOCK_N": block_n, "STAGES": stages, "SPLIT": splits > 1}
         constants |= {"INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
+        constants |= {"OVERLAP": overlap, "CHAIN": overlap == 3 or block_m >= 32, "PREFETCH": 4 * (splits - 1)}
         show(grouped_many_kernel._grouped_kernel, 90, constants, warps, GluonASTSource, maxnreg=registers)
 
 
