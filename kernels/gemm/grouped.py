@@ -86,7 +86,7 @@ def experts(
     x: bfloat16 [M, hidden]. topk_weights: float32 [M, T]. topk_ids: int32 or int64 [M, T]; an id of −1 is no expert.
     gate_up: K = hidden, N = 2·intermediate, the gate first. down: K = intermediate, N = hidden. expert_map: int32 [all
     experts], the place of an expert in these tensors, −1 for one that is not in them and adds nothing; None where the
-    ids are places. activation: one of
+    ids are places: none may be beyond the tensors then. activation: one of
     `grouped_reference.ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`. hopper: multiply
     by the kernel for Hopper, in Gluon, and launch everything before what is ahead of it has ended.
 
@@ -220,6 +220,8 @@ def _multiply(
     n, k = packed.shape[2] // 4, packed.shape[1] * 32
     if n % launch.block_n or k % GROUP:
         raise ValueError(f"experts of N = {n}, K = {k}: not multiples of {launch.block_n} and {GROUP}")
+    if launch.splits > k // GROUP:
+        raise ValueError(f"experts of K = {k} in {launch.splits} parts, of which some are empty")
     blocks, columns = len(of_block), n // launch.block_n
     splits, sums, counters = workspace.split(output, blocks * columns, launch.block_n * launch.block_m, launch.splits)
     grid = (blocks * columns * splits,)
@@ -257,12 +259,7 @@ def _multiply(
         if (launch.overlap == 3 and not launch.chain) or (rest and (launch.overlap != 3 or splits > 1)):
             raise ValueError(f"{launch} has no kernel")
         if launch.overlap is not None:
-            constants |= {
-                "BLOCK_M": first,
-                "REST": rest,
-                "OVERLAP": launch.overlap,
-                "PREFETCH": launch.prefetch * is_sorted,
-            }
+            constants |= {"BLOCK_M": first, "REST": rest, "OVERLAP": launch.overlap}
             grouped_many_kernel._grouped_kernel[grid](*arguments, **constants, **options)  # noqa: SLF001
             return
         constants |= {"APART": indexed and launch.apart > 0 and not launch.chain, "BY_PRODUCTS": launch.apart == 2}

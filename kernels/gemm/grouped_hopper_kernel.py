@@ -115,6 +115,9 @@ def _grouped_kernel(
     begin = (K // 128 * part) // SPLITS
     groups = (K // 128 * (part + 1)) // SPLITS - begin
     expert = gl.load(of_block + block)
+    if SORTED:  # noqa: SIM102 - which the compiler knows
+        if expert < 0:
+            gdc_wait()  # what comes after waits for this kernel alone, even if all of its blocks are empty
     if expert >= 0:
         words_ring = gl.allocate_shared_memory(
             gl.int32, [STAGES, 4, 4 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

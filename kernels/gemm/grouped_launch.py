@@ -26,10 +26,9 @@ class Launch:
     On Hopper: indexed: read indices of tables, where layers have them, not the tables of all groups. apart: with these,
     and without `chain`, look up positive and negative weights apart: 1, or 2, by products in place of shifts.
     registers: of a thread at most; None as the compiler likes. overlap: what `grouped_many_kernel` does while the
-    tensor core multiplies, which unrolls its loop and has distinct tables in shared memory: 0: nothing; 1 and 2: as
-    `hopper.Launch` says; 3: look up the weights of the next group, a product always outstanding, with `chain`, and K is
-    not split where a block is of two powers. None: `grouped_hopper_kernel` multiplies. prefetch: of that kernel's down
-    projections: groups, a power of two up to 32, that a block brings into the L2 while it waits for activations.
+    tensor core multiplies, which unrolls its loop: 0: nothing; 1 and 2: as `hopper.Launch` says; 3: look up the weights
+    of the next group, a product always outstanding, with `chain`, and K is not split where a block is of two powers.
+    But for 3 it has distinct tables in shared memory. None: `grouped_hopper_kernel` multiplies.
     """
 
     block_m: int
@@ -43,7 +42,6 @@ class Launch:
     apart: int = 0
     registers: int | None = None
     overlap: int | None = None
-    prefetch: int = 0
 
 
 def block_of_pairs(pairs: int, experts: int) -> int:
@@ -83,8 +81,8 @@ def choose_launches(
 
 
 def _launch(block_m: int, cut: Cut) -> Launch:
-    splits, block_n, stages, warps, columns, indexed, apart, registers, chain, *more = cut
-    return Launch(block_m, splits, block_n, stages, warps, chain, columns, indexed, apart, registers, *more)
+    splits, block_n, stages, warps, columns, indexed, apart, registers, chain, overlap = cut
+    return Launch(block_m, splits, block_n, stages, warps, chain, columns, indexed, apart, registers, overlap)
 
 
 def choose_launch(block_m: int, blocks: int, n: int, k: int, multiprocessors: int) -> Launch:

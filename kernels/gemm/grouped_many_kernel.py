@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from convert_w4a8.kernels.gemm.grouped_many_steps import _finish, _multiply_group, _prefetch, _waited
+from convert_w4a8.kernels.gemm.grouped_many_steps import _finish, _multiply_group, _waited
 from convert_w4a8.kernels.gemm.hopper_lookups import _entries_in_shared, _tables_layout, _words_layout
 
 
@@ -52,14 +52,11 @@ def _grouped_kernel(
     ACTIVATION: gl.constexpr,
     SORTED: gl.constexpr,
     INDEXED: gl.constexpr,
-    PREFETCH: gl.constexpr,
 ):
-    """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are.
-
-    PREFETCH: groups of weights that are brought into the L2 at the beginning, where the kernel before is waited for.
-    """
+    """Multiply, as `grouped_hopper_kernel._grouped_kernel` does, which says what the arguments are."""
     WARPS: gl.constexpr = gl.num_warps()
     PAIRS: gl.constexpr = BLOCK_M + REST
+    GATHER: gl.constexpr = INDEXED and OVERLAP == 3
     SLOTS: gl.constexpr = STAGES + 1 if OVERLAP else STAGES
     HALF: gl.constexpr = BLOCK_N // 2
     GATED: gl.constexpr = ACTIVATION is not None
@@ -69,8 +66,9 @@ def _grouped_kernel(
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, WARPS // 2], [1, 0])
     TABLES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
     BOTH: gl.constexpr = _tables_layout(BLOCK_N, WARPS)
-    TABLES_COPY: gl.constexpr = gl.BlockedLayout([16 if INDEXED else 2], [32], [WARPS], [0])
+    TABLES_COPY: gl.constexpr = gl.BlockedLayout([1 if GATHER else 16 if INDEXED else 2], [32], [WARPS], [0])
     SCALES_COPY: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    INDEX_COPY: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
     TOKENS_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
@@ -79,7 +77,7 @@ def _grouped_kernel(
     MORE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MORE_PRODUCT, 4)
     HALVES: gl.constexpr = gl.BlockedLayout([4, 1, 2], [HALF // 4, 128 // HALF, 1], [1, WARPS, 1], [2, 0, 1])
     OUT: gl.constexpr = gl.SliceLayout(2, HALVES)
-    TABLE: gl.constexpr = gl.uint8 if INDEXED else gl.int64
+    TABLE: gl.constexpr = gl.uint8 if INDEXED and not GATHER else gl.int64
 
     if not SORTED:
         gdc_wait()
@@ -96,11 +94,15 @@ def _grouped_kernel(
     begin = (K // 128 * part) // SPLITS
     groups = (K // 128 * (part + 1)) // SPLITS - begin
     expert = gl.load(of_block + block)
+    if SORTED:  # noqa: SIM102 - which the compiler knows
+        if expert < 0:
+            gdc_wait()  # what comes after waits for this kernel alone, even if all of its blocks are empty
     if expert >= 0:
         # Each buffer by itself: the compiler sees that copies into one have no need to wait for reads of another.
         words_ring = ()
         tables_ring = ()
         token_ring = ()
+        index_ring = ()
         more_ring = ()
         for _ in gl.static_range(SLOTS):
             words_ring += (
@@ -110,6 +112,8 @@ def _grouped_kernel(
             token_ring += (
                 gl.allocate_shared_memory(gl.float8e4nv, [BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2)),
             )
+            if GATHER:
+                index_ring += (gl.allocate_shared_memory(gl.uint8, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
             if REST:
                 more_ring += (
                     gl.allocate_shared_memory(gl.float8e4nv, [REST, 128], gl.NVMMASharedLayout(128, 8, rank=2)),
@@ -117,26 +121,36 @@ def _grouped_kernel(
         tile = gl.arange(0, 4, gl.SliceLayout(1, COPY))[:, None]
         word = gl.arange(0, 4 * BLOCK_N, gl.SliceLayout(0, COPY))[None, :]
         channels_of_tables = gl.arange(0, BLOCK_N, TABLES_COPY)
+        channels_of_index = gl.arange(0, BLOCK_N, INDEX_COPY)
         apart = N // 256 * 128 if GATED else HALF
         if GATED:
             word += word // (4 * HALF) * (4 * (apart - HALF))
             channels_of_tables += channels_of_tables // HALF * (apart - HALF)
+            channels_of_index += channels_of_index // HALF * (apart - HALF)
         first_group = expert.to(gl.int64) * (K // 128) + begin
         packed_at = packed + (first_group * 4 + tile) * (4 * N) + (column * (4 * STEP) + word)
-        group_tables = index if INDEXED else tables
-        tables_at = group_tables + (first_group * N + column * STEP + channels_of_tables)
+        of_tables = first_group * N + column * STEP
+        group_tables = index if INDEXED and not GATHER else tables
+        tables_at = group_tables + of_tables + channels_of_tables
+        index_at = index + of_tables + channels_of_index
+        firsts = ()
+        if GATHER:
+            for stage in gl.static_range(STAGES - 1):
+                firsts += (gl.load(index + of_tables + min(stage, groups - 1) * N + channels_of_tables),)
         for stage in gl.static_range(STAGES - 1):
             if stage < groups:
                 async_copy.async_copy_global_to_shared(words_ring[stage], packed_at + stage * 16 * N)
-                async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
-        entries = _entries_in_shared(tables) if INDEXED else 0
-        if PREFETCH:
-            PIECES: gl.constexpr = 8 * WARPS // PREFETCH  # of the words that lie side by side: one for each thread
-            piece = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-            tiles = 4 * (STAGES - 1) + piece // PIECES
-            words_at = column * (4 * BLOCK_N) + piece % PIECES * (4 * BLOCK_N // PIECES)
-            words_at = packed + ((first_group * 4 + tiles) * (4 * N) + words_at)
-            _prefetch(words_at, tiles < 4 * groups, 16 * BLOCK_N // PIECES)
+                if not GATHER:
+                    async_copy.async_copy_global_to_shared(tables_ring[stage], tables_at + stage * N)
+            if GATHER and stage + STAGES - 1 < groups:
+                async_copy.async_copy_global_to_shared(
+                    index_ring[(stage + STAGES - 1) % SLOTS], index_at + (stage + STAGES - 1) * N
+                )
+        if GATHER:
+            for stage in gl.static_range(STAGES - 1):
+                if stage < groups:
+                    async_copy.async_copy_global_to_shared(tables_ring[stage], tables + firsts[stage])
+        distinct = _entries_in_shared(tables) if INDEXED and not GATHER else tables
         places = rows + block * PAIRS
         inner = gl.arange(0, 128, gl.SliceLayout(0, TOKENS_COPY))[None, :]
         row = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS_COPY)))[:, None]
@@ -179,6 +193,7 @@ def _grouped_kernel(
             more_scales_kept = gl.allocate_shared_memory(gl.float32, [REST], flat, scales)
         packed_at += (STAGES - 1) * 16 * N
         tables_at += (STAGES - 1) * N
+        index_at += (2 * STAGES - 2) * N
         tokens_at += (STAGES - 1) * 128
         more_at += (STAGES - 1) * 128
 
@@ -186,17 +201,18 @@ def _grouped_kernel(
         sums_of = (warpgroup_mma_init(total),)
         if REST:
             sums_of += (warpgroup_mma_init(gl.zeros((BLOCK_N, REST), gl.float32, MORE_PRODUCT)),)
-        rings = (words_ring, tables_ring, token_ring, more_ring)
+        rings = (words_ring, tables_ring, token_ring, index_ring, more_ring)
         for turn in range(groups // SLOTS):
             for slot in gl.static_range(SLOTS):
                 total, sums_of = _multiply_group(
-                    *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, entries),
+                    *(turn * SLOTS + slot, groups, slot, rings, packed_at, tables_at, distinct, index_at),
                     *(tokens_at, is_token, more_at, is_more, total, sums_of),
                     *(STAGES, CHAIN, REST, INDEXED, OVERLAP, False),
-                    *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
+                    *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N
+                index_at += N
                 tokens_at += 128
                 more_at += 128
         sums_of = _waited(sums_of, 0, REST)  # no product lasts from one branch to the next
@@ -204,12 +220,13 @@ def _grouped_kernel(
             if slot < groups % SLOTS:
                 total, sums_of = _multiply_group(
                     *(groups // SLOTS * SLOTS + slot, groups, slot, rings),
-                    *(packed_at, tables_at, entries, tokens_at, is_token, more_at, is_more, total, sums_of),
-                    *(STAGES, CHAIN, REST, INDEXED, OVERLAP, True),
-                    *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
+                    *(packed_at, tables_at, distinct, index_at, tokens_at, is_token, more_at, is_more),
+                    *(total, sums_of, STAGES, CHAIN, REST, INDEXED, OVERLAP, True),
+                    *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
                 )
                 packed_at += 16 * N
                 tables_at += N
+                index_at += N
                 tokens_at += 128
                 more_at += 128
         done = warpgroup_mma_wait(0, deps=(sums_of[0],))

@@ -17,27 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from convert_w4a8.kernels.gemm.cluster_sums import barrier
 from convert_w4a8.kernels.gemm.grouped_hopper_kernel import _activated
 from convert_w4a8.kernels.gemm.hopper_kernel import _multiply_group as _multiply_as_layers
-from convert_w4a8.kernels.gemm.hopper_lookups import _columns, _entries, _look_up
-
-
-@gluon.constexpr_function
-def _to_l2(size):
-    """Return assembly that brings so many bytes into the L2."""
-    return f"""
-{{
-.reg .pred there;
-setp.ne.b32 there, $2, 0;
-@there cp.async.bulk.prefetch.L2.global [$1], {size};
-mov.b32 $0, 0;
-}}
-"""
-
-
-@gluon.jit
-def _prefetch(at, there, SIZE: gl.constexpr):
-    """Bring SIZE bytes at each of these addresses, multiples of 16, into the L2, where there are any."""
-    given = [at.to(gl.int64), there.to(gl.int32)]
-    gl.inline_asm_elementwise(_to_l2(SIZE), "=r,l,r", given, dtype=gl.int32, is_pure=False, pack=1)
+from convert_w4a8.kernels.gemm.hopper_lookups import _look_up, _spread
 
 
 @gluon.jit
@@ -48,7 +28,8 @@ def _multiply_group(
     rings,
     packed_at,
     tables_at,
-    entries,
+    tables,
+    index_at,
     tokens_at,
     is_token,
     more_at,
@@ -65,23 +46,25 @@ def _multiply_group(
     FRAGMENT: gl.constexpr,
     BOTH: gl.constexpr,
     TABLES: gl.constexpr,
+    TABLES_COPY: gl.constexpr,
     OPERAND: gl.constexpr,
     MORE_OPERAND: gl.constexpr,
 ):
     """Multiply a group, whose copies lie in the buffers SLOT, and start copies of the one STAGES - 1 later.
 
-    entries: where the distinct tables are, if INDEXED: `tables_ring` has indices then. total: the sums of groups that
-    were added up, without CHAIN. sums: of both runs of pairs, which the tensor core may be at. Both are returned with
-    one more group. WAIT: for its products.
+    tables: where the distinct tables are, if INDEXED: in memory with OVERLAP 3, else in shared memory. total: the sums
+    of groups that were added up, without CHAIN. sums: of both runs of pairs, which the tensor core may be at. Both are
+    returned with one more group. WAIT: for its products.
     """
     if OVERLAP == 3:
         sums = _multiply_ahead(
-            *(group, groups, SLOT, rings, packed_at, tables_at, entries, tokens_at, is_token, more_at, is_more, sums),
-            *(STAGES, REST, INDEXED, 0 if WAIT else 1, WORDS, FRAGMENT, BOTH, TABLES, OPERAND, MORE_OPERAND),
+            *(group, groups, SLOT, rings, packed_at, tables_at, tables, index_at, tokens_at, is_token),
+            *(more_at, is_more, sums, STAGES, REST, INDEXED, 0 if WAIT else 1),
+            *(WORDS, FRAGMENT, BOTH, TABLES, TABLES_COPY, OPERAND, MORE_OPERAND),
         )
     else:
         total, product = _multiply_as_layers(
-            *(group, groups, SLOT, (rings[0], rings[1], rings[2]), packed_at, tables_at, entries),
+            *(group, groups, SLOT, (rings[0], rings[1], rings[2]), packed_at, tables_at, tables),
             *(tokens_at, is_token, total, sums[0], STAGES, CHAIN, INDEXED, OVERLAP),
             *(WORDS, FRAGMENT, BOTH, TABLES, OPERAND),
         )
@@ -99,7 +82,8 @@ def _multiply_ahead(
     rings,
     packed_at,
     tables_at,
-    entries,
+    tables,
+    index_at,
     tokens_at,
     is_token,
     more_at,
@@ -113,37 +97,39 @@ def _multiply_ahead(
     FRAGMENT: gl.constexpr,
     BOTH: gl.constexpr,
     TABLES: gl.constexpr,
+    TABLES_COPY: gl.constexpr,
     OPERAND: gl.constexpr,
     MORE_OPERAND: gl.constexpr,
 ):
     """Do what `_multiply_group` does, in one chain, and look weights up while the tensor core is at the group before.
 
+    Tables are gathered into the ring, if INDEXED: to have them in shared memory takes registers that there are not.
     OUTSTANDING: the products of so many groups are not waited for.
     """
-    words_ring, tables_ring, token_ring, more_ring = rings
+    words_ring, tables_ring, token_ring, index_ring, more_ring = rings
     SLOTS: gl.constexpr = STAGES + 1
     FILL: gl.constexpr = (SLOT + STAGES - 1) % SLOTS
     BLOCK_N: gl.constexpr = tables_ring[0].shape[0]
     TILES: gl.constexpr = BLOCK_N // 16
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
+    words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
+    both = tables_ring[SLOT].load(BOTH)
+    if INDEXED:
+        tables_at = tables + index_ring[FILL].load(TABLES_COPY)
     if group + STAGES - 1 < groups:
         async_copy.async_copy_global_to_shared(words_ring[FILL], packed_at)
         async_copy.async_copy_global_to_shared(tables_ring[FILL], tables_at)
         async_copy.async_copy_global_to_shared(token_ring[FILL], tokens_at, mask=is_token)
         if REST:
             async_copy.async_copy_global_to_shared(more_ring[FILL], more_at, mask=is_more)
+    if INDEXED and group + 2 * STAGES - 2 < groups:
+        async_copy.async_copy_global_to_shared(index_ring[(SLOT + 2 * STAGES - 2) % SLOTS], index_at)
     async_copy.commit_group()
-    words = gl.convert_layout(words_ring[SLOT].load(WORDS).reshape((4, TILES, 8, 4, 2)), FRAGMENT, assert_trivial=True)
-    both = tables_ring[SLOT].load(BOTH)
-    columns = _entries(entries, both) if INDEXED else _columns(both)
-    first = ()
-    second = ()
-    for column in gl.static_range(4):
-        one, other = gl.split(columns[column].reshape((TILES, 2, 8)).permute((0, 2, 1)))
-        first += (gl.convert_layout(one, TABLES, assert_trivial=True)[None, :, :, None, None],)
-        second += (gl.convert_layout(other, TABLES, assert_trivial=True)[None, :, :, None, None],)
-    weights = _look_up(words, first, second, BLOCK_N)
+    first, second = gl.split(both.reshape((TILES, 2, 8)).permute((0, 2, 1)))
+    first = gl.convert_layout(first, TABLES, assert_trivial=True)
+    second = gl.convert_layout(second, TABLES, assert_trivial=True)
+    weights = _look_up(words, _spread(first), _spread(second), BLOCK_N)
     operand = gl.convert_layout(weights, OPERAND, assert_trivial=True)
     x = token_ring[SLOT].permute((1, 0))
     products = (warpgroup_mma(operand, x, sums[0], use_acc=True, is_async=True),)

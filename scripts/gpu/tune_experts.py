@@ -73,7 +73,6 @@ FIELDS = (
     "registers",
     "chain",
     "overlap",
-    "prefetch",
 )
 TABLE = Path(tuned_experts.__file__)
 

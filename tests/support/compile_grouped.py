@@ -67,7 +67,7 @@ looked up, the activation."""
 
 
 MANY = (
-    *((32, 0, 2, 64, 4, 3, True, None, None), (64, 0, 1, 64, 4, 3, True, None, "silu")),
+    *((32, 0, 2, 64, 4, 3, True, None, None), (64, 0, 1, 64, 4, 3, True, 128, "silu")),
     *((64, 16, 1, 64, 4, 3, True, None, "gelu"), (64, 16, 1, 128, 8, 3, False, None, None)),
     *((64, 32, 1, 128, 8, 3, False, None, "silu"), (64, 0, 1, 128, 8, 3, True, None, None)),
 )
@@ -92,7 +92,7 @@ def show_hopper() -> None:
     for overlap, (block_m, rest, splits, block_n, warps, stages, indexed, registers, activation) in many:
         constants = {"BLOCK_M": block_m, "REST": rest, "BLOCK_N": block_n, "STAGES": stages, "SPLIT": splits > 1}
         constants |= {"INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
-        constants |= {"OVERLAP": overlap, "CHAIN": overlap == 3 or block_m >= 32, "PREFETCH": 4 * (splits - 1)}
+        constants |= {"OVERLAP": overlap, "CHAIN": overlap == 3 or block_m >= 32}
         show(grouped_many_kernel._grouped_kernel, 90, constants, warps, GluonASTSource, maxnreg=registers)
 
 
