@@ -298,7 +298,7 @@ def test_measured_launches_are_possible() -> None:
 
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
 def test_kernels_compile_to_lookups_and_fp8_products(capability: int) -> None:
-    """For each kind of GPU, without one: weights reach the tensor core in FP8, by registers, and none is spilled."""
+    """For each kind of GPU, without one: weights reach the tensor core in FP8, by registers; few spill, if limited."""
     program = ROOT / "tests" / "support" / "compile_grouped.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(program), str(capability)]
@@ -312,7 +312,7 @@ def test_kernels_compile_to_lookups_and_fp8_products(capability: int) -> None:
     }
     for line in lines:
         counts = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line)}
-        assert counts["LDL"] == counts["STL"] == 0, line
+        assert counts["LDL"] + counts["STL"] <= (32 if counts["limited"] else 0), line
         assert counts["shared"] <= (227 if capability == 90 else 99) * 1024, line
         assert counts.get("HAZARDS", 0) == 0, line
         if line.startswith("_grouped"):

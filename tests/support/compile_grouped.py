@@ -46,6 +46,7 @@ def show(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     code = machine_code(compiled)
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    found["limited"] = int(more.get("maxnreg") is not None)
     counts = " ".join(f"{name}={count}" for name, count in found.items())
     apart = int(constants.get("APART", False))
     if capability == 90 and "QGMMA" in code:
@@ -61,9 +62,14 @@ HOPPER = (
         (32, 1, 128, 4, 3, True, 0, "gelu_tanh"),
     ),
     *((32, 1, 64, 4, 4, True, 2, None), (64, 1, 64, 4, 3, False, 0, "silu"), (128, 1, 128, 8, 3, True, 0, None)),
+    *(
+        (8, 2, 128, 4, 3, True, 1, None, 128),
+        (8, 2, 128, 4, 3, True, 2, None, 128),
+        (8, 1, 128, 4, 3, True, 1, "silu", 128),
+    ),
 )
 """Pairs of a block, parts of K, channels, warps, copies in flight, whether it reads indices of tables, how weights are
-looked up, the activation."""
+looked up, the activation, and of those with a limit, as `tuned_experts` has them, registers."""
 
 
 MANY = (
@@ -83,11 +89,12 @@ UNROLLED = (
 def show_hopper() -> None:
     from convert_w4a8.kernels.gemm import grouped_hopper_kernel, grouped_many_kernel
 
-    for block_m, splits, block_n, warps, stages, indexed, apart, activation in HOPPER:
+    for block_m, splits, block_n, warps, stages, indexed, apart, activation, *limit in HOPPER:
         constants: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "CHAIN": block_m >= 64}
         constants |= {"SPLIT": splits > 1, "INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
         constants |= {"APART": apart > 0, "BY_PRODUCTS": apart == 2}
-        show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource)
+        registers = limit[0] if limit else None
+        show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource, maxnreg=registers)
     many = [(3, case) for case in MANY] + [(0, case) for case in UNROLLED]
     for overlap, (block_m, rest, splits, block_n, warps, stages, indexed, registers, activation) in many:
         constants = {"BLOCK_M": block_m, "REST": rest, "BLOCK_N": block_n, "STAGES": stages, "SPLIT": splits > 1}
