@@ -54,8 +54,6 @@ DECODE: Columns = (
     ("humming", "{humming_w4a8_before_us:.1f}"),
     ("our error", "{ours_error:.4f}"),
 )
-NOT_AGAIN = ("ours, BF16 in", "humming W4A8", "Machete W4A16", "Marlin W4A16", "BF16", "humming")
-"""Columns of kernels that were not measured once more."""
 STEP_TIMES: Columns = (
     ("requests", "{batch:d}"),
     ("served as", "{kind}"),
@@ -88,6 +86,17 @@ GAPS: Columns = (
     ("other likeliest tokens", "{choices_other} of {prompt_logprobs}"),
     ("greedy tokens equal", "{tokens_equal} of {tokens}"),
 )
+EXPERTS: Columns = (
+    ("mixture", "{mixture}"),
+    ("tokens", "{m}"),
+    ("memory µs", "{floor_us:.1f}"),
+    ("ours µs", "{ours_us:.1f}"),
+    ("CUTLASS W4A8", "{cutlass_us:.1f}"),
+    ("humming W4A8", "{humming_w4a8_us:.1f}"),
+    ("humming W4A16", "{humming_w4a16_us:.1f}"),
+    ("Marlin W4A16", "{marlin_us:.1f}"),
+    ("ours does more than the best", "{faster:+.0%}"),
+)
 ACTIVATIONS = (
     ("quantize", "quantize"),
     ("norm, quantize", "norm_quantize"),
@@ -96,15 +105,6 @@ ACTIVATIONS = (
 )
 COPIES = (("", ""), (": a copy", "_copy"))
 COLUMNS: dict[str, Columns] = {
-    "experts-many": (
-        *(("mixture", "{mixture}"), ("tokens", "{tokens}"), ("memory µs", "{floor_us:.1f}")),
-        *(("before µs", "{before_us:.1f}"), ("now µs", "{ours_us:.1f}"), ("humming W4A8", "{humming_w4a8_us:.1f}")),
-        *(
-            ("now does more than humming", "{gain:+.0%}"),
-            ("error before", "{before_error:.4f}"),
-            ("now", "{error:.4f}"),
-        ),
-    ),
     "sources-served": (
         ("source", "{source}"),
         ("converted to", "`{format}`"),
@@ -113,7 +113,6 @@ COLUMNS: dict[str, Columns] = {
     ),
     "decode": DECODE,
     "decode-h200": DECODE,
-    "decode-h200-now": tuple(column for column in DECODE if column[0] not in NOT_AGAIN),
     "decode-parts": (
         ("N × K", "{n} × {k}"),
         ("tokens", "{m}"),
@@ -134,17 +133,7 @@ COLUMNS: dict[str, Columns] = {
         ("down", "{down_us:.1f}"),
         *((f"{name}{what}", f"{{{key}{end}_us:.1f}}") for name, key in ACTIVATIONS for what, end in COPIES),
     ),
-    "experts": (
-        ("mixture", "{mixture}"),
-        ("tokens", "{m}"),
-        ("memory µs", "{floor_us:.1f}"),
-        ("ours µs", "{ours_us:.1f}"),
-        ("CUTLASS W4A8", "{cutlass_us:.1f}"),
-        ("humming W4A8", "{humming_w4a8_us:.1f}"),
-        ("humming W4A16", "{humming_w4a16_us:.1f}"),
-        ("Marlin W4A16", "{marlin_us:.1f}"),
-        ("ours does more than the best", "{faster:+.0%}"),
-    ),
+    **dict.fromkeys(("experts", "experts-mixtral", "experts-h100"), EXPERTS),
     "perplexity-decode": (
         ("checkpoint", "{checkpoint}"),
         ("by", "{path}"),
