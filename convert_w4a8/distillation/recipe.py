@@ -18,9 +18,15 @@ _IF_ANY = ("patience", "towards", "hidden_weight", "damping")
 
 
 def record(
-    options: DistillOptions, digest: str, result: DistillResult, *, embeddings: Sequence[str] = ()
+    options: DistillOptions,
+    digest: str,
+    result: DistillResult,
+    *,
+    gpus: int = 1,
+    replicate: bool = False,
+    embeddings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return what config.json says of a training: what came of it, and the options by which it can be repeated.
+    """Return what config.json says of a training: what came of it, and the choices by which it can be repeated.
 
     embeddings: names of those that were trained.
     """
@@ -36,6 +42,7 @@ def record(
     found |= {name: value for name in _IF_ANY if (value := getattr(options, name))}
     return (
         found
+        | ({"gpus": gpus, "replicate": replicate} if gpus > 1 else {})
         | ({"top_k": result.top_k} if result.top_k else {})
         | ({"embeddings": list(embeddings)} if embeddings else {})
     )

@@ -145,9 +145,8 @@ def distill(
         except KeyboardInterrupt as error:
             kept.note(error)
             raise
-        notes = record(
-            options, data.digest(), result, embeddings=[name for name, one in others.items() if one.dim() > 1]
-        )
+        embeddings = [name for name, one in others.items() if one.dim() > 1]
+        notes = record(options, data.digest(), result, gpus=gpus, replicate=replicate, embeddings=embeddings)
         write_output(writer, start, layers, others, notes, section(options, result))
         check_unchanged(
             before, _fingerprint(start, teacher, options, data, device, predictions, gpus, replicate=replicate)

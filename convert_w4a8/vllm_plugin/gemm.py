@@ -72,7 +72,11 @@ def terms(device: torch.device) -> int:
     if value == "float8":
         return 1
     if not decode_kernel(device) or _hopper(device) is None:
-        logger.warning("%s: %s=bfloat16 needs a Hopper GPU and Triton 3.6: activations are FP8", METHOD, ACTIVATIONS)
+        logger.warning(
+            "%s: %s=bfloat16 needs our kernel for Hopper, which does not run here: activations are FP8",
+            METHOD,
+            ACTIVATIONS,
+        )
         return 1
     return 2
 

@@ -40,7 +40,7 @@ ALWAYS += ["planned_steps", "batch_tokens", "rate", "warmup", "every", "seed"]
         ),
     ],
 )
-def test_all_that_bytes_depend_on_is_recorded(chosen: dict[str, Any], more: dict[str, float]) -> None:
+def test_options_that_bytes_depend_on_are_recorded(chosen: dict[str, Any], more: dict[str, float]) -> None:
     """In this order; of what does nothing, nothing."""
     options = DistillOptions(**chosen)
     found = record(options, "abc", RESULT)
@@ -51,6 +51,13 @@ def test_all_that_bytes_depend_on_is_recorded(chosen: dict[str, Any], more: dict
     assert {name: found[name] for name in names} == {name: getattr(options, name) for name in names}
     assert {name: found[name] for name in more} == more
     assert json.loads(json.dumps(found)) == found
+
+
+def test_several_gpus_are_recorded() -> None:
+    """They add up in another order than one, and each with a part of the layers in another than with all."""
+    found = record(DistillOptions(), "abc", RESULT, gpus=2, replicate=True)
+    assert list(found) == [*ALWAYS, "gpus", "replicate"]
+    assert (found["gpus"], found["replicate"]) == (2, True)
 
 
 def test_every_option_is_recorded_or_changes_nothing() -> None:

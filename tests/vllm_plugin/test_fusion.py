@@ -181,11 +181,10 @@ def test_other_rows_than_the_norm_has_are_quantized_by_themselves(plugin: Any) -
     class Merged(Block):
         def run(self, attended: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
             x = OPS.vllm_ir.rms_norm(torch.cat((attended, residual)), self.norm, EPSILON).view(-1, 2 * HIDDEN)
-            return (OPS.w4a8_lut.linear(x, *quantize(x), *self.wide),)
+            return (OPS.w4a8_lut.linear(x, *quantize(x), *wide),)
 
-    block = Merged()
-    block.wide = layer(256, 2 * HIDDEN)  # type: ignore[attr-defined]
-    targets, found, expected = rewritten(plugin, block, few=True)
+    wide = layer(256, 2 * HIDDEN)
+    targets, found, expected = rewritten(plugin, Merged(), few=True)
     assert "w4a8_lut.norm_quantize.default" not in targets
     assert_same(found, expected)
 
