@@ -90,8 +90,8 @@ def experts(
     `grouped_reference.ACTIVATIONS`. launches: how to cut the two GEMMs; both with the same `block_m`. hopper: multiply
     by the kernel for Hopper, in Gluon, and launch everything before what is ahead of it has ended.
 
-    Activations are quantized per token, and per pair between the projections, as vLLM's W4A8 experts do it. ValueError
-    for another activation, and for sizes that are not multiples of 128.
+    Activations are quantized per token, and per pair between the projections, as vLLM's W4A8 experts do it; on a GPU a
+    NaN becomes a finite number there. ValueError for another activation, and for sizes that are not multiples of 128.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"experts with the activation {activation}")
