@@ -96,18 +96,24 @@ def test_wide_layers_change_earlier() -> None:
     assert not gemm.takes(129, 6144)
 
 
+def asked_three_times(caplog: pytest.LogCaptureFixture) -> str:
+    """Ask for the kernel, which is not there; return the one warning."""
+    gemm.decode_kernel.cache_clear()
+    assert [gemm.decode_kernel(torch.device("cuda")) for _ in range(3)] == [False] * 3
+    gemm.decode_kernel.cache_clear()
+    (record,) = caplog.records
+    return record.getMessage()
+
+
 def test_without_triton_cutlass_runs_and_is_said_to(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One warning a process, whatever the number of layers."""
     monkeypatch.setattr("convert_w4a8.devices.why_not_compiled", lambda _device: "there is no C compiler")
     monkeypatch.setattr(gemm.compat, "batch_invariant", lambda: False)
-    gemm.decode_kernel.cache_clear()
-    assert [gemm.decode_kernel(torch.device("cuda")) for _ in range(3)] == [False] * 3
-    gemm.decode_kernel.cache_clear()
-    (record,) = caplog.records
-    assert "there is no C compiler" in record.getMessage()
-    assert "CUTLASS" in record.getMessage()
+    message = asked_three_times(caplog)
+    assert "there is no C compiler" in message
+    assert "CUTLASS" in message
 
 
 def test_where_batches_may_not_matter_cutlass_runs_or_nothing(
@@ -116,11 +122,8 @@ def test_where_batches_may_not_matter_cutlass_runs_or_nothing(
     """Our kernel adds up in an order that depends on the number of tokens: with VLLM_BATCH_INVARIANT it is left out."""
     monkeypatch.setattr("convert_w4a8.devices.why_not_compiled", lambda _device: None)
     monkeypatch.setattr(gemm.compat, "batch_invariant", lambda: True)
-    gemm.decode_kernel.cache_clear()
-    assert [gemm.decode_kernel(torch.device("cuda")) for _ in range(3)] == [False] * 3
-    gemm.decode_kernel.cache_clear()
-    (record,) = caplog.records
-    assert "VLLM_BATCH_INVARIANT" in record.getMessage()
+    message = asked_three_times(caplog)
+    assert "VLLM_BATCH_INVARIANT" in message
     with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT"):
         gemm.require_ours("layer", "CUTLASS cannot")
 
