@@ -142,6 +142,13 @@ COLUMNS: dict[str, Columns] = {
         ("nats/token over W4A16 by prefill", "{nats_per_token:+.5f} ± {nats_standard_error:.5f}"),
         ("over the same by prefill", "{nats_over_prefill:+.5f} ± {nats_over_prefill_standard_error:.5f}"),
     ),
+    "perplexity-decode-longer": (
+        ("checkpoint", "{checkpoint}"),
+        ("by", "{path}"),
+        ("perplexity", "{perplexity:.4f}"),
+        ("nats/token over the same by prefill", "{nats_over_prefill:+.5f} ± {nats_over_prefill_standard_error:.5f}"),
+        ("likeliest token the same", "{agreement:.1%}"),
+    ),
     "serving": SERVING,
     "serving-decode": SERVING_DECODE,
     "serving-decode-h200": SERVING,
