@@ -221,6 +221,7 @@ class Experiment(Trainer):
                     self._curvature[name].lerp_(one, max(1 / self._looked, 0.01))
             for one in self.trained.values():
                 one.parameter.grad = None
+            logits = counted(self._passes.forward(ids), batch.counts)  # a backward pass reuses what the forward kept
         found = target.divergence(logits).mean()
         return found, found
 
