@@ -186,6 +186,7 @@ class Experiment(Trainer):
         self._fixed: list[LutLinear] = []
         self._curvature = {name: torch.zeros_like(layer.entries) for name, layer in self.student.layers.items()}
         self._looked = 0
+        self._chance = torch.Generator(self._device).manual_seed(self.options.seed)  # apart from that of CUDA graphs
 
     @property
     def progress(self) -> float:
@@ -209,7 +210,7 @@ class Experiment(Trainer):
         if self.run["curvature"] and self.step % 10 == 0:
             with torch.no_grad():
                 upstream = logits.detach().float().softmax(-1)
-                token = torch.multinomial(upstream, 1)
+                token = torch.multinomial(upstream, 1, generator=self._chance)
                 upstream.scatter_add_(1, token, -torch.ones_like(token, dtype=torch.float32))
                 upstream /= len(upstream)
             logits.backward(upstream.to(logits.dtype), retain_graph=True)
