@@ -16,7 +16,6 @@ Keys of a run, beside names of `DistillOptions` and factors of its rates (entrie
                 B, ...; their entries stay, and all else is trained on
     fall=P      rates fall as (1 − t)^P, not as a cosine
     damping=μ   how stiff springs become, as `w4a8 distill --damping`; none if nothing is said, however many the steps
-    curvature=α springs of the curvature of the divergence by each entry, times α^(2t−1) of `spread` if that is given
     biases=1    layers without a bias get one, of zeros, which is trained
     seconds=S   the schedule goes by time, not by steps
 
@@ -42,16 +41,15 @@ from torch import nn
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.devices import training
 from convert_w4a8.distillation import linear
-from convert_w4a8.distillation.data import Batch, in_batches, make_batch
+from convert_w4a8.distillation.data import in_batches, make_batch
 from convert_w4a8.distillation.linear import LutLinear
-from convert_w4a8.distillation.loss import counted
-from convert_w4a8.distillation.machine import deterministic, upload
+from convert_w4a8.distillation.machine import deterministic
 from convert_w4a8.distillation.mix import by_tag, mixed
 from convert_w4a8.distillation.options import DistillOptions, Rates, rates_for
 from convert_w4a8.distillation.student import Student, load_student, load_teacher, logits_of
 from convert_w4a8.distillation.tables import round_to_e4m3, spacing
 from convert_w4a8.distillation.teacher import LiveTeacher
-from convert_w4a8.distillation.train import _BETAS, Trainer, difference, mean
+from convert_w4a8.distillation.train import Trainer, difference, mean
 from convert_w4a8.fp8 import E4M3_MAX
 from convert_w4a8.linear import GROUP_SIZE
 from convert_w4a8.samples.sample import Sample
@@ -61,7 +59,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from results import add_options, save
 
 NUMBERS = {"mtok": 10.0, "begin": 0.0, "end": 1.0, "mu": 2.0, "search": 64.0, "staged": 0.0, "seconds": 0.0}
-NUMBERS |= {"fall": 0.0, "damping": 0.0, "biases": 0.0, "curvature": 0.0, "spread": 1.0} | {f.name: 1.0 for f in fields(Rates)}
+NUMBERS |= {"fall": 0.0, "damping": 0.0, "biases": 0.0} | {f.name: 1.0 for f in fields(Rates)}
 WORDS = {"mode": "ste", "first": "free", "regrid": ""}
 LOW = 0.02
 """Where the pull of `prox` begins, of mu."""
@@ -184,9 +182,6 @@ class Experiment(Trainer):
         self.began = time.monotonic()
         self._stage = 0
         self._fixed: list[LutLinear] = []
-        self._curvature = {name: torch.zeros_like(layer.entries) for name, layer in self.student.layers.items()}
-        self._looked = 0
-        self._chance = torch.Generator(self._device).manual_seed(self.options.seed)  # apart from that of CUDA graphs
 
     @property
     def progress(self) -> float:
@@ -202,30 +197,6 @@ class Experiment(Trainer):
             return self.options.rate * rise * float((1 - done) ** self.run["fall"])
         return super().factor(max(step, int(min(1.0, self.progress) * self.options.steps)))
 
-    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of the trainer; every tenth step it looks at the curvature too."""
-        ids = upload(batch.ids, self._device)
-        target = self.teacher.target(batch, self._device)
-        logits = counted(self._passes.forward(ids), batch.counts)
-        if self.run["curvature"] and self.step % 10 == 0:
-            with torch.no_grad():
-                upstream = logits.detach().float().softmax(-1)
-                token = torch.multinomial(upstream, 1, generator=self._chance)
-                upstream.scatter_add_(1, token, -torch.ones_like(token, dtype=torch.float32))
-                upstream /= len(upstream)
-            logits.backward(upstream.to(logits.dtype), retain_graph=True)
-            self._passes.backward()
-            self._looked += 1
-            with torch.no_grad():
-                for name, layer in self.student.layers.items():
-                    one = layer.entries.grad.square().mul_(len(upstream))
-                    self._curvature[name].lerp_(one, max(1 / self._looked, 0.01))
-            for one in self.trained.values():
-                one.parameter.grad = None
-            logits = counted(self._passes.forward(ids), batch.counts)  # a backward pass reuses what the forward kept
-        found = target.divergence(logits).mean()
-        return found, found
-
     def set_part(self) -> None:
         """Say how far entries are rounded in the next forward pass."""
         run = self.run
@@ -238,13 +209,6 @@ class Experiment(Trainer):
         for layer in self._fixed:
             layer.entries.zero_()
         run, done = self.run, self.progress
-        if run["curvature"] and self._looked:
-            seen = (1 - _BETAS[1] ** (self.step + 1)) ** 0.5
-            part = factor * self._rates.entries * run["curvature"] * run["spread"] ** (2 * done - 1) * seen
-            for name, layer in self.student.layers.items():
-                pull = self._curvature[name] / (self.trained[f"{name}.entries"].second.sqrt() + 1e-12)
-                nearest = (round_to_e4m3(layer.start + layer.entries * layer.step) - layer.start) / layer.step
-                layer.entries.lerp_(nearest, (pull * part).clamp_(max=0.5))
         if run["mode"] != "prox" or done < run["begin"]:
             return
         most = run["mu"] * LOW ** (1 - (done - run["begin"]) / (1 - run["begin"])) * factor * self._rates.entries
