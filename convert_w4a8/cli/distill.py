@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 @click.option(
     "--damping",
     type=NumberRange(min=0),
-    help="How stiff the springs become that draw values to what they are rounded to. [default: by --steps]",
+    help="How stiff the springs are that draw values to what they are rounded to. [default: by --steps]",
 )
 @click.option("--every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between measurements.")
 @click.option(

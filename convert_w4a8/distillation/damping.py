@@ -3,7 +3,8 @@
 Gradients that pass rounding as if it were not there draw a value to the place where it is rounded the other way, and
 there it goes to and fro: oscillation (Nagel et al. 2022, "Overcoming oscillations in quantization-aware training"). A
 value that lies nearer to one side stays there with a spring that is stiff enough, and the others make up for what it
-is rounded to. Springs are loose at first, so that values go where the loss wants them.
+is rounded to. Springs are loose at first, so that values go where the loss wants them. Entries of the preset `tables`
+have others where one process trains them (`curvature`).
 """
 
 from collections.abc import Callable

@@ -24,6 +24,8 @@ from convert_w4a8.distillation.train import Trainer
 class DataParallelTrainer(Trainer):
     """A `Trainer` whose batches and measurements the processes share."""
 
+    looks_at_curvature = False
+
     def __init__(self, student: Student, teacher: Teacher, options: DistillOptions, place: Place) -> None:
         super().__init__(student, teacher, options, place.device)
         self._place = place

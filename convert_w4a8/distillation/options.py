@@ -45,7 +45,7 @@ _LONG, _DAMPING = 2000, 0.5
 
 
 def damping_for(steps: int) -> float:
-    """Return how stiff springs become in a training of so many steps: they gain nothing in a short one."""
+    """Return how stiff springs are in a training of so many steps: they gain nothing in a short one."""
     return _DAMPING if steps > _LONG else 0.0
 
 
@@ -64,7 +64,8 @@ class DistillOptions:
     keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
     the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
     embeddings: train these and lm_head too, with the preset `weights`. damping: how stiff the springs are that draw
-    values to what they are rounded to, at the end (`damping.stiffness`); 0: there are none; None: `damping_for`.
+    values to what they are rounded to: of the preset `tables` on one GPU in units of the curvature, half-way
+    (`curvature.stiffness`); else at the end (`damping.stiffness`). 0: there are none; None: `damping_for`.
     """
 
     preset: Preset = Preset.TABLES

@@ -12,6 +12,7 @@ from typing import Any
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.checkpoint.names import block_of, is_expert
 from convert_w4a8.checkpoint.safetensors_file import TensorInfo
+from convert_w4a8.distillation.curvature import LOOK
 from convert_w4a8.distillation.data import rows_of
 from convert_w4a8.distillation.graphs import MOST_SHAPES, MOST_WEIGHTS
 from convert_w4a8.distillation.linear import Preset
@@ -46,6 +47,8 @@ _LAYER_BYTES = 12
 _KEPT = {Preset.TABLES: 2.5, Preset.WEIGHTS: 18.5}
 """Bytes a quantized weight: its code, and for each of 16 an entry's three values, gradient and two moments. With latent
 weights, also these, their gradient and moments."""
+_CURVATURE = 0.25
+"""Bytes a quantized weight of the curvature along the entries, where springs are as stiff (`curvature`)."""
 _CODES = 1.0
 """Bytes a weight of codes, which GPUs that have a model together do not keep beside latent weights."""
 _GATHERED = {Preset.TABLES: 1.75, Preset.WEIGHTS: 4.75}
@@ -225,6 +228,8 @@ def predict_cost(
     per_token = ACTIVATIONS * sizes.width
     if options.recompute:
         per_token = per_token / max(1, sizes.blocks) + 2 * sizes.hidden * sizes.blocks
+    looks = 1 / LOOK if options.damping and not is_latent and gpus == 1 else 0.0
+    kept += _CURVATURE * sizes.weights if looks else 0.0
     if gpus > 1 and is_latent:
         kept -= _CODES * sizes.weights
     memory = kept / gpus + tokens * (per_token + _LOGIT_BYTES * sizes.vocabulary)
@@ -234,6 +239,7 @@ def predict_cost(
         memory += 2 * (_GATHERED[preset] + _REDUCED[preset]) * sizes.block + 2 * sizes.fixed
         memory += _SAVED[preset] * (sizes.block if options.recompute else sizes.weights)
     passes = (1 if stored_rows is not None else 2) + 2 + (1 if options.recompute else 0)
+    passes += looks * (4 if options.recompute else 3)
     seconds = 2 * passes * tokens * sizes.active / OPERATIONS
     seconds += 2 * (passes - 1) * tokens * sizes.hidden * sizes.vocabulary / OPERATIONS
     seconds += PER_WEIGHT[preset] * sizes.weights + PER_LOGIT * tokens * sizes.vocabulary

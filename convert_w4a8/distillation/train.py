@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convert_w4a8.devices import training
-from convert_w4a8.distillation import damping
+from convert_w4a8.distillation import curvature, damping
 from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_batch
 from convert_w4a8.distillation.fused import rotations
 from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
+from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.loss import counted
 from convert_w4a8.distillation.machine import upload
 from convert_w4a8.distillation.options import DistillOptions, Rates, rates_for
@@ -49,6 +50,9 @@ class Trained:
 class Trainer:
     """A training that can be stopped and continued between any two steps."""
 
+    looks_at_curvature = True
+    """Whether springs of entries may be as stiff as the divergence bends: one process knows all of its gradients."""
+
     def __init__(
         self,
         student: Student,
@@ -64,6 +68,9 @@ class Trainer:
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
         self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0
+        self._curvature: dict[str, torch.Tensor] = {}
+        if options.damping and options.preset is Preset.TABLES and self.looks_at_curvature:
+            self._curvature = {name: torch.zeros_like(layer.entries) for name, layer in student.layers.items()}
         if options.recompute:
             recompute_blocks(student.model)
 
@@ -75,14 +82,31 @@ class Trainer:
 
     def train(self, batch: Batch) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
-        for one in self.trained.values():
-            one.parameter.grad = None
+        if self._curvature and self.step % curvature.LOOK == 0:
+            self._look(batch)
+        self._forget()
         loss, found = self._losses(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         self._passes.backward()
         self._update(self.factor(self.step))
         self.step += 1
         return float(found.detach())
+
+    def _forget(self) -> None:
+        for one in self.trained.values():
+            one.parameter.grad = None
+
+    def _look(self, batch: Batch) -> None:
+        """Look at how the divergence bends along each entry."""
+        self._forget()
+        logits = counted(self._passes.forward(upload(batch.ids, self._device)), batch.counts)
+        logits.backward(curvature.sampled(logits.detach(), (self.options.seed << 32) + self.step))  # type: ignore[no-untyped-call]
+        self._passes.backward()
+        looks = self.step // curvature.LOOK + 1
+        for name, known in self._curvature.items():
+            gradient = self.trained[f"{name}.entries"].parameter.grad
+            if gradient is not None:
+                curvature.note(known, gradient, len(logits), looks)
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of a batch, and its mean divergence alone."""
@@ -120,6 +144,13 @@ class Trainer:
             gradient = one.parameter.grad
             assert gradient is not None
             operations.adam(one.value, gradient, one.first, one.second, one.rounded, own)
+        if self._curvature:
+            part = curvature.stiffness(self.options.damping or 0.0, self.progress) * factor * self._rates.entries
+            for name, known in self._curvature.items():
+                one = self.trained[f"{name}.entries"]
+                if one.parameter.grad is not None:
+                    curvature.pull(self.student.layers[name], known, one.second.sqrt(), part * second**0.5)
+            return
         if not self.options.damping or self.step % damping.EVERY:
             return
         stiff = damping.EVERY * factor * damping.stiffness(self.options.damping, self.progress)
@@ -150,7 +181,7 @@ class Trainer:
         for name, one in self.trained.items():
             for part in ("value", "first", "second"):
                 found[f"{part}.{name}"] = getattr(one, part).detach().cpu().clone()
-        return found
+        return found | {f"curvature.{name}": known.cpu().clone() for name, known in self._curvature.items()}
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return copies of the trained values alone, on the CPU."""
@@ -162,6 +193,8 @@ class Trainer:
         for name, one in self.trained.items():
             for part in ("value", "first", "second"):
                 getattr(one, part).copy_(state[f"{part}.{name}"])
+        for name, known in self._curvature.items():
+            known.copy_(state[f"curvature.{name}"])
         self._round()
         self.step = step
 

@@ -77,9 +77,9 @@ def test_dry_run(model: Path, start: Path, data: list[Path], tmp_path: Path) -> 
     ("more", "words", "expected"),
     [
         ((), ("train      tables: up to 1,000 steps", "springs    none\n"), (0, 1, False, False)),
-        (("--steps", 3000), ("springs    up to 0.5\n",), (0.5, 1, False, False)),
+        (("--steps", 3000), ("springs    damping 0.5\n",), (0.5, 1, False, False)),
         (("--steps", 3000, "--damping", 0), ("springs    none\n",), (0, 1, False, False)),
-        (("--damping", 1.25), ("springs    up to 1.25\n",), (1.25, 1, False, False)),
+        (("--damping", 1.25), ("springs    damping 1.25\n",), (1.25, 1, False, False)),
         (("--gpus", 2), ("shared     by 2 processes, each with a part of both models\n",), (0, 2, False, False)),
         (
             ("--gpus", 2, "--replicate", "--preset", "weights", "--embeddings"),

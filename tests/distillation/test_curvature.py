@@ -1,0 +1,125 @@
+"""Springs as stiff as the divergence bends: how that is found, what they do, and a training that is continued."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_training import random_layer
+from tiny_models import VOCABULARY
+
+from convert_w4a8 import api
+from convert_w4a8.distillation import curvature
+from convert_w4a8.distillation.linear import LutLinear, Preset
+from convert_w4a8.distillation.loss import divergence
+from convert_w4a8.distillation.mix import mixed
+from convert_w4a8.distillation.options import DistillOptions
+from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.tables import round_to_e4m3
+from convert_w4a8.distillation.teacher import LiveTeacher
+from convert_w4a8.distillation.train import Trainer
+from convert_w4a8.samples.read import read_samples
+
+CPU = torch.device("cpu")
+
+
+def test_looks_find_the_second_derivative_of_the_divergence() -> None:
+    """Of a teacher that is the student: there the Gauss-Newton curvature is the whole of it."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, start = torch.randn(6, 4, generator=generator), torch.randn(4, 5, generator=generator)
+    teacher = inputs @ start
+
+    def loss(weights: torch.Tensor) -> torch.Tensor:
+        log_p, log_q = teacher.log_softmax(-1), (inputs @ weights.view(4, 5)).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    assert torch.allclose(loss(start.flatten()), divergence(teacher, teacher).mean(), atol=1e-6)
+    exact = torch.autograd.functional.hessian(loss, start.flatten()).diagonal().view(4, 5)
+    known = torch.zeros(4, 5)
+    count = 20_000
+    total = torch.zeros(4, 5, dtype=torch.float64)
+    for seed in range(count):
+        gradient = inputs.T @ curvature.sampled(teacher, seed)
+        total += gradient.square() * len(teacher)
+        if seed < 50:
+            curvature.note(known, gradient, len(teacher), seed + 1)
+            assert torch.allclose(known.double(), total / (seed + 1), rtol=1e-4, atol=1e-7)
+    assert torch.allclose((total / count).float(), exact, rtol=0.06)
+
+
+def test_a_look_is_one_percent_of_what_is_known_after_a_hundred() -> None:
+    known = torch.full((2,), 3.0)
+    curvature.note(known, torch.tensor([0.0, 2.0]), 5, 500)
+    assert torch.allclose(known, torch.tensor([3.0 * 0.99, 3.0 * 0.99 + 20 * 0.01]))
+
+
+def test_springs_grow_sixteen_times_as_stiff() -> None:
+    assert [curvature.stiffness(0.5, done) for done in (0.0, 0.5, 1.0, 1.1)] == [0.125, 0.5, 2.0, 2.0]
+
+
+@given(st.integers(0, 1000), st.floats(0, 8))
+def test_entries_go_a_part_of_the_way_and_stay_what_they_are(seed: int, part: float) -> None:
+    layer = LutLinear(random_layer(seed), None, Preset.TABLES)
+    generator = torch.Generator().manual_seed(seed)
+    layer.entries.data.add_(torch.randn(layer.entries.shape, generator=generator) * 0.7)
+    known, size = (torch.rand(layer.entries.shape, generator=generator) for _ in range(2))
+    known[0] = 0
+    was, before = layer.entries.detach().clone(), layer.current()[0]
+    nearest = (before - layer.start) / layer.step
+    curvature.pull(layer, known, size, part)
+    way = (part * known / (size + 1e-12)).clamp(max=0.5)
+    assert torch.allclose(layer.entries, was + way * (nearest - was), rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer.entries[0], was[0])
+    assert torch.equal(layer.current()[0], before)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_an_entry_comes_to_rest_where_the_loss_is_least(damping: float) -> None:
+    """Of ½·h·(e − t)², e what the entry is rounded to: springs of h end at t, none at the edge of rounding."""
+    layer = LutLinear(random_layer(1), None, Preset.TABLES)
+    h = torch.full(layer.entries.shape, 0.5)
+    goal = layer.start + 0.3 * layer.step
+    for _ in range(400):
+        rounded = round_to_e4m3(layer.start + layer.entries.detach() * layer.step)
+        gradient = h * (rounded - goal) / layer.step
+        layer.entries.data.sub_(0.05 * gradient)
+        if damping:
+            curvature.pull(layer, h, torch.ones_like(h), 0.05 * damping)
+    small = (layer.start.abs() > 2**-6) & (layer.start.abs() < 400)  # normal numbers, which have room
+    off = (layer.entries.detach() - 0.3).abs()[small]
+    assert (off < 0.02).all() if damping else (off > 0.1).float().mean() > 0.8
+
+
+def test_a_training_that_is_continued_has_the_same_values(model: Path, start: Path, data: list[Path]) -> None:
+    pytest.importorskip("transformers")
+    checkpoint, source = api.open_checkpoint(start), api.open_checkpoint(model)
+    samples = read_samples(data, None, vocab_size=VOCABULARY).samples
+    teacher = LiveTeacher(load_teacher(source, CPU))
+    options = DistillOptions(Preset.TABLES, steps=24, rate=3, batch_tokens=256, damping=1.0)
+    batch = mixed(samples, {"one": 0.5, "two": 0.5}, options)
+
+    def trainer() -> Trainer:
+        return Trainer(load_student(checkpoint, source, Preset.TABLES, CPU), teacher, options, CPU)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    while whole.step < 24:
+        whole.train(batch(whole.step))
+    while first.step < 13:
+        first.train(batch(first.step))
+    second.restore(first.state(), 13)
+    while second.step < 24:
+        second.train(batch(second.step))
+    state = whole.state()
+    assert any(name.startswith("curvature.") and (part > 0).any() for name, part in state.items())
+    assert {name: part.tolist() for name, part in second.state().items()} == {n: p.tolist() for n, p in state.items()}
+
+
+def test_latent_weights_and_trainings_without_springs_have_no_curvature(model: Path, start: Path) -> None:
+    pytest.importorskip("transformers")
+    checkpoint, source = api.open_checkpoint(start), api.open_checkpoint(model)
+    teacher = LiveTeacher(load_teacher(source, CPU))
+    for preset, damping in ((Preset.WEIGHTS, 1.0), (Preset.TABLES, 0.0)):
+        student = load_student(checkpoint, source, preset, CPU)
+        trainer = Trainer(student, teacher, DistillOptions(preset, damping=damping), CPU)
+        assert not any(name.startswith("curvature.") for name in trainer.state())
