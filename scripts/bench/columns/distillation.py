@@ -37,6 +37,10 @@ COLUMNS: dict[str, Columns] = {
         *(("preset", "{preset}"), ("changed", "{changed}"), ("tokens", "{tokens:,}")),
         *(("library", "{library:.5f}"), ("wide", "{wide:.5f}"), ("evaluation text", "{evaluation:.5f}")),
     ),
+    "distill-curvature": (
+        *(("springs", "{springs}"), ("library, half-way", "{half_library:.5f}"), ("wide", "{half_wide:.5f}")),
+        *(("library, at 90 %", "{library:.5f}"), ("wide, at 90 %", "{wide:.5f}")),
+    ),
     "distill-gpus": (
         *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("GPUs", "{gpus}")),
         *(("s a step", "{seconds_per_step:.3f}"), ("predicted, H100", "{predicted_seconds:.3f}")),
