@@ -238,7 +238,7 @@ def predict_cost(
     if gpus > 1:  # two blocks at a time, one is computed, one comes; their gradients, as they are made and sent
         memory += 2 * (_GATHERED[preset] + _REDUCED[preset]) * sizes.block + 2 * sizes.fixed
         memory += _SAVED[preset] * (sizes.block if options.recompute else sizes.weights)
-    passes = (1 if stored_rows is not None else 2) + 2 + (1 if options.recompute else 0)
+    passes: float = (1 if stored_rows is not None else 2) + 2 + (1 if options.recompute else 0)
     passes += looks * (4 if options.recompute else 3)
     seconds = 2 * passes * tokens * sizes.active / OPERATIONS
     seconds += 2 * (passes - 1) * tokens * sizes.hidden * sizes.vocabulary / OPERATIONS

@@ -35,7 +35,7 @@ def test_looks_find_the_second_derivative_of_the_divergence() -> None:
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
     assert torch.allclose(loss(start.flatten()), divergence(teacher, teacher).mean(), atol=1e-6)
-    exact = torch.autograd.functional.hessian(loss, start.flatten()).diagonal().view(4, 5)
+    exact = torch.func.hessian(loss)(start.flatten()).diagonal().view(4, 5)
     known = torch.zeros(4, 5)
     count = 20_000
     total = torch.zeros(4, 5, dtype=torch.float64)
