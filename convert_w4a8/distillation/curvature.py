@@ -14,6 +14,7 @@ import torch
 
 from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.distillation.tables import round_to_e4m3
+from convert_w4a8.kernels.training.reference import LOGITS_AT_ONCE
 
 LOOK = 10
 """Steps of training from one look at the curvature to the next."""
@@ -38,10 +39,14 @@ def stiffness(damping: float, done: float) -> float:
 def sampled(logits: torch.Tensor, seed: int) -> torch.Tensor:
     """Return the gradient of −(1/B)·Σ log q(y) by logits [B, V], in their dtype, y drawn from q = softmax(logits)."""
     chance = torch.Generator(logits.device).manual_seed(seed)  # apart from those of CUDA graphs
-    found = logits.float().softmax(-1)
-    token = torch.multinomial(found, 1, generator=chance)
-    found.scatter_add_(1, token, torch.full_like(token, -1, dtype=found.dtype))
-    return found.div_(len(found)).to(logits.dtype)
+    gradient = torch.empty_like(logits)
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
+    for part, to in zip(logits.split(rows), gradient.split(rows), strict=True):
+        found = part.float().softmax(-1)
+        token = torch.multinomial(found, 1, generator=chance)
+        found.scatter_add_(1, token, torch.full_like(token, -1, dtype=found.dtype))
+        to.copy_(found.div_(len(logits)))
+    return gradient
 
 
 @torch.no_grad()

@@ -99,7 +99,10 @@ class Trainer:
     def _look(self, batch: Batch) -> None:
         """Look at how the divergence bends along each entry."""
         self._forget()
-        logits = counted(self._passes.forward(upload(batch.ids, self._device)), batch.counts)
+        ids = upload(batch.ids, self._device)
+        hidden = self.options.hidden_weight > 0  # whose passes are no CUDA graphs
+        outputs = logits_of(self.student.model, ids) if hidden else self._passes.forward(ids)
+        logits = counted(outputs, batch.counts)
         logits.backward(curvature.sampled(logits.detach(), (self.options.seed << 32) + self.step))  # type: ignore[no-untyped-call]
         self._passes.backward()
         looks = self.step // curvature.LOOK + 1

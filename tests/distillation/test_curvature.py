@@ -48,6 +48,15 @@ def test_looks_find_the_second_derivative_of_the_divergence() -> None:
     assert torch.allclose((total / count).float(), exact, rtol=0.06)
 
 
+def test_logits_are_looked_at_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is that of its own draw: less 1 at one token."""
+    monkeypatch.setattr(curvature, "LOGITS_AT_ONCE", 14)
+    logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    drawn = logits.softmax(-1) - 9 * curvature.sampled(logits, 5)
+    assert torch.allclose(drawn.sort(dim=1).values, torch.tensor([0.0] * 6 + [1.0]).expand(9, 7), atol=1e-5)
+    assert len(set(drawn.argmax(1).tolist())) > 1
+
+
 def test_a_look_is_one_percent_of_what_is_known_after_a_hundred() -> None:
     known = torch.full((2,), 3.0)
     curvature.note(known, torch.tensor([0.0, 2.0]), 5, 500)
