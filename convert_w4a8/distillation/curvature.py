@@ -41,7 +41,7 @@ def sampled(logits: torch.Tensor, seed: int) -> torch.Tensor:
     chance = torch.Generator(logits.device).manual_seed(seed)  # apart from those of CUDA graphs
     gradient = torch.empty_like(logits)
     rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
-    for part, to in zip(logits.split(rows), gradient.split(rows), strict=True):
+    for part, to in zip(torch.split(logits, rows), torch.split(gradient, rows), strict=True):
         found = part.float().softmax(-1)
         token = torch.multinomial(found, 1, generator=chance)
         found.scatter_add_(1, token, torch.full_like(token, -1, dtype=found.dtype))
