@@ -12,6 +12,7 @@ h is the Gauss-Newton one: the divergence is that of two distributions, so h = B
 
 import torch
 
+from convert_w4a8.distillation.damping import MOST
 from convert_w4a8.distillation.linear import LutLinear
 from convert_w4a8.distillation.tables import round_to_e4m3
 from convert_w4a8.kernels.training.reference import LOGITS_AT_ONCE
@@ -22,8 +23,6 @@ _NEW = 0.01
 """The part of what is known that is new with each look, of the hundredth and later ones."""
 _RATIO = 4.0
 """How much stiffer springs are at the end of a training than in its middle, and there than at its beginning."""
-_MOST = 0.5
-"""Of its way to the number that it is rounded to that an entry goes at once."""
 _LEAST = 1e-12
 
 
@@ -38,12 +37,13 @@ def stiffness(damping: float, done: float) -> float:
 @torch.no_grad()
 def sampled(logits: torch.Tensor, seed: int) -> torch.Tensor:
     """Return the gradient of −(1/B)·Σ log q(y) by logits [B, V], in their dtype, y drawn from q = softmax(logits)."""
-    chance = torch.Generator(logits.device).manual_seed(seed)  # apart from those of CUDA graphs
+    chance = torch.Generator(logits.device).manual_seed(seed % (1 << 64))  # apart from those of CUDA graphs
     gradient = torch.empty_like(logits)
     rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
     for part, to in zip(torch.split(logits, rows), torch.split(gradient, rows), strict=True):
         found = part.float().softmax(-1)
-        token = torch.multinomial(found, 1, generator=chance)
+        # As torch.multinomial draws one, which raises where a number is none: the loss says that, in one line.
+        token = (found / torch.empty_like(found).exponential_(generator=chance)).argmax(-1, keepdim=True)
         found.scatter_add_(1, token, torch.full_like(token, -1, dtype=found.dtype))
         to.copy_(found.div_(len(logits)))
     return gradient
@@ -66,4 +66,4 @@ def pull(layer: LutLinear, known: torch.Tensor, size: torch.Tensor, part: float)
     Adam's correction for the first steps.
     """
     nearest = (round_to_e4m3(layer.start + layer.entries * layer.step) - layer.start).div_(layer.step)
-    layer.entries.lerp_(nearest, (known * part).div_(size + _LEAST).clamp_(max=_MOST))
+    layer.entries.lerp_(nearest, (known * part).div_(size + _LEAST).clamp_(max=MOST))

@@ -21,7 +21,7 @@ _AT_FIRST = 0.02
 """Of their final stiffness."""
 _CELL = 1 / 3
 """How far neighbouring values of a table are apart, about, in root mean squares of a layer's weights."""
-_MOST = 0.5
+MOST = 0.5
 """Of its way to where it is drawn that a value goes at once."""
 
 
@@ -48,5 +48,5 @@ def pull(
         latent, base = own(layer.weight), own(layer.channel_scale)
         factor = layer.unit * base / (base * own(layer.scale).exp())  # as in `LutLinear.operand`
         _, values = training(latent.device).choose(latent, factor, rounded)
-        latent.lerp_(values.float().div_(factor[:, None]), min(_MOST, weights / _CELL))
-    trained.lerp_((rounded - start).div_(step), min(_MOST, entries))
+        latent.lerp_(values.float().div_(factor[:, None]), min(MOST, weights / _CELL))
+    trained.lerp_((rounded - start).div_(step), min(MOST, entries))

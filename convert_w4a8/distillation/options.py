@@ -82,6 +82,11 @@ class DistillOptions:
     embeddings: bool = False
     damping: float | None = None
 
+    @property
+    def springs_of_curvature(self) -> bool:
+        """Whether one process that trains has springs of the curvature (`curvature`)."""
+        return bool(self.damping) and self.preset is Preset.TABLES
+
     def __post_init__(self) -> None:
         """Take the preset as a string too.
 

@@ -163,6 +163,8 @@ def predict(
     the whole of both models.
     """
     whole, options = options, replace(options, batch_tokens=-(-options.batch_tokens // gpus))
+    if gpus > 1:  # the springs of several processes cost nothing that is counted here
+        options = replace(options, damping=0.0)
     samples = {key_of(sample): sample for sample in (*data.samples, *data.held_out)} if top_k is not None else {}
     sizes, of_teacher = sizes_of(start), 2 * sum(map(_count, teacher.tensors.values())) if together else 0
     parts = 1 if replicate else gpus
@@ -228,8 +230,9 @@ def predict_cost(
     per_token = ACTIVATIONS * sizes.width
     if options.recompute:
         per_token = per_token / max(1, sizes.blocks) + 2 * sizes.hidden * sizes.blocks
-    looks = 1 / LOOK if options.damping and not is_latent and gpus == 1 else 0.0
-    kept += _CURVATURE * sizes.weights if looks else 0.0
+    looks = 1 / LOOK if options.springs_of_curvature and gpus == 1 else 0.0
+    curvature = _CURVATURE * sizes.weights if looks else 0.0
+    kept += curvature
     if gpus > 1 and is_latent:
         kept -= _CODES * sizes.weights
     memory = kept / gpus + tokens * (per_token + _LOGIT_BYTES * sizes.vocabulary)
@@ -255,7 +258,7 @@ def predict_cost(
         gpu_memory=int(memory),
         seconds_per_step=seconds,
         seconds=options.steps * seconds + measured * forward,
-        state=16 * trained,
+        state=16 * trained + int(curvature),
         logits=(stored_rows or 0) * row_bytes(sizes.vocabulary, top_k),
     )
 

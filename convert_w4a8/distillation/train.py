@@ -15,7 +15,6 @@ from convert_w4a8.distillation.data import Batch, by_length, in_batches, make_ba
 from convert_w4a8.distillation.fused import rotations
 from convert_w4a8.distillation.graphs import Passes
 from convert_w4a8.distillation.hidden import block_outputs, blocks_of, difference_of_hidden
-from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.loss import counted
 from convert_w4a8.distillation.machine import upload
 from convert_w4a8.distillation.options import DistillOptions, Rates, rates_for
@@ -51,7 +50,7 @@ class Trainer:
     """A training that can be stopped and continued between any two steps."""
 
     looks_at_curvature = True
-    """Whether springs of entries may be as stiff as the divergence bends: one process knows all of its gradients."""
+    """Whether there are springs of the curvature, where the options say so."""
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class Trainer:
         self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0
         self._curvature: dict[str, torch.Tensor] = {}
-        if options.damping and options.preset is Preset.TABLES and self.looks_at_curvature:
+        if options.springs_of_curvature and self.looks_at_curvature:
             self._curvature = {name: torch.zeros_like(layer.entries) for name, layer in student.layers.items()}
         if options.recompute:
             recompute_blocks(student.model)

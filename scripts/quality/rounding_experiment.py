@@ -15,7 +15,7 @@ Keys of a run, beside names of `DistillOptions` and factors of its rates (entrie
                 outputs, with `search` scales to choose from. staged=1: of the first of the layers at A, of the next at
                 B, ...; their entries stay, and all else is trained on
     fall=P      rates fall as (1 − t)^P, not as a cosine
-    damping=μ   how stiff springs become, as `w4a8 distill --damping`; none if nothing is said, however many the steps
+    damping=μ   how stiff springs are, as `w4a8 distill --damping`; none if nothing is said, however many the steps
     biases=1    layers without a bias get one, of zeros, which is trained
     seconds=S   the schedule goes by time, not by steps
 

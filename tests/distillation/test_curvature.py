@@ -1,6 +1,7 @@
 """Springs as stiff as the divergence bends: how that is found, what they do, and a training that is continued."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from tiny_models import VOCABULARY
 from convert_w4a8 import api
 from convert_w4a8.distillation import curvature
 from convert_w4a8.distillation.linear import LutLinear, Preset
-from convert_w4a8.distillation.loss import divergence
+from convert_w4a8.distillation.loss import counted, divergence
 from convert_w4a8.distillation.mix import mixed
-from convert_w4a8.distillation.options import DistillOptions
-from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.options import DistillOptions, rates_for
+from convert_w4a8.distillation.student import load_student, load_teacher, logits_of
 from convert_w4a8.distillation.tables import round_to_e4m3
 from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer
@@ -34,7 +35,8 @@ def test_looks_find_the_second_derivative_of_the_divergence() -> None:
         log_p, log_q = teacher.log_softmax(-1), (inputs @ weights.view(4, 5)).log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    assert torch.allclose(loss(start.flatten()), divergence(teacher, teacher).mean(), atol=1e-6)
+    other = start + torch.randn(4, 5, generator=generator)
+    assert torch.allclose(loss(other.flatten()), divergence(inputs @ other, teacher).mean(), rtol=1e-5)
     exact = torch.func.hessian(loss)(start.flatten()).diagonal().view(4, 5)
     known = torch.zeros(4, 5)
     count = 20_000
@@ -100,12 +102,51 @@ def test_an_entry_comes_to_rest_where_the_loss_is_least(damping: float) -> None:
     assert (off < 0.02).all() if damping else (off > 0.1).float().mean() > 0.8
 
 
-def test_a_training_that_is_continued_has_the_same_values(model: Path, start: Path, data: list[Path]) -> None:
+@pytest.mark.parametrize("seed", [0, 1 << 32, (1 << 96) + 5])
+def test_what_is_no_number_stays_so_and_every_seed_is_taken(seed: int) -> None:
+    logits = torch.zeros(3, 5, dtype=torch.bfloat16)
+    logits[1, 2] = torch.nan
+    assert curvature.sampled(logits, seed).isnan().any(1).tolist() == [False, True, False]
+
+
+def test_a_look_and_a_pull_are_those_of_the_formulas(model: Path, start: Path, data: list[Path]) -> None:
+    """B·ĝ² by the entries, in units of `step`, and damping/4 · h · rate / √v at the first step."""
+    pytest.importorskip("transformers")
+    source = api.open_checkpoint(model)
+    options = DistillOptions(Preset.TABLES, batch_tokens=256, damping=2.0, seed=3)
+    student = load_student(api.open_checkpoint(start), source, Preset.TABLES, CPU)
+    trainer = Trainer(student, LiveTeacher(load_teacher(source, CPU)), options, CPU)
+    samples = read_samples(data, None, vocab_size=VOCABULARY).samples
+    batch = mixed(samples, {"one": 0.5, "two": 0.5}, options)(0)
+    trainer._look(batch)
+    logits = counted(logits_of(student.model, batch.ids), batch.counts)
+    upstream = curvature.sampled(logits.detach(), 3 << 32)
+    entries = [layer.entries for layer in student.layers.values()]
+    found = torch.autograd.grad(logits, entries, upstream)
+    for name, gradient, value in zip(student.layers, found, entries, strict=True):
+        assert torch.allclose(trainer.state()[f"curvature.{name}"], len(logits) * gradient.square(), rtol=1e-5)
+        trainer._curvature[name].fill_(1500.0)
+        trainer.trained[f"{name}.entries"].second.fill_(4.0)
+        value.data.fill_(0.3)
+    trainer._forget()
+    for one in trainer.trained.values():
+        one.parameter.grad = torch.zeros_like(one.parameter)
+    nearest = [(layer.current()[0] - layer.start) / layer.step for layer in student.layers.values()]
+    trainer._update(0.5)
+    way = 2.0 / 4 * 1500.0 * 0.5 * rates_for(Preset.TABLES, 1000).entries * 0.01**0.5 / (4.0 * 0.99) ** 0.5
+    for value, goal in zip(entries, nearest, strict=True):
+        assert torch.allclose(value, 0.3 + way * (goal - 0.3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"hidden_weight": 0.5}, {"recompute": True}])
+def test_a_training_that_is_continued_has_the_same_values(
+    more: dict[str, Any], model: Path, start: Path, data: list[Path]
+) -> None:
     pytest.importorskip("transformers")
     checkpoint, source = api.open_checkpoint(start), api.open_checkpoint(model)
     samples = read_samples(data, None, vocab_size=VOCABULARY).samples
     teacher = LiveTeacher(load_teacher(source, CPU))
-    options = DistillOptions(Preset.TABLES, steps=24, rate=3, batch_tokens=256, damping=1.0)
+    options = DistillOptions(Preset.TABLES, steps=24, rate=3, batch_tokens=256, damping=1.0, **more)
     batch = mixed(samples, {"one": 0.5, "two": 0.5}, options)
 
     def trainer() -> Trainer:

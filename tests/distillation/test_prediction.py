@@ -43,13 +43,14 @@ def test_a_block_takes_what_is_predicted(row: dict[str, Any]) -> None:
     assert more == pytest.approx(row["peak_bytes_per_block"], rel=0.25)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1.0])
 @pytest.mark.parametrize("preset", list(Preset))
-def test_what_is_trained_is_counted(preset: Preset, model: Path, start: Path) -> None:
+def test_what_is_trained_is_counted(preset: Preset, damping: float, model: Path, start: Path) -> None:
     """From headers alone, what the trainer has; so is what it writes at every measurement."""
     import torch
 
     cpu = torch.device("cpu")
-    options = DistillOptions(preset)
+    options = DistillOptions(preset, damping=damping)
     checkpoint = api.open_checkpoint(start)
     cost = predict_cost(sizes_of(checkpoint), options, teacher_bytes=0)
     student = load_student(checkpoint, api.open_checkpoint(model), preset, cpu)
@@ -158,6 +159,8 @@ def test_gpus_with_the_whole_of_both_models(preset: Preset, model: Path, start: 
     one = predict(*checkpoints, samples, DistillOptions(preset, batch_tokens=8192))
     each = predict(*checkpoints, samples, DistillOptions(preset, batch_tokens=4 * 8192), gpus=4, replicate=True)
     assert (each.trained, each.state) == (one.trained, one.state)
+    springs = DistillOptions(preset, batch_tokens=4 * 8192, damping=1.0)
+    assert predict(*checkpoints, samples, springs, gpus=4, replicate=True) == each  # theirs cost nothing to speak of
     assert each.gpu_memory == one.gpu_memory + 4 * one.trained
     added = 4 * one.trained * 2 * 3 / 4 / prediction.LINK
     assert each.seconds_per_step == pytest.approx(one.seconds_per_step + added)

@@ -115,6 +115,12 @@ def test_a_state_of_another_version_is_one_line(
     ("change", "more", "words"),
     [
         ({"--damping": ...}, (), "--damping: is an option that the interrupted training had not: another version"),
+        (
+            {"--damping": 1, "teacher: --damping": 1},
+            ("--damping", 1),
+            "--damping (of the curvature): is an option that the interrupted training had not",
+        ),
+        ({"--damping (of the curvature)": True}, (), "--damping (of the curvature): is an option that the interrupted"),
         ({"--damping": ...}, ("--damping", 0), "--damping: is an option that the interrupted training had not"),
         ({"--gpus": ...}, (), "--gpus: is an option that the interrupted training had not"),
         ({"--teacher-logits": ...}, (), "--teacher-logits: is an option that the interrupted training had not"),
