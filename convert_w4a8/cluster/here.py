@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from threading import Thread
 from typing import Any
@@ -30,7 +30,6 @@ class Here:
     def __init__(self, cluster: Cluster, cpus: int, memory: int, node: str) -> None:
         self.cpus, self.memory, self.node = cpus, memory, node
         self._cluster = cluster
-        self._thread: Thread | None = None
         self._call: Future[tuple[Any, float]] | None = None
         self._give_back: Callable[[], None] | None = None
 
@@ -87,8 +86,7 @@ class Here:
         """Begin a call; returns what it gives and the seconds that it takes, later."""
         self._call = Future()
         # A thread that does not keep this process from ending: a file system may never answer.
-        self._thread = Thread(target=_carry_out, args=(self._call, function, arguments), name="here", daemon=True)
-        self._thread.start()
+        Thread(target=_carry_out, args=(self._call, function, arguments), name="here", daemon=True).start()
         return self._call
 
     @property
@@ -112,10 +110,13 @@ class Here:
         return {"node": name, "value": value, "seconds": seconds}
 
     def close(self) -> None:
-        """Give back what was taken, when the call that is under way has ended, or hangs."""
-        if self._thread is not None:
-            self._thread.join(_END_SECONDS)
-            if self._thread.is_alive():
+        """Give back what was taken, when the call that is under way has ended, or hangs.
+
+        One that has not begun never does: its thread may be about to start when a signal ends the command.
+        """
+        if self._call is not None and not self._call.cancel():
+            wait([self._call], _END_SECONDS)
+            if not self._call.done():
                 message = "a task of this process has not ended for %.0f s, and is left to itself"
                 logging.getLogger("convert_w4a8").warning(message, _END_SECONDS)
         if self._give_back is not None:
@@ -123,6 +124,8 @@ class Here:
 
 
 def _carry_out(future: "Future[tuple[Any, float]]", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     started = time.monotonic()
     try:
         future.set_result((function(*arguments), time.monotonic() - started))

@@ -181,6 +181,36 @@ def test_a_task_of_this_process_that_hangs(monkeypatch: pytest.MonkeyPatch, capl
     hung.set()
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_signal_while_a_task_begins(has_begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes as it is; a task that has not begun is none any more, and one that has is waited for."""
+    begin, carried_out = threading.Thread.start, threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        if has_begun:
+            begin(thread)
+        else:
+            threads.append(thread)
+        raise KeyboardInterrupt
+
+    def work(_number: int) -> None:
+        time.sleep(0.3)
+        carried_out.set()
+
+    threads = list[threading.Thread]()
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    cluster = Held([], [Node("", "10.0.0.1", 1, 0, 8 * GB)], local=True)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(cluster, ours("a", work))
+    assert time.monotonic() - started < 5
+    assert carried_out.is_set() == has_begun
+    for thread in threads:  # as a thread does that the system had begun when the signal came
+        begin(thread)
+        thread.join()
+    assert carried_out.is_set() == has_begun
+
+
 def test_attempts_are_dropped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a hundred that cannot be removed for a while, as where a file is open, none is waited for alone."""
     attempts = Attempts(tmp_path, cast("Bars", None))
