@@ -221,6 +221,17 @@ class Training(Protocol):
     ) -> None:
         """Take a step of Adam, in place."""
 
+    def pull(
+        self,
+        entries: torch.Tensor,
+        start: torch.Tensor,
+        step: torch.Tensor,
+        known: torch.Tensor,
+        second: torch.Tensor,
+        part: float,
+    ) -> None:
+        """Draw entries a part known·part/√second of the way to what they are rounded to, in place."""
+
 
 class Blocks(Protocol):
     """What blocks compute between their linear layers; `kernels/blocks/reference.py` describes these."""

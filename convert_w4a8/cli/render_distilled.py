@@ -26,7 +26,7 @@ def plan_text(
     has = "the whole" if replicate else "a part"
     return (
         f"train      {options.preset}{more}: up to {options.steps:,} steps of {options.batch_tokens:,} tokens\n"
-        f"springs    {f'damping {options.damping:g}' if options.damping else 'none'}\n"
+        f"springs    {options.springs}\n"
         + (f"shared     by {gpus} processes, each with {has} of both models\n" if gpus > 1 else "")
         + f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
         f" ({names})\n"

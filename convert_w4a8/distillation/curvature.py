@@ -10,11 +10,13 @@ h is the Gauss-Newton one: the divergence is that of two distributions, so h = B
 −(1/B)·Σ log q(y) over B tokens, y drawn from the student's own q (Liu et al. 2023, "Sophia", algorithm 2).
 """
 
+from collections.abc import Callable, Mapping
+
+import numpy as np
 import torch
 
-from convert_w4a8.distillation.damping import MOST
+from convert_w4a8.devices import training
 from convert_w4a8.distillation.linear import LutLinear
-from convert_w4a8.distillation.tables import round_to_e4m3
 from convert_w4a8.kernels.training.reference import LOGITS_AT_ONCE
 
 LOOK = 10
@@ -23,7 +25,8 @@ _NEW = 0.01
 """The part of what is known that is new with each look, of the hundredth and later ones."""
 _RATIO = 4.0
 """How much stiffer springs are at the end of a training than in its middle, and there than at its beginning."""
-_LEAST = 1e-12
+_LOOKS = "looks"
+Own = Callable[[torch.Tensor], torch.Tensor]
 
 
 def stiffness(damping: float, done: float) -> float:
@@ -35,9 +38,13 @@ def stiffness(damping: float, done: float) -> float:
 
 
 @torch.no_grad()
-def sampled(logits: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return the gradient of −(1/B)·Σ log q(y) by logits [B, V], in their dtype, y drawn from q = softmax(logits)."""
-    chance = torch.Generator(logits.device).manual_seed(seed % (1 << 64))  # apart from those of CUDA graphs
+def sampled(logits: torch.Tensor, *seed: int) -> torch.Tensor:
+    """Return the gradient of −(1/B)·Σ log q(y) by logits [B, V], in their dtype, y drawn from q = softmax(logits).
+
+    seed: numbers that are not negative; others give other draws.
+    """
+    (number,) = np.random.SeedSequence(seed).generate_state(1)  # 32 bits: all that torch takes on a CPU
+    chance = torch.Generator(logits.device).manual_seed(int(number))  # apart from those of CUDA graphs
     gradient = torch.empty_like(logits)
     rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
     for part, to in zip(torch.split(logits, rows), torch.split(gradient, rows), strict=True):
@@ -49,21 +56,44 @@ def sampled(logits: torch.Tensor, seed: int) -> torch.Tensor:
     return gradient
 
 
-@torch.no_grad()
-def note(known: torch.Tensor, gradient: torch.Tensor, tokens: int, looks: int) -> None:
-    """Add a look to the curvature that is known, float32 [N, G, 8]: the mean of few, a moving one of many.
+class Curvature:
+    """What is known of the curvature along the entries of each layer, and the springs.
 
-    gradient: ĝ by the entries. tokens: B. looks: how many there were, this one included.
+    entries: trained entries of layers, float32 [N, G, 8], or this process's rows of them; as these is what is known.
     """
-    known.lerp_(gradient.square().mul_(tokens), max(1 / looks, _NEW))
 
+    def __init__(self, entries: Mapping[str, torch.Tensor]) -> None:
+        self.known = {name: torch.zeros_like(values) for name, values in entries.items()}
+        self._looks = dict.fromkeys(entries, 0)
 
-@torch.no_grad()
-def pull(layer: LutLinear, known: torch.Tensor, size: torch.Tensor, part: float) -> None:
-    """Draw the entries of a layer towards the E4M3 numbers that they are rounded to.
+    @torch.no_grad()
+    def note(self, name: str, gradient: torch.Tensor, tokens: int) -> None:
+        """Add a look at a layer to what is known of it: the mean of few looks, a moving one of many.
 
-    known: their curvature. size: what Adam divides gradients by, before `part`, which has the rate, stiffness and
-    Adam's correction for the first steps.
-    """
-    nearest = (round_to_e4m3(layer.start + layer.entries * layer.step) - layer.start).div_(layer.step)
-    layer.entries.lerp_(nearest, (known * part).div_(size + _LEAST).clamp_(max=MOST))
+        gradient: ĝ by the entries. tokens: B. An expert without tokens in a batch has no look at that.
+        """
+        self._looks[name] += 1
+        self.known[name].lerp_(gradient.square().mul_(tokens), max(1 / self._looks[name], _NEW))
+
+    @torch.no_grad()
+    def pull(self, name: str, layer: LutLinear, second: torch.Tensor, part: float, own: Own) -> None:
+        """Draw the entries of a layer towards the E4M3 numbers that they are rounded to.
+
+        second: Adam's moment, whose root it divides gradients by. part: of h/√second that is the part of the way: it
+        has the rate, the stiffness and Adam's correction for the first steps. own: returns what this process has of a
+        tensor of the layer.
+        """
+        entries, start, step = own(layer.entries), own(layer.start), own(layer.step)
+        training(entries.device).pull(entries, start, step, self.known[name], second, part)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return copies of what is known and int64 [layers], how many looks that is of each, on the CPU."""
+        looks = torch.tensor(list(self._looks.values()))
+        return {_LOOKS: looks} | {f"curvature.{name}": known.cpu().clone() for name, known in self.known.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Know what a `state` says."""
+        self._looks = dict(zip(self._looks, state[_LOOKS].tolist(), strict=True))
+        for name, known in self.known.items():
+            known.copy_(state[f"curvature.{name}"])

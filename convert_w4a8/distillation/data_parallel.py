@@ -24,11 +24,9 @@ from convert_w4a8.distillation.train import Trainer
 class DataParallelTrainer(Trainer):
     """A `Trainer` whose batches and measurements the processes share."""
 
-    looks_at_curvature = False
-
     def __init__(self, student: Student, teacher: Teacher, options: DistillOptions, place: Place) -> None:
         super().__init__(student, teacher, options, place.device)
-        self._place = place
+        self._place, self._rank = place, place.rank
 
     def divergences(self, batch: Batch) -> torch.Tensor:
         """Return the divergence at each token of the whole batch that counts, float32 [C], in every process."""
@@ -41,12 +39,16 @@ class DataParallelTrainer(Trainer):
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this process's part of the loss of a batch, and the mean divergence of the whole batch."""
-        part, tokens = part_of(batch, self._place.rank, self._place.ranks)
+        part, share = self._part(batch)
         loss, found = super()._losses(part)
-        weight = (tokens.stop - tokens.start) / int(batch.counts.sum())
-        found = found.detach() * weight
+        found = found.detach() * share
         dist.all_reduce(found)
-        return loss * weight, found
+        return loss * share, found
+
+    def _part(self, batch: Batch) -> tuple[Batch, float]:
+        """See `Trainer`."""
+        part, tokens = part_of(batch, self._place.rank, self._place.ranks)
+        return part, (tokens.stop - tokens.start) / int(batch.counts.sum())
 
 
 class ReplicatedTrainer(DataParallelTrainer):
@@ -63,9 +65,9 @@ class _Added:
     def __init__(self, passes: Passes, parameters: list[torch.Tensor]) -> None:
         self._passes, self._parameters = passes, parameters
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, *, counts: bool = True) -> torch.Tensor:
         """See `Passes`."""
-        return self._passes.forward(ids)
+        return self._passes.forward(ids, counts=counts)
 
     @torch.no_grad()
     def backward(self) -> None:

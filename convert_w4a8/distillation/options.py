@@ -64,7 +64,7 @@ class DistillOptions:
     keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
     the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
     embeddings: train these and lm_head too, with the preset `weights`. damping: how stiff the springs are that draw
-    values to what they are rounded to: of the preset `tables` on one GPU in units of the curvature, half-way
+    values to what they are rounded to: of the preset `tables` in units of the curvature, half-way
     (`curvature.stiffness`); else at the end (`damping.stiffness`). 0: there are none; None: `damping_for`.
     """
 
@@ -84,8 +84,15 @@ class DistillOptions:
 
     @property
     def springs_of_curvature(self) -> bool:
-        """Whether one process that trains has springs of the curvature (`curvature`)."""
+        """Whether springs are those of the curvature (`curvature`)."""
         return bool(self.damping) and self.preset is Preset.TABLES
+
+    @property
+    def springs(self) -> str:
+        """Which springs there are, for people."""
+        if not self.damping:
+            return "none"
+        return f"damping {self.damping:g}{', of the curvature' if self.springs_of_curvature else ''}"
 
     def __post_init__(self) -> None:
         """Take the preset as a string too.

@@ -163,8 +163,6 @@ def predict(
     the whole of both models.
     """
     whole, options = options, replace(options, batch_tokens=-(-options.batch_tokens // gpus))
-    if gpus > 1:  # the springs of several processes cost nothing that is counted here
-        options = replace(options, damping=0.0)
     samples = {key_of(sample): sample for sample in (*data.samples, *data.held_out)} if top_k is not None else {}
     sizes, of_teacher = sizes_of(start), 2 * sum(map(_count, teacher.tensors.values())) if together else 0
     parts = 1 if replicate else gpus
@@ -179,8 +177,8 @@ def predict(
         shapes=_captured_shapes(start, sizes, options) if parts == 1 else 1,
     )
     if replicate:  # their gradients are added up
-        bytes_ = 4 * found.trained
-        step = found.seconds_per_step + bytes_ * 2 * (gpus - 1) / gpus / LINK
+        bytes_, times = 4 * found.trained, 1 + (1 / LOOK if options.springs_of_curvature else 0.0)
+        step = found.seconds_per_step + times * bytes_ * 2 * (gpus - 1) / gpus / LINK
         seconds = found.seconds + (step - found.seconds_per_step) * options.steps
         found = replace(found, seconds_per_step=step, seconds=seconds, gpu_memory=found.gpu_memory + bytes_)
     if top_k is None or not together:
@@ -230,7 +228,7 @@ def predict_cost(
     per_token = ACTIVATIONS * sizes.width
     if options.recompute:
         per_token = per_token / max(1, sizes.blocks) + 2 * sizes.hidden * sizes.blocks
-    looks = 1 / LOOK if options.springs_of_curvature and gpus == 1 else 0.0
+    looks = 1 / LOOK if options.springs_of_curvature else 0.0
     curvature = _CURVATURE * sizes.weights if looks else 0.0
     kept += curvature
     if gpus > 1 and is_latent:
@@ -248,7 +246,7 @@ def predict_cost(
     seconds += PER_WEIGHT[preset] * sizes.weights + PER_LOGIT * tokens * sizes.vocabulary
     seconds += (PER_CHANNEL + (PER_CHANNEL_AGAIN if options.recompute else 0.0)) * tokens * sizes.width
     if gpus > 1:  # gathered for each pass, and not hidden behind computing
-        moved = (2 + options.recompute) * _GATHERED[preset] + _REDUCED[preset] + 2
+        moved = (1 + looks) * ((2 + options.recompute) * _GATHERED[preset] + _REDUCED[preset]) + 2
         seconds += moved * sizes.weights * (gpus - 1) / gpus / LINK
     measured = (options.steps // options.every + 2) * held_out_tokens / gpus
     forward = 4 * (sizes.active + sizes.hidden * sizes.vocabulary) / OPERATIONS + PER_LOGIT * sizes.vocabulary

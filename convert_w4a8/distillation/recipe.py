@@ -54,7 +54,7 @@ def section(options: DistillOptions, result: DistillResult) -> str:
         ("trained", _TRAINED[options.preset] + (", embeddings and lm_head" if options.embeddings else "")),
         ("tokens", f"{result.tokens:,}; the best of {options.steps} steps was {result.best_step}"),
         ("steps", f"{options.batch_tokens:,} tokens each, rates × {options.rate:g}, seed {options.seed}"),
-        ("springs", f"damping {options.damping:g}" if options.damping else "none"),
+        ("springs", options.springs),
         (
             "KL of held-out samples, nats per token"
             + (f", of the {result.top_k:,} likeliest tokens and the rest" if result.top_k else ""),

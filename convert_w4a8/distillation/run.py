@@ -250,7 +250,7 @@ def _fingerprint(
     found = fingerprint(start, options)
     found |= {f"teacher: {key}": value for key, value in fingerprint(teacher, options).items()}
     found |= {"--device": kind_of(device), "--gpus": gpus, "--replicate": replicate}
-    if options.springs_of_curvature and gpus == 1:
+    if options.springs_of_curvature:
         found["--damping (of the curvature)"] = True
     stored = predictions if isinstance(predictions, StoredTeacher) else None
     found["--teacher-logits"] = None if stored is None else stored.digest

@@ -162,7 +162,7 @@ class _Passes:
     def __init__(self, student: ShardedStudent) -> None:
         self._student = student
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, *, counts: bool = True) -> torch.Tensor:  # noqa: ARG002  (as `Passes`)
         """Return the logits bfloat16 [B, T, V] of token ids [B, T]."""
         return logits_of(self._student.model, ids)
 

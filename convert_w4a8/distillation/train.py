@@ -49,8 +49,8 @@ class Trained:
 class Trainer:
     """A training that can be stopped and continued between any two steps."""
 
-    looks_at_curvature = True
-    """Whether there are springs of the curvature, where the options say so."""
+    _rank = 0
+    """Of this process among those that share batches."""
 
     def __init__(
         self,
@@ -67,9 +67,10 @@ class Trainer:
         self.trained = {name: _trained(name, parameter) for name, parameter in student.trained()}
         self._passes = Passes(student.model, [one.parameter for one in self.trained.values()], device)
         self.step = 0
-        self._curvature: dict[str, torch.Tensor] = {}
-        if options.springs_of_curvature and self.looks_at_curvature:
-            self._curvature = {name: torch.zeros_like(layer.entries) for name, layer in student.layers.items()}
+        self._curvature: curvature.Curvature | None = None
+        if options.springs_of_curvature:
+            entries = {name: self.trained[f"{name}.entries"].value for name in student.layers}
+            self._curvature = curvature.Curvature(entries)
         if options.recompute:
             recompute_blocks(student.model)
 
@@ -81,8 +82,8 @@ class Trainer:
 
     def train(self, batch: Batch) -> float:
         """Take one step; return the mean divergence of its batch before it, in nats per token."""
-        if self._curvature and self.step % curvature.LOOK == 0:
-            self._look(batch)
+        if self._curvature is not None and self.step % curvature.LOOK == 0:
+            self._look(self._curvature, batch)
         self._forget()
         loss, found = self._losses(batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -95,20 +96,26 @@ class Trainer:
         for one in self.trained.values():
             one.parameter.grad = None
 
-    def _look(self, batch: Batch) -> None:
+    def _part(self, batch: Batch) -> tuple[Batch, float]:
+        """Return what this process computes of a batch, and which part of the tokens that count is its own."""
+        return batch, 1.0
+
+    def _look(self, known: curvature.Curvature, batch: Batch) -> None:
         """Look at how the divergence bends along each entry."""
         self._forget()
-        ids = upload(batch.ids, self._device)
+        part, share = self._part(batch)
+        ids = upload(part.ids, self._device)
         hidden = self.options.hidden_weight > 0  # whose passes are no CUDA graphs
-        outputs = logits_of(self.student.model, ids) if hidden else self._passes.forward(ids)
-        logits = counted(outputs, batch.counts)
-        logits.backward(curvature.sampled(logits.detach(), (self.options.seed << 32) + self.step))  # type: ignore[no-untyped-call]
+        outputs = logits_of(self.student.model, ids) if hidden else self._passes.forward(ids, counts=False)
+        logits = counted(outputs, part.counts)
+        upstream = curvature.sampled(logits.detach(), self.options.seed, self.step, self._rank)
+        logits.backward(upstream.mul_(share))  # type: ignore[no-untyped-call]
         self._passes.backward()
-        looks = self.step // curvature.LOOK + 1
-        for name, known in self._curvature.items():
+        tokens = int(batch.counts.sum())
+        for name in self.student.layers:
             gradient = self.trained[f"{name}.entries"].parameter.grad
             if gradient is not None:
-                curvature.note(known, gradient, len(logits), looks)
+                known.note(name, gradient, tokens)
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of a batch, and its mean divergence alone."""
@@ -146,12 +153,12 @@ class Trainer:
             gradient = one.parameter.grad
             assert gradient is not None
             operations.adam(one.value, gradient, one.first, one.second, one.rounded, own)
-        if self._curvature:
+        if self._curvature is not None:
             part = curvature.stiffness(self.options.damping or 0.0, self.progress) * factor * self._rates.entries
-            for name, known in self._curvature.items():
+            for name, layer in self.student.layers.items():
                 one = self.trained[f"{name}.entries"]
                 if one.parameter.grad is not None:
-                    curvature.pull(self.student.layers[name], known, one.second.sqrt(), part * second**0.5)
+                    self._curvature.pull(name, layer, one.second, part * second**0.5, self._own)
             return
         if not self.options.damping or self.step % damping.EVERY:
             return
@@ -183,7 +190,7 @@ class Trainer:
         for name, one in self.trained.items():
             for part in ("value", "first", "second"):
                 found[f"{part}.{name}"] = getattr(one, part).detach().cpu().clone()
-        return found | {f"curvature.{name}": known.cpu().clone() for name, known in self._curvature.items()}
+        return found | ({} if self._curvature is None else self._curvature.state())
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return copies of the trained values alone, on the CPU."""
@@ -195,8 +202,8 @@ class Trainer:
         for name, one in self.trained.items():
             for part in ("value", "first", "second"):
                 getattr(one, part).copy_(state[f"{part}.{name}"])
-        for name, known in self._curvature.items():
-            known.copy_(state[f"curvature.{name}"])
+        if self._curvature is not None:
+            self._curvature.restore(state)
         self._round()
         self.step = step
 

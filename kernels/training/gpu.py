@@ -12,13 +12,14 @@ import triton.language as tl
 
 from convert_w4a8.fp8 import E4M3_MAX, MIN_TOKEN_SCALE
 from convert_w4a8.kernels.fp8 import OPTIONS, from_e4m3, to_bf16, to_e4m3
-from convert_w4a8.kernels.training.gpu_tables import choose, look_up, sum_by_entry
+from convert_w4a8.kernels.training.gpu_tables import choose, look_up, pull, sum_by_entry
 
 __all__ = [
     "adam",
     "choose",
     "divergence",
     "look_up",
+    "pull",
     "quantize",
     "scale_gradients",
     "scale_outputs",

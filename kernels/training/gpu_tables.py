@@ -8,10 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from convert_w4a8.kernels.fp8 import OPTIONS
+from convert_w4a8.fp8 import E4M3_MAX
+from convert_w4a8.kernels.fp8 import OPTIONS, from_e4m3, to_e4m3
+from convert_w4a8.kernels.training.reference import LEAST_ROOT, MOST
 from convert_w4a8.linear import GROUP_SIZE
 
 _GROUP = tl.constexpr(GROUP_SIZE)
+_FP8_MAX = tl.constexpr(E4M3_MAX)
+_MOST = tl.constexpr(MOST)
+_LEAST_ROOT = tl.constexpr(LEAST_ROOT)
+_ENTRIES = 1024
+"""Entries of a block."""
 _ROWS = 8
 """Groups of weights of a block."""
 _TABLES = 32
@@ -68,6 +75,22 @@ def sum_by_entry(gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     with torch.cuda.device_of(gradient):
         _sum_kernel[(triton.cdiv(groups, _ROWS),)](gradient, codes, out, groups, ROWS=_ROWS, **OPTIONS)
     return out
+
+
+def pull(
+    entries: torch.Tensor,
+    start: torch.Tensor,
+    step: torch.Tensor,
+    known: torch.Tensor,
+    second: torch.Tensor,
+    part: float,
+) -> None:
+    """See `reference.pull`."""
+    count = entries.numel()
+    with torch.cuda.device_of(entries):
+        _pull_kernel[(triton.cdiv(count, _ENTRIES),)](
+            entries, start, step, known, second, part, count, BLOCK=_ENTRIES, **OPTIONS
+        )
 
 
 @triton.jit
@@ -130,3 +153,17 @@ def _sum_kernel(gradient, codes, out, GROUPS, ROWS: tl.constexpr):
     entry = tl.where(code > 8, 16 - code, code)
     for each in tl.static_range(8):
         tl.store(out + group * 8 + each, tl.sum(tl.where(entry == each, value, 0.0), 1), mask=inside)
+
+
+@triton.jit
+def _pull_kernel(entries, start, step, known, second, part, COUNT, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < COUNT
+    entry = tl.load(entries + place, mask=inside, other=0.0)
+    base = tl.load(start + place, mask=inside, other=0.0)
+    unit = tl.load(step + place, mask=inside, other=1.0)
+    rounded = from_e4m3(to_e4m3(tl.clamp(base + entry * unit, -_FP8_MAX, _FP8_MAX)))
+    root = tl.sqrt_rn(tl.load(second + place, mask=inside, other=1.0)) + _LEAST_ROOT
+    way = tl.minimum(tl.div_rn(tl.load(known + place, mask=inside, other=0.0) * part, root), _MOST)
+    entry += (tl.div_rn(rounded.to(tl.float32) - base, unit) - entry) * way
+    tl.store(entries + place, entry, mask=inside)

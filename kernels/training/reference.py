@@ -5,13 +5,18 @@ Codes are unsigned, u = v + 8, uint8 [N, K]; entries are E4M3 numbers in float32
 
 import torch
 
-from convert_w4a8.fp8 import quantize_tokens
+from convert_w4a8.fp8 import E4M3_MAX, quantize_tokens
 from convert_w4a8.linear import GROUP_SIZE
 
 _ZERO = 8
 """The code that is 0."""
 LOGITS_AT_ONCE = 1 << 25
 """Logits in float32 at a time: 128 MiB, and some times that for what is computed from them."""
+
+MOST = 0.5
+"""Of its way to where it is drawn that a value goes at once."""
+LEAST_ROOT = 1e-12
+"""What is added to the root of a moment that something is divided by."""
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,3 +121,20 @@ def adam(
     value.sub_(size * first / (second.sqrt() * correction + epsilon))
     if rounded is not None:
         rounded.copy_(value)
+
+
+def pull(
+    entries: torch.Tensor,
+    start: torch.Tensor,
+    step: torch.Tensor,
+    known: torch.Tensor,
+    second: torch.Tensor,
+    part: float,
+) -> None:
+    """Draw entries towards the E4M3 numbers that they are rounded to, in place, a part known·part/√second of the way.
+
+    All float32 of one shape. entries: r − `start` in units of `step`. At most `MOST` of the way.
+    """
+    rounded = (start + entries * step).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    way = (known * part).div_(second.sqrt().add_(LEAST_ROOT)).clamp_(max=MOST)
+    entries.add_(rounded.sub_(start).div_(step).sub_(entries).mul_(way))

@@ -233,7 +233,10 @@ class Experiment(Trainer):
             if layer.weight is not None:
                 layer.weight.mul_((layer.channel_scale * f / channel)[:, None])
             layer.start.copy_(q.view(t.shape))
+            before = layer.step.clone()
             layer.step.copy_(spacing(layer.start))
+            if self._curvature is not None:
+                self._curvature.known[name].mul_((layer.step / before / f[:, None, None]).square())
             layer.channel_scale.copy_(channel / f)
             layer.entries.zero_()
             layer.scale.zero_()

@@ -38,15 +38,15 @@ def test_looks_find_the_second_derivative_of_the_divergence() -> None:
     other = start + torch.randn(4, 5, generator=generator)
     assert torch.allclose(loss(other.flatten()), divergence(inputs @ other, teacher).mean(), rtol=1e-5)
     exact = torch.func.hessian(loss)(start.flatten()).diagonal().view(4, 5)
-    known = torch.zeros(4, 5)
+    known = curvature.Curvature({"a": torch.zeros(4, 5)})
     count = 20_000
     total = torch.zeros(4, 5, dtype=torch.float64)
     for seed in range(count):
         gradient = inputs.T @ curvature.sampled(teacher, seed)
         total += gradient.square() * len(teacher)
         if seed < 50:
-            curvature.note(known, gradient, len(teacher), seed + 1)
-            assert torch.allclose(known.double(), total / (seed + 1), rtol=1e-4, atol=1e-7)
+            known.note("a", gradient, len(teacher))
+            assert torch.allclose(known.known["a"].double(), total / (seed + 1), rtol=1e-4, atol=1e-7)
     assert torch.allclose((total / count).float(), exact, rtol=0.06)
 
 
@@ -60,9 +60,14 @@ def test_logits_are_looked_at_some_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_look_is_one_percent_of_what_is_known_after_a_hundred() -> None:
-    known = torch.full((2,), 3.0)
-    curvature.note(known, torch.tensor([0.0, 2.0]), 5, 500)
-    assert torch.allclose(known, torch.tensor([3.0 * 0.99, 3.0 * 0.99 + 20 * 0.01]))
+    known = curvature.Curvature({"a": torch.zeros(2), "b": torch.zeros(2)})
+    for _ in range(500):
+        known.note("a", torch.full((2,), 3**0.5), 1)
+    known.note("a", torch.tensor([0.0, 2.0]), 5)
+    assert torch.allclose(known.known["a"], torch.tensor([3.0 * 0.99, 3.0 * 0.99 + 20 * 0.01]))
+    known.note("b", torch.tensor([0.0, 2.0]), 5)  # an expert that no token went to until then
+    assert known.known["b"].tolist() == [0.0, 20.0]
+    assert known.state()["looks"].tolist() == [501, 1]
 
 
 def test_springs_grow_sixteen_times_as_stiff() -> None:
@@ -74,12 +79,14 @@ def test_entries_go_a_part_of_the_way_and_stay_what_they_are(seed: int, part: fl
     layer = LutLinear(random_layer(seed), None, Preset.TABLES)
     generator = torch.Generator().manual_seed(seed)
     layer.entries.data.add_(torch.randn(layer.entries.shape, generator=generator) * 0.7)
-    known, size = (torch.rand(layer.entries.shape, generator=generator) for _ in range(2))
-    known[0] = 0
+    h, size = (torch.rand(layer.entries.shape, generator=generator) for _ in range(2))
+    h[0] = 0
+    known = curvature.Curvature({"a": layer.entries})
+    known.known["a"].copy_(h)
     was, before = layer.entries.detach().clone(), layer.current()[0]
     nearest = (before - layer.start) / layer.step
-    curvature.pull(layer, known, size, part)
-    way = (part * known / (size + 1e-12)).clamp(max=0.5)
+    known.pull("a", layer, size.square(), part, lambda tensor: tensor.detach())
+    way = (part * h / (size + 1e-12)).clamp(max=0.5)
     assert torch.allclose(layer.entries, was + way * (nearest - was), rtol=1e-4, atol=1e-5)
     assert torch.equal(layer.entries[0], was[0])
     assert torch.equal(layer.current()[0], before)
@@ -90,13 +97,15 @@ def test_an_entry_comes_to_rest_where_the_loss_is_least(damping: float) -> None:
     """Of ½·h·(e − t)², e what the entry is rounded to: springs of h end at t, none at the edge of rounding."""
     layer = LutLinear(random_layer(1), None, Preset.TABLES)
     h = torch.full(layer.entries.shape, 0.5)
+    known = curvature.Curvature({"a": layer.entries})
+    known.known["a"].copy_(h)
     goal = layer.start + 0.3 * layer.step
     for _ in range(400):
         rounded = round_to_e4m3(layer.start + layer.entries.detach() * layer.step)
         gradient = h * (rounded - goal) / layer.step
         layer.entries.data.sub_(0.05 * gradient)
         if damping:
-            curvature.pull(layer, h, torch.ones_like(h), 0.05 * damping)
+            known.pull("a", layer, torch.ones_like(h), 0.05 * damping, lambda tensor: tensor.detach())
     small = (layer.start.abs() > 2**-6) & (layer.start.abs() < 400)  # normal numbers, which have room
     off = (layer.entries.detach() - 0.3).abs()[small]
     assert (off < 0.02).all() if damping else (off > 0.1).float().mean() > 0.8
@@ -118,14 +127,15 @@ def test_a_look_and_a_pull_are_those_of_the_formulas(model: Path, start: Path, d
     trainer = Trainer(student, LiveTeacher(load_teacher(source, CPU)), options, CPU)
     samples = read_samples(data, None, vocab_size=VOCABULARY).samples
     batch = mixed(samples, {"one": 0.5, "two": 0.5}, options)(0)
-    trainer._look(batch)
+    assert trainer._curvature is not None
+    trainer._look(trainer._curvature, batch)
     logits = counted(logits_of(student.model, batch.ids), batch.counts)
-    upstream = curvature.sampled(logits.detach(), 3 << 32)
+    upstream = curvature.sampled(logits.detach(), 3, 0, 0)
     entries = [layer.entries for layer in student.layers.values()]
     found = torch.autograd.grad(logits, entries, upstream)
     for name, gradient, value in zip(student.layers, found, entries, strict=True):
         assert torch.allclose(trainer.state()[f"curvature.{name}"], len(logits) * gradient.square(), rtol=1e-5)
-        trainer._curvature[name].fill_(1500.0)
+        trainer._curvature.known[name].fill_(1500.0)
         trainer.trained[f"{name}.entries"].second.fill_(4.0)
         value.data.fill_(0.3)
     trainer._forget()

@@ -24,15 +24,17 @@ from torch import nn
 from convert_w4a8 import api
 from convert_w4a8.checkpoint.directory import Checkpoint
 from convert_w4a8.distillation import fused
+from convert_w4a8.distillation.curvature import LOOK, sampled
 from convert_w4a8.distillation.data import Batch, make_batch
 from convert_w4a8.distillation.data_parallel import ReplicatedTrainer, part_of
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import Preset
+from convert_w4a8.distillation.loss import counted
 from convert_w4a8.distillation.mix import hold_out, mixed
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.processes import Place, run_on_all
 from convert_w4a8.distillation.sharded import ShardedTrainer, check_gpus, shard, shard_student
-from convert_w4a8.distillation.student import load_student, load_teacher
+from convert_w4a8.distillation.student import load_student, load_teacher, logits_of
 from convert_w4a8.distillation.teacher import LiveTeacher
 from convert_w4a8.distillation.train import Trainer, mean
 from convert_w4a8.errors import ConvertError, DiskError
@@ -85,6 +87,8 @@ CASES = (
     Case(Preset.TABLES, damping=20.0),
     Case(Preset.WEIGHTS, damping=20.0),
     Case(Preset.TABLES, replicate=True),
+    Case(Preset.TABLES, tokens=42, damping=20.0, replicate=True),
+    Case(Preset.TABLES, tokens=130, damping=20.0, hidden_weight=0.5, recompute=True),
     Case(Preset.WEIGHTS, tokens=42, damping=20.0, replicate=True),
     Case(Preset.WEIGHTS, tokens=130, embeddings=True, fused=True, replicate=True),
     Case(Preset.TABLES, hidden_weight=0.5, replicate=True),
@@ -145,17 +149,10 @@ def replicated(
     return losses
 
 
-class Whole(Trainer):
-    """One with the springs of several processes."""
-
-    looks_at_curvature = False
-
-
 class Accumulated(Trainer):
     """A whole model which computes the parts of a batch one after the other, and adds up their gradients."""
 
     ranks = 2
-    looks_at_curvature = False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -163,24 +160,35 @@ class Accumulated(Trainer):
 
     def train(self, batch: Batch) -> float:
         """Take one step."""
+        parts = [part_of(batch, rank, self.ranks) for rank in range(self.ranks)]
+        weights = [(tokens.stop - tokens.start) / int(batch.counts.sum()) for _, tokens in parts]
+        if self._curvature is not None and self.step % LOOK == 0:
+            logits = [counted(logits_of(self.student.model, part.ids), part.counts) for part, _ in parts]
+            seeds = [(self.options.seed, self.step, rank) for rank in range(self.ranks)]
+            upstream = [sampled(each.detach(), *seed) for each, seed in zip(logits, seeds, strict=True)]
+            self._add_up(
+                [(each, gradient * weight) for each, gradient, weight in zip(logits, upstream, weights, strict=True)]
+            )
+            for name, layer in self.student.layers.items():
+                assert layer.entries.grad is not None
+                self._curvature.note(name, layer.entries.grad, int(batch.counts.sum()))
+        losses = [self._losses(part) for part, _ in parts]
+        self._add_up([(loss * weight, None) for (loss, _), weight in zip(losses, weights, strict=True)])
+        self._update(self.factor(self.step))
+        self.step += 1
+        return float(sum(found.detach() * weight for (_, found), weight in zip(losses, weights, strict=True)))
+
+    def _add_up(self, passes: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         sums: dict[str, torch.Tensor] = {}
-        divergence = torch.zeros(())
-        for rank in range(self.ranks):
-            part, tokens = part_of(batch, rank, self.ranks)
-            weight = (tokens.stop - tokens.start) / int(batch.counts.sum())
-            loss, found = self._losses(part)
+        for output, gradient in passes:
             for one in self.trained.values():
                 one.parameter.grad = None
-            (loss * weight).backward()
-            divergence = divergence + found.detach() * weight
+            output.backward(gradient)  # type: ignore[no-untyped-call]
             for name, one in self.trained.items():
                 assert one.parameter.grad is not None
                 sums[name] = sums.get(name, 0.0) + one.parameter.grad.float()
         for name, one in self.trained.items():
             one.parameter.grad = sums[name].to(one.parameter.dtype)
-        self._update(self.factor(self.step))
-        self.step += 1
-        return float(divergence)
 
 
 def _pass_on(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -236,14 +244,14 @@ def test_processes_compute_what_one_does(
     others = set(added.student.others)
     for name, value in added.state().items():
         leaf = name.partition(".")[2]
-        is_whole = case.replicate or leaf in others
+        is_whole = case.replicate or leaf in others or name == "looks"
         found = parts[0][name] if is_whole else torch.cat([part[name] for part in parts])
         assert torch.equal(found, value), name
         assert not is_whole or torch.equal(parts[1][name], value)
     samples = read_samples(data, None, vocab_size=VOCABULARY).samples
     assert torch.equal(parts[0]["measured"], parts[1]["measured"])
     assert torch.allclose(parts[0]["measured"], added.measure(samples), rtol=1e-5, atol=0)
-    whole = Whole(students[1], teacher, case.options, CPU)
+    whole = Trainer(students[1], teacher, case.options, CPU)
     assert [whole.train(batch) for batch in batches(data, case.options)] == pytest.approx(losses[number], rel=0.02)
 
 

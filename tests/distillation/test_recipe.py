@@ -77,7 +77,7 @@ def test_the_card_says_how() -> None:
         "| KL of held-out samples, nats per token",
     ]
     assert "| steps | 4,096 tokens each, rates × 1.5, seed 3 |" in rows
-    assert "| springs | damping 0.5 |" in rows
+    assert "| springs | damping 0.5, of the curvature |" in rows
     assert "| hidden states | in the loss with weight 0.5 |" in rows
     card = section(DistillOptions(), RESULT)
     assert "| springs | none |" in card
@@ -96,5 +96,5 @@ def test_an_output_says_how_it_was_trained(model: Path, start: Path, data: list[
     given = dict(zip(FEW[::2], FEW[1::2], strict=True))
     assert (found["planned_steps"], found["every"]) == (int(given["--steps"]), int(given["--every"]))
     assert (found["rate"], found["seed"], found["damping"]) == (4, 5, 0.01)
-    assert "| springs | damping 0.01 |" in (out / "README.md").read_text(encoding="utf-8")
+    assert "| springs | damping 0.01, of the curvature |" in (out / "README.md").read_text(encoding="utf-8")
     assert run("verify", out, "--source", start).exit_code == 0
