@@ -87,7 +87,7 @@ def test_four_workers_on_two_nodes(source: Path, expected: dict[str, str], nodes
     """Give the bytes of a local conversion; what ran where is known, and nothing is left."""
     seen: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
-    cluster = convert(source, tmp_path / "out", nodes, progress=seen.append)
+    cluster = convert(source, tmp_path / "out", nodes, ray_nodes.beside_another, progress=seen.append)
     assert digests(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sum(seen) == open_checkpoint(source).nbytes

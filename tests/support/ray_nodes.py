@@ -110,6 +110,18 @@ def slow(task: ShardTask, directory: Path, device: torch.device, progress: Progr
     return convert_shard(task, directory, device, progress)
 
 
+def beside_another(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
+    """Wait until another node has begun one, too: Ray takes longer to start a worker than all files take."""
+    import ray
+
+    mark(f"node-{ray.get_runtime_context().get_node_id()}")
+    deadline = time.monotonic() + 60
+    while len(marks("node-")) < 2 and time.monotonic() < deadline:
+        progress(0)
+        time.sleep(0.05)
+    return convert_shard(task, directory, device, progress)
+
+
 def killed(task: ShardTask, directory: Path, device: torch.device, progress: Progress) -> ShardResult:
     """Be killed in the middle of the second file, always."""
     hit = task.shard.file_name.startswith("model-00002-")
