@@ -78,7 +78,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Stop after so many measurements without a better one. 0: never.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of the samples.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the order of the samples, and of what springs of tables draw.",
+)
 @click.option("--recompute", is_flag=True, help="Compute blocks twice instead of keeping what they computed.")
 @click.option(
     "--device",

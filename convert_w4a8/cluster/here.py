@@ -114,13 +114,15 @@ class Here:
 
         One that has not begun never does: its thread may be about to start when a signal ends the command.
         """
-        if self._call is not None and not self._call.cancel():
-            wait([self._call], _END_SECONDS)
-            if not self._call.done():
-                message = "a task of this process has not ended for %.0f s, and is left to itself"
-                logging.getLogger("convert_w4a8").warning(message, _END_SECONDS)
-        if self._give_back is not None:
-            self._give_back()
+        try:
+            if self._call is not None and not self._call.cancel():
+                wait([self._call], _END_SECONDS)
+                if not self._call.done():
+                    message = "a task of this process has not ended for %.0f s, and is left to itself"
+                    logging.getLogger("convert_w4a8").warning(message, _END_SECONDS)
+        finally:  # whatever comes while it waits
+            if self._give_back is not None:
+                self._give_back()
 
 
 def _carry_out(future: "Future[tuple[Any, float]]", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -4,8 +4,9 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,9 +169,19 @@ class Runner:
         task, number = state.task, state.begun
         state.begun += 1
         assert task.here is not None
-        reference = self._here.begin(task.here, task.arguments(number))
-        state.running[reference] = number
-        running[reference] = state
+        with self._dropped_if_not_begun(task, number):
+            reference = self._here.begin(task.here, task.arguments(number))
+            state.running[reference] = number
+            running[reference] = state
+
+    @contextmanager
+    def _dropped_if_not_begun(self, task: Task, number: int) -> Iterator[None]:
+        """Drop an attempt where a signal, or a full disk, comes before it is among those that are under way."""
+        try:
+            yield
+        except BaseException:
+            self._drop([(task, number)])
+            raise
 
     def _leave(self) -> None:
         """Work no longer in this process."""
@@ -195,16 +206,16 @@ class Runner:
             self._here.hold()
         task, number = state.task, state.begun
         state.begun += 1
-        call = packed_call(task.function, task.arguments(number))
         strategies = self._ray.util.scheduling_strategies
         strategy = "SPREAD" if node is None else strategies.NodeAffinitySchedulingStrategy(node.id, soft=True)
         options: dict[str, Any] = {"num_cpus": task.cpus, "num_gpus": task.gpus, "memory": state.memory}
         if task.gpus:  # a process keeps the GPU that CUDA saw first, and may be given another one with its next task
             options["runtime_env"] = SEES_ALL_GPUS
         remote = remote_function(self._ray).options(**options, scheduling_strategy=strategy, name=task.name)
-        reference = remote.remote(*call)
-        state.running[reference] = number
-        running[reference] = state
+        with self._dropped_if_not_begun(task, number):
+            reference = remote.remote(*packed_call(task.function, task.arguments(number)))
+            state.running[reference] = number
+            running[reference] = state
 
     def _answer(self, reference: Any, state: _State, number: int) -> dict[str, Any] | None:
         """Return what an attempt answers; None where it was lost, and may be tried again."""

@@ -41,9 +41,12 @@ def stiffness(damping: float, done: float) -> float:
 def sampled(logits: torch.Tensor, *seed: int) -> torch.Tensor:
     """Return the gradient of −(1/B)·Σ log q(y) by logits [B, V], in their dtype, y drawn from q = softmax(logits).
 
-    seed: numbers that are not negative; others give other draws.
+    seed: numbers that are not negative, of which the first is that of the training; others give other draws.
     """
-    (number,) = np.random.SeedSequence(seed).generate_state(1)  # 32 bits: all that torch takes on a CPU
+    first, *rest = seed
+    (number,) = np.random.SeedSequence(first, spawn_key=rest).generate_state(
+        1
+    )  # 32 bits: all that torch takes on a CPU
     chance = torch.Generator(logits.device).manual_seed(int(number))  # apart from those of CUDA graphs
     gradient = torch.empty_like(logits)
     rows = max(1, LOGITS_AT_ONCE // logits.shape[1])

@@ -243,8 +243,9 @@ def predict_cost(
     passes += looks * (4 if options.recompute else 3)
     seconds = 2 * passes * tokens * sizes.active / OPERATIONS
     seconds += 2 * (passes - 1) * tokens * sizes.hidden * sizes.vocabulary / OPERATIONS
-    seconds += PER_WEIGHT[preset] * sizes.weights + PER_LOGIT * tokens * sizes.vocabulary
-    seconds += (PER_CHANNEL + (PER_CHANNEL_AGAIN if options.recompute else 0.0)) * tokens * sizes.width
+    beside = PER_WEIGHT[preset] * sizes.weights + PER_LOGIT * tokens * sizes.vocabulary
+    beside += (PER_CHANNEL + (PER_CHANNEL_AGAIN if options.recompute else 0.0)) * tokens * sizes.width
+    seconds += (1 + looks) * beside
     if gpus > 1:  # gathered for each pass, and not hidden behind computing
         moved = (1 + looks) * ((2 + options.recompute) * _GATHERED[preset] + _REDUCED[preset]) + 2
         seconds += moved * sizes.weights * (gpus - 1) / gpus / LINK

@@ -42,6 +42,7 @@ def record(
     found |= {name: value for name in _IF_ANY if (value := getattr(options, name))}
     return (
         found
+        | ({"springs": "curvature"} if options.springs_of_curvature else {})
         | ({"gpus": gpus, "replicate": replicate} if gpus > 1 else {})
         | ({"top_k": result.top_k} if result.top_k else {})
         | ({"embeddings": list(embeddings)} if embeddings else {})

@@ -183,32 +183,74 @@ def test_a_task_of_this_process_that_hangs(monkeypatch: pytest.MonkeyPatch, capl
 
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_a_signal_while_a_task_begins(has_begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes as it is; a task that has not begun is none any more, and one that has is waited for."""
-    begin, carried_out = threading.Thread.start, threading.Event()
+    """It comes as it is; the attempt is dropped, whether it has begun, and is waited for, or never does."""
+    begin, has_run, dropped = threading.Thread.start, threading.Event(), Dropped()
 
     def interrupted(thread: threading.Thread) -> None:
         if has_begun:
             begin(thread)
+            assert has_run.wait(10)
         else:
             threads.append(thread)
         raise KeyboardInterrupt
 
     def work(_number: int) -> None:
-        time.sleep(0.3)
-        carried_out.set()
+        has_run.set()
+        while not dropped:  # as a file does, whose directory is gone
+            time.sleep(0.01)
 
     threads = list[threading.Thread]()
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     cluster = Held([], [Node("", "10.0.0.1", 1, 0, 8 * GB)], local=True)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run(cluster, ours("a", work))
+        run(cluster, ours("a", work), drop=dropped)
     assert time.monotonic() - started < 5
-    assert carried_out.is_set() == has_begun
+    assert dropped == [("a", 0)]
+    assert has_run.is_set() == has_begun
     for thread in threads:  # as a thread does that the system had begun when the signal came
         begin(thread)
         thread.join()
-    assert carried_out.is_set() == has_begun
+    assert has_run.is_set() == has_begun
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_signal_while_an_attempt_is_made(local: bool) -> None:
+    """Here or for another node: its directory may be there, so it is dropped."""
+    dropped = Dropped()
+
+    def made(_number: int) -> tuple[int]:
+        raise KeyboardInterrupt
+
+    cluster = Held([], [NODE])
+    here = Here.on(cluster, 1, GB) if local else None  # type: ignore[arg-type]
+    tasks = [Task("a", len, made, cpus=1, memory=GB, here=len)]
+    with pytest.raises(KeyboardInterrupt):
+        list(Runner(cluster, here=here, drop=dropped).run(tasks))  # type: ignore[arg-type]
+    assert dropped == [("a", 0)]
+
+
+def test_a_second_signal_does_not_keep_what_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come while a call is waited for."""
+    cluster, has_run, release = Held([]), threading.Event(), threading.Event()
+    here = Here.on(cluster, 1, GB)  # type: ignore[arg-type]
+    assert here is not None
+
+    def work() -> None:
+        has_run.set()
+        release.wait(10)
+
+    here.begin(work, ())
+    assert has_run.wait(10)
+
+    def wait(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert_w4a8.cluster.here.wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        here.close()
+    release.set()
+    assert cluster.happened[-1] == "given back"
 
 
 def test_attempts_are_dropped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,12 +129,18 @@ def test_a_look_and_a_pull_are_those_of_the_formulas(model: Path, start: Path, d
     batch = mixed(samples, {"one": 0.5, "two": 0.5}, options)(0)
     assert trainer._curvature is not None
     trainer._look(trainer._curvature, batch)
+    once = trainer.state()
+    trainer.step = curvature.LOOK  # whose draws are others
+    trainer._look(trainer._curvature, batch)
+    for name, known in trainer.state().items():
+        assert torch.equal(known, once[name]) == (not name.startswith(("curvature.", "looks")))
+    trainer.step = 0
     logits = counted(logits_of(student.model, batch.ids), batch.counts)
     upstream = curvature.sampled(logits.detach(), 3, 0, 0)
     entries = [layer.entries for layer in student.layers.values()]
     found = torch.autograd.grad(logits, entries, upstream)
     for name, gradient, value in zip(student.layers, found, entries, strict=True):
-        assert torch.allclose(trainer.state()[f"curvature.{name}"], len(logits) * gradient.square(), rtol=1e-5)
+        assert torch.allclose(once[f"curvature.{name}"], len(logits) * gradient.square(), rtol=1e-5)
         trainer._curvature.known[name].fill_(1500.0)
         trainer.trained[f"{name}.entries"].second.fill_(4.0)
         value.data.fill_(0.3)
@@ -172,6 +178,7 @@ def test_a_training_that_is_continued_has_the_same_values(
         second.train(batch(second.step))
     state = whole.state()
     assert any(name.startswith("curvature.") and (part > 0).any() for name, part in state.items())
+    assert set(state["looks"].tolist()) == {3}
     assert {name: part.tolist() for name, part in second.state().items()} == {n: p.tolist() for n, p in state.items()}
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,8 +23,8 @@ from torch import nn
 
 from convert_w4a8 import api
 from convert_w4a8.checkpoint.directory import Checkpoint
-from convert_w4a8.distillation import fused
-from convert_w4a8.distillation.curvature import LOOK, sampled
+from convert_w4a8.distillation import curvature, fused
+from convert_w4a8.distillation.curvature import sampled
 from convert_w4a8.distillation.data import Batch, make_batch
 from convert_w4a8.distillation.data_parallel import ReplicatedTrainer, part_of
 from convert_w4a8.distillation.hidden import blocks_of
@@ -45,11 +45,16 @@ pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
 STEPS = 4
+LOOK = 2
+"""Steps from one look at the curvature to the next."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training of some steps. tokens: of a batch; samples have 40 to 42. fused: by what kernels compute on a GPU."""
+    """A training of some steps. tokens: of a batch; samples have 40 to 42. fused: by what kernels compute on a GPU.
+
+    resumed: continued half-way from its state.
+    """
 
     preset: Preset
     tokens: int = 256
@@ -59,6 +64,7 @@ class Case:
     damping: float = 0.0
     replicate: bool = False
     embeddings: bool = False
+    resumed: bool = False
 
     @property
     def options(self) -> DistillOptions:
@@ -72,6 +78,7 @@ class Case:
             damping=self.damping,
             embeddings=self.embeddings,
             rate=4.0,
+            seed=3,
         )
 
 
@@ -84,10 +91,10 @@ CASES = (
     Case(Preset.TABLES, fused=True),
     Case(Preset.WEIGHTS, fused=True),
     Case(Preset.TABLES, recompute=True, fused=True),
-    Case(Preset.TABLES, damping=20.0),
+    Case(Preset.TABLES, damping=20.0, resumed=True),
     Case(Preset.WEIGHTS, damping=20.0),
     Case(Preset.TABLES, replicate=True),
-    Case(Preset.TABLES, tokens=42, damping=20.0, replicate=True),
+    Case(Preset.TABLES, tokens=42, damping=20.0, replicate=True, resumed=True),
     Case(Preset.TABLES, tokens=130, damping=20.0, hidden_weight=0.5, recompute=True),
     Case(Preset.WEIGHTS, tokens=42, damping=20.0, replicate=True),
     Case(Preset.WEIGHTS, tokens=130, embeddings=True, fused=True, replicate=True),
@@ -128,11 +135,25 @@ def in_process(place: Place, start: Path, model: Path, data: list[Path], out: Pa
             )
         assert all(parameter.is_floating_point() for parameter in student.model.parameters())  # else torch 2.11 fails
         teacher = LiveTeacher(spread)
-        trainer = ShardedTrainer(student, teacher, case.options, place)
-        found.append([trainer.train(batch) for batch in batches(data, case.options)])
+        trainer, losses = trained_by(partial(ShardedTrainer, student, teacher, case.options, place), case, data)
+        found.append(losses)
         measured = trainer.measure(read_samples(data, None, vocab_size=VOCABULARY).samples)
         save_file(trainer.state() | {"measured": measured}, out / f"{number}-{place.rank}.safetensors")
     return found
+
+
+def trained_by(make: Callable[[], Trainer], case: Case, data: list[Path]) -> tuple[Trainer, list[float]]:
+    """Train; return what has done so and the divergences."""
+    trainer, losses = make(), list[float]()
+    with patch.object(curvature, "LOOK", LOOK):
+        for batch in batches(data, case.options):
+            if case.resumed and trainer.step == STEPS // 2:
+                first, trainer = trainer, make()
+                for name, one in trainer.trained.items():
+                    one.unit = first.trained[name].unit  # of the values that came in, which are not there any more
+                trainer.restore(first.state(), first.step)
+            losses.append(trainer.train(batch))
+    return trainer, losses
 
 
 def replicated(
@@ -142,8 +163,7 @@ def replicated(
     with fusing(case):
         student = load_student(checkpoint, source, case.preset, CPU, embeddings=case.embeddings)
         teacher = LiveTeacher(load_teacher(source, CPU))
-    trainer = ReplicatedTrainer(student, teacher, case.options, place)
-    losses = [trainer.train(batch) for batch in batches(data, case.options)]
+    trainer, losses = trained_by(partial(ReplicatedTrainer, student, teacher, case.options, place), case, data)
     measured = trainer.measure(read_samples(data, None, vocab_size=VOCABULARY).samples)
     save_file(trainer.state() | {"measured": measured}, file)
     return losses
@@ -239,7 +259,8 @@ def test_processes_compute_what_one_does(
     if case.replicate:
         for hook in added.copies:
             hook.remove()
-    assert [added.train(batch) for batch in batches(data, case.options)] == losses[number]
+    with patch.object(curvature, "LOOK", LOOK):
+        assert [added.train(batch) for batch in batches(data, case.options)] == losses[number]
     parts = [load_file(out / f"{number}-{rank}.safetensors") for rank in range(2)]
     others = set(added.student.others)
     for name, value in added.state().items():
@@ -251,8 +272,10 @@ def test_processes_compute_what_one_does(
     samples = read_samples(data, None, vocab_size=VOCABULARY).samples
     assert torch.equal(parts[0]["measured"], parts[1]["measured"])
     assert torch.allclose(parts[0]["measured"], added.measure(samples), rtol=1e-5, atol=0)
-    whole = Trainer(students[1], teacher, case.options, CPU)
-    assert [whole.train(batch) for batch in batches(data, case.options)] == pytest.approx(losses[number], rel=0.02)
+    if "looks" in parts[0]:
+        assert set(parts[0]["looks"].tolist()) == {STEPS // LOOK}
+    _, whole = trained_by(partial(Trainer, students[1], teacher, case.options, CPU), replace(case, resumed=False), data)
+    assert whole == pytest.approx(losses[number], rel=0.02)
 
 
 @pytest.mark.parametrize("replicate", [False, True])

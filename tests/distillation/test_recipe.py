@@ -31,16 +31,19 @@ ALWAYS += ["planned_steps", "batch_tokens", "rate", "warmup", "every", "seed"]
     ("chosen", "more"),
     [
         ({}, {}),
-        ({"steps": 3000}, {"damping": 0.5}),
+        ({"steps": 3000}, {"damping": 0.5, "springs": "curvature"}),
         ({"steps": 3000, "damping": 0}, {}),
-        ({"damping": 1.25, "seed": 7, "rate": 2.0, "batch_tokens": 512, "warmup": 0.1, "every": 5}, {"damping": 1.25}),
+        (
+            {"damping": 1.25, "seed": 7, "rate": 2.0, "batch_tokens": 512, "warmup": 0.1, "every": 5},
+            {"damping": 1.25, "springs": "curvature"},
+        ),
         (
             {"preset": Preset.WEIGHTS, "towards": 0.5, "hidden_weight": 0.25, "patience": 3},
             {"patience": 3, "towards": 0.5, "hidden_weight": 0.25},
         ),
     ],
 )
-def test_options_that_bytes_depend_on_are_recorded(chosen: dict[str, Any], more: dict[str, float]) -> None:
+def test_options_that_bytes_depend_on_are_recorded(chosen: dict[str, Any], more: dict[str, Any]) -> None:
     """In this order; of what does nothing, nothing."""
     options = DistillOptions(**chosen)
     found = record(options, "abc", RESULT)
@@ -92,9 +95,9 @@ def test_an_output_says_how_it_was_trained(model: Path, start: Path, data: list[
     assert result.exit_code == 0, result.output
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     found = config["quantization_config"]["conversion"]["distillation"]
-    assert list(found) == [*ALWAYS, "damping"]
+    assert list(found) == [*ALWAYS, "damping", "springs"]
     given = dict(zip(FEW[::2], FEW[1::2], strict=True))
     assert (found["planned_steps"], found["every"]) == (int(given["--steps"]), int(given["--every"]))
-    assert (found["rate"], found["seed"], found["damping"]) == (4, 5, 0.01)
+    assert (found["rate"], found["seed"], found["damping"], found["springs"]) == (4, 5, 0.01, "curvature")
     assert "| springs | damping 0.01, of the curvature |" in (out / "README.md").read_text(encoding="utf-8")
     assert run("verify", out, "--source", start).exit_code == 0
