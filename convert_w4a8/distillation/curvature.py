@@ -10,13 +10,13 @@ h is the Gauss-Newton one: the divergence is that of two distributions, so h = B
 −(1/B)·Σ log q(y) over B tokens, y drawn from the student's own q (Liu et al. 2023, "Sophia", algorithm 2).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from convert_w4a8.devices import training
-from convert_w4a8.distillation.linear import LutLinear
+from convert_w4a8.distillation.linear import LutLinear, Own
 from convert_w4a8.kernels.training.reference import LOGITS_AT_ONCE
 
 LOOK = 10
@@ -26,7 +26,6 @@ _NEW = 0.01
 _RATIO = 4.0
 """How much stiffer springs are at the end of a training than in its middle, and there than at its beginning."""
 _LOOKS = "looks"
-Own = Callable[[torch.Tensor], torch.Tensor]
 
 
 def stiffness(damping: float, done: float) -> float:
@@ -44,10 +43,9 @@ def sampled(logits: torch.Tensor, *seed: int) -> torch.Tensor:
     seed: numbers that are not negative, of which the first is that of the training; others give other draws.
     """
     first, *rest = seed
-    (number,) = np.random.SeedSequence(first, spawn_key=rest).generate_state(
-        1
-    )  # 32 bits: all that torch takes on a CPU
-    chance = torch.Generator(logits.device).manual_seed(int(number))  # apart from those of CUDA graphs
+    (number,) = np.random.SeedSequence(first, spawn_key=rest).generate_state(1)
+    chance = torch.Generator(logits.device)  # apart from those of CUDA graphs
+    chance.manual_seed(int(number))  # 32 bits: all that torch takes on a CPU
     gradient = torch.empty_like(logits)
     rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
     for part, to in zip(torch.split(logits, rows), torch.split(gradient, rows), strict=True):

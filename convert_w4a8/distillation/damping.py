@@ -7,12 +7,10 @@ is rounded to. Springs are loose at first, so that values go where the loss want
 have others (`curvature`).
 """
 
-from collections.abc import Callable
-
 import torch
 
 from convert_w4a8.devices import training
-from convert_w4a8.distillation.linear import LutLinear
+from convert_w4a8.distillation.linear import LutLinear, Own
 from convert_w4a8.distillation.tables import round_to_e4m3
 from convert_w4a8.kernels.training.reference import MOST
 
@@ -34,9 +32,7 @@ def stiffness(damping: float, done: float) -> float:
 
 
 @torch.no_grad()
-def pull(
-    layer: LutLinear, entries: float, weights: float, own: Callable[[torch.Tensor], torch.Tensor] = lambda part: part
-) -> None:
+def pull(layer: LutLinear, entries: float, weights: float, own: Own = lambda part: part) -> None:
     """Draw entries towards the E4M3 numbers that they are rounded to, and latent weights to the values of their codes.
 
     layer: with latent weights. entries, weights: the part of the way; at most half. own: returns what this process has

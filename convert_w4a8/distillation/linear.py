@@ -1,5 +1,6 @@
 """A linear layer that computes as the W4A8 kernel does, and that can be trained."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -15,6 +16,8 @@ from convert_w4a8.linear import Packing, W4A8Linear
 
 _KEPT = "_w4a8_quantized"
 """An attribute of tensors, which is gone when they are."""
+Own = Callable[[torch.Tensor], torch.Tensor]
+"""Returns what this process has of a layer's tensor: its rows, where processes share the model."""
 
 
 class Preset(StrEnum):

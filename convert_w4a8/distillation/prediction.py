@@ -177,8 +177,8 @@ def predict(
         shapes=_captured_shapes(start, sizes, options) if parts == 1 else 1,
     )
     if replicate:  # their gradients are added up
-        bytes_, times = 4 * found.trained, 1 + (1 / LOOK if options.springs_of_curvature else 0.0)
-        step = found.seconds_per_step + times * bytes_ * 2 * (gpus - 1) / gpus / LINK
+        bytes_ = 4 * found.trained
+        step = found.seconds_per_step + (1 + _looks(options)) * bytes_ * 2 * (gpus - 1) / gpus / LINK
         seconds = found.seconds + (step - found.seconds_per_step) * options.steps
         found = replace(found, seconds_per_step=step, seconds=seconds, gpu_memory=found.gpu_memory + bytes_)
     if top_k is None or not together:
@@ -228,7 +228,7 @@ def predict_cost(
     per_token = ACTIVATIONS * sizes.width
     if options.recompute:
         per_token = per_token / max(1, sizes.blocks) + 2 * sizes.hidden * sizes.blocks
-    looks = 1 / LOOK if options.springs_of_curvature else 0.0
+    looks = _looks(options)
     curvature = _CURVATURE * sizes.weights if looks else 0.0
     kept += curvature
     if gpus > 1 and is_latent:
@@ -260,6 +260,11 @@ def predict_cost(
         state=16 * trained + int(curvature),
         logits=(stored_rows or 0) * row_bytes(sizes.vocabulary, top_k),
     )
+
+
+def _looks(options: DistillOptions) -> float:
+    """Return how many looks at the curvature there are to a step."""
+    return 1 / LOOK if options.springs_of_curvature else 0.0
 
 
 def _chosen(checkpoint: Checkpoint) -> float:

@@ -6,7 +6,7 @@ its codes as in `encoding.tables` (`kernels/training/reference.py`).
 
 import torch
 
-from convert_w4a8.fp8 import E4M3_MAX
+from convert_w4a8.fp8 import E4M3_MAX, to_e4m3
 from convert_w4a8.kernels.training.reference import by_code, look_up
 from convert_w4a8.linear import GROUP_SIZE
 
@@ -23,7 +23,7 @@ def spacing(values: torch.Tensor) -> torch.Tensor:
 
 def round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     """Round float32 values to the nearest E4M3 numbers, saturated, as float32."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(values.dtype)
+    return to_e4m3(values).to(values.dtype)
 
 
 def nearest_within_cells(weights: torch.Tensor, entries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

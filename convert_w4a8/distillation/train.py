@@ -105,9 +105,7 @@ class Trainer:
         self._forget()
         part, share = self._part(batch)
         ids = upload(part.ids, self._device)
-        hidden = self.options.hidden_weight > 0  # whose passes are no CUDA graphs
-        outputs = logits_of(self.student.model, ids) if hidden else self._passes.forward(ids, counts=False)
-        logits = counted(outputs, part.counts)
+        logits = counted(self._passes.forward(ids, counts=False), part.counts)
         upstream = curvature.sampled(logits.detach(), self.options.seed, self.step, self._rank)
         logits.backward(upstream.mul_(share))  # type: ignore[no-untyped-call]
         self._passes.backward()

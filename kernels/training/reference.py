@@ -5,7 +5,7 @@ Codes are unsigned, u = v + 8, uint8 [N, K]; entries are E4M3 numbers in float32
 
 import torch
 
-from convert_w4a8.fp8 import E4M3_MAX, quantize_tokens
+from convert_w4a8.fp8 import quantize_tokens, to_e4m3
 from convert_w4a8.linear import GROUP_SIZE
 
 _ZERO = 8
@@ -135,6 +135,6 @@ def pull(
 
     All float32 of one shape. entries: r − `start` in units of `step`. At most `MOST` of the way.
     """
-    rounded = (start + entries * step).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    rounded = to_e4m3(start + entries * step).float()
     way = (known * part).div_(second.sqrt().add_(LEAST_ROOT)).clamp_(max=MOST)
     entries.add_(rounded.sub_(start).div_(step).sub_(entries).mul_(way))
