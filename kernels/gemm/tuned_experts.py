@@ -28,12 +28,12 @@ LAUNCHES: dict[tuple[int, int, int, int], tuple[int, Cut, Cut]] = {
     (8, 4096, 14336, 128): (
         32,
         (1, 128, 3, 4, None, True, 0, None, True, 0),
-        (1, 64, 3, 4, None, False, 0, 128, True, 3),
+        (1, 64, 4, 4, None, True, 0, None, True, 1),
     ),
     (8, 4096, 14336, 256): (
         64,
-        (1, 64, 3, 4, None, True, 0, 128, True, 3),
-        (1, 128, 3, 8, None, False, 0, 128, True, 3),
+        (1, 128, 3, 4, None, True, 0, None, True, 0),
+        (1, 128, 3, 4, None, True, 0, None, True, 0),
     ),
     (8, 4096, 14336, 512): (
         80,

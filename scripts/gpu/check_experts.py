@@ -265,6 +265,7 @@ def check_launches(cases: Sequence[tuple[Size, int]], form: str, hopper: bool) -
         ways = [[replace(launch, apart=apart) for launch in chosen] for apart in ((0, 1, 2) if hopper else (0,))]
         if hopper:
             ways += [[Launch(block_m, 1, stages=3, chain=True, overlap=3)] * 2 for block_m in (32, 80)]
+            ways += [[Launch(32, 1, chain=True, overlap=1)] * 2]
             groups = size.hidden // 128, size.intermediate // 128
             ways += [
                 [Launch(16, min(splits, most), stages=3, chain=splits == 1, overlap=0) for most in groups]

@@ -59,6 +59,11 @@ UNROLLED: dict[int, tuple[Shape, ...]] = {
     **dict.fromkeys((32, 64), ((64, 4, 3, None), (64, 4, 4, 96), (128, 4, 3, None), (128, 4, 3, 128))),
 }
 """The same of blocks that multiply one group after the other in a loop that is unrolled, by pairs."""
+READ_AHEAD: dict[int, tuple[Shape, ...]] = {
+    32: ((64, 4, 4, None), (128, 4, 3, None)),
+    64: ((64, 4, 3, 128),),
+}
+"""The same of those that read the next group's words meanwhile, by pairs."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 COLUMNS = (None, 1, 4, 16, 64)
 REPLAYS = 7
@@ -107,6 +112,10 @@ def shapes(block_m: int, n: int, apart: Sequence[int]) -> list[Launch]:
         Launch(block_m, 1, block_n, stages, warps, chain, None, True, 0, registers, overlap=0)
         for block_n, warps, stages, registers in UNROLLED.get(block_m, ())
         for chain in ((True,) if block_m >= 64 else (False, True))
+    ]
+    made += [
+        Launch(block_m, 1, block_n, stages, warps, True, None, True, 0, registers, overlap=1)
+        for block_n, warps, stages, registers in READ_AHEAD.get(block_m, ())
     ]
     return [launch for launch in made if n % launch.block_n == 0]
 

@@ -82,8 +82,11 @@ indices of tables, registers, the activation."""
 UNROLLED = (
     *((8, 0, 2, 64, 4, 4, True, 96, None), (16, 0, 1, 64, 4, 6, True, None, "silu")),
     *((32, 0, 1, 128, 4, 3, True, None, "silu"), (64, 0, 1, 64, 4, 3, True, None, None)),
+    *((64, 0, 1, 128, 4, 3, True, None, "silu"), (64, 0, 1, 128, 4, 3, True, None, None)),
 )
 """The same, of those that multiply one group after the other."""
+READ_AHEAD = ((32, 0, 1, 64, 4, 4, True, None, None),)
+"""The same, of those that read the next group's words meanwhile."""
 
 
 def show_hopper() -> None:
@@ -95,7 +98,7 @@ def show_hopper() -> None:
         constants |= {"APART": apart > 0, "BY_PRODUCTS": apart == 2}
         registers = limit[0] if limit else None
         show(grouped_hopper_kernel._grouped_kernel, 90, constants, warps, GluonASTSource, maxnreg=registers)
-    many = [(3, case) for case in MANY] + [(0, case) for case in UNROLLED]
+    many = [(overlap, case) for overlap, cases in ((3, MANY), (0, UNROLLED), (1, READ_AHEAD)) for case in cases]
     for overlap, (block_m, rest, splits, block_n, warps, stages, indexed, registers, activation) in many:
         constants = {"BLOCK_M": block_m, "REST": rest, "BLOCK_N": block_n, "STAGES": stages, "SPLIT": splits > 1}
         constants |= {"INDEXED": indexed, "SORTED": activation is None, "ACTIVATION": activation}
