@@ -124,7 +124,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Weight in the loss of how far the blocks' outputs are from the teacher's.",
 )
-@click.option("--embeddings", is_flag=True, help="With --preset weights: train embeddings and lm_head too.")
+@click.option("--embeddings", is_flag=True, help="Train embeddings and lm_head too.")
 @click.option("--png", type=LocalPath(path_type=Path), metavar="FILE", help="Draw the curve of the training.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT2 if it exists.")
 @click.option("--resume", is_flag=True, help="Continue a training to OUT2 that was interrupted, if there is one.")

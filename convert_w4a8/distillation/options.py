@@ -23,7 +23,7 @@ class Rates:
 
 
 RATES = {
-    Preset.TABLES: Rates(entries=0.011, scale=1e-4, other=2e-4),
+    Preset.TABLES: Rates(entries=0.011, scale=1e-4, other=2e-4, embedding=2e-4),
     Preset.WEIGHTS: Rates(entries=0.007, scale=1e-4, other=2e-4, weight=2.5e-3, embedding=8e-4),
 }
 """Of a training of `_STEPS` steps; docs/explanation/distillation.md has what others do."""
@@ -63,7 +63,7 @@ class DistillOptions:
     before the training ends; 0: any number. recompute: compute blocks a second time in the backward pass instead of
     keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
     the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
-    embeddings: train these and lm_head too, with the preset `weights`. damping: how stiff the springs are that draw
+    embeddings: train these and lm_head too. damping: how stiff the springs are that draw
     values to what they are rounded to: of the preset `tables` in units of the curvature, half-way
     (`curvature.stiffness`); else at the end (`damping.stiffness`). 0: there are none; None: `damping_for`.
     """
@@ -113,11 +113,8 @@ class DistillOptions:
             raise ValueError(f"rate is {self.rate}, not more than 0")
         if self.damping is not None and self.damping < 0:
             raise ValueError("damping is less than 0: springs would push values away")
-        if self.preset is not Preset.WEIGHTS:
-            if self.embeddings:
-                raise ValueError("--embeddings goes with --preset weights")
-            if self.towards:
-                raise ValueError("towards goes with the preset weights: there are no latent weights to begin anywhere")
+        if self.towards and self.preset is not Preset.WEIGHTS:
+            raise ValueError("towards goes with the preset weights: there are no latent weights to begin anywhere")
 
 
 def check_choices(

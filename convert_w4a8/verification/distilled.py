@@ -58,7 +58,7 @@ def verify_distilled(
     conversion = out.quantization_config["conversion"]["distillation"]
     keeps_codes = conversion.get("preset") != "weights"
     embeddings = conversion.get("embeddings")
-    may_change = set(map(str, embeddings)) if isinstance(embeddings, list) and not keeps_codes else set()
+    may_change = set(map(str, embeddings)) if isinstance(embeddings, list) else set()
     problems: list[Problem] = []
     checks: list[LayerCheck] = []
     try:

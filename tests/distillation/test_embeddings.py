@@ -37,12 +37,15 @@ def test_gradient_is_torchs(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("preset", list(Preset))
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_are_trained_written_and_verified(tied: bool, data: list[Path], tmp_path: Path) -> None:
+def test_embeddings_are_trained_written_and_verified(
+    tied: bool, preset: Preset, data: list[Path], tmp_path: Path
+) -> None:
     """What is written predicts as was measured; `verify` lets embeddings change where the output says that they did."""
     model = write_llama(tmp_path / "teacher", layers=2, initializer_range=0.06, tie_word_embeddings=tied)
     start, out = quantized(model, tmp_path / "start"), tmp_path / "out"
-    result = distill(start, model, data, out, *OPTIONS, "--json")
+    result = distill(start, model, data, out, *OPTIONS, "--preset", preset, "--json")
     assert result.exit_code == 0, result.output
     names = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
     before, after = tensors(start), tensors(out)
@@ -159,16 +162,11 @@ def test_resume_gives_the_same_bytes(
 
 
 def test_where_they_are_not_trained(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
-    """With fixed codes, and on several GPUs: refused before anything is read or written."""
-    refused = distill(start, model, data, tmp_path / "out", "--embeddings")
-    assert refused.exit_code == 2
-    assert "--preset weights" in refused.output
+    """On several GPUs that have parts of them: refused before anything is read or written."""
     refused = distill(start, model, data, tmp_path / "out", *OPTIONS, "--gpus", "2")
     assert refused.exit_code == 1
     assert "give --replicate" in refused.output
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="preset weights"):
-        DistillOptions(embeddings=True)
 
 
 def test_embeddings_in_other_types_are_refused(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
@@ -188,12 +186,15 @@ def test_embeddings_in_other_types_are_refused(model: Path, start: Path, data: l
     assert not (tmp_path / "out").exists()
 
 
-def test_they_are_predicted(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", list(Preset))
+def test_they_are_predicted(preset: Preset, model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
     """How many numbers are trained."""
     found = [
-        json.loads(distill(start, model, data, tmp_path / "out", *more, "--dry-run", "--json").stdout)
-        for more in (("--preset", "weights"), OPTIONS)
+        json.loads(
+            distill(start, model, data, tmp_path / "out", "--preset", preset, *more, "--dry-run", "--json").stdout
+        )
+        for more in ((), ("--embeddings",))
     ]
     more = found[1]["predicted_trained"] - found[0]["predicted_trained"]
-    student = load_student(api.open_checkpoint(start), api.open_checkpoint(model), Preset.WEIGHTS, CPU, embeddings=True)
+    student = load_student(api.open_checkpoint(start), api.open_checkpoint(model), preset, CPU, embeddings=True)
     assert more == sum(value.numel() for name, value in student.trained() if "embed" in name or "lm_head" in name) > 0

@@ -99,6 +99,7 @@ CASES = (
     Case(Preset.WEIGHTS, tokens=42, damping=20.0, replicate=True),
     Case(Preset.WEIGHTS, tokens=130, embeddings=True, fused=True, replicate=True),
     Case(Preset.TABLES, hidden_weight=0.5, replicate=True),
+    Case(Preset.TABLES, damping=20.0, embeddings=True, fused=True, replicate=True),
 )
 
 
