@@ -133,7 +133,7 @@ COLUMNS: dict[str, Columns] = {
         ("down", "{down_us:.1f}"),
         *((f"{name}{what}", f"{{{key}{end}_us:.1f}}") for name, key in ACTIVATIONS for what, end in COPIES),
     ),
-    **dict.fromkeys(("experts", "experts-mixtral", "experts-mixtral-cuts", "experts-h100"), EXPERTS),
+    **dict.fromkeys(("experts", "experts-h100"), EXPERTS),
     "perplexity-decode": (
         ("checkpoint", "{checkpoint}"),
         ("by", "{path}"),
