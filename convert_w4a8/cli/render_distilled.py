@@ -21,6 +21,7 @@ def plan_text(
     tags = by_tag(data.samples)
     tokens = sum(map(len, data.samples))
     measured = sum(map(len, data.held_out))
+    times = options.steps * options.batch_tokens / tokens
     names = ", ".join(printable(tag) for tag in list(tags)[:6]) + (", …" if len(tags) > 6 else "")
     more = " with embeddings and lm_head" if options.embeddings else ""
     has = "the whole" if replicate else "a part"
@@ -29,7 +30,7 @@ def plan_text(
         f"springs    {options.springs}\n"
         + (f"shared     by {gpus} processes, each with {has} of both models\n" if gpus > 1 else "")
         + f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
-        f" ({names})\n"
+        f" ({names}); {f'trained on {times:,.1f} times' if times >= 1 else f'{times:.0%} are trained on'}\n"
         f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens\n"
         f"predicted  {cost.trained:,} numbers are trained; {human_seconds(cost.seconds)} on"
         f" {'an H100' if gpus == 1 else f'{gpus} H100s'}, {human_bytes(cost.gpu_memory)} of"
@@ -51,7 +52,8 @@ def plan_dict(
         "gpus": gpus,
         "replicate": replicate,
         "domains": list(by_tag(data.samples)),
-        "tokens": sum(map(len, data.samples)),
+        "tokens": (tokens := sum(map(len, data.samples))),
+        "times": options.steps * options.batch_tokens / tokens,
         "held_out_tokens": sum(map(len, data.held_out)),
         **cost.as_dict(),
     }
@@ -60,7 +62,13 @@ def plan_dict(
 def result_text(result: DistillResult, start: str, out: Path) -> str:
     """Render a finished training; `start` is the checkpoint that was trained, as they named it."""
     rows = [
-        (printable(domain.tag), f"{domain.share:.1%}", f"{domain.before:.5f}", f"{domain.after:.5f}")
+        (
+            printable(domain.tag),
+            f"{domain.share:.1%}",
+            f"{domain.times:,.1f}",
+            f"{domain.before:.5f}",
+            f"{domain.after:.5f}",
+        )
         for domain in result.domains
     ]
     return "\n".join(
@@ -69,7 +77,7 @@ def result_text(result: DistillResult, start: str, out: Path) -> str:
             f" {result.best_step:,}",
             f"KL         {result.before:.5f} → {result.after:.5f} nats per held-out token"
             f" ({result.change:+.5f} ± {result.change_error:.5f}, {result.change / result.before:+.0%})",
-            table(rows, ("domain", "share of tokens", "KL before", "KL after")),
+            table(rows, ("domain", "share of tokens", "times each", "KL before", "KL after")),
             f"verify     {verify_command(out, start)}",
             f"serve      {find_target(open_checkpoint(out)).serve_command(shlex.quote(str(out)))}",
         ]

@@ -19,7 +19,7 @@ from convert_w4a8.distillation.data import Batch, in_batches, make_batch, rows_o
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.overlap import conversations, last_calls, overlapping
 from convert_w4a8.errors import ConvertError
-from convert_w4a8.samples.sample import Sample
+from convert_w4a8.samples.sample import Joined, Sample
 
 DROP, UNIFORM = "drop", "uniform"
 """Mixes that have names."""
@@ -46,6 +46,10 @@ class TrainingData:
     drops: Mapping[str, float] | None = None
     uniform: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be sent to other processes in few arrays, which takes a third of the time of as many samples."""
+        return _together, (Joined.of(self.samples), Joined.of(self.held_out), self.drops, self.uniform)
+
     def digest(self) -> str:
         """Return a SHA-256 of all that a training can depend on."""
         found = hashlib.sha256(repr((self.uniform, self.drops and sorted(self.drops.items()))).encode())
@@ -54,6 +58,10 @@ class TrainingData:
             found.update(sample.tokens.astype("<i4").tobytes())
             found.update(sample.kept.tobytes())
         return found.hexdigest()
+
+
+def _together(samples: Joined, held_out: Joined, drops: Mapping[str, float] | None, uniform: bool) -> TrainingData:
+    return TrainingData(samples.samples(), held_out.samples(), drops, uniform)
 
 
 def training_data(

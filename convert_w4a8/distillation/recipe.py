@@ -66,7 +66,7 @@ def section(options: DistillOptions, result: DistillResult) -> str:
         rows.insert(-1, ("hidden states", f"in the loss with weight {options.hidden_weight:g}"))
     rows += [
         (
-            f"… {markdown_code(domain.tag)}, {domain.share:.0%} of the tokens",
+            f"… {markdown_code(domain.tag)}, {domain.share:.0%} of the tokens, each {domain.times:,.1f} times",
             f"{domain.before:.5f} before, {domain.after:.5f} now",
         )
         for domain in result.domains

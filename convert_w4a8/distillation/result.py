@@ -18,10 +18,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain: its share of the training's tokens, and its divergence in nats per token before and after."""
+    """A domain: its share of the training's tokens, and its divergence in nats per token before and after.
+
+    times: how many times its text was trained on, on average.
+    """
 
     tag: str
     share: float
+    times: float
     before: float
     after: float
 

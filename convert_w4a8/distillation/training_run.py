@@ -137,6 +137,14 @@ class Run:
         drops = self.drops if self._data.drops is None else self._data.drops
         return shares({tag: drops[tag] for tag in tags})
 
+    def _times(self) -> dict[str, float]:
+        """Return how many times the text of each domain was trained on."""
+        samples = self._data.samples
+        return {
+            tag: self._tokens * self.shares[tag] / sum(len(samples[number]) for number in numbers)
+            for tag, numbers in by_tag(samples).items()
+        }
+
     def train(self, progress: Callable[[int, float], None]) -> DistillResult:
         """Train to the end, leave the best values in the student, and return what came of it.
 
@@ -169,10 +177,10 @@ class Run:
                 "give more data, more --steps, more --held-out, or a lower --rate",
             )
         trainer.set_values(self._best_values)
-        tags = by_tag(self._data.held_out)
+        times = self._times()
         domains = tuple(
-            Domain(tag, self.shares.get(tag, 0.0), self.drops[tag], mean(self._best[numbers]))
-            for tag, numbers in tags.items()
+            Domain(tag, self.shares.get(tag, 0.0), times.get(tag, 0.0), self.drops[tag], mean(self._best[numbers]))
+            for tag, numbers in by_tag(self._data.held_out).items()
         )
         return DistillResult(
             curve=tuple(self._curve),

@@ -1,6 +1,7 @@
 """Tokens of calibration data, what each of them is, and what keeps it out of the statistics."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -57,6 +58,36 @@ class Sample:
     def __len__(self) -> int:
         """Return T."""
         return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Samples in few arrays. lengths: of each sample; arrays of `Sample`, one sample's after the other's."""
+
+    lengths: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    kinds: npt.NDArray[np.uint8]
+    masked_by: npt.NDArray[np.uint8]
+    origins: tuple[str, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "Joined":
+        """Join samples."""
+        return cls(
+            np.array([len(sample) for sample in samples], np.int64),
+            np.concatenate([np.zeros(0, np.int32), *(sample.tokens for sample in samples)]),
+            np.concatenate([np.zeros(0, np.uint8), *(sample.kinds for sample in samples)]),
+            np.concatenate([np.zeros(0, np.uint8), *(sample.masked_by for sample in samples)]),
+            tuple(sample.origin for sample in samples),
+        )
+
+    def samples(self) -> tuple[Sample, ...]:
+        """Return the samples, whose arrays are parts of these."""
+        ends = np.cumsum(self.lengths).tolist()
+        return tuple(
+            Sample(self.tokens[begin:end], self.kinds[begin:end], self.masked_by[begin:end], origin)
+            for begin, end, origin in zip([0, *ends][:-1], ends, self.origins, strict=True)
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY
 
 from convert_w4a8 import api
 from convert_w4a8.distillation.linear import Preset
-from convert_w4a8.distillation.mix import apart, check_domains, hold_out, training_data
+from convert_w4a8.distillation.mix import apart, by_tag, check_domains, hold_out, training_data
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.student import load_student, load_teacher
 from convert_w4a8.distillation.teacher import LiveTeacher
@@ -134,6 +134,10 @@ def test_drops_from_a_file(model: Path, start: Path, data: list[Path], tmp_path:
         "one": pytest.approx(0.125 + 0.75 * 0.75),
         "two": pytest.approx(0.125 + 0.75 * 0.25),
     }
+    trained = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop").samples
+    tokens = {tag: sum(len(trained[number]) for number in numbers) for tag, numbers in by_tag(trained).items()}
+    for domain in found["domains"]:
+        assert domain["times"] * tokens[domain["tag"]] == pytest.approx(domain["share"] * found["tokens"])
     drops.write_text('{"one": 3}', encoding="utf-8")
     refused = distill(start, model, data, tmp_path / "b", "--mix", drops)
     assert refused.exit_code == 1

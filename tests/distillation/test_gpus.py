@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ from convert_w4a8.distillation.data_parallel import ReplicatedTrainer, part_of
 from convert_w4a8.distillation.hidden import blocks_of
 from convert_w4a8.distillation.linear import Preset
 from convert_w4a8.distillation.loss import counted
-from convert_w4a8.distillation.mix import hold_out, mixed
+from convert_w4a8.distillation.mix import TrainingData, hold_out, mixed
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.processes import Place, run_on_all
 from convert_w4a8.distillation.sharded import ShardedTrainer, check_gpus, shard, shard_student
@@ -395,3 +396,19 @@ def test_refusals(model: Path, start: Path, data: list[Path], tmp_path: Path, mo
         check_gpus(replace(checkpoint, tensors=tensors), 2, torch.device("cuda"))
     check_gpus(replace(checkpoint, tensors=tensors), 1, torch.device("cuda"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_arrive_as_they_were_sent(data: list[Path]) -> None:
+    """Samples, of other lengths and masks each, what is held out, and drops; also where nothing is held out."""
+    samples = read_samples(data, None, vocab_size=VOCABULARY).samples
+    masked = replace(samples[3], masked_by=np.arange(len(samples[3]), dtype=np.uint8) % 3)
+    sent = TrainingData((*samples[:3], masked, *samples[4:9]), samples[9:], {"one": 0.5, "two": -1.0}, uniform=True)
+    found = pickle.loads(pickle.dumps(sent))
+    assert found.digest() == sent.digest()
+    assert (found.drops, found.uniform) == (sent.drops, True)
+    for before, after in zip((*sent.samples, *sent.held_out), (*found.samples, *found.held_out), strict=True):
+        assert after.origin == before.origin
+        for name in ("tokens", "kinds", "masked_by"):
+            assert getattr(after, name).dtype == getattr(before, name).dtype
+            assert np.array_equal(getattr(after, name), getattr(before, name))
+    assert pickle.loads(pickle.dumps(replace(sent, held_out=()))).held_out == ()
