@@ -1,6 +1,6 @@
 """Check the experts over the LUT layout on a CUDA GPU.
 
-    python scripts/gpu/check_experts.py [--quick | --sanitizer] [--kernels hopper] [--json FILE]
+    python scripts/gpu/check_experts.py [--quick | --sanitizer] [--kernels hopper] [--checks cuts] [--json FILE]
 
 Needs this checkout on PYTHONPATH, torch and Triton. Mixtures of random codes (all 16) and tables of entries of either
 sign, of 8 to 256 experts, are held against the same, step by step: each step gets what the step before it made, since
@@ -11,7 +11,8 @@ and must come out with the same bytes; so must 1,000 replays of a CUDA graph, on
 each with its own layer.
 
 With half of the experts on another rank (an expert map), and ids of −1, those must add nothing. On Hopper both kernels
-are checked: the one in Gluon, by tables and by indices of tables, and the one in Triton.
+are checked: the one in Gluon, by tables and by indices of tables, and the one in Triton; and of the one in Gluon the
+launches that were measured, at their own sizes.
 
 --sanitizer is small enough for `compute-sanitizer --tool racecheck python scripts/gpu/check_experts.py --sanitizer`: it
 launches each kind of kernel on very small sizes, twice, and compares nothing but the bytes of the two.
@@ -39,8 +40,10 @@ from convert_w4a8.encoding.tables import index_tables
 from convert_w4a8.fp8 import quantize_tokens
 from convert_w4a8.kernels.gemm import grouped, grouped_reference, reference
 from convert_w4a8.kernels.gemm.grouped_launch import Launch, choose_launches
+from convert_w4a8.kernels.gemm.tuned_experts import LAUNCHES
 
 TOKENS = (1, 3, 16, 17, 64, 256)
+CHECKS = ("results", "replays", "cuts", "tuned")
 Row = dict[str, Any]
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -67,6 +70,8 @@ SIZES = (
     Size(128, 8, 2048, 768),
     Size(256, 8, 1024, 256),
 )
+TUNED = (Size(8, 2, 4096, 14336), Size(128, 8, 2048, 768))
+"""Mixtures that `kernels/gemm/tuned_experts.py` has launches of."""
 QUICK = (Size(8, 2, 128, 128), Size(16, 3, 640, 384))
 _TINY = Size(8, 2, 128, 128)
 SANITIZED = ((_TINY, 16), (_TINY, 60), (_TINY, 100), (Size(8, 3, 1024, 128), 16), (Size(8, 2, 128, 2304), 3))
@@ -257,6 +262,24 @@ def check_cuts() -> Iterator[Row]:
         yield {"check": "cuts", "m": len(given[0]), "launch": str(launch), "again": again} | row
 
 
+def check_tuned() -> Iterator[Row]:
+    """Compare results of the launches that were measured, at the sizes that they are for, and replay them."""
+    keys = {(size.experts, size.hidden, size.intermediate): size for size in TUNED}
+    if keys.keys() != {key[:3] for key in LAUNCHES}:
+        raise ValueError("TUNED has other mixtures than there are launches of")
+    for key, size in keys.items():
+        pair = [Experts.random(size, "index", hopper=True) for _ in range(2)]
+        for m in (pairs // size.choices for *mixture, pairs in LAUNCHES if tuple(mixture) == key):
+            given = [experts.routed(m) for experts in pair]
+            found, row = compare(pair[0], given[0])
+            again = all(torch.equal(pair[0](*given[0]), found) for _ in range(3))
+            noted_as = {"check": "tuned", "m": m, "size": str(size), "hopper": True}
+            yield noted_as | {"again": again} | row
+            calls: list[Callable[[], torch.Tensor]] = [partial(each, *of) for each, of in zip(pair, given, strict=True)]
+            for replayed in replay([Replayed(call) for call in calls]):
+                yield noted_as | {"check": "replays"} | replayed
+
+
 def check_launches(cases: Sequence[tuple[Size, int]], form: str, hopper: bool) -> Iterator[Row]:
     """Run each case twice, and compare the bytes; on Hopper with all ways to look weights up."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -297,6 +320,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     parser.add_argument("--sanitizer", action="store_true", help="launch very small sizes, compare little")
     parser.add_argument("--kernels", nargs="+", choices=("hopper", "triton"), default=("hopper", "triton"))
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=CHECKS, help="default: all")
     add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -314,14 +338,17 @@ def main() -> int:
     sizes = QUICK if args.quick else SIZES
     checks: list[Iterator[Row]] = []
     for form, hopper in kernels:
-        checks.append(check_results(sizes, TOKENS, ("lut", "scale", "index") if hopper else ("lut", "scale"), hopper))
-        checks.append(check_replays(sizes[-2:], (1, 16, 64, 256), form, hopper))
-        if hopper and not args.quick:
-            checks.append(check_cuts())
+        made = {
+            "results": check_results(sizes, TOKENS, ("lut", "scale", "index") if hopper else ("lut", "scale"), hopper),
+            "replays": check_replays(sizes[-2:], (1, 16, 64, 256), form, hopper),
+            "cuts": check_cuts() if hopper and not args.quick else iter(()),
+            "tuned": check_tuned() if hopper and not args.quick else iter(()),
+        }
+        checks += [made[name] for name in args.checks]
     rows = noted(checks)
-    results = [row for row in rows if row["check"] == "results"]
-    worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
-    print(f"{len(results)} results; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
+    if results := [row for row in rows if row["check"] == "results"]:
+        worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
+        print(f"{len(results)} results; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
     replays = [row for row in rows if row["check"] == "replays"]
     print(f"{len(replays)} × {REPLAYS} replays, {sum(row['wrong'] for row in replays)} gave other bytes")
     print(line(save(args, question, rows)))

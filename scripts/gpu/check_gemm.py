@@ -17,6 +17,7 @@ takes.
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,8 @@ TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 129, 300, 100
 WIDTHS = (16, 48, 1536, 2112, 4096)
 LENGTHS = (128, 512, 4096, 14336)
 REPLAYS = 1000
+PATIENCE = 20.0
+"""Seconds between two lines of how many checks are done."""
 ROUNDING = 2.0**-8
 """What rounding to bfloat16 may change, relative to the result."""
 SUMS = 2.0**-10
@@ -245,10 +248,14 @@ def is_right(row: Row) -> bool:
 
 
 def noted(checks: Iterable[Iterable[Row]]) -> list[Row]:
-    """Return the rows of all checks; print those that are wrong as they come."""
+    """Return the rows of all checks; print those that are wrong as they come, and now and then how many there were."""
     rows = []
+    began = told = time.monotonic()
     for row in chain.from_iterable(checks):
         rows.append(row)
+        if time.monotonic() > told + PATIENCE:
+            told = time.monotonic()
+            print(f"{len(rows)} after {told - began:.0f} s, now {row['check']}", file=sys.stderr, flush=True)
         if not is_right(row):
             print("WRONG", row, flush=True)
     return rows

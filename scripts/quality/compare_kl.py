@@ -136,7 +136,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Candidate.parse, help="the 16-bit model")
     parser.add_argument("checkpoints", type=Candidate.parse, nargs="*", metavar="[NAME=]DIR[@ACTIVATIONS]")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text, documents separated by NUL")
+    what = "held-out text, documents separated by NUL, or a .npy of windows of tokens, uint16 [W, T]"
+    parser.add_argument("--text", type=Path, required=True, help=what)
     parser.add_argument("--tokens", type=int, default=61_440, help="how much of the text to read (default 61440)")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="windows at a time")

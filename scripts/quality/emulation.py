@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from divergence import kind_of
 from torch import nn
@@ -161,7 +162,13 @@ class Emulation(TorchFunctionMode):
 
 
 def read_windows(directory: Path, text: Path, tokens: int, window: int) -> torch.Tensor:
-    """Tokenize the beginning of a text (documents separated by NUL) into windows, int64 [W, window]."""
+    """Tokenize the beginning of a text (documents separated by NUL) into windows, int64 [W, window].
+
+    text: or a .npy of windows of tokens, uint16 [n, T], of which the beginning is taken.
+    """
+    if text.suffix == ".npy":
+        found = np.load(text, mmap_mode="r")[: max(1, tokens // window), :window]
+        return torch.from_numpy(found.astype(np.int64))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids: list[int] = []
     for document in text.read_text().split("\0"):
