@@ -41,6 +41,15 @@ COLUMNS: dict[str, Columns] = {
         *(("springs", "{springs}"), ("library, half-way", "{half_library:.5f}"), ("wide", "{half_wide:.5f}")),
         *(("library, at 90 %", "{library:.5f}"), ("wide, at 90 %", "{wide:.5f}")),
     ),
+    "distill-damping": (
+        *(("damping", "{damping:g}"), ("rate", "{rate:g}"), ("tokens", "{tokens:,}"), ("s", "{seconds:.0f}")),
+        *(("library", "{library:.5f}"), ("wide", "{wide:.5f}"), ("evaluation text", "{evaluation:.5f}")),
+    ),
+    "distill-repeats": (
+        *(("preset", "{preset}"), ("text", "{text}"), ("times trained on", "{times:.1f}")),
+        ("what was trained on", "{trained_before:.5f} → {trained_after:.5f} ({trained_change:+.0%})"),
+        ("other text of its kind", "{held_before:.5f} → {held_after:.5f} ({held_change:+.0%})"),
+    ),
     "distill-gpus": (
         *(("preset", "{preset}"), ("blocks computed twice", "{recompute}"), ("GPUs", "{gpus}")),
         *(("s a step", "{seconds_per_step:.3f}"), ("predicted, H100", "{predicted_seconds:.3f}")),
