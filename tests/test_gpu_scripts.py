@@ -384,3 +384,12 @@ def test_a_shift_has_the_error_of_its_prompts() -> None:
     assert row["shift"] == pytest.approx(0.1)
     assert row["shift_error"] == pytest.approx(torch.tensor([0.1, -0.1, 0.3, 0.1]).std().item() / 2)
     assert (row["mean_gap"], row["max_gap"]) == (pytest.approx(0.15), 0.3)
+
+
+def test_all_mixtures_that_have_launches_are_checked() -> None:
+    """At their own sizes, by check_experts.py."""
+    from check_experts import TUNED
+
+    from convert_w4a8.kernels.gemm.tuned_experts import LAUNCHES
+
+    assert {(size.experts, size.hidden, size.intermediate) for size in TUNED} == {key[:3] for key in LAUNCHES}

@@ -9,6 +9,7 @@ from convert_w4a8.cli.render import verify_command
 from convert_w4a8.distillation.mix import TrainingData, by_tag
 from convert_w4a8.distillation.options import DistillOptions
 from convert_w4a8.distillation.prediction import Cost
+from convert_w4a8.distillation.recipe import times_of
 from convert_w4a8.distillation.result import DistillResult
 from convert_w4a8.targets import find_target
 from convert_w4a8.text import counted, human_bytes, human_seconds, printable, table
@@ -30,7 +31,7 @@ def plan_text(
         f"springs    {options.springs}\n"
         + (f"shared     by {gpus} processes, each with {has} of both models\n" if gpus > 1 else "")
         + f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
-        f" ({names}); {f'trained on {times:,.1f} times' if times >= 1 else f'{times:.0%} are trained on'}\n"
+        f" ({names}); trained on {times:,.1f} times on average, padding counted\n"
         f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens\n"
         f"predicted  {cost.trained:,} numbers are trained; {human_seconds(cost.seconds)} on"
         f" {'an H100' if gpus == 1 else f'{gpus} H100s'}, {human_bytes(cost.gpu_memory)} of"
@@ -62,22 +63,17 @@ def plan_dict(
 def result_text(result: DistillResult, start: str, out: Path) -> str:
     """Render a finished training; `start` is the checkpoint that was trained, as they named it."""
     rows = [
-        (
-            printable(domain.tag),
-            f"{domain.share:.1%}",
-            f"{domain.times:,.1f}",
-            f"{domain.before:.5f}",
-            f"{domain.after:.5f}",
-        )
+        (printable(domain.tag), f"{domain.share:.1%}", f"{domain.before:.5f}", f"{domain.after:.5f}")
         for domain in result.domains
     ]
     return "\n".join(
         [
             f"trained    {result.tokens:,} tokens in {human_seconds(result.seconds)}; the best step is"
             f" {result.best_step:,}",
+            f"text       trained on {printable(times_of(result))}",
             f"KL         {result.before:.5f} → {result.after:.5f} nats per held-out token"
             f" ({result.change:+.5f} ± {result.change_error:.5f}, {result.change / result.before:+.0%})",
-            table(rows, ("domain", "share of tokens", "times each", "KL before", "KL after")),
+            table(rows, ("domain", "share of tokens", "KL before", "KL after")),
             f"verify     {verify_command(out, start)}",
             f"serve      {find_target(open_checkpoint(out)).serve_command(shlex.quote(str(out)))}",
         ]

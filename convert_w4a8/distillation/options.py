@@ -63,9 +63,9 @@ class DistillOptions:
     before the training ends; 0: any number. recompute: compute blocks a second time in the backward pass instead of
     keeping what they computed. towards: where latent weights begin (`LutLinear`). hidden_weight: of the difference of
     the blocks' outputs in the loss (`hidden.difference_of_hidden`), beside the divergence, whose weight is 1.
-    embeddings: train these and lm_head too. damping: how stiff the springs are that draw
-    values to what they are rounded to: of the preset `tables` in units of the curvature, half-way
-    (`curvature.stiffness`); else at the end (`damping.stiffness`). 0: there are none; None: `damping_for`.
+    embeddings: train these and lm_head too. damping: how stiff the springs are that draw values to what they are
+    rounded to: of the preset `tables` in units of the curvature, half-way (`curvature.stiffness`); else at the end
+    (`damping.stiffness`). 0: there are none; None: `damping_for`.
     """
 
     preset: Preset = Preset.TABLES

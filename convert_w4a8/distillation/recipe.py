@@ -9,7 +9,7 @@ from convert_w4a8.distillation.result import DistillResult
 from convert_w4a8.text import markdown_code
 
 _TRAINED = {
-    Preset.TABLES: "FP8 tables, channel scales, norms and biases; the INT4 codes are those that came in",
+    Preset.TABLES: "FP8 tables, channel scales, norms and biases",
     Preset.WEIGHTS: "weights through their INT4 codes, FP8 tables, channel scales, norms and biases",
 }
 _OPTIONS = ("batch_tokens", "rate", "warmup", "every", "seed")
@@ -49,11 +49,22 @@ def record(
     )
 
 
+def times_of(result: DistillResult) -> str:
+    """Return how many times the text of each domain was trained on, for people."""
+    return ", ".join(f"{tag} {times:,.1f} times" for tag, times in result.times.items())
+
+
 def section(options: DistillOptions, result: DistillResult) -> str:
     """Return what the card says of a training, in Markdown."""
     rows = [
-        ("trained", _TRAINED[options.preset] + (", embeddings and lm_head" if options.embeddings else "")),
+        (
+            "trained",
+            _TRAINED[options.preset]
+            + (", embeddings and lm_head" if options.embeddings else "")
+            + ("; the INT4 codes are those that came in" if options.preset is Preset.TABLES else ""),
+        ),
         ("tokens", f"{result.tokens:,}; the best of {options.steps} steps was {result.best_step}"),
+        ("text", f"trained on {markdown_code(times_of(result))}"),
         ("steps", f"{options.batch_tokens:,} tokens each, rates × {options.rate:g}, seed {options.seed}"),
         ("springs", options.springs),
         (
@@ -66,7 +77,7 @@ def section(options: DistillOptions, result: DistillResult) -> str:
         rows.insert(-1, ("hidden states", f"in the loss with weight {options.hidden_weight:g}"))
     rows += [
         (
-            f"… {markdown_code(domain.tag)}, {domain.share:.0%} of the tokens, each {domain.times:,.1f} times",
+            f"… {markdown_code(domain.tag)}, {domain.share:.0%} of the tokens",
             f"{domain.before:.5f} before, {domain.after:.5f} now",
         )
         for domain in result.domains

@@ -1,6 +1,7 @@
 """What a training did."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -18,14 +19,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain: its share of the training's tokens, and its divergence in nats per token before and after.
-
-    times: how many times its text was trained on, on average.
-    """
+    """A domain: its share of the training's tokens, and its divergence in nats per token before and after."""
 
     tag: str
     share: float
-    times: float
     before: float
     after: float
 
@@ -36,6 +33,7 @@ class DistillResult:
 
     change, change_error: after − before and its standard error, paired by sample. tokens: trained on, without padding.
     top_k: the divergences are over so many of the teacher's likeliest tokens and the rest as one; 0: over all tokens.
+    times: how many times the text of each domain was trained on, on average, also of those that are not held out.
     """
 
     curve: tuple[Point, ...]
@@ -48,6 +46,7 @@ class DistillResult:
     tokens: int
     seconds: float
     top_k: int = 0
+    times: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

@@ -177,9 +177,8 @@ class Run:
                 "give more data, more --steps, more --held-out, or a lower --rate",
             )
         trainer.set_values(self._best_values)
-        times = self._times()
         domains = tuple(
-            Domain(tag, self.shares.get(tag, 0.0), times.get(tag, 0.0), self.drops[tag], mean(self._best[numbers]))
+            Domain(tag, self.shares.get(tag, 0.0), self.drops[tag], mean(self._best[numbers]))
             for tag, numbers in by_tag(self._data.held_out).items()
         )
         return DistillResult(
@@ -193,6 +192,7 @@ class Run:
             tokens=self._tokens,
             seconds=seconds,
             top_k=self._top_k,
+            times=self._times(),
         )
 
     def _measure(self, losses: list[float], seconds: float) -> None:

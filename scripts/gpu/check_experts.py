@@ -153,7 +153,7 @@ class Product:
         def operands(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             pairs = (places >= 0).nonzero().flatten()[rows]  # `compare` leaves out those that are not here
             weights = [
-                reference.weights(*(tensor[places[pair]] for tensor in layer[:2]))[column]
+                reference.weights(*(tensor[places[pair]] for tensor in layer[:2]))[column].clone()
                 for pair, column in zip(pairs.tolist(), columns.tolist(), strict=True)
             ]
             scale = layer[2][places[pairs], columns].double() * self.scale.double().view(-1)[pairs // share]
@@ -264,10 +264,8 @@ def check_cuts() -> Iterator[Row]:
 
 def check_tuned() -> Iterator[Row]:
     """Compare results of the launches that were measured, at the sizes that they are for, and replay them."""
-    keys = {(size.experts, size.hidden, size.intermediate): size for size in TUNED}
-    if keys.keys() != {key[:3] for key in LAUNCHES}:
-        raise ValueError("TUNED has other mixtures than there are launches of")
-    for key, size in keys.items():
+    for size in TUNED:
+        key = size.experts, size.hidden, size.intermediate
         pair = [Experts.random(size, "index", hopper=True) for _ in range(2)]
         for m in (pairs // size.choices for *mixture, pairs in LAUNCHES if tuple(mixture) == key):
             given = [experts.routed(m) for experts in pair]
@@ -330,6 +328,8 @@ def main() -> int:
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
     forms = {"hopper": "index", "triton": "lut"}
     kernels = [(forms[name], name == "hopper") for name in args.kernels if is_hopper or name != "hopper"]
+    if args.sanitizer and args.checks != CHECKS:
+        parser.error("--sanitizer has checks of its own: leave out --checks")
     if args.sanitizer:
         rows = noted(check_launches(SANITIZED, form, hopper) for form, hopper in kernels)
         print(f"{len(rows)} cases launched")
@@ -346,7 +346,9 @@ def main() -> int:
         }
         checks += [made[name] for name in args.checks]
     rows = noted(checks)
-    if results := [row for row in rows if row["check"] == "results"]:
+    if not rows:
+        parser.error("there is nothing to check: cuts and tuned are of the kernel for Hopper, and not quick")
+    if results := [row for row in rows if row["check"] in ("results", "tuned")]:
         worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
         print(f"{len(results)} results; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
     replays = [row for row in rows if row["check"] == "replays"]

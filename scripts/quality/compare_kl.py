@@ -157,7 +157,10 @@ def main() -> int:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if args.threads:
         torch.set_num_threads(args.threads)
-    windows = read_windows(args.model.directory, args.text, args.tokens, args.window)
+    try:
+        windows = read_windows(args.model.directory, args.text, args.tokens, args.window)
+    except ValueError as error:
+        sys.exit(str(error))
     settings = {
         "model": args.model.directory.absolute().name,
         "text": args.text.name,

@@ -167,8 +167,10 @@ def read_windows(directory: Path, text: Path, tokens: int, window: int) -> torch
     text: or a .npy of windows of tokens, uint16 [n, T], of which the beginning is taken.
     """
     if text.suffix == ".npy":
-        found = np.load(text, mmap_mode="r")[: max(1, tokens // window), :window]
-        return torch.from_numpy(found.astype(np.int64))
+        found = np.load(text, mmap_mode="r")
+        if found.ndim != 2 or found.shape[1] < window:
+            raise ValueError(f"{text}: is {list(found.shape)}, not windows of {window} tokens")
+        return torch.from_numpy(found[: max(1, tokens // window), :window].astype(np.int64))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids: list[int] = []
     for document in text.read_text().split("\0"):

@@ -137,7 +137,7 @@ def test_drops_from_a_file(model: Path, start: Path, data: list[Path], tmp_path:
     trained = training_data(read_samples(data, None, vocab_size=VOCABULARY).samples, None, "drop").samples
     tokens = {tag: sum(len(trained[number]) for number in numbers) for tag, numbers in by_tag(trained).items()}
     for domain in found["domains"]:
-        assert domain["times"] * tokens[domain["tag"]] == pytest.approx(domain["share"] * found["tokens"])
+        assert found["times"][domain["tag"]] * tokens[domain["tag"]] == pytest.approx(domain["share"] * found["tokens"])
     drops.write_text('{"one": 3}', encoding="utf-8")
     refused = distill(start, model, data, tmp_path / "b", "--mix", drops)
     assert refused.exit_code == 1

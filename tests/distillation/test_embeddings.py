@@ -1,4 +1,4 @@
-"""Embeddings and lm_head, trained with the weights."""
+"""Embeddings and lm_head, trained with weights, or with tables alone."""
 
 import json
 import shutil
@@ -50,6 +50,8 @@ def test_embeddings_are_trained_written_and_verified(
     names = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
     before, after = tensors(start), tensors(out)
     assert not any(torch.equal(before[name], after[name]) for name in names)
+    packed = [name for name in before if name.endswith("weight_packed")]
+    assert all(torch.equal(before[name], after[name]) for name in packed) == (preset is Preset.TABLES)
     config = out / "config.json"
     written = json.loads(config.read_text())
     assert written["quantization_config"]["conversion"]["distillation"]["embeddings"] == names

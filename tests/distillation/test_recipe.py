@@ -22,6 +22,7 @@ RESULT = DistillResult(
     domains=(),
     tokens=123_456,
     seconds=1.0,
+    times={"chat": 2.5, "code": 0.2},
 )
 ALWAYS = ["preset", "steps", "tokens", "held_out_kl", "data_sha256"]
 ALWAYS += ["planned_steps", "batch_tokens", "rate", "warmup", "every", "seed"]
@@ -76,15 +77,28 @@ def test_the_card_says_how() -> None:
     card = section(DistillOptions(steps=3000, batch_tokens=4096, rate=1.5, seed=3, hidden_weight=0.5), RESULT)
     rows = [line for line in card.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [
-        *("| trained", "| tokens", "| steps", "| springs", "| hidden states"),
+        *("| trained", "| tokens", "| text", "| steps", "| springs", "| hidden states"),
         "| KL of held-out samples, nats per token",
     ]
     assert "| steps | 4,096 tokens each, rates × 1.5, seed 3 |" in rows
     assert "| springs | damping 0.5, of the curvature |" in rows
     assert "| hidden states | in the loss with weight 0.5 |" in rows
     card = section(DistillOptions(), RESULT)
+    assert "| trained | FP8 tables, channel scales, norms and biases; the INT4 codes are those that came in |" in card
+    assert "| text | trained on `chat 2.5 times, code 0.2 times` |" in card
     assert "| springs | none |" in card
     assert "hidden states" not in card
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("tables", "norms and biases, embeddings and lm_head; the INT4 codes are those that came in |"),
+        ("weights", "FP8 tables, channel scales, norms and biases, embeddings and lm_head |"),
+    ],
+)
+def test_the_card_says_that_embeddings_were_trained(preset: Preset, expected: str) -> None:
+    assert expected in section(DistillOptions(preset=preset, embeddings=True), RESULT)
 
 
 def test_an_output_says_how_it_was_trained(model: Path, start: Path, data: list[Path], tmp_path: Path) -> None:
