@@ -19,20 +19,19 @@ def plan_text(
     options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1, *, replicate: bool = False
 ) -> str:
     """Render what is going to be done. gpus: that share every batch. replicate: each has the whole of both models."""
-    tags = by_tag(data.samples)
-    tokens = sum(map(len, data.samples))
-    measured = sum(map(len, data.held_out))
-    times = options.steps * options.batch_tokens / tokens
-    names = ", ".join(printable(tag) for tag in list(tags)[:6]) + (", …" if len(tags) > 6 else "")
+    plan = plan_dict(options, data, cost, gpus, replicate=replicate)
+    tags = plan["domains"]
+    names = ", ".join(printable(tag) for tag in tags[:6]) + (", …" if len(tags) > 6 else "")
     more = " with embeddings and lm_head" if options.embeddings else ""
     has = "the whole" if replicate else "a part"
     return (
         f"train      {options.preset}{more}: up to {options.steps:,} steps of {options.batch_tokens:,} tokens\n"
         f"springs    {options.springs}\n"
         + (f"shared     by {gpus} processes, each with {has} of both models\n" if gpus > 1 else "")
-        + f"data       {counted(len(data.samples), 'sample')}, {tokens:,} tokens in {counted(len(tags), 'domain')}"
-        f" ({names}); trained on {times:,.1f} times on average, padding counted\n"
-        f"held out   {counted(len(data.held_out), 'sample')}, {measured:,} tokens\n"
+        + f"data       {counted(len(data.samples), 'sample')}, {plan['tokens']:,} tokens in"
+        f" {counted(len(tags), 'domain')} ({names});"
+        f" trained on {plan['times']:,.1f} times on average, padding counted\n"
+        f"held out   {counted(len(data.held_out), 'sample')}, {plan['held_out_tokens']:,} tokens\n"
         f"predicted  {cost.trained:,} numbers are trained; {human_seconds(cost.seconds)} on"
         f" {'an H100' if gpus == 1 else f'{gpus} H100s'}, {human_bytes(cost.gpu_memory)} of"
         f" {'its' if gpus == 1 else 'the'} memory{'' if gpus == 1 else ' of each'}"
@@ -44,6 +43,7 @@ def plan_dict(
     options: DistillOptions, data: TrainingData, cost: Cost, gpus: int = 1, *, replicate: bool = False
 ) -> dict[str, Any]:
     """Return what is going to be done for programs. gpus, replicate: as for `plan_text`."""
+    tokens = sum(map(len, data.samples))
     return {
         "preset": str(options.preset),
         "steps": options.steps,
@@ -53,7 +53,7 @@ def plan_dict(
         "gpus": gpus,
         "replicate": replicate,
         "domains": list(by_tag(data.samples)),
-        "tokens": (tokens := sum(map(len, data.samples))),
+        "tokens": tokens,
         "times": options.steps * options.batch_tokens / tokens,
         "held_out_tokens": sum(map(len, data.held_out)),
         **cost.as_dict(),
