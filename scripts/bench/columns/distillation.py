@@ -45,6 +45,17 @@ COLUMNS: dict[str, Columns] = {
         *(("damping", "{damping:g}"), ("rate", "{rate:g}"), ("tokens", "{tokens:,}"), ("s", "{seconds:.0f}")),
         *(("library", "{library:.5f}"), ("wide", "{wide:.5f}"), ("evaluation text", "{evaluation:.5f}")),
     ),
+    "distill-text": (
+        ("trained", "{trained}"),
+        *(
+            ("library", "{library_share:.0%}, {library_times:.1f} times"),
+            ("packages", "{packages_share:.0%}, {packages_times:.1f}"),
+        ),
+        ("written by the teacher", "{own_share:.0%}, {own_times:.1f}"),
+        *(("tokens", "{tokens:,}"), ("s", "{seconds:.0f}")),
+        *(("library, held out", "{library:.5f}"), ("packages, held out", "{wide:.5f}")),
+        ("evaluation text", "{evaluation:.5f} ({change:+.1%})"),
+    ),
     "distill-repeats": (
         *(("preset", "{preset}"), ("text", "{text}"), ("times trained on", "{times:.1f}")),
         ("what was trained on", "{trained_before:.5f} → {trained_after:.5f} ({trained_change:+.0%})"),
