@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tiny_models
 import torch
@@ -44,18 +45,29 @@ def test_tokens_are_drawn_as_they_are_predicted(teacher: Path) -> None:
     assert ((seen - expected).abs() < 5 * expected.clamp(min=5).sqrt()).all()
 
 
+def test_beginnings_come_from_any_place() -> None:
+    """Of samples of 10, 6 and 7 tokens there are 5, 1 and 2 places for 6 tokens, each as likely."""
+    samples: list[sample_teacher.Tokens] = [np.arange(10), np.arange(20, 26), np.arange(30, 37)]
+    begun = sample_teacher.beginnings(samples, 6, 8000, np.random.default_rng(0))
+    rows, counts = np.unique(begun.numpy(), axis=0, return_counts=True)
+    assert rows.tolist() == [list(range(at, at + 6)) for at in (0, 1, 2, 3, 4, 20, 30, 31)]
+    assert (abs(counts - 1000) < 5 * 1000**0.5).all()
+
+
 def test_windows_go_on_behind_an_end_of_text(teacher: Path) -> None:
-    """Every window has its whole length, begins with real tokens, and is the same of the same seed."""
+    """Every window has its whole length, and is the same of the same seed."""
     model: Any = AutoModelForCausalLM.from_pretrained(teacher)
     samples: list[sample_teacher.Tokens] = [np.arange(10, dtype=np.uint16), np.arange(20, 26, dtype=np.int32)]
-    first, second = (next(sample_teacher.sampled(model, samples, 6, 40, 16, seed=1)) for _ in range(2))
+    first, second, other = (next(sample_teacher.sampled(model, samples, 6, 40, 16, seed)) for seed in (1, 1, 2))
     assert first.shape == (16, 40)
     assert (first == second).all()
-    starts = {tuple(window[:6]) for window in first.tolist()}
-    assert starts <= {tuple(range(at, at + 6)) for at in (0, 1, 2, 3, 4, 20)}
-    assert len(starts) > 2
-    other = next(sample_teacher.sampled(model, samples, 6, 40, 16, seed=2))
     assert (first != other).any()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the script on a CPU."""
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments), "--window", "24", "--kept", "8", "--device", "cpu"])
+    return sample_teacher.main()
 
 
 @pytest.mark.parametrize("name", ["own.jsonl", "own.jsonl.gz", "own.npy"])
@@ -65,9 +77,7 @@ def test_what_is_written_is_read(
     """Of windows of tokens to JSON lines for `w4a8 distill`, or to windows again; it says how far it is."""
     np.save(tmp_path / "real.npy", np.arange(60, dtype=np.uint16).reshape(3, 20))
     out = tmp_path / name
-    arguments = ["--data", str(tmp_path / "real.npy"), "--tokens", "300", "--window", "24", "--kept", "8"]
-    monkeypatch.setattr(sys, "argv", ["x", str(teacher), str(out), *arguments, "--batch", "8", "--device", "cpu"])
-    assert sample_teacher.main() == 0
+    assert run(monkeypatch, teacher, out, "--data", tmp_path / "real.npy", "--tokens", 300, "--batch", 8) == 0
     if name == "own.npy":
         windows = np.load(out)
         assert windows.dtype == np.uint16
@@ -78,3 +88,65 @@ def test_what_is_written_is_read(
         assert [record.input_ids for record in read_records([out])] == windows.tolist()
     assert windows.shape == (16, 24)
     assert "384 tokens" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "real.npy", name}
+
+
+def test_lines_are_read_and_short_ones_left_out(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of JSON lines those of 8 tokens or more are gone on with; --seconds ends before --tokens are there."""
+    monkeypatch.setattr(sample_teacher, "open_tokenizer", lambda _: range(256))
+    data = tmp_path / "code.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": list(range(n, n + n))}) + "\n" for n in (7, 8)))
+    out = tmp_path / "own.jsonl"
+    assert run(monkeypatch, teacher, out, "--data", data, "--tokens", 10**9, "--seconds", 0, "--batch", 4) == 0
+    assert [record.input_ids[:8] for record in read_records([out]) if record.input_ids] == [list(range(8, 16))] * 4
+    data.write_text(json.dumps({"input_ids": list(range(7))}) + "\n")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, teacher, out, "--data", data)
+    assert "no sample of --data has --kept 8 tokens" in capsys.readouterr().err
+
+
+def test_what_was_sampled_before_an_interrupt_is_kept(tmp_path: Path) -> None:
+    """Ctrl-C ends the sampling; another error leaves nothing under the name of the file."""
+
+    def batches(error: type[BaseException]) -> Any:
+        yield np.ones((2, 3), np.int64)
+        raise error
+
+    sample_teacher.write(sample_teacher.until(batches(KeyboardInterrupt), 100, 100.0), tmp_path / "own.npy")
+    assert np.load(tmp_path / "own.npy").tolist() == [[1, 1, 1]] * 2
+    with pytest.raises(OSError):  # noqa: PT011  # it is of this test
+        sample_teacher.write(sample_teacher.until(batches(OSError), 100, 100.0), tmp_path / "other.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["own.npy"]
+
+
+@pytest.mark.parametrize(
+    ("out", "windows", "settings", "said"),
+    [
+        ("own.txt", np.zeros((2, 20), np.uint16), {}, "name a .npy, .jsonl or .jsonl.gz"),
+        ("no/own.npy", np.zeros((2, 20), np.uint16), {}, "in a directory that is there"),
+        ("own.npy", np.zeros(20, np.uint16), {}, "is uint16 [20]"),
+        ("own.npy", np.zeros((2, 20)), {}, "is float64 [2, 20]"),
+        ("own.npy", np.full((2, 20), 256), {}, "has tokens that the model does not"),
+        ("own.npy", np.zeros((2, 20), np.uint16), {"vocab_size": 65_537}, "more than 65,536 tokens"),
+        ("own.jsonl", np.zeros((2, 20), np.uint16), {"max_position_embeddings": 23}, "at most the 23 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_said_first(
+    out: str,
+    windows: npt.NDArray[Any],
+    settings: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, exit code 2, and nothing is written."""
+    np.save(tmp_path / "real.npy", windows)
+    teacher = tiny_models.write_llama(tmp_path / "llama", layers=1, **settings)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, teacher, tmp_path / out, "--data", tmp_path / "real.npy")
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "real.npy"}

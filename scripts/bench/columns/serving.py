@@ -175,7 +175,7 @@ COLUMNS: dict[str, Columns] = {
         ("results", "{results:.0f}"),
         ("wrong", "{wrong:.0f}"),
         ("farthest, as a share of 2⁻¹⁰ of the terms", "{beyond_rounding:.0%}"),
-        ("where beyond, in units of what its steps lose", "{steps:.2f}"),
+        *(("beyond that", "{beyond:.0f}"), ("by how much of what its steps may lose", "{steps:.2f}")),
         ("replays", "{replays:.0f}"),
         ("with other bytes", "{other_bytes:.0f}"),
         ("hazards (racecheck)", "{racecheck:.0f}"),
