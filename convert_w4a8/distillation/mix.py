@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -110,11 +111,14 @@ def _with_predictions(samples: Sequence[Sample], subject: str) -> list[Sample]:
 
 def tag_of(sample: Sample) -> str:
     """Return the domain of a sample. `Sample.origin` is FILE line N, or FILE document N."""
-    return _domain(Path(sample.origin.rsplit(" ", 2)[0]))
+    return _domain(sample.origin.rsplit(" ", 2)[0])
 
 
-def _domain(path: Path) -> str:
-    return path.name.partition(".")[0] or path.name
+@cache
+def _domain(path: str) -> str:
+    """Return the domain of a file; many samples come of each."""
+    name = Path(path).name
+    return name.partition(".")[0] or name
 
 
 def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
@@ -181,7 +185,7 @@ def apart(samples: Sequence[Sample], held_out: Sequence[Sample]) -> list[Sample]
 
 def check_domains(files: Sequence[Path]) -> None:
     """Raise ConvertError where two files are of one name, and so of one domain."""
-    names = [_domain(path) for path in files]
+    names = [_domain(str(path)) for path in files]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConvertError(twice, "is the domain of two files of --data", "rename one of them")
 
