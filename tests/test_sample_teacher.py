@@ -51,7 +51,7 @@ def test_tokens_are_drawn_as_they_are_predicted(teacher: Path) -> None:
 def test_beginnings_come_from_any_place() -> None:
     """Of samples of 10, 6 and 7 tokens there are 5, 1 and 2 places for 6 tokens, each as likely."""
     samples: list[sample_teacher.Tokens] = [np.arange(10), np.arange(20, 26), np.arange(30, 37)]
-    begun = sample_teacher.beginnings(samples, 6, 8000, np.random.default_rng(0))
+    begun = next(sample_teacher.beginnings(samples, 6, 8000, np.random.default_rng(0)))
     rows, counts = np.unique(begun.numpy(), axis=0, return_counts=True)
     assert rows.tolist() == [list(range(at, at + 6)) for at in (0, 1, 2, 3, 4, 20, 30, 31)]
     assert (abs(counts - 1000) < 5 * 1000**0.5).all()

@@ -350,7 +350,9 @@ def main() -> int:
         parser.error("there is nothing to check: cuts and tuned are of the kernel for Hopper, and not quick")
     if results := [row for row in rows if row["check"] in ("results", "tuned")]:
         worst, beyond = (max(results, key=lambda row: float(row[key])) for key in ("error", "beyond_rounding"))
-        print(f"{len(results)} results; the largest error: {worst}\nfarthest beyond rounding: {beyond}")
+        count = sum(float(row["beyond_rounding"]) > 1 for row in results)
+        print(f"{len(results)} results; the largest error: {worst}")
+        print(f"{count} beyond 2⁻¹⁰ of their terms, and rounding; the farthest: {beyond}")
     replays = [row for row in rows if row["check"] == "replays"]
     print(f"{len(replays)} × {REPLAYS} replays, {sum(row['wrong'] for row in replays)} gave other bytes")
     print(line(save(args, question, rows)))

@@ -40,6 +40,7 @@ from convert_w4a8.samples.tokenizer import Tokenizer, open_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from results import add_options, save
+from windows import load_windows
 
 OTHERS: dict[str, type] = {"beta2": float, "unrounded": int, "average": float}
 """What may be named beside rates and `DistillOptions`."""
@@ -66,7 +67,7 @@ def read(paths: Sequence[Path], tokenizer: Tokenizer, tokens: int, window: int) 
     found: list[Sample] = []
     for path in paths:
         if path.suffix == ".npy":
-            windows = np.load(path, mmap_mode="r")[: max(1, tokens // window)].astype(np.int32)
+            windows = load_windows(path)[: max(1, tokens // window)].astype(np.int32)
             nothing = np.zeros(windows.shape[1], np.uint8)
             found += [Sample(ids, nothing, nothing, f"{path} line {number}") for number, ids in enumerate(windows)]
         else:

@@ -17,6 +17,7 @@ from divergence import kind_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+from windows import load_windows
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.checkpoint.safetensors_file import read_tensor
@@ -167,10 +168,7 @@ def read_windows(directory: Path, text: Path, tokens: int, window: int) -> torch
     text: or a .npy of windows of tokens, uint16 [n, T], of which the beginning is taken.
     """
     if text.suffix == ".npy":
-        found = np.load(text, mmap_mode="r")
-        if found.ndim != 2 or found.shape[1] < window:
-            raise ValueError(f"{text}: is {list(found.shape)}, not windows of {window} tokens")
-        return torch.from_numpy(found[: max(1, tokens // window), :window].astype(np.int64))
+        return torch.from_numpy(load_windows(text, window)[: max(1, tokens // window), :window].astype(np.int64))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids: list[int] = []
     for document in text.read_text().split("\0"):

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from windows import load_windows
 
 from convert_w4a8.errors import ConvertError
 from convert_w4a8.samples.read import read_samples
@@ -35,16 +36,15 @@ def read(paths: Sequence[Path], teacher: Path, vocab_size: int) -> list[Tokens]:
     """Return the tokens of all samples, each [T].
 
     Raises:
-        ConvertError: a file is not as it should be.
+        ConvertError, ValueError: a file is not as it should be.
 
     """
     found: list[Tokens] = []
     for path in paths:
         if path.suffix == ".npy":
-            windows = np.load(path, mmap_mode="r")
-            if windows.ndim != 2 or windows.dtype.kind not in "iu" or windows.max() >= vocab_size:
-                what = f"is {windows.dtype} {list(windows.shape)}, or has tokens that the model does not"
-                raise ConvertError(str(path), what, "give windows of its tokens, uint16 [W, T]")
+            windows = load_windows(path)
+            if windows.max() >= vocab_size:
+                raise ValueError(f"{path}: has tokens that the model does not")
             found += list(windows)
         else:
             samples = read_samples([path], open_tokenizer(teacher), vocab_size=vocab_size).samples
@@ -52,17 +52,20 @@ def read(paths: Sequence[Path], teacher: Path, vocab_size: int) -> list[Tokens]:
     return found
 
 
-def beginnings(samples: Sequence[Tokens], kept: int, count: int, generator: np.random.Generator) -> torch.Tensor:
-    """Return so many tokens from places of the samples, any as likely as another: int64 [count, kept].
+def beginnings(
+    samples: Sequence[Tokens], kept: int, count: int, generator: np.random.Generator
+) -> Iterator[torch.Tensor]:
+    """Yield so many tokens from places of the samples, any as likely as another, without end: int64 [count, kept].
 
     No sample is shorter than that.
     """
     ends = np.cumsum([len(sample) - kept + 1 for sample in samples])
-    drawn = generator.integers(ends[-1], size=count)
-    chosen = np.searchsorted(ends, drawn, side="right")
-    places = ends[chosen] - 1 - drawn  # as many from the last place on
-    rows = [samples[n][place : place + kept].astype(np.int64) for n, place in zip(chosen, places, strict=True)]
-    return torch.from_numpy(np.stack(rows))
+    while True:
+        drawn = generator.integers(ends[-1], size=count)
+        chosen = np.searchsorted(ends, drawn, side="right")
+        places = ends[chosen] - 1 - drawn  # as many from the last place on
+        rows = [samples[n][place : place + kept].astype(np.int64) for n, place in zip(chosen, places, strict=True)]
+        yield torch.from_numpy(np.stack(rows))
 
 
 def continued(model: Any, begun: torch.Tensor, length: int) -> torch.Tensor:
@@ -81,11 +84,9 @@ def sampled(
     model: Any, samples: Sequence[Tokens], kept: int, window: int, batch: int, seed: int
 ) -> Iterator[npt.NDArray[np.int64]]:
     """Yield batches of windows without end, int64 [batch, window]; the same of the same seed."""
-    generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    while True:
-        begun = beginnings(samples, kept, batch, generator).to(model.device)
-        yield continued(model, begun, window).cpu().numpy()
+    for begun in beginnings(samples, kept, batch, np.random.default_rng(seed)):
+        yield continued(model, begun.to(model.device), window).cpu().numpy()
 
 
 def until(batches: Iterator[npt.NDArray[np.int64]], tokens: int, seconds: float) -> Iterator[npt.NDArray[np.int64]]:
@@ -145,7 +146,7 @@ def main() -> int:
         )
     try:
         samples = [s for s in read(args.data, args.teacher, config.vocab_size) if len(s) >= args.kept]
-    except ConvertError as error:
+    except (ConvertError, ValueError) as error:
         parser.error(str(error))
     if not samples:
         parser.error(f"no sample of --data has --kept {args.kept} tokens")
