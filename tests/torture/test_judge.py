@@ -1,5 +1,6 @@
 """What the torture programs promise to notice, they notice: each wrong-doing, done on purpose."""
 
+import gc
 import os
 import sys
 import time
@@ -107,6 +108,43 @@ def test_what_is_wrong_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest
     for path in Path("/var/tmp").iterdir():
         if path.name.isdigit() and not Path(f"/proc/{path.name}").exists():
             path.rmdir()
+
+
+def free_memory() -> list[bytes]:
+    """Free memory below some that is not free, so that it stays with this process; return what holds it."""
+    below = [bytes(100_000) for _ in range(3000)]
+    above = [bytes(100_000) for _ in range(20)]
+    del below
+    return above
+
+
+def garbage() -> list[bytes]:
+    """Leave a cycle with memory to the collector."""
+    cycle: list[object] = [torch.ones(200 << 18)]
+    cycle.append(cycle)
+    return []
+
+
+@pytest.mark.parametrize("leave_behind", [free_memory, garbage])
+def test_memory_does_not_hide_in_what_earlier_tests_left(
+    leave_behind: Callable[[], list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork starts with what its parent has: it could use memory that is free there, or collect what is garbage."""
+    monkeypatch.setattr(judge, "MAX_MIB", 100)
+
+    def take(_place: Path) -> None:
+        gc.collect()
+        torch.ones(200 << 18)
+
+    gc.collect()
+    gc.disable()
+    try:
+        held = leave_behind()
+        said = found(take, place_of(tmp_path))
+    finally:
+        gc.enable()
+    assert any(one.startswith("took ") for one in said), said
+    del held
 
 
 def test_what_is_right_is_not(tmp_path: Path) -> None:
