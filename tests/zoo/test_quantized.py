@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from small_training import distill, quantized, tensors, write_data
 from tiny_models import samples_of, write_llama, write_mixtral, write_qwen3_moe
@@ -41,22 +42,46 @@ def test_vllm_holds_the_model(version: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", environment.VERSIONS)
 def test_vllm_holds_distilled_experts(version: str, tmp_path: Path) -> None:
-    """What `w4a8 distill` wrote, beside a model in 16 bits that has its trained norms."""
+    """What `w4a8 distill` wrote, beside a model that has its trained norms."""
     if reason := environment.missing(version):
         pytest.skip(reason)
     pairs = []
     for write in (write_qwen3_moe, write_mixtral):
-        model = write(tmp_path / write.__name__)
-        start, out = quantized(model, tmp_path / f"{write.__name__}-start"), tmp_path / f"{write.__name__}-out"
-        result = distill(start, model, [write_data(tmp_path / "text.jsonl", 0, count=160)], out, "--rate", "6")
-        assert result.exit_code == 0, result.output
-        trained = tensors(out)
-        for path in model.glob("*.safetensors"):
-            found = load_file(path)
-            found |= {name: trained[name] for name, value in found.items() if value.dim() == 1}
-            save_file(found, path, metadata={"format": "pt"})
-        pairs += [str(out), str(model)]
+        pairs += distilled(write(tmp_path / write.__name__), "--rate", "6")
     compared(version, pairs, tmp_path)
+
+
+@pytest.mark.parametrize("version", environment.VERSIONS)
+def test_vllm_holds_trained_embeddings(version: str, tmp_path: Path) -> None:
+    """Of a model whose lm_head is its embeddings, and of one that has both: each is what was trained."""
+    if reason := environment.missing(version):
+        pytest.skip(reason)
+    pairs = []
+    for tied in (True, False):
+        for preset in ("tables", "weights"):
+            model = write_llama(
+                tmp_path / f"{tied}-{preset}", layers=2, initializer_range=0.06, tie_word_embeddings=tied
+            )
+            pairs += distilled(model, "--preset", preset, "--embeddings", "--rate", "4")
+    compared(version, pairs, tmp_path)
+
+
+def distilled(model: Path, *options: str) -> list[str]:
+    """Quantize a model, train that, and put what was trained in 16 bits into the model; return OUT and the model."""
+    start, out = quantized(model, model.with_name(f"{model.name}-start")), model.with_name(f"{model.name}-out")
+    data = [write_data(model.with_name(f"{model.name}-{seed}.jsonl"), seed) for seed in range(2)]
+    result = distill(start, model, data, out, *options)
+    assert result.exit_code == 0, result.output
+    before, trained = tensors(start), tensors(out)
+    of_16_bits = {name for name in tensors(model) if name in trained}
+    assert any(not torch.equal(before[name], trained[name]) for name in of_16_bits)
+    if "--embeddings" in options:
+        assert all(not torch.equal(before[name], trained[name]) for name in of_16_bits if trained[name].dim() == 2)
+    for path in model.glob("*.safetensors"):
+        found = load_file(path)
+        found |= {name: trained[name] for name in found.keys() & of_16_bits}
+        save_file(found, path, metadata={"format": "pt"})
+    return [str(out), str(model)]
 
 
 def compared(version: str, pairs: list[str], directory: Path) -> None:
