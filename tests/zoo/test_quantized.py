@@ -51,22 +51,27 @@ def test_vllm_holds_distilled_experts(version: str, tmp_path: Path) -> None:
     compared(version, pairs, tmp_path)
 
 
-@pytest.mark.parametrize("version", environment.VERSIONS)
-def test_vllm_holds_trained_embeddings(version: str, tmp_path: Path) -> None:
-    """Of a model whose lm_head is its embeddings, and of one that has both: each is what was trained."""
-    if reason := environment.missing(version):
-        pytest.skip(reason)
+@pytest.fixture(scope="module")
+def with_embeddings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return outputs with trained embeddings, each before a model of their numbers; trained until `compare` could tell."""
     pairs = []
     for tied in (True, False):
-        for preset in ("tables", "weights"):
-            model = write_llama(
-                tmp_path / f"{tied}-{preset}", layers=2, initializer_range=0.06, tie_word_embeddings=tied
-            )
-            pairs += distilled(model, "--preset", preset, "--embeddings", "--rate", "4")
-    compared(version, pairs, tmp_path)
+        for preset, steps in (("tables", 60), ("weights", 8)):
+            path = tmp_path_factory.mktemp("embeddings") / "model"
+            model = write_llama(path, layers=2, initializer_range=0.06, tie_word_embeddings=tied)
+            pairs += distilled(model, "--preset", preset, "--embeddings", "--rate", "4", "--steps", steps)
+    return pairs
 
 
-def distilled(model: Path, *options: str) -> list[str]:
+@pytest.mark.parametrize("version", environment.VERSIONS)
+def test_vllm_holds_trained_embeddings(version: str, with_embeddings: list[str], tmp_path: Path) -> None:
+    """Of models whose lm_head is their embeddings, and of some that have both: each is what was trained."""
+    if reason := environment.missing(version):
+        pytest.skip(reason)
+    compared(version, with_embeddings, tmp_path)
+
+
+def distilled(model: Path, *options: object) -> list[str]:
     """Quantize a model, train that, and put what was trained in 16 bits into the model; return OUT and the model."""
     start, out = quantized(model, model.with_name(f"{model.name}-start")), model.with_name(f"{model.name}-out")
     data = [write_data(model.with_name(f"{model.name}-{seed}.jsonl"), seed) for seed in range(2)]
