@@ -53,7 +53,7 @@ def test_vllm_holds_distilled_experts(version: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def with_embeddings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return outputs with trained embeddings, each before a model of their numbers; trained until `compare` could tell."""
+    """Return outputs with trained embeddings, each before a model of their numbers; trained until one can tell."""
     pairs = []
     for tied in (True, False):
         for preset, steps in (("tables", 60), ("weights", 8)):
