@@ -38,6 +38,14 @@ main(sys.argv[1:])
 W4A8 = "from convert_w4a8.cli.main import main; main(prog_name='w4a8')"
 
 
+@pytest.fixture(autouse=True)
+def _hangups_are_heard() -> Iterator[None]:
+    """SIGHUP does what it does by default, here and in what is started, also where nohup runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a small checkpoint, beside nothing else."""
