@@ -323,10 +323,7 @@ def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Start a cluster that is one node with two CPUs, the head."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", ray_nodes.python_path())
-    from ray.cluster_utils import Cluster as Processes
-
-    head = {"num_cpus": 2, "object_store_memory": ray_nodes.STORE, "include_dashboard": False}
-    processes = Processes(initialize_head=True, head_node_args={**head, "memory": ray_nodes.MEMORY})
+    processes = ray_nodes.start_head(2, memory=ray_nodes.MEMORY)
     yield processes
     processes.shutdown()
 

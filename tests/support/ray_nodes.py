@@ -20,7 +20,7 @@ from paths import ROOT
 
 from convert_w4a8.checkpoint.directory import open_checkpoint
 from convert_w4a8.cluster.connection import connect
-from convert_w4a8.cluster.quiet import load_ray
+from convert_w4a8.cluster.quiet import load_ray, undisturbed
 from convert_w4a8.cluster.shards import ShardsOnCluster, gpu_of_task
 from convert_w4a8.conversion.plan import make_plan
 from convert_w4a8.conversion.run import carry_out
@@ -56,11 +56,7 @@ class Nodes:
 @contextmanager
 def connected() -> Iterator[Nodes]:
     """Start a head without work and two nodes for two workers each, and connect to them."""
-    load_ray()
-    from ray.cluster_utils import Cluster as Processes
-
-    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
-    processes = Processes(initialize_head=True, head_node_args=head)
+    processes = start_head(0)
     try:
         for _ in range(2):
             add_node(processes, 2)
@@ -70,9 +66,23 @@ def connected() -> Iterator[Nodes]:
         processes.shutdown()
 
 
+def start_head(cpus: int, **more: Any) -> Any:
+    """Start a cluster that is one node, the head; return it (ray.cluster_utils.Cluster).
+
+    Ray handles SIGTERM in a process that starts nodes. Tests of signals may follow in this one, so it does not.
+    """
+    load_ray()
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False, **more}
+    with undisturbed():
+        return Cluster(initialize_head=True, head_node_args=head)
+
+
 def add_node(cluster: Any, cpus: int, **more: Any) -> Any:
     """Add a node with memory for some tasks."""
-    return cluster.add_node(num_cpus=cpus, memory=MEMORY, object_store_memory=STORE, **more)
+    with undisturbed():
+        return cluster.add_node(num_cpus=cpus, memory=MEMORY, object_store_memory=STORE, **more)
 
 
 def kill_node(node: Any) -> None:
