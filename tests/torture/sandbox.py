@@ -1,7 +1,4 @@
-"""Run the command line in forked children, so that one import of torch serves a thousand runs, and compare directories.
-
-Used by fault_injection.py and fuzz_inputs.py.
-"""
+"""Run the command line in forked children, one import of torch for a thousand runs, and compare directories."""
 
 import contextlib
 import ctypes

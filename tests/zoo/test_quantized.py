@@ -20,11 +20,17 @@ from convert_w4a8.calibration.options import QuantizeOptions
 pytestmark = pytest.mark.zoo
 
 
-@pytest.mark.parametrize("version", environment.VERSIONS)
+@pytest.fixture(scope="module", params=environment.VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    """Return a version of vLLM; skips, before any model is made, where it is not there."""
+    found: str = request.param
+    if reason := environment.missing(found):
+        pytest.skip(reason)
+    return found
+
+
 def test_vllm_holds_the_model(version: str, tmp_path: Path) -> None:
     """Dense, experts under Qwen's names and Mixtral's, in both formats and as W4A16."""
-    if reason := environment.missing(version):
-        pytest.skip(reason)
     pairs = []
     for write in (write_llama, write_qwen3_moe, write_mixtral):
         model = write(tmp_path / write.__name__)
@@ -40,11 +46,8 @@ def test_vllm_holds_the_model(version: str, tmp_path: Path) -> None:
     compared(version, pairs, tmp_path)
 
 
-@pytest.mark.parametrize("version", environment.VERSIONS)
 def test_vllm_holds_distilled_experts(version: str, tmp_path: Path) -> None:
     """What `w4a8 distill` wrote, beside a model that has its trained norms."""
-    if reason := environment.missing(version):
-        pytest.skip(reason)
     pairs = []
     for write in (write_qwen3_moe, write_mixtral):
         pairs += distilled(write(tmp_path / write.__name__), "--rate", "6")
@@ -63,11 +66,8 @@ def with_embeddings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return pairs
 
 
-@pytest.mark.parametrize("version", environment.VERSIONS)
 def test_vllm_holds_trained_embeddings(version: str, with_embeddings: list[str], tmp_path: Path) -> None:
     """Of models whose lm_head is their embeddings, and of some that have both: each is what was trained."""
-    if reason := environment.missing(version):
-        pytest.skip(reason)
     compared(version, with_embeddings, tmp_path)
 
 
@@ -78,7 +78,7 @@ def distilled(model: Path, *options: object) -> list[str]:
     result = distill(start, model, data, out, *options)
     assert result.exit_code == 0, result.output
     before, trained = tensors(start), tensors(out)
-    of_16_bits = {name for name in tensors(model) if name in trained}
+    of_16_bits = tensors(model).keys() & trained.keys()
     assert any(not torch.equal(before[name], trained[name]) for name in of_16_bits)
     if "--embeddings" in options:
         assert all(not torch.equal(before[name], trained[name]) for name in of_16_bits if trained[name].dim() == 2)
